@@ -1,0 +1,470 @@
+"""What to train, as typed and frozen data.
+
+A recipe is one YAML file; `megacode.recipe.load` reads it into the classes below. Nothing here imports torch: a recipe
+can be read, checked and planned on a login node in a fraction of a second. Every class refuses unknown keys. Checks that
+need one key only stand beside it; checks across keys (heads against tensor parallel, batch against micro-batch) stand in
+`megacode.recipe.checks`.
+
+Units are in the names: `steps` are optimizer updates, `tokens` are tokens, `batch_size` counts sequences over all ranks.
+Counts accept `4_000`, `4k`, `1.2M`, `344.8B` and `1.4T`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_COUNT = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+]?[0-9]+)?)\s*([kKmMbBtT]?)\s*$")
+
+
+def parse_count(value: Any) -> Any:
+    """`'344.8B'` -> 344_800_000_000. Integers pass; anything else is left for the type check to refuse."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
+        return value
+    match = _COUNT.match(value)
+    if not match:
+        raise ValueError(f"expected a count such as 4000, 120k, 1.5M, 344.8B or 1.4T, not {value!r}")
+    number = float(match[1].replace("_", "")) * _SUFFIXES[match[2].lower()]
+    return int(round(number))
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+CountOrZero = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: immutable, strict about types, and without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+class Model(Section):
+    """The GPT family, in the field's words. `megatron` reaches every other field of Megatron-Core's TransformerConfig.
+
+    The vocabulary is the tokenizer's; `vocab_size` states it where no tokenizer is at hand (planning) and must then agree.
+    """
+
+    layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    kv_heads: int | None = Field(default=None, gt=0)
+    """Key/value heads (grouped-query attention); default: as many as `heads`."""
+    head_dim: int | None = Field(default=None, gt=0)
+    """Default: hidden_size / heads."""
+    ffn_size: int | None = Field(default=None, gt=0)
+    """Inner size of the feed-forward layer; default: 4 x hidden_size, or 8/3 of it rounded up to 64 for gated ones."""
+    vocab_size: Count | None = None
+    context_length: Count | None = None
+    """Longest sequence the model is for (rotary tables, export); default: the longest phase's sequence length."""
+    normalization: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_epsilon: float = Field(default=1e-5, gt=0)
+    qk_norm: bool = False
+    activation: Literal["swiglu", "geglu", "gelu", "relu", "squared-relu"] = "swiglu"
+    linear_bias: bool = False
+    """Biases on every linear layer (query/key/value, attention output, feed-forward)."""
+    qkv_bias: bool = False
+    """Biases on query/key/value only (Qwen2)."""
+    position_embedding: Literal["rotary", "learned", "none"] = "rotary"
+    rotary_base: float = Field(default=10000.0, gt=0)
+    rotary_fraction: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of each head's dimensions that is rotated."""
+    rotary_interleaved: bool = False
+    """Pairs (x0, x1), (x2, x3) ... (GPT-J, Crystal) instead of halves (Llama)."""
+    tie_embeddings: bool = False
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    init_std: float = Field(default=0.02, gt=0)
+    embedding_init_std: float | None = Field(default=None, gt=0)
+    output_init_std: float | None = Field(default=None, gt=0)
+    """Standard deviation of attention-out and FFN-down; default: init_std / sqrt(2 x layers)."""
+    softmax_scale: float | None = Field(default=None, gt=0)
+    """Factor on attention scores; default: 1 / sqrt(head_dim)."""
+    megatron: dict[str, Any] = Field(default_factory=dict)
+    """Further TransformerConfig fields by their own names; names and plain types are checked against the installed one."""
+
+    @property
+    def resolved_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def resolved_head_dim(self) -> int:
+        return self.head_dim or self.hidden_size // self.heads
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def resolved_ffn_size(self) -> int:
+        if self.ffn_size:
+            return self.ffn_size
+        return -(-self.hidden_size * 8 // 3 // 64) * 64 if self.gated else 4 * self.hidden_size
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizer
+
+
+class Tokenizer(Section):
+    """Which tokenizer made the corpora. `path` is a SentencePiece .model, a tokenizer.json or a tiktoken vocabulary."""
+
+    path: str
+    kind: Literal["sentencepiece", "huggingface", "tiktoken"] | None = None
+    """Default: by the file's ending."""
+    added_tokens: Literal["none", "crystal"] | list[str] = "none"
+    """Control tokens after the base vocabulary; `crystal` is the published list (fim, starcoder, chat, reserved)."""
+    bos: bool = False
+    """Put the begin-of-sequence token before each document."""
+    eod: bool = True
+    """Put the end-of-document token after each document."""
+
+
+# --------------------------------------------------------------------------------------------------------- sources
+
+
+class Source(Section):
+    """One tokenized corpus: Megatron-Core IndexedDatasets (`PREFIX.bin` + `PREFIX.idx`), in the order given."""
+
+    path: str | list[str] | None = None
+    """Prefixes (with or without .bin), or globs of them. Relative to the recipe file."""
+    domain: str = "text"
+    """Label for ratios and losses: code, text, math ..."""
+    tokens: Count | None = None
+    """Expected size, to plan before the corpus is there. A corpus that is there is counted instead."""
+    documents: Count | None = None
+    window: Count | None = None
+    """Shuffle unit in tokens; default: the sequence length of the first phase that reads the source."""
+    validation: str | list[str] | None = None
+    """Prefixes of held-out data for this source."""
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else list(self.path or [])
+
+    @property
+    def validation_paths(self) -> list[str]:
+        return [self.validation] if isinstance(self.validation, str) else list(self.validation or [])
+
+
+# ------------------------------------------------------------------------------------------- mixtures and schedules
+
+
+class Schedule(Section):
+    """A number that moves during a phase.
+
+    `linear` and `cosine` go from `start` to `end` over `over` steps (default: the phase) and stay there; `stepwise` holds
+    each of `values` for an equal part of `over`, the last one to the end of the phase.
+    A given `over` keeps the ramp where it is when the phase is made longer.
+    """
+
+    shape: Literal["linear", "cosine", "stepwise"]
+    start: float | None = Field(default=None, ge=0)
+    end: float | None = Field(default=None, ge=0)
+    values: list[Annotated[float, Field(ge=0)]] | None = None
+    over: Count | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Schedule:
+        if self.shape == "stepwise":
+            if not self.values or self.start is not None or self.end is not None:
+                raise ValueError("a stepwise schedule takes `values: [a, b, ...]` and neither `start` nor `end`")
+        elif self.start is None or self.end is None or self.values is not None:
+            raise ValueError(f"a {self.shape} schedule takes `start` and `end`, and no `values`")
+        return self
+
+
+Weight = Annotated[float, Field(ge=0)] | Schedule
+
+
+class MixtureSource(Section):
+    """How a phase (or a domain of it) reads one source."""
+
+    weight: Weight | None = None
+    """Share of sequences before normalisation; inside a domain the default is the source's token count ("natural")."""
+    fim_rate: Fraction | None = None
+    """Share of documents rearranged for fill-in-the-middle; default: the domain's, else the phase's."""
+    subset: str | None = None
+    """Part of the source by position, `0.0-0.1`; each subset has a cursor of its own."""
+    max_epochs: float | None = Field(default=None, gt=0)
+    """The plan refuses to read the source more often than this over the run so far."""
+    cursor: Literal["continue", "restart"] | None = None
+    """Go on where earlier phases stopped, or from the first sample; default: the phase's."""
+
+    @property
+    def subset_range(self) -> tuple[float, float]:
+        if self.subset is None:
+            return (0.0, 1.0)
+        low, high = self.subset.split("-")
+        return (float(low), float(high))
+
+    @model_validator(mode="after")
+    def _subset_is_a_range(self) -> MixtureSource:
+        try:
+            low, high = self.subset_range
+        except ValueError:
+            low, high = 1.0, 0.0
+        if not 0.0 <= low < high <= 1.0:
+            raise ValueError(f"subset: expected LOW-HIGH with 0 <= LOW < HIGH <= 1, such as 0.0-0.1, not {self.subset!r}")
+        return self
+
+
+def _weight_is_enough(value: Any) -> Any:
+    """`c4: 0.27` is short for `c4: {weight: 0.27}`; `c4:` (empty) for `c4: {}`; a schedule for `{weight: schedule}`."""
+    if value is None:
+        return {}
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) or (isinstance(value, dict) and "shape" in value):
+        return {"weight": value}
+    return value
+
+
+def _ratio_is_enough(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) or (isinstance(value, dict) and "shape" in value):
+        return {"ratio": value}
+    return value
+
+
+def _names_are_enough(value: Any) -> Any:
+    return dict.fromkeys(value) if isinstance(value, list) else value
+
+
+Mixed = Annotated[MixtureSource, BeforeValidator(_weight_is_enough)]
+
+
+class MixtureDomain(Section):
+    """A domain's share of a phase. Without `sources`: every source of that domain, by natural weights."""
+
+    ratio: Weight
+    sources: Annotated[dict[str, Mixed], BeforeValidator(_names_are_enough)] | None = None
+    fim_rate: Fraction | None = None
+
+
+class Mixture(Section):
+    """Either `sources` with weights, or `domains` with ratios and weights inside. Shares are of sequences."""
+
+    sources: dict[str, Mixed] | None = None
+    domains: dict[str, Annotated[MixtureDomain, BeforeValidator(_ratio_is_enough)]] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Mixture:
+        if bool(self.sources) == bool(self.domains):
+            raise ValueError("a mixture has either `sources` (name: weight) or `domains` (name: ratio)")
+        for name, entry in (self.sources or {}).items():
+            if entry.weight is None:
+                raise ValueError(f"sources.{name}: needs a weight (natural weights exist inside `domains` only)")
+        return self
+
+
+class LearningRate(Section):
+    """A rate for every step of a phase, t = 0, 1, ...: `start` + (`peak` - `start`) t / warmup while t < warmup, then
+    `schedule` from `peak` to `final` over `decay_steps` (default: the rest of the phase), then `final`.
+
+    `wsd` holds the peak and decays over the last `wsd_decay` of `decay_steps` by `wsd_shape`; `inverse-sqrt` is
+    peak x sqrt(max(warmup, 1) / t).
+    """
+
+    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse-sqrt"] = "cosine"
+    peak: float = Field(gt=0)
+    start: float = Field(default=0.0, ge=0)
+    final: float = Field(default=0.0, ge=0)
+    warmup: CountOrZero = 0
+    """Steps."""
+    decay_steps: Count | None = None
+    """Steps from the end of the warm-up to `final`; may be longer than the phase (Crystal's phase 1)."""
+    wsd_decay: Fraction = 0.1
+    wsd_shape: Literal["linear", "cosine", "sqrt"] = "linear"
+    """`sqrt` is 1 - sqrt(x) (Haegele et al., arXiv 2405.18392)."""
+
+
+class BatchRamp(Section):
+    """Batch size that grows in equal stairs of `increment` sequences from `start` to `end` over `over` steps."""
+
+    start: Count
+    end: Count
+    increment: Count
+    over: Count
+
+    @model_validator(mode="after")
+    def _stairs(self) -> BatchRamp:
+        if self.end <= self.start or (self.end - self.start) % self.increment:
+            raise ValueError(
+                f"a batch ramp goes up from `start` to `end` in whole increments; {self.start} to {self.end} by "
+                f"{self.increment} does not"
+            )
+        return self
+
+
+class Phase(Section):
+    """A stretch of steps with one mixture (whose shares may move) and one rate schedule."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    steps: Count | None = None
+    tokens: Count | None = None
+    """Instead of `steps`: as many whole steps as it takes to see at least this many tokens."""
+    batch_size: Count | BatchRamp
+    sequence_length: Count
+    mixture: Mixture
+    learning_rate: LearningRate
+    fim_rate: Fraction = 0.0
+    cursor: Literal["continue", "restart"] = "continue"
+    optimizer_state: Literal["keep", "fresh"] = "keep"
+    """`fresh` drops Adam's moments and step count at the phase's first step (weights stay)."""
+    reset_at_eod: bool | None = None
+    """Attention and positions reset at end-of-document; default: the recipe's `data.reset_at_eod`."""
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+class Fim(Section):
+    """Fill-in-the-middle, context level (arXiv 2207.14255; Crystal's form): which tokens, and how often suffix first."""
+
+    spm_rate: Fraction = 0.5
+    prefix: str = "<|fim_prefix|>"
+    middle: str = "<|fim_middle|>"
+    suffix: str = "<|fim_suffix|>"
+    pad: str = "<|fim_pad|>"
+
+
+class Data(Section):
+    """How samples become batches."""
+
+    reset_at_eod: bool = False
+    mask_eod_loss: bool = False
+    fim: Fim = Fim()
+    prefetch: int = Field(default=4, ge=0)
+    """Batches prepared ahead by each rank's loader thread; 0 prepares them in the loop."""
+
+
+# ---------------------------------------------------------------------------------------------------------- running
+
+
+class ParameterGroup(Section):
+    """Parameters whose Megatron-Core name matches `match` (a shell pattern) get these multipliers; later groups win."""
+
+    match: str
+    lr_mult: float = Field(default=1.0, ge=0)
+    weight_decay_mult: float = Field(default=1.0, ge=0)
+
+
+class Optimizer(Section):
+    """AdamW as Megatron-Core runs it. `megatron` reaches every other field of its OptimizerConfig."""
+
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Skips biases and norms."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Global L2 norm; 0 turns clipping off."""
+    loss_denominator: Literal["tokens", "positions"] = "tokens"
+    """Mean over unmasked tokens, or over all positions of the batch (Crystal)."""
+    groups: list[ParameterGroup] = Field(default_factory=list)
+    megatron: dict[str, Any] = Field(default_factory=dict)
+
+
+class Precision(Section):
+    """`precision: bf16` is short for `precision: {compute: bf16}`. Master weights and gradients are fp32."""
+
+    compute: Literal["fp32", "bf16", "fp8"] = "bf16"
+    fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    fp8_amax_history: int = Field(default=1024, gt=0)
+    fp8_params: bool = False
+    """Keep parameters in FP8 and gather them so (Transformer Engine)."""
+    bf16_first_layers: int = Field(default=0, ge=0)
+    bf16_last_layers: int = Field(default=0, ge=0)
+
+
+def _compute_is_enough(value: Any) -> Any:
+    return {"compute": value} if isinstance(value, str) else value
+
+
+class Recompute(Section):
+    """Activation recomputation: Megatron-Core's granularity, method and layer count."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    method: Literal["uniform", "block"] = "uniform"
+    layers: int = Field(default=1, gt=0)
+
+
+def _granularity_is_enough(value: Any) -> Any:
+    return {"granularity": value} if isinstance(value, str) else value
+
+
+class Parallel(Section):
+    """Layout of the ranks. Data parallel is what is left: world size / (tensor x pipeline x context)."""
+
+    tensor: int = Field(default=1, gt=0)
+    pipeline: int = Field(default=1, gt=0)
+    virtual_pipeline: int | None = Field(default=None, gt=1)
+    """Model chunks per pipeline stage (interleaved 1F1B)."""
+    context: int = Field(default=1, gt=0)
+    sequence: bool = False
+    """Sequence parallel: norms and dropout split along the sequence among tensor-parallel ranks."""
+    micro_batch_size: int = Field(default=1, gt=0)
+    distributed_optimizer: bool = True
+    recompute: Annotated[Recompute, BeforeValidator(_granularity_is_enough)] = Recompute()
+    ddp: dict[str, Any] = Field(default_factory=dict)
+    """Further DistributedDataParallelConfig fields by their own names."""
+    timeout_minutes: float = Field(default=30.0, gt=0)
+    """A collective that takes longer ends the run."""
+
+
+class Checkpoints(Section):
+    """When to save and what to keep. `latest` always names a complete one."""
+
+    every: Count | None = None
+    """Steps."""
+    keep_last: int = Field(default=2, gt=0)
+    keep_every: Count | None = None
+    """Steps whose checkpoints are kept for good."""
+    keep_phase_ends: bool = True
+    """Save at the end of every phase, and keep those."""
+    asynchronous: bool = True
+
+
+class Evaluation(Section):
+    """Validation loss on every source that has `validation`."""
+
+    every: Count | None = None
+    at_phase_end: bool = True
+    samples: Count = 64
+    """Sequences per source, the first of its validation set."""
+
+
+class Logging(Section):
+    every: Count = 10
+    tensorboard: bool = True
+
+
+class Recipe(Section):
+    """One training run, whole."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    description: str = ""
+    seed: int = Field(default=1234, ge=0, lt=2**63)
+    tokenizer: Tokenizer | None = None
+    model: Model
+    sources: dict[str, Source]
+    phases: list[Phase] = Field(min_length=1)
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    precision: Annotated[Precision, BeforeValidator(_compute_is_enough)] = Precision()
+    parallel: Parallel = Parallel()
+    checkpoints: Checkpoints = Checkpoints()
+    evaluation: Evaluation = Evaluation()
+    logging: Logging = Logging()
+    initialize_from: str | None = None
+    """A checkpoint folder whose weights (nothing else) start this run."""

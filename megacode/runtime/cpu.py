@@ -1,0 +1,177 @@
+"""Megatron-Core on a machine without CUDA: the one place that redirects it.
+
+Megatron-Core names CUDA throughout (`device="cuda"`, `torch.cuda.current_device()`, tensor types spelled
+`torch.cuda.FloatTensor`). `install()` makes those names mean the CPU, so that the unmodified library trains on gloo and
+every parallel layout can be tested anywhere. It must run before the first import of `megatron`, and only where
+`torch.cuda.is_available()` is false; on CUDA nothing here is ever used.
+
+What Megatron-Core assumes, and what stands in for it:
+
+- factory calls and `.to()` with a CUDA device, `Tensor.cuda()`, `Tensor.type()`, `Tensor.is_cuda`: a TorchFunctionMode;
+- `torch.cuda.*` functions for the device, streams, events, synchronisation, random state: plain replacements;
+- `torch.cuda.FloatTensor([...])`: constructors on the CPU;
+- the dropout generators of tensor parallelism, which save and set CUDA random states: the CPU generator.
+
+`apply_to_megatron()` follows after the import: the few names that Megatron-Core bound at import time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_CUDA_TYPE_NAMES = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+}
+
+
+def _names_cuda(value: Any) -> bool:
+    return (isinstance(value, str) and value.startswith("cuda")) or (
+        isinstance(value, torch.device) and value.type == "cuda"
+    )
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Sends every torch call that names a CUDA device to the CPU instead."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            name = func(*args)
+            return _CUDA_TYPE_NAMES.get(name, name)
+        if kwargs and _names_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.to and any(_names_cuda(a) for a in args):
+            args = tuple(_CPU if _names_cuda(a) else a for a in args)
+        return func(*args, **kwargs)
+
+
+class _Inert:
+    """A stream or event where nothing is asynchronous: accepts every call and answers that all work is done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> _Inert:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        return None
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    wait_stream = wait_event = wait = record = record_event = synchronize = _nothing
+
+
+def _cpu_constructor(dtype: torch.dtype) -> Any:
+    return lambda data=(), *_: torch.tensor(data, dtype=dtype)
+
+
+def installed() -> bool:
+    """Whether this process runs Megatron-Core on the CPU."""
+    return torch.cuda.current_device is _current_device
+
+
+def _current_device() -> torch.device:
+    return _CPU
+
+
+def install() -> None:
+    """Redirect CUDA names to the CPU for the rest of this process. Idempotent.
+
+    Raises:
+        RuntimeError: CUDA is available, where redirecting it would be wrong.
+    """
+    if installed():
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError("megacode.runtime.cpu.install() is for machines without CUDA")
+    cuda: Any = torch.cuda
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    def rng_state(device: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+    cuda.current_device = _current_device
+    cuda.synchronize = cuda.set_device = cuda.empty_cache = cuda.manual_seed_all = nothing
+    cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.get_rng_state = cuda.random.get_rng_state = rng_state
+    cuda.set_rng_state = cuda.random.set_rng_state = set_rng_state
+    cuda.Stream = cuda.Event = _Inert
+    cuda.current_stream = cuda.default_stream = lambda *a, **k: _Inert()
+    cuda.set_stream = nothing
+    cuda.stream = lambda *a, **k: contextlib.nullcontext()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing
+    for name, dtype in {
+        "FloatTensor": torch.float32, "HalfTensor": torch.float16, "BFloat16Tensor": torch.bfloat16,
+        "DoubleTensor": torch.float64, "IntTensor": torch.int32, "LongTensor": torch.int64,
+        "ByteTensor": torch.uint8, "BoolTensor": torch.bool,
+    }.items():  # fmt: skip
+        setattr(cuda, name, _cpu_constructor(dtype))
+    # A type, not a constructor, where Megatron-Core asks isinstance(): these three are compared against tensors only.
+    cuda.FloatTensor, cuda.HalfTensor, cuda.BFloat16Tensor = (
+        _instance_of(torch.float32), _instance_of(torch.float16), _instance_of(torch.bfloat16),
+    )  # fmt: skip
+    _CudaMeansCpu().__enter__()
+
+
+def _instance_of(dtype: torch.dtype) -> type:
+    class Meta(type):
+        def __instancecheck__(cls, value: Any) -> bool:
+            return isinstance(value, torch.Tensor) and value.dtype == dtype
+
+        def __call__(cls, data: Any = (), *_: Any) -> torch.Tensor:
+            return torch.tensor(data, dtype=dtype)
+
+    return Meta(f"Cpu{dtype}", (), {})
+
+
+def apply_to_megatron() -> None:
+    """Replace what Megatron-Core bound at import time. Call once, after the first import of `megatron.core`."""
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        state = torch.get_rng_state()
+        return state.clone() if clone else state
+
+    mcore_random._set_cuda_rng_state = set_state
+    mcore_random._get_cuda_rng_state = get_state
+
+
+def quiet() -> None:
+    """Silence, once and centrally, warnings of imported libraries that mean nothing to a user of this project."""
+    for message in (
+        r"Transformer Engine and Apex are not installed",
+        r"Apex is not installed",
+        r"Failed to import.*Transformer Engine",
+        r".*expandable_segments.*",
+        r".*is deprecated.*",
+        r".*will be deprecated.*",
+        r"Please use the new API settings to control TF32.*",
+        r"TypedStorage is deprecated",
+        r".*torch\.distributed\._.*_base.*",
+        r"No device id is provided via `init_process_group`.*",
+        r".*barrier\(\): using the device under current context.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,210 @@
+"""Processes, devices and process groups: from a launcher's environment to Megatron-Core's parallel state."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from megacode.errors import UserError
+from megacode.recipe.schema import Parallel, Recipe
+from megacode.runtime import cpu
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where this process stands among its peers, as its launcher told it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+    launcher: str
+
+
+@dataclass(frozen=True)
+class World:
+    """This process in the initialised parallel layout. Ranks and sizes follow Megatron-Core's order tp-cp-dp-pp."""
+
+    rank: int
+    size: int
+    device: Any  # torch.device; typed loosely so that this module's annotations need no torch at import
+    tensor_rank: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    context_rank: int
+    context_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+
+def _first_slurm_host(nodelist: str) -> str:
+    """First host of a Slurm node list such as `gpu[003-007,012],login1`."""
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=20, check=True
+        )
+        return shown.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodelist)
+        return (match[1] + (match[2] or "")) if match else socket.gethostname()
+
+
+def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
+    """Understand `torchrun`'s variables, then Slurm's (`srun` with one task a process), else a single process.
+
+    Raises:
+        UserError: a launcher's variables are there but incomplete or not numbers.
+    """
+    env = os.environ if environment is None else environment
+    try:
+        if "RANK" in env and "WORLD_SIZE" in env:
+            return Launch(
+                rank=int(env["RANK"]),
+                world_size=int(env["WORLD_SIZE"]),
+                local_rank=int(env.get("LOCAL_RANK", 0)),
+                address=env.get("MASTER_ADDR", "127.0.0.1"),
+                port=int(env.get("MASTER_PORT", 29500)),
+                launcher="torchrun",
+            )
+        if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) >= 1:
+            nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+            return Launch(
+                rank=int(env["SLURM_PROCID"]),
+                world_size=int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", 1)),
+                local_rank=int(env.get("SLURM_LOCALID", 0)),
+                address=env.get("MASTER_ADDR") or (_first_slurm_host(nodes) if nodes else "127.0.0.1"),
+                # Jobs that share a node must not share a port; the job id tells them apart.
+                port=int(env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000),
+                launcher="slurm",
+            )
+    except ValueError as error:
+        raise UserError(
+            f"environment: the launcher's variables (RANK, WORLD_SIZE, MASTER_PORT or SLURM_*) must be numbers: {error}; "
+            "start with torchrun, srun, or `megacode train --processes N`"
+        ) from error
+    return Launch(rank=0, world_size=1, local_rank=0, address="127.0.0.1", port=0, launcher="single process")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def initialize(parallel: Parallel, seed: int, launch: Launch | None = None) -> World:
+    """Start torch.distributed (NCCL on CUDA, else gloo) and Megatron-Core's parallel state, and seed this rank.
+
+    Raises:
+        UserError: the number of processes does not fit the layout, or fewer devices than local processes.
+    """
+    launch = launch or read_launch()
+    model_parallel = parallel.tensor * parallel.pipeline * parallel.context
+    if launch.world_size % model_parallel:
+        raise UserError(
+            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} needs a "
+            f"multiple of {model_parallel} processes, and there are {launch.world_size}; start that many or change the layout"
+        )
+    cpu.quiet()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        if launch.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {launch.rank}: local process {launch.local_rank} has no GPU of its own, this machine shows "
+                f"{torch.cuda.device_count()}; start one process a GPU"
+            )
+        torch.cuda.set_device(launch.local_rank)
+        device = torch.device("cuda", launch.local_rank)
+    else:
+        cpu.install()
+        device = torch.device("cpu")
+
+    port = launch.port or _free_port()
+    os.environ.setdefault("MASTER_ADDR", launch.address)
+    os.environ.setdefault("MASTER_PORT", str(port))
+    torch.distributed.init_process_group(
+        backend="nccl" if cuda else "gloo",
+        init_method=f"tcp://{launch.address}:{port}",
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timedelta(minutes=parallel.timeout_minutes),
+        **({"device_id": device} if cuda else {}),
+    )
+
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not cuda:
+        cpu.apply_to_megatron()
+    if launch.rank:
+        logging.getLogger("megatron").setLevel(logging.ERROR)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        create_gloo_process_groups=cuda,
+        distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
+    )
+    seed_everything(seed)
+    # Only so that Megatron-Core's random tracker knows its generators; every step seeds them anew where dropout is on.
+    tensor_parallel.model_parallel_cuda_manual_seed(seed % 2**31)
+    return World(
+        rank=launch.rank,
+        size=launch.world_size,
+        device=device,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel.pipeline,
+        data_rank=parallel_state.get_data_parallel_rank(with_context_parallel=False),
+        data_size=parallel_state.get_data_parallel_world_size(with_context_parallel=False),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel.context,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators; nothing else in megacode draws from global generators."""
+    torch.manual_seed(seed % 2**63)
+
+
+def seed_step(recipe: Recipe, step: int) -> None:
+    """Make dropout a function of (seed, step): a resumed run drops what an uninterrupted one would have dropped.
+
+    Without dropout a step draws nothing, and this does nothing.
+    """
+    if recipe.model.dropout or recipe.model.attention_dropout:
+        from megatron.core import tensor_parallel
+
+        value = (recipe.seed * 1_000_003 + step * 7_919) % 2**31
+        torch.manual_seed(value)
+        tensor_parallel.model_parallel_cuda_manual_seed(value)
+
+
+def shutdown() -> None:
+    """Leave the process groups in good order. Safe to call twice."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

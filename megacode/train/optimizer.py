@@ -1,0 +1,143 @@
+"""AdamW in Megatron-Core's hands: configuration, parameter groups, rates by step, fresh state."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.transformer import TransformerConfig
+
+from megacode.errors import UserError
+from megacode.model.gpt import global_parameter_names
+from megacode.recipe.schema import Optimizer, Recipe
+
+
+def wrap_data_parallel(
+    recipe: Recipe, config: TransformerConfig, chunks: list[Any], data_size: int
+) -> list[DistributedDataParallel]:
+    """Megatron-Core's DistributedDataParallel around every model chunk; fp32 gradients; overlap on CUDA.
+
+    Raises:
+        UserError: a `parallel.ddp` combination that Megatron-Core refuses.
+    """
+    cuda = torch.cuda.is_available()
+    distributed_optimizer = recipe.parallel.distributed_optimizer
+    fields: dict[str, Any] = dict(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=cuda and data_size > 1,
+        overlap_param_gather=cuda and data_size > 1 and distributed_optimizer,
+        use_distributed_optimizer=distributed_optimizer,
+        check_for_nan_in_grad=False,
+        fp8_param_gather=recipe.precision.compute == "fp8" and recipe.precision.fp8_params,
+    )
+    try:
+        ddp_config = DistributedDataParallelConfig(**(fields | dict(recipe.parallel.ddp)))
+    except (AssertionError, ValueError, TypeError) as error:
+        raise UserError(f"parallel.ddp: Megatron-Core refuses this: {error}") from error
+    wrapped = [
+        # Bucketing serves the overlap of the first chunk's communication with backward; later chunks finish earlier.
+        DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def multipliers(settings: Optimizer, name: str, parameter: torch.nn.Parameter) -> tuple[float, float]:
+    """(learning-rate, weight-decay) multipliers of a parameter by its Megatron-Core name; biases and norms do not decay."""
+    rate, decay = 1.0, 0.0 if parameter.ndim == 1 or name.endswith(".bias") else 1.0
+    for group in settings.groups:
+        if fnmatch.fnmatchcase(name, group.match):
+            rate, decay = group.lr_mult, decay * group.weight_decay_mult
+    return rate, decay
+
+
+def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> Any:
+    """Megatron-Core's optimizer (FusedAdam of Transformer Engine, else of Apex, else torch's AdamW) with the recipe's groups.
+
+    Every parameter group carries `lr_mult` and `wd_mult`; `set_rates` turns them into rates.
+
+    Raises:
+        UserError: a group that matches no parameter on any rank, or an `optimizer.megatron` field that is refused.
+    """
+    settings = recipe.optimizer
+    fields: dict[str, Any] = dict(
+        optimizer="adam",
+        lr=max(phase.learning_rate.peak for phase in recipe.phases),
+        min_lr=0.0,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.epsilon,
+        clip_grad=settings.clip_grad,
+        bf16=recipe.precision.compute in ("bf16", "fp8"),
+        params_dtype=torch.float32 if recipe.precision.compute == "fp32" else torch.bfloat16,
+        use_distributed_optimizer=recipe.parallel.distributed_optimizer,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+        fp8_recipe=recipe.precision.fp8_recipe if recipe.precision.compute == "fp8" else None,
+    )
+    try:
+        config = OptimizerConfig(**(fields | dict(settings.megatron)))
+    except (AssertionError, ValueError, TypeError) as error:
+        raise UserError(f"optimizer.megatron: Megatron-Core refuses this: {error}") from error
+
+    wanted = {id(p): multipliers(settings, name, p) for name, p in global_parameter_names(chunks).items()}
+    _refuse_idle_groups(settings, global_parameter_names(chunks))
+    overrides = {
+        ParamKey(
+            with_name_predicate=ParamWithNamePredicate(
+                name=f"lr x {pair[0]}, decay x {pair[1]}", fn=lambda p, _, pair=pair: wanted[id(p)] == pair
+            )
+        ): {"lr_mult": pair[0], "wd_mult": pair[1]}
+        for pair in sorted(set(wanted.values()))
+        if pair != (1.0, 1.0)
+    }
+    return get_megatron_optimizer(config, chunks, config_overrides=overrides)
+
+
+def _refuse_idle_groups(settings: Optimizer, names: Iterable[str]) -> None:
+    if not settings.groups:
+        return
+    mine = list(names)
+    matched = torch.tensor([float(any(fnmatch.fnmatchcase(n, g.match) for n in mine)) for g in settings.groups])
+    if torch.cuda.is_available():
+        matched = matched.cuda()
+    torch.distributed.all_reduce(matched, op=torch.distributed.ReduceOp.MAX)
+    for group, hit in zip(settings.groups, matched.tolist(), strict=True):
+        if not hit:
+            raise UserError(
+                f"optimizer.groups: {group.match!r} matches no parameter; names look like {mine[0]!r} and {mine[-1]!r}"
+            )
+
+
+def set_rates(optimizer: Any, rate: float, weight_decay: float) -> None:
+    """Rate and weight decay of this step, times each group's multipliers."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
+
+def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The torch-style optimizers inside Megatron-Core's (chained) wrapper."""
+    chained = getattr(optimizer, "chained_optimizers", None) or [optimizer]
+    return [part.optimizer for part in chained if part.optimizer is not None]
+
+
+def forget_state(optimizer: Any) -> None:
+    """Adam's moments and step counts as on the first step; weights, master weights and groups stay."""
+    for inner in inner_optimizers(optimizer):
+        for state in inner.state.values():
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key in state:
+                    state[key].zero_()
+            if "step" in state:
+                state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
+        for group in inner.param_groups:
+            if "step" in group:
+                group["step"] = torch.zeros_like(group["step"]) if torch.is_tensor(group["step"]) else 0

@@ -101,8 +101,8 @@ def install() -> None:
         raise RuntimeError("megacode.runtime.cpu.install() is for machines without CUDA")
     cuda: Any = torch.cuda
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
+    def nothing() -> Any:
+        return lambda *args, **kwargs: None  # one function per name: torch's compiler tells functions by identity
 
     def rng_state(device: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.get_rng_state()
@@ -111,15 +111,16 @@ def install() -> None:
         torch.set_rng_state(state)
 
     cuda.current_device = _current_device
-    cuda.synchronize = cuda.set_device = cuda.empty_cache = cuda.manual_seed_all = nothing
+    for name in ("synchronize", "set_device", "empty_cache", "manual_seed_all", "set_stream"):
+        setattr(cuda, name, nothing())
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = nothing(), nothing()
     cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.manual_seed(seed)
     cuda.get_rng_state = cuda.random.get_rng_state = rng_state
     cuda.set_rng_state = cuda.random.set_rng_state = set_rng_state
     cuda.Stream = cuda.Event = _Inert
-    cuda.current_stream = cuda.default_stream = lambda *a, **k: _Inert()
-    cuda.set_stream = nothing
+    cuda.current_stream = lambda *a, **k: _Inert()
+    cuda.default_stream = lambda *a, **k: _Inert()
     cuda.stream = lambda *a, **k: contextlib.nullcontext()
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing
     for name, dtype in {
         "FloatTensor": torch.float32, "HalfTensor": torch.float16, "BFloat16Tensor": torch.bfloat16,
         "DoubleTensor": torch.float64, "IntTensor": torch.int32, "LongTensor": torch.int64,
@@ -130,6 +131,8 @@ def install() -> None:
     cuda.FloatTensor, cuda.HalfTensor, cuda.BFloat16Tensor = (
         _instance_of(torch.float32), _instance_of(torch.float16), _instance_of(torch.bfloat16),
     )  # fmt: skip
+    # Megatron-Core wraps its fused functions in torch.compile at import; a machine without CUDA may have no compiler.
+    torch.compile = lambda model=None, **_: model if model is not None else (lambda function: function)
     _CudaMeansCpu().__enter__()
 
 

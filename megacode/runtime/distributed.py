@@ -141,11 +141,11 @@ def initialize(parallel: Parallel, seed: int, launch: Launch | None = None) -> W
         device = torch.device("cpu")
 
     port = launch.port or _free_port()
-    os.environ.setdefault("MASTER_ADDR", launch.address)
-    os.environ.setdefault("MASTER_PORT", str(port))
+    # torch's own rendezvous reads the environment (and with torchrun shares the agent's store, which holds that port).
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = launch.address, str(port)
     torch.distributed.init_process_group(
         backend="nccl" if cuda else "gloo",
-        init_method=f"tcp://{launch.address}:{port}",
+        init_method="env://",
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timedelta(minutes=parallel.timeout_minutes),
@@ -163,7 +163,6 @@ def initialize(parallel: Parallel, seed: int, launch: Launch | None = None) -> W
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
-        create_gloo_process_groups=cuda,
         distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
     )
     seed_everything(seed)

@@ -98,7 +98,23 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> An
         for pair in sorted(set(wanted.values()))
         if pair != (1.0, 1.0)
     }
-    return get_megatron_optimizer(config, chunks, config_overrides=overrides)
+    optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
+    _allocate_state(optimizer)
+    return optimizer
+
+
+def _allocate_state(optimizer: Any) -> None:
+    """Adam's state from the start where Adam is torch's: Megatron-Core reads its step count from there when it saves and
+    loads, also before the first step. FusedAdam keeps the count in its groups and needs nothing."""
+    for inner in inner_optimizers(optimizer):
+        if isinstance(inner, torch.optim.AdamW | torch.optim.Adam):
+            for group in inner.param_groups:
+                for parameter in group["params"]:
+                    inner.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
 
 
 def _refuse_idle_groups(settings: Optimizer, names: Iterable[str]) -> None:
@@ -141,3 +157,31 @@ def forget_state(optimizer: Any) -> None:
         for group in inner.param_groups:
             if "step" in group:
                 group["step"] = torch.zeros_like(group["step"]) if torch.is_tensor(group["step"]) else 0
+
+
+def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Megatron-Core's `load_state_dict`, also where it drives torch's Adam.
+
+    The distributed optimizer's fully reshardable format keeps the step count in the parameter groups, yet copies every entry of a parameter's Adam
+    state, for torch's Adam including `step`, from the checkpoint (megatron-core 0.16.1). So the tensors are
+    loaded while `step` stands aside.
+    """
+    torch_adam = [i for i in inner_optimizers(optimizer) if isinstance(i, torch.optim.AdamW | torch.optim.Adam)]
+    if not torch_adam:
+        optimizer.load_state_dict(state)
+        return
+    if "param_state" not in state:
+        # A step count of zero is not stored at all (it is false), and torch's Adam insists on it.
+        moments = state["state"] if "state" in state else state["optimizer"]["state"]
+        moments.setdefault("common_step", torch.tensor(0.0))
+        optimizer.load_state_dict(state)
+        return
+    (distributed,) = getattr(optimizer, "chained_optimizers", None) or [optimizer]
+    tensors = state.pop("param_state")
+    state.pop("param_state_sharding_type", None)
+    distributed.load_state_dict(state)
+    steps = {id(p): s.pop("step") for inner in torch_adam for p, s in inner.state.items() if "step" in s}
+    distributed.load_parameter_state_from_fully_reshardable(tensors)
+    for inner in torch_adam:
+        for parameter, entry in inner.state.items():
+            entry["step"] = steps[id(parameter)].clone()

@@ -1,0 +1,265 @@
+"""Checkpoints: Megatron-Core's distributed format, written whole or not at all.
+
+A checkpoint is a folder `checkpoints/step_00000020` with Megatron-Core's shards and a `megacode.json` that says what it is.
+It is written under a hidden name (asynchronously, by a forked copy of each process that holds the tensors as they were),
+made durable, and only then renamed and named by the file `latest`. So a folder with its final name is complete, and
+`latest` always names one.
+
+Tensors are stored by their place in the whole model ("fully reshardable"), so that any tensor x pipeline x data layout loads
+them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, TorchDistSaveShardedStrategy
+
+from megacode.errors import UserError
+from megacode.recipe.schema import Checkpoints
+from megacode.train.optimizer import load_optimizer_state
+
+INFO = "megacode.json"
+LATEST = "latest"
+_NAME = re.compile(r"^step_(\d{8,})$")
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` finished steps."""
+    return f"step_{step:08d}"
+
+
+def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints of a run as (step, path), oldest first."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _NAME.match(path.name)
+        if match and (path / INFO).is_file():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that `folder/latest` names, or None where there is none.
+
+    Raises:
+        UserError: `latest` names a folder that is not there or not complete.
+    """
+    pointer = folder / LATEST
+    if not pointer.is_file():
+        return None
+    path = folder / pointer.read_text().strip()
+    if not (path / INFO).is_file():
+        raise UserError(
+            f"{pointer}: names {path.name}, which is not a complete checkpoint; write the name of one of "
+            f"{', '.join(p.name for _, p in complete_checkpoints(folder)) or 'none'} into it, or remove it to start over"
+        )
+    return path
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A checkpoint folder from a checkpoint's, a run's or a checkpoints folder's path.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
+    path = Path(path)
+    if (path / INFO).is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        if (folder / LATEST).is_file():
+            found = latest_checkpoint(folder)
+            if found:
+                return found
+    raise UserError(f"{path}: no complete checkpoint here; give a run folder or a checkpoints/step_* folder")
+
+
+def read_info(checkpoint: Path) -> dict[str, Any]:
+    """What `megacode.json` says: step, layout, fingerprint, recipe name, versions."""
+    try:
+        return json.loads((checkpoint / INFO).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{checkpoint / INFO}: cannot be read ({error}); the checkpoint is not complete") from error
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ------------------------------------------------------------------------------------------------ state of a run
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _sharded_state(chunks: Sequence[Any], optimizer: Any | None, loading: bool) -> dict[str, Any]:
+    metadata = _metadata()
+    modules = [getattr(chunk, "module", chunk) for chunk in chunks]
+    if len(modules) == 1:
+        state = {"model": modules[0].sharded_state_dict(metadata=metadata)}
+    else:
+        state = {f"model{i}": module.sharded_state_dict(metadata=metadata) for i, module in enumerate(modules)}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
+    return state
+
+
+def _load_strategy() -> Any:
+    return FullyParallelLoadStrategyWrapper(
+        TorchDistLoadShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+
+
+def load_checkpoint(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | None) -> dict[str, Any]:
+    """Load weights, and with an `optimizer` its state too, into this rank's model chunks, in whatever layout this run has.
+
+    Returns:
+        the checkpoint's info.
+
+    Raises:
+        UserError: shapes or names differ from this recipe's model, or the folder is damaged.
+    """
+    info = read_info(checkpoint)
+    state = _sharded_state(chunks, optimizer, loading=True)
+    try:
+        loaded = dist_checkpointing.load(state, str(checkpoint), _load_strategy())
+    except Exception as error:
+        raise UserError(
+            f"{checkpoint}: cannot be loaded into this recipe's model: {_first_line(error)}; the model section must be the "
+            "one the checkpoint was made with (its recipe.yaml stands beside it)"
+        ) from error
+    modules = [getattr(chunk, "module", chunk) for chunk in chunks]
+    for index, module in enumerate(modules):
+        module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{index}"], strict=False)
+    if optimizer is not None:
+        load_optimizer_state(optimizer, loaded["optimizer"])
+    return info
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+
+@dataclass
+class Checkpointer:
+    """Writes a run's checkpoints and forgets the old ones.
+
+    Attributes:
+        folder: `RUN/checkpoints`.
+        settings: cadence and what to keep.
+        kept: steps that are kept for good (phase ends); `keep_every` adds to them.
+        announce: called on rank 0 with (step, path) once a checkpoint is complete.
+    """
+
+    folder: Path
+    settings: Checkpoints
+    kept: frozenset[int] = frozenset()
+    announce: Callable[[int, Path], None] = lambda step, path: None
+    _queue: AsyncCallsQueue = field(default_factory=AsyncCallsQueue)
+
+    def save(self, step: int, chunks: Sequence[Any], optimizer: Any, info: dict[str, Any], recipe_text: str) -> None:
+        """Start writing the state after `step` finished steps. Collective; returns before it is on disk when asynchronous."""
+        self.wait()
+        final = self.folder / checkpoint_name(step)
+        temporary = self.folder / f".{final.name}.tmp"
+        main = torch.distributed.get_rank() == 0
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        torch.distributed.barrier()
+        strategy = FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy("torch_dist", 1),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+        state = _sharded_state(chunks, optimizer, loading=False)
+        request = dist_checkpointing.save(
+            state, str(temporary), strategy, async_sharded_save=True, content_metadata=_content_metadata()
+        )
+
+        def finish() -> None:
+            if main:
+                write_durably(temporary / "recipe.yaml", recipe_text)
+                write_durably(temporary / INFO, json.dumps({"step": step, **info}, indent=1))
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(temporary, final)
+                _sync_folder(self.folder)
+                write_durably(self.folder / LATEST, final.name + "\n")
+                self._forget_old(step)
+                self.announce(step, final)
+            torch.distributed.barrier()
+
+        request.finalize_fns.append(finish)
+        if self.settings.asynchronous:
+            self._queue.schedule_async_request(request)
+        else:
+            request.execute_sync()
+
+    def poll(self) -> None:
+        """Complete a checkpoint whose files are written. Collective; cheap when none is under way."""
+        if self._queue.get_num_unfinalized_calls():
+            self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def wait(self) -> None:
+        """Complete every checkpoint under way. Collective."""
+        if self._queue.get_num_unfinalized_calls():
+            self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def _forget_old(self, newest: int) -> None:
+        every = self.settings.keep_every
+
+        def for_good(step: int) -> bool:
+            return step in self.kept or bool(every and step % every == 0)
+
+        # A run that was resumed from an older checkpoint leaves later ones of another future behind: they go too.
+        passing = [(s, p) for s, p in complete_checkpoints(self.folder) if s > newest or not for_good(s)]
+        keep = {s for s, _ in passing if s <= newest}
+        keep = set(sorted(keep)[-self.settings.keep_last :])
+        for step, path in passing:
+            if step not in keep:
+                gone = path.with_name(f".{path.name}.old")
+                os.replace(path, gone)
+                shutil.rmtree(gone, ignore_errors=True)
+
+
+def _content_metadata() -> dict[str, Any]:
+    return {key: value for key, value in _metadata().items() if key != "dp_cp_group"}

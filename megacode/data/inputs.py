@@ -1,0 +1,108 @@
+"""Which files a corpus is made of: paths, folders and globs -> files in order, with their form and compression."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megacode.errors import UserError
+
+Form = Literal["jsonl", "parquet", "file"]
+FORMATS = ("auto", "jsonl", "parquet", "files")
+
+_COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
+_FORMS: dict[str, Form] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of a corpus: JSON lines, parquet, or a plain file that is one document."""
+
+    path: Path
+    form: Form
+    compression: Literal["gz", "zst"] | None
+    size: int
+    """Bytes on disk."""
+    modified_ns: int
+
+
+def find_inputs(inputs: Sequence[str | Path], format: str = "auto", include: Sequence[str] = ()) -> list[InputFile]:
+    """Files of the inputs in the order given; inside a folder or a glob sorted by path; each file once.
+
+    `auto` goes by endings. A folder whose bytes are mostly JSONL or parquet is read for those only (dataset downloads
+    come with a README); any other is a tree of plain files, each one document. Hidden files, links that lead nowhere
+    and empty folders are passed over. `include`: shell patterns on the name or on the path in the folder (`*.py`).
+    Raises UserError for an input that is not there, and for none at all.
+    """
+    found: dict[Path, InputFile] = {}
+    for given in map(str, inputs):
+        path = Path(given).expanduser()
+        if path.is_dir():
+            files = _folder(path, format, include)
+        elif path.is_file():
+            files = [_file(path, format, explicit=True)]
+        else:
+            matches = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(given) else []
+            files = []
+            for match in map(Path, matches):
+                files += _folder(match, format, include) if match.is_dir() else [_file(match, format, explicit=True)]
+        if not files:
+            what = "matches no file" if glob.has_magic(given) else "no such file or folder"
+            if path.is_dir():
+                what = "no file in this folder" + (f" that matches {' or '.join(include)}" if include else "")
+            raise UserError(f"{given}: {what}; give JSONL, parquet or plain files, folders of them, or globs")
+        for file in files:
+            found.setdefault(file.path, file)
+    if not found:
+        raise UserError("no input; give JSONL, parquet or plain files, folders of them, or globs")
+    return list(found.values())
+
+
+def _folder(folder: Path, format: str, include: Sequence[str]) -> list[InputFile]:
+    paths = [p for p in _walk(folder) if not include or _included(p, folder, include)]
+    if format == "files":
+        return [_file(p, "files") for p in paths]
+    records = [_file(p, format) for p in paths if _form(p) not in ("file", None)]
+    if format in ("jsonl", "parquet"):
+        return [file for file in records if file.form == format]
+    # Plain .json is as often one pretty-printed value as JSON lines: it does not make a folder a folder of records.
+    records = [file for file in records if not file.path.name.endswith(".json")]
+    whole = sum(os.path.getsize(p) for p in paths)
+    if 2 * sum(file.size for file in records) > whole:
+        return records
+    return [_file(p, "files") for p in paths]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for here, folders, names in os.walk(folder, followlinks=False):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(here, name)
+            if not name.startswith(".") and path.is_file():
+                yield path
+
+
+def _included(path: Path, folder: Path, include: Sequence[str]) -> bool:
+    inside = path.relative_to(folder).as_posix()
+    return any(fnmatch.fnmatch(path.name, pattern) or fnmatch.fnmatch(inside, pattern) for pattern in include)
+
+
+def _form(path: Path) -> Form:
+    plain = path.with_suffix("") if path.suffix in _COMPRESSIONS else path
+    return _FORMS.get(plain.suffix.lower(), "file")
+
+
+def _file(path: Path, format: str, explicit: bool = False) -> InputFile:
+    form: Form = _form(path)
+    if format == "files":
+        form = "file"
+    elif explicit and format in ("jsonl", "parquet"):
+        form = "jsonl" if format == "jsonl" else "parquet"
+    compression = _COMPRESSIONS.get(path.suffix) if form != "parquet" else None
+    status = path.stat()
+    return InputFile(path, form, compression, status.st_size, status.st_mtime_ns)  # type: ignore[arg-type]

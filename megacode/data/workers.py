@@ -1,0 +1,112 @@
+"""Tasks on several processes, first come first served, with messages on the way.
+
+Processes are spawned, not forked: the parent draws a progress bar from a thread, and may hold a library's locks. A
+worker that dies (killed for memory, say) ends the whole with a sentence; a parent that dies ends its workers.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+from megacode.errors import UserError
+
+Message = TypeVar("Message")
+Task = TypeVar("Task")
+Context = TypeVar("Context")
+Make = Callable[[Context], Callable[[Task], Iterator[Message]]]
+
+
+def run_tasks(
+    make: Make[Context, Task, Message], context: Context, tasks: Iterable[Task], workers: int
+) -> Iterator[Message]:
+    """Every message of `make(context)(task)` for every task, as they come, from up to `workers` processes.
+
+    `make` runs once in each worker and must be importable. With one worker all is done in this process, in order.
+    UserError for a worker's UserError, a full disk and a worker that died; RuntimeError with the traceback for others.
+    """
+    if workers == 1:
+        yield from _here(make, context, tasks)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    waiting = iter(tasks)
+    processes: dict[Connection, Any] = {}
+    try:
+        for _, task in zip(range(workers), waiting, strict=False):  # in this order zip takes no task it does not give
+            here, there = spawn.Pipe()
+            process = spawn.Process(target=_serve, args=(there, make, context), daemon=True)
+            process.start()
+            there.close()
+            here.send(task)
+            processes[here] = process
+        busy = set(processes)
+        while busy:
+            for connection in wait(list(busy)):
+                assert isinstance(connection, Connection)
+                try:
+                    what, value = connection.recv()
+                except (EOFError, OSError):
+                    raise _death(processes[connection]) from None
+                if what == "message":
+                    yield value
+                elif what == "done":
+                    following = next(waiting, None)
+                    connection.send(following)
+                    if following is None:
+                        busy.discard(connection)
+                else:
+                    raise UserError(value) if what == "user" else RuntimeError(f"in a worker process:\n{value}")
+    finally:
+        for connection, process in processes.items():
+            if connection in busy:
+                process.terminate()
+            process.join()
+            connection.close()
+
+
+def _here(make: Make[Any, Any, Any], context: Any, tasks: Iterable[Any]) -> Iterator[Any]:
+    try:
+        work = make(context)
+        for task in tasks:
+            yield from work(task)
+    except OSError as error:
+        raise _readable(error) from None
+
+
+def _death(process: Any) -> UserError:
+    process.join(5)
+    code = process.exitcode
+    how = f"by signal {-code}; out of memory?" if code and code < 0 else f"with exit code {code}"
+    return UserError(f"a worker process ended {how}; run again to go on, with fewer --workers")
+
+
+def _serve(connection: Connection, make: Make[Any, Any, Any], context: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    try:
+        work = make(context)
+        while (task := connection.recv()) is not None:
+            for message in work(task):
+                connection.send(("message", message))
+            connection.send(("done", None))
+    except (EOFError, BrokenPipeError):
+        return
+    except UserError as error:
+        connection.send(("user", str(error)))
+    except OSError as error:
+        readable = _readable(error)
+        user = isinstance(readable, UserError)
+        connection.send(("user", str(readable)) if user else ("crash", traceback.format_exc()))
+    except BaseException:
+        connection.send(("crash", traceback.format_exc()))
+
+
+def _readable(error: OSError) -> Exception:
+    """A full disk in the words a user needs; any other error as it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"the disk is full ({error.filename or 'output folder'}); make room and run again to go on")
+    return error

@@ -142,7 +142,7 @@ def results_table(result: work.Result, seconds: float | None) -> Table:
             f"{n.bytes / n.tokens:.2f}",
             f"{n.longest:,}",
         )
-        table.add_row(str(path), *row)
+        table.add_row(min(str(path), os.path.relpath(path), key=len), *row)
     notes = []
     if seconds is not None:
         total = [sum(getattr(n, name) for n in result.counts.splits.values()) for name in ("bytes", "tokens")]

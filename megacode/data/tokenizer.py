@@ -178,7 +178,7 @@ def load_tokenizer(section: schema.Tokenizer) -> Tokenizer:
 
 
 def well_formed(text: str) -> str:
-    """`text` with every lone surrogate (half of a UTF-16 pair, which JSON can spell) as U+FFFD; halves that meet join."""
+    """`text` with each lone surrogate (half of a UTF-16 pair; JSON can spell it) as U+FFFD; halves that meet join."""
     try:
         text.encode()
     except UnicodeEncodeError:

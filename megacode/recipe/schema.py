@@ -160,8 +160,9 @@ class Source(Section):
 class Schedule(Section):
     """A number that moves during a phase.
 
-    `linear` and `cosine` go from `start` to `end` over `over` steps (default: the phase) and stay there; `stepwise` holds
-    each of `values` for an equal part of `over`, the last one to the end of the phase.
+    `linear` and `cosine` go from `start` to `end` over `over` steps (default: the phase) and stay there: the first of these
+    steps has `start`, the last one `end`. `stepwise` holds each of `values` for an equal part of `over`, the last one to the
+    end of the phase.
     A given `over` keeps the ramp where it is when the phase is made longer.
     """
 
@@ -322,6 +323,8 @@ class Phase(Section):
     """`fresh` drops Adam's moments and step count at the phase's first step (weights stay)."""
     reset_at_eod: bool | None = None
     """Attention and positions reset at end-of-document; default: the recipe's `data.reset_at_eod`."""
+    checkpoint_every: Count | None = None
+    """Steps of this phase between checkpoints, counted from its start; default: `checkpoints.every`."""
 
 
 # ------------------------------------------------------------------------------------------------------------ data

@@ -1,0 +1,77 @@
+"""Which streams a phase reads, and by what weights.
+
+A *stream* is a source or a part of one (`subset`): the unit that has a cursor, so that a later phase goes on where an earlier
+one stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megacode.recipe.schedules import Weights
+from megacode.recipe.schema import MixtureSource, Phase, Recipe, Schedule
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One source in one phase's mixture, with the phase's and the domain's defaults filled in.
+
+    Attributes:
+        key: where it stands in the recipe, `phases.NAME.mixture. ...`.
+        group: number of the ratio it belongs to (its own, or its domain's).
+    """
+
+    key: str
+    source: str
+    domain: str
+    given: MixtureSource
+    group: int
+    fim_rate: float
+    restart: bool
+
+
+def mixture_entries(recipe: Recipe, phase: Phase) -> list[Entry]:
+    """The streams of a phase, in the recipe's order. Names of sources must be known (`megacode.recipe.checks`)."""
+    entries: list[Entry] = []
+
+    def add(key: str, name: str, given: MixtureSource, group: int, fim_rate: float) -> None:
+        rate = fim_rate if given.fim_rate is None else given.fim_rate
+        restart = (given.cursor or phase.cursor) == "restart"
+        entries.append(Entry(f"{key}.{name}", name, recipe.sources[name].domain, given, group, rate, restart))
+
+    top = f"phases.{phase.name}.mixture"
+    for group, (name, given) in enumerate((phase.mixture.sources or {}).items()):
+        add(f"{top}.sources", name, given, group, phase.fim_rate)
+    for group, (domain, part) in enumerate((phase.mixture.domains or {}).items()):
+        members = part.sources
+        if members is None:
+            members = {name: MixtureSource() for name, source in recipe.sources.items() if source.domain == domain}
+        rate = phase.fim_rate if part.fim_rate is None else part.fim_rate
+        for name, given in members.items():
+            add(f"{top}.domains.{domain}.sources", name, given, group, rate)
+    return entries
+
+
+def mixture_weights(phase: Phase, entries: list[Entry], tokens: Mapping[str, int], steps: int) -> Weights:
+    """Weights of a phase's streams over its `steps`.
+
+    Args:
+        tokens: of every source; inside a domain a source without a weight gets its (subset's) number of tokens.
+    """
+    if phase.mixture.domains:
+        ratios = tuple(part.ratio for part in phase.mixture.domains.values())
+        return Weights(ratios, tuple((entry.group, inner_weight(entry, tokens)) for entry in entries), steps)
+    return Weights(
+        tuple(entry.given.weight if entry.given.weight is not None else 0.0 for entry in entries),
+        tuple((entry.group, 1.0) for entry in entries),
+        steps,
+    )
+
+
+def inner_weight(entry: Entry, tokens: Mapping[str, int]) -> float | Schedule:
+    """Weight of a source within its domain: the given one, else the natural one."""
+    if entry.given.weight is not None:
+        return entry.given.weight
+    low, high = entry.given.subset_range
+    return tokens[entry.source] * (high - low)

@@ -217,14 +217,15 @@ def _known_encoding(path: Path, ranks: Mapping[bytes, int]) -> tuple[str, dict[s
         return ranks
 
     published = _library("tiktoken_ext.openai_public", "tiktoken", path)
-    for construct in published.ENCODING_CONSTRUCTORS.values():
-        names = {
-            **construct.__globals__,
-            "load_tiktoken_bpe": loader,
-            "data_gym_to_mergeable_bpe_ranks": lambda **_: ranks,
-        }
+    names = dict(vars(published))
+    names["load_tiktoken_bpe"] = loader
+    names["data_gym_to_mergeable_bpe_ranks"] = lambda **_: ranks
+    for name, value in vars(published).items():
+        if isinstance(value, types.FunctionType) and value.__module__ == published.__name__:
+            names[name] = types.FunctionType(value.__code__, names)  # they call one another
+    for name in published.ENCODING_CONSTRUCTORS:
         seen.clear()
-        encoding = types.FunctionType(construct.__code__, names)()
+        encoding = names[name]()
         if seen == [wanted]:
             return encoding["pat_str"], dict(encoding["special_tokens"])
     raise UserError(

@@ -17,6 +17,7 @@ import torch
 from megacode.errors import UserError
 from megacode.recipe.schema import Parallel, Recipe
 from megacode.runtime import cpu
+from megacode.runtime.launch import free_port
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,6 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     return Launch(rank=0, world_size=1, local_rank=0, address="127.0.0.1", port=0, launcher="single process")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def initialize(parallel: Parallel, seed: int, launch: Launch | None = None) -> World:
     """Start torch.distributed (NCCL on CUDA, else gloo) and Megatron-Core's parallel state, and seed this rank.
 
@@ -140,7 +135,7 @@ def initialize(parallel: Parallel, seed: int, launch: Launch | None = None) -> W
         cpu.install()
         device = torch.device("cpu")
 
-    port = launch.port or _free_port()
+    port = launch.port or free_port()
     # torch's own rendezvous reads the environment (and with torchrun shares the agent's store, which holds that port).
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = launch.address, str(port)
     torch.distributed.init_process_group(
@@ -168,17 +163,25 @@ def initialize(parallel: Parallel, seed: int, launch: Launch | None = None) -> W
     seed_everything(seed)
     # Only so that Megatron-Core's random tracker knows its generators; every step seeds them anew where dropout is on.
     tensor_parallel.model_parallel_cuda_manual_seed(seed % 2**31)
+    return current_world()
+
+
+def current_world() -> World:
+    """This process's place in the initialised layout, as Megatron-Core knows it."""
+    from megatron.core import parallel_state
+
+    cuda = torch.cuda.is_available()
     return World(
-        rank=launch.rank,
-        size=launch.world_size,
-        device=device,
+        rank=torch.distributed.get_rank(),
+        size=torch.distributed.get_world_size(),
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pipeline_size=parallel.pipeline,
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(with_context_parallel=False),
         data_size=parallel_state.get_data_parallel_world_size(with_context_parallel=False),
         context_rank=parallel_state.get_context_parallel_rank(),
-        context_size=parallel.context,
+        context_size=parallel_state.get_context_parallel_world_size(),
     )
 
 

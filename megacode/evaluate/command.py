@@ -1,0 +1,77 @@
+"""The verb `evaluate`: validation loss of a checkpoint, by source and domain."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+EXAMPLE = """examples:
+  megacode evaluate runs/crystal-tiny
+  megacode evaluate runs/crystal-tiny/checkpoints/step_00000100 --samples 500 --json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="run folder or checkpoint folder")
+    parser.add_argument("--samples", type=int, help="sequences per source (default: the recipe's)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    from megacode.errors import UserError
+    from megacode.evaluate.generate import open_for_inference
+
+    if args.samples is not None and args.samples < 1:
+        raise UserError(f"--samples: expected 1 or more, not {args.samples}")
+    recipe, tokenizer, model = open_for_inference(args.checkpoint)
+
+    from megacode.data.source import token_counts
+    from megacode.evaluate.validation import Validation, by_domain, validate
+    from megacode.recipe.plan import make_plan
+    from megacode.runtime.distributed import shutdown, current_world
+    from megacode.train.checkpoint import find_checkpoint, read_info
+
+    if args.samples:
+        recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"samples": args.samples})})
+    plan = make_plan(recipe, token_counts(recipe))
+    world = current_world()
+    validation = Validation.open(plan, world, tokenizer)
+    if validation is None:
+        raise UserError(f"{args.checkpoint}: its recipe gives no source a `validation` set; there is nothing to evaluate on")
+    info = read_info(find_checkpoint(args.checkpoint))
+    losses = validate(validation, [model], plan, int(info["step"]), world)
+    domains = by_domain(recipe, losses)
+    shutdown()
+    if args.json:
+        print(
+            json.dumps(
+                {
+                    "step": info["step"],
+                    "loss_by_source": {name: loss for name, (loss, _) in losses.items()},
+                    "tokens_by_source": {name: tokens for name, (_, tokens) in losses.items()},
+                    "loss_by_domain": domains,
+                }
+            )
+        )
+        return 0
+    _print_table(recipe, info, losses, domains)
+    return 0
+
+
+def _print_table(recipe, info, losses, domains) -> None:  # type: ignore[no-untyped-def]
+    import math
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{recipe.name}, step {info['step']:,}: validation", title_justify="left")
+    table.add_column("source")
+    table.add_column("domain")
+    for head in ("tokens", "loss (nats/token)", "perplexity"):
+        table.add_column(head, justify="right")
+    for name, (loss, tokens) in losses.items():
+        table.add_row(name, recipe.sources[name].domain, f"{tokens:,}", f"{loss:.4f}", f"{math.exp(min(loss, 700)):,.2f}")
+    table.add_section()
+    for domain, loss in domains.items():
+        table.add_row("all", domain, "", f"{loss:.4f}", f"{math.exp(min(loss, 700)):,.2f}")
+    Console().print(table)

@@ -1,0 +1,82 @@
+"""Validation loss by source: the first windows of each held-out set, the same ones every time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megacode.data.loader import validation_batches
+from megacode.data.source import TokenSource, open_validation
+from megacode.data.tokenizer import Tokenizer
+from megacode.recipe.plan import Plan
+from megacode.recipe.schema import Recipe
+from megacode.runtime.distributed import World
+from megacode.train.step import forward_backward
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Held-out sources by name, and which end-of-document token bounds their documents."""
+
+    sources: Mapping[str, TokenSource]
+    eod: int | None
+
+    @classmethod
+    def open(cls, plan: Plan, world: World, tokenizer: Tokenizer | None) -> Validation | None:
+        """The recipe's validation sets; None where it has none."""
+        sources = open_validation(plan.recipe)
+        return cls(sources, tokenizer.eod_id if tokenizer else None) if sources else None
+
+
+def validate(
+    validation: Validation, chunks: Sequence[Any], plan: Plan, done: int, world: World
+) -> dict[str, tuple[float, int]]:
+    """Mean loss over unmasked tokens of each validation source after `done` steps, at the current phase's length. Collective.
+
+    Returns:
+        source -> (loss in nats per token, number of tokens), equal on every rank.
+    """
+    recipe = plan.recipe
+    phase = plan.phase_at(max(done - 1, 0))
+    totals = torch.zeros(len(validation.sources), 2, dtype=torch.float64, device=world.device)
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        for index, source in enumerate(validation.sources.values()):
+            micro_batches = validation_batches(
+                source,
+                phase.sequence_length,
+                recipe.evaluation.samples,
+                world.data_rank,
+                world.data_size,
+                recipe.parallel.micro_batch_size,
+                recipe.parallel.pipeline if recipe.parallel.virtual_pipeline else 1,
+                reset_at_eod=phase.reset_at_eod,
+                eod=validation.eod,
+            )
+            if micro_batches:
+                sums = forward_backward(chunks, micro_batches, 1, recipe, world, forward_only=True)
+                totals[index] = sums[:, 0]
+    for chunk in chunks:
+        chunk.train()
+    if world.tensor_rank:
+        totals.zero_()  # every tensor-parallel rank holds the same sums: one of them speaks
+    torch.distributed.all_reduce(totals)
+    return {
+        name: (float(loss / tokens) if tokens else float("nan"), int(tokens))
+        for name, (loss, tokens) in zip(validation.sources, totals.tolist(), strict=True)
+    }
+
+
+def by_domain(recipe: Recipe, losses: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    """Token-weighted mean loss of each domain's validation sources."""
+    sums: dict[str, list[float]] = {}
+    for name, (loss, tokens) in losses.items():
+        if tokens:
+            entry = sums.setdefault(recipe.sources[name].domain, [0.0, 0.0])
+            entry[0] += loss * tokens
+            entry[1] += tokens
+    return {domain: loss / tokens for domain, (loss, tokens) in sums.items()}

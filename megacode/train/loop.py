@@ -1,0 +1,172 @@
+"""Training: the loop reads like the algorithm; everything it calls has a file of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+from megacode.data.loader import StepBatch, batches
+from megacode.data.mixture import Mixture
+from megacode.data.source import open_sources
+from megacode.data.tokenizer import Tokenizer
+from megacode.errors import UserError
+from megacode.evaluate.validation import Validation, validate
+from megacode.model.gpt import build_model, transformer_config
+from megacode.recipe.load import dump_recipe
+from megacode.recipe.plan import Plan, batch_facts
+from megacode.runtime.distributed import World, seed_step
+from megacode.train.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
+from megacode.train.guard import StopRequest
+from megacode.train.optimizer import build_optimizer, forget_state, set_rates, wrap_data_parallel
+from megacode.train.report_steps import StepReports
+from megacode.train.run_folder import checkpoint_to_resume, write_start
+from megacode.train.step import prepare_model_for_training, train_step
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What the loop works with on this rank."""
+
+    plan: Plan
+    world: World
+    chunks: Sequence[Any]
+    optimizer: Any
+    checkpointer: Checkpointer
+    validation: Validation | None
+    reports: StepReports
+
+
+def train(plan: Plan, run: Path, world: World, tokenizer: Tokenizer | None, vocab_size: int) -> int:
+    """Train `plan` in the folder `run`, from its latest checkpoint if it has one.
+
+    Returns:
+        0 when the plan is finished or a stop was asked for (state saved); errors are raised.
+    """
+    recipe = plan.recipe
+    resume = checkpoint_to_resume(run, plan)
+    if world.is_main:
+        write_start(run, plan, world)
+    reports = StepReports.open(plan, run, world, first_step=int(resume[1]["step"]) if resume else 0, vocab_size=vocab_size)
+
+    config = transformer_config(recipe)
+    chunks = wrap_data_parallel(recipe, config, build_model(recipe, vocab_size, config), world.data_size)
+    optimizer = build_optimizer(recipe, chunks)
+    prepare_model_for_training(chunks, optimizer)
+    trainer = Trainer(
+        plan=plan,
+        world=world,
+        chunks=chunks,
+        optimizer=optimizer,
+        checkpointer=Checkpointer(
+            run / "checkpoints",
+            recipe.checkpoints,
+            kept=frozenset(p.first_step + p.steps for p in plan.phases) if recipe.checkpoints.keep_phase_ends else frozenset(),
+            announce=reports.checkpoint,
+        ),
+        validation=Validation.open(plan, world, tokenizer),
+        reports=reports,
+    )
+    first = _restore(trainer, resume)
+    mixture = Mixture(plan, open_sources(recipe))
+    stream = batches(mixture, world.data_rank, world.data_size, recipe.parallel.micro_batch_size, first, tokenizer)
+    with contextlib.closing(stream), StopRequest() as stop, reports:
+        return _loop(trainer, stream, first, stop)
+
+
+def _loop(trainer: Trainer, stream: Any, first: int, stop: StopRequest) -> int:
+    plan, recipe, world = trainer.plan, trainer.plan.recipe, trainer.world
+    saves, last_saved = plan.checkpoint_steps(), first
+    for step in range(first, plan.total_steps):
+        phase = plan.phase_at(step)
+        if step == phase.first_step:
+            trainer.reports.phase(phase)
+            if phase.fresh_optimizer:
+                forget_state(trainer.optimizer)
+        started = time.perf_counter()
+        batch: StepBatch = next(stream)
+        seed_step(recipe, step)
+        set_rates(trainer.optimizer, phase.learning_rate(step), recipe.optimizer.weight_decay)
+        sums, norm = train_step(
+            trainer.chunks, trainer.optimizer, batch.micro_batches, len(phase.streams), recipe, world
+        )
+        trainer.reports.step(step, sums, norm, batch.digest, time.perf_counter() - started)
+        trainer.checkpointer.poll()
+
+        done = step + 1
+        at_phase_end = done == phase.first_step + phase.steps
+        if _due(done, recipe.evaluation.every) or (at_phase_end and recipe.evaluation.at_phase_end):
+            _evaluate(trainer, done)
+        stopping = stop.agreed()
+        if done in saves or stopping:
+            _save(trainer, done)
+            last_saved = done
+        if stopping:
+            trainer.checkpointer.wait()
+            trainer.reports.stopped(done, stopping)
+            return 0
+    if last_saved < plan.total_steps:
+        _save(trainer, plan.total_steps)
+    trainer.checkpointer.wait()
+    trainer.reports.finished()
+    return 0
+
+
+def _due(done: int, every: int | None) -> bool:
+    return bool(every) and done % every == 0
+
+
+def _restore(trainer: Trainer, resume: tuple[Path, dict[str, Any]] | None) -> int:
+    """Load what the run starts from; the number of steps already done."""
+    recipe = trainer.plan.recipe
+    if resume:
+        checkpoint, info = resume
+        if info["distributed_optimizer"] != recipe.parallel.distributed_optimizer:
+            raise UserError(
+                f"{checkpoint}: was saved with parallel.distributed_optimizer: {info['distributed_optimizer']}; set it so, or "
+                "start a new run from its weights with `initialize_from`"
+            )
+        load_checkpoint(checkpoint, trainer.chunks, trainer.optimizer)
+        trainer.reports.resumed(checkpoint, int(info["step"]))
+        return int(info["step"])
+    if recipe.initialize_from:
+        checkpoint = find_checkpoint(recipe.initialize_from)
+        load_checkpoint(checkpoint, trainer.chunks, None)
+        trainer.optimizer.reload_model_params()
+        trainer.reports.initialized(checkpoint)
+    else:
+        trainer.reports.started()
+    return 0
+
+
+def _save(trainer: Trainer, done: int) -> None:
+    plan, recipe = trainer.plan, trainer.plan.recipe
+    trainer.reports.flush()
+    info = {
+        "recipe": recipe.name,
+        "phase": plan.phase_at(done - 1).name,
+        "tokens": plan.tokens_before(done),
+        "facts": batch_facts(plan, done),
+        "distributed_optimizer": recipe.parallel.distributed_optimizer,
+        "layout": {
+            "tensor": recipe.parallel.tensor,
+            "pipeline": recipe.parallel.pipeline,
+            "context": recipe.parallel.context,
+            "data": trainer.world.data_size,
+        },
+    }
+    trainer.checkpointer.save(done, trainer.chunks, trainer.optimizer, info, dump_recipe(recipe))
+
+
+def _evaluate(trainer: Trainer, done: int) -> None:
+    if trainer.validation is None:
+        return
+    trainer.reports.flush()
+    losses = validate(trainer.validation, trainer.chunks, trainer.plan, done, trainer.world)
+    trainer.reports.validated(done, losses)
+
+

@@ -53,7 +53,8 @@ def check_layout(recipe: Recipe, world_size: int, path: Path | None = None) -> N
     product = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
     if world_size % model_ranks:
         raise UserError(
-            f"{where}parallel: {world_size} rank{'s' if world_size != 1 else ''} cannot hold {product} = {model_ranks} ranks a "
+            f"{where}parallel: {world_size} rank{'s' if world_size != 1 else ''} cannot hold {product} = {model_ranks} "
+            "ranks a "
             f"replica; start a multiple of {model_ranks} or change these keys"
         )
     data = world_size // model_ranks
@@ -92,7 +93,8 @@ def check_files(recipe: Recipe, path: Path | None = None) -> None:
         problems.append(f"tokenizer.path: there is no {recipe.tokenizer.path}; correct the path")
     if recipe.initialize_from and not Path(recipe.initialize_from).is_dir():
         problems.append(
-            f"initialize_from: there is no folder {recipe.initialize_from}; give a checkpoint folder, or take the key out to "
+            f"initialize_from: there is no folder {recipe.initialize_from}; give a checkpoint folder, or take the key "
+            "out to "
             "start from fresh weights"
         )
     if problems:
@@ -113,7 +115,8 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
     model = recipe.model
     if model.head_dim is None and model.hidden_size % model.heads:
         yield Problem(
-            "model.heads", f"{model.heads} does not divide hidden_size {model.hidden_size}; change one of them or set head_dim"
+            "model.heads", f"{model.heads} does not divide hidden_size {model.hidden_size}; change one of them or set "
+            "head_dim"
         )
         return
     if model.heads % model.resolved_kv_heads:
@@ -123,18 +126,21 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
         if rotated % 2 or rotated == 0:
             yield Problem(
                 "model.rotary_fraction",
-                f"rotates {rotated} of {model.resolved_head_dim} dimensions of a head, and they go in pairs; change it or head_dim",
+                f"rotates {rotated} of {model.resolved_head_dim} dimensions of a head, and they go in pairs; change it "
+                "or head_dim",
             )
     elif model.rotary_interleaved or model.rotary_fraction != 1.0:
         key = "rotary_interleaved" if model.rotary_interleaved else "rotary_fraction"
         yield Problem(
-            f"model.{key}", f"has no effect with position_embedding {model.position_embedding!r}; take it out or use 'rotary'"
+            f"model.{key}", f"has no effect with position_embedding {model.position_embedding!r}; take it out or use "
+            "'rotary'"
         )
     for phase in recipe.phases:
         if model.context_length and phase.sequence_length > model.context_length:
             yield Problem(
                 f"phases.{phase.name}.sequence_length",
-                f"{phase.sequence_length} is longer than model.context_length {model.context_length}; raise the latter or shorten "
+                f"{phase.sequence_length} is longer than model.context_length {model.context_length}; raise the latter "
+                "or shorten "
                 "the phase's sequences",
             )
 
@@ -147,7 +153,8 @@ def _parallel(recipe: Recipe) -> Iterator[Problem]:
     tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
     if model.heads % tensor:
         yield Problem(
-            "parallel.tensor", f"{tensor} does not divide model.heads {model.heads}; use {_divisors(model.heads, tensor)}"
+            "parallel.tensor",
+            f"{tensor} does not divide model.heads {model.heads}; use {_divisors(model.heads, tensor)}",
         )
     kv_heads = model.resolved_kv_heads
     if kv_heads % tensor and tensor % kv_heads:
@@ -159,23 +166,28 @@ def _parallel(recipe: Recipe) -> Iterator[Problem]:
         lower = model.resolved_ffn_size // tensor * tensor
         yield Problem(
             "model.ffn_size",
-            f"{model.resolved_ffn_size} cannot be split over parallel.tensor {tensor}; use {lower} or {lower + tensor}, or "
+            f"{model.resolved_ffn_size} cannot be split over parallel.tensor {tensor}; use {lower} or "
+            f"{lower + tensor}, or "
             "another tensor",
         )
     chunks = pipeline * (virtual or 1)
     if model.layers % chunks and not any("pipeline" in key for key in model.megatron):
         product = f"pipeline {pipeline}" + (f" x virtual_pipeline {virtual} = {chunks}" if virtual else "")
         yield Problem(
-            "model.layers", f"{model.layers} cannot be split over parallel.{product}; use a multiple of {chunks}, or fewer stages"
+            "model.layers", f"{model.layers} cannot be split over parallel.{product}; use a multiple of {chunks}, or "
+            "fewer stages"
         )
     if virtual and pipeline == 1:
-        yield Problem("parallel.virtual_pipeline", "needs parallel.pipeline of 2 or more; raise pipeline or take the key out")
+        yield Problem(
+            "parallel.virtual_pipeline", "needs parallel.pipeline of 2 or more; raise pipeline or take the key out"
+        )
     if parallel.sequence and tensor == 1:
         yield Problem("parallel.sequence", "needs parallel.tensor of 2 or more; set `sequence: false` or raise tensor")
     if parallel.recompute.granularity == "full" and parallel.recompute.layers > model.layers // chunks:
         yield Problem(
             "parallel.recompute.layers",
-            f"{parallel.recompute.layers} is more than the {model.layers // chunks} layers of a pipeline stage; lower it",
+            f"{parallel.recompute.layers} is more than the {model.layers // chunks} layers of a pipeline stage; lower "
+            "it",
         )
     for phase in recipe.phases:
         pieces = (tensor if parallel.sequence else 1) * (2 * parallel.context if parallel.context > 1 else 1)
@@ -198,14 +210,16 @@ def _batch_size(recipe: Recipe, phase: Phase, size: int, data: int) -> Problem |
     micro = parallel.micro_batch_size * data
     key = f"phases.{phase.name}.batch_size"
     stair = f"{size} (a stair of the ramp)" if not isinstance(phase.batch_size, int) else str(size)
-    product = f"parallel.micro_batch_size {parallel.micro_batch_size} x {data} data-parallel rank{'s' if data != 1 else ''}"
+    ranks = f"{data} data-parallel rank{'s' if data != 1 else ''}"
+    product = f"parallel.micro_batch_size {parallel.micro_batch_size} x {ranks}"
     nearest = max(size // micro, 1) * micro
     if size % micro:
         return Problem(key, f"{stair} is no multiple of {product} = {micro}; use {nearest} or another micro_batch_size")
     if parallel.virtual_pipeline and size // micro % parallel.pipeline:
         return Problem(
             key,
-            f"{stair} gives {size // micro} micro-batches, and an interleaved pipeline takes a multiple of parallel.pipeline "
+            f"{stair} gives {size // micro} micro-batches, and an interleaved pipeline takes a multiple of "
+            "parallel.pipeline "
             f"{parallel.pipeline}; use a multiple of {micro * parallel.pipeline}",
         )
     return None
@@ -231,18 +245,21 @@ def _precision(recipe: Recipe) -> Iterator[Problem]:
             what = "x head_dim " if key == "heads" else ""
             yield Problem(
                 f"model.{key}",
-                f"{what}gives FP8 matrices a side of {size:g} on each tensor-parallel rank, and they need multiples of 16; change it "
+                f"{what}gives FP8 matrices a side of {size:g} on each tensor-parallel rank, and they need multiples of "
+                "16; change it "
                 "or use `precision: bf16`",
             )
     edges = precision.bf16_first_layers, precision.bf16_last_layers
     if any(edges) and precision.fp8_recipe == "delayed":
         key = "bf16_first_layers" if edges[0] else "bf16_last_layers"
         yield Problem(
-            f"precision.{key}", "does not go with `fp8_recipe: delayed`; use tensorwise, blockwise or mxfp8, or take the key out"
+            f"precision.{key}", "does not go with `fp8_recipe: delayed`; use tensorwise, blockwise or mxfp8, or take "
+            "the key out"
         )
     if max(edges) > model.layers // recipe.parallel.pipeline:
         yield Problem(
-            "precision.bf16_first_layers", f"{max(edges)} bf16 layers are more than a pipeline stage has; lower it or the last ones"
+            "precision.bf16_first_layers", f"{max(edges)} bf16 layers are more than a pipeline stage has; lower it or "
+            "the last ones"
         )
 
 
@@ -258,7 +275,7 @@ def _phases(recipe: Recipe) -> Iterator[Problem]:
         seen.add(phase.name)
         if (phase.steps is None) == (phase.tokens is None):
             both = "both" if phase.steps else "neither"
-            yield Problem(key, f"has {both} of `steps` and `tokens`; give exactly one, and it says how long the phase is")
+            yield Problem(key, f"has {both} of `steps` and `tokens`; give exactly one to say how long the phase is")
         for size in BatchSizes.of(phase.batch_size).sizes.tolist()[-1:]:
             if size > _MOST_SEQUENCES:
                 yield Problem(f"{key}.batch_size", f"{size:,} is more than {_MOST_SEQUENCES:,} sequences; lower it")
@@ -273,13 +290,15 @@ def _rate(phase: Phase, key: str) -> Iterator[Problem]:
         for name in ("final", "decay_steps"):
             if name in rate.model_fields_set and getattr(rate, name):
                 yield Problem(
-                    f"{key}.learning_rate.{name}", "has no effect on a constant rate; take it out or choose another schedule"
+                    f"{key}.learning_rate.{name}", "has no effect on a constant rate; take it out or choose another "
+                    "schedule"
                 )
     elif rate.final > rate.peak:
         yield Problem(f"{key}.learning_rate.final", f"{rate.final:g} is above the peak {rate.peak:g}; lower it")
     if phase.steps is not None and rate.warmup > phase.steps:
         yield Problem(
-            f"{key}.learning_rate.warmup", f"{rate.warmup} steps are more than the phase's {phase.steps}; shorten the warm-up"
+            f"{key}.learning_rate.warmup", f"{rate.warmup} steps are more than the phase's {phase.steps}; shorten the "
+            "warm-up"
         )
 
 
@@ -290,7 +309,8 @@ def _mixture(recipe: Recipe, phase: Phase, key: str) -> Iterator[Problem]:
     for name in phase.mixture.sources or {}:
         if name not in recipe.sources:
             yield Problem(
-                f"{key}.mixture.sources.{name}", f"is no source of the recipe{did_you_mean(name, known)}; or add it under `sources:`"
+                f"{key}.mixture.sources.{name}", f"is no source of the recipe{did_you_mean(name, known)}; or add it "
+                "under `sources:`"
             )
     for domain, part in (phase.mixture.domains or {}).items():
         here = f"{key}.mixture.domains.{domain}"
@@ -299,22 +319,25 @@ def _mixture(recipe: Recipe, phase: Phase, key: str) -> Iterator[Problem]:
                 here, f"no source has this domain{did_you_mean(domain, domains)}; or set `domain: {domain}` on a source"
             )
         if part.sources is not None and not part.sources:
-            yield Problem(f"{here}.sources", "is empty; name the domain's sources, or take the key out to read all of them")
+            yield Problem(f"{here}.sources", "is empty; name sources, or take the key out to read all of the domain's")
         for name in part.sources or {}:
             if name not in recipe.sources:
                 yield Problem(
-                    f"{here}.sources.{name}", f"is no source of the recipe{did_you_mean(name, known)}; or add it under `sources:`"
+                    f"{here}.sources.{name}", f"is no source of the recipe{did_you_mean(name, known)}; or add it under "
+                    "`sources:`"
                 )
             elif recipe.sources[name].domain != domain:
                 yield Problem(
                     f"{here}.sources.{name}",
-                    f"has domain {recipe.sources[name].domain!r}, not {domain!r}; list it under its own domain or change "
+                    f"has domain {recipe.sources[name].domain!r}, not {domain!r}; list it under its own domain or "
+                    "change "
                     f"sources.{name}.domain",
                 )
         given = [entry.weight is not None for entry in (part.sources or {}).values()]
         if any(given) and not all(given):
             yield Problem(
-                f"{here}.sources", "some have a weight and some have none; give all of them one, or none (natural weights)"
+                f"{here}.sources", "some have a weight and some have none; give all of them one, or none (natural "
+                "weights)"
             )
 
 
@@ -324,26 +347,29 @@ def _weights(recipe: Recipe, phase: Phase, key: str) -> Iterator[Problem]:
     steps = phase.steps or 1 << 40
     weights = mixture_weights(phase, entries, dict.fromkeys(recipe.sources, 1), min(steps, 1 << 40))
     where = f"{key}.mixture"
-    # Between two such steps every schedule is constant or positive, so a sum that is zero anywhere is zero at one of them.
+    # Between two such steps every schedule is constant or positive, so a sum that is zero anywhere is zero at one of
+    # them.
     corners = _corners(weights.ratios, weights.inner, steps)
     totals = weights.at(corners).sum(axis=1)
     if (totals <= 0).any():
         step = int(corners[np.flatnonzero(totals <= 0)[0]])
         at = "all weights are zero" if not weights.settled else f"at the phase's step {step:,} all weights are zero"
-        yield Problem(where, f"{at}; give at least one source a weight above zero{' in every step' if weights.settled else ''}")
+        yield Problem(where, f"{at}; every step needs at least one source with a weight above zero")
     for group, (domain, _) in enumerate((phase.mixture.domains or {}).items()):
         inside = [inner for inner in weights.inner if inner[0] == group]
         alone = type(weights)((1.0,), tuple((0, weight) for _, weight in inside), weights.steps)
         if (alone.at(corners).sum(axis=1) <= 0).any():
             yield Problem(
-                f"{where}.domains.{domain}", "the weights of its sources are all zero in some step; give one of them more than zero"
+                f"{where}.domains.{domain}", "the weights of its sources are all zero in some step; give one of them "
+                "more than zero"
             )
     if recipe.tokenizer is None:
         for entry in entries:
             if entry.fim_rate > 0:
                 yield Problem(
                     f"{entry.key}.fim_rate",
-                    f"{entry.fim_rate:g} needs `tokenizer:`, whose fill-in-the-middle tokens it uses; add it, or set the rate to 0",
+                    f"{entry.fim_rate:g} needs `tokenizer:`, whose fill-in-the-middle tokens it uses; add it, or set "
+                    "the rate to 0",
                 )
                 break
 

@@ -2,10 +2,11 @@
 
 Mappings merge key by key; anything else replaces what was there. On top of that:
 
-* `phases` may be a mapping in a recipe that extends another: `NAME: {...}` changes the phase of that name, `NAME: null` drops it,
-  and `+: [...]` adds phases at the end. A list replaces all phases.
+* `phases` may be a mapping in a recipe that extends another: `NAME: {...}` changes the phase of that name, `NAME: null`
+  drops it, and `+: [...]` adds phases at the end. A list replaces all phases.
 * `null` takes a key back to its default.
-* Keys that exclude each other do so here too: `tokens` over `steps`, `domains` over `sources`, a new schedule over an old one.
+* Keys that exclude each other do so here too: `tokens` over `steps`, `domains` over `sources`, a new schedule over an
+  old one.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def _read(path: Path, above: tuple[Path, ...]) -> Node:
         phases = tree.value.get("phases")
         if phases is not None and isinstance(phases.value, dict):
             raise UserError(
-                f"{phases.where}: phases: expected a list (`- name: ...`); a mapping by name changes phases of a recipe named by "
+                f"{phases.where}: phases: expected a list (`- name: ...`); a mapping by name changes phases of a "
+                "recipe named by "
                 "`extends:`"
             )
         return tree
@@ -82,9 +84,9 @@ def _short_for(path: tuple[str, ...]) -> str | None:
 def _expanded(node: Node, path: tuple[str, ...]) -> Node:
     """Short forms written out, so that they merge with long ones."""
     value = node.value
-    if _is(path, "phases", "*", "mixture", "domains", "*", "sources") and isinstance(value, list):
-        if all(isinstance(item.value, str) for item in value):
-            value = {item.value: item.with_value({}) for item in value}
+    is_names = isinstance(value, list) and all(isinstance(item.value, str) for item in value)
+    if is_names and _is(path, "phases", "*", "mixture", "domains", "*", "sources"):
+        value = {item.value: item.with_value({}) for item in value}
     key = _short_for(path)
     if key and (isinstance(value, str | int | float) or (isinstance(value, dict) and "shape" in value)):
         return node.with_value({key: node.with_value(value)})
@@ -230,7 +232,8 @@ def _keys(tree: Node, parts: list[str], origin: str) -> list[str]:
 
 
 def _without_nulls(node: Node, path: tuple[str, ...]) -> Node:
-    """A key without a value is a key at its default, but for sources in mixtures (`c4:`) and Megatron-Core's own fields."""
+    """A key without a value is a key at its default, but for sources in mixtures (`c4:`) and Megatron-Core's own
+    fields."""
     value: Any = node.value
     if isinstance(value, dict):
         keep = path in _PASS_THROUGH

@@ -131,8 +131,8 @@ def _where(tree: Node, key: str | Sequence[str]) -> str:
 
 
 def _sentences(error: ValidationError, tree: Node) -> Iterator[str]:
-    """One sentence per mistake. Where a key takes one of several forms, pydantic reports each form's complaint; the one of
-    the form that was meant is used."""
+    """One sentence per mistake. Where a key takes one of several forms, pydantic reports each form's complaint; the one
+    of the form that was meant is used."""
     grouped: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for item in error.errors(include_url=False):
         loc = [str(part) for part in item["loc"]]
@@ -180,29 +180,33 @@ _PLAIN = {
 }
 
 
+_SECTIONS = {
+    "Schedule": "a schedule {shape, start, end, over}",
+    "BatchRamp": "a ramp {start, end, increment, over}",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "a number above"),
+    "greater_than_equal": ("ge", "a number of at least"),
+    "less_than": ("lt", "a number below"),
+    "less_than_equal": ("le", "a number of at most"),
+}
+
+
 def _expected(item: dict[str, Any]) -> str:
-    kind, context = item["type"], item.get("ctx", {})
-    for ending in ("_type", "_parsing"):
-        kind = kind.removesuffix(ending)
-    if kind in _PLAIN:
-        return _PLAIN[kind]
+    context = item.get("ctx", {})
+    kind = item["type"].removesuffix("_type").removesuffix("_parsing")
+    if kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
+        return f"{words} {context[name]:g}"
     if kind in ("model", "model_attributes", "dataclass"):
-        fields = {
-            "Schedule": "a schedule {shape, start, end, over}",
-            "BatchRamp": "a ramp {start, end, increment, over}",
-        }
-        return fields.get(context.get("class_name", ""), "a mapping of keys")
-    if kind == "literal_error":
-        return str(context["expected"])
-    bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
-    words = {"gt": "a number above", "ge": "a number of at least", "lt": "a number below", "le": "a number of at most"}
-    if kind in bounds:
-        return f"{words[bounds[kind]]} {context[bounds[kind]]:g}"
-    if kind == "string_pattern_mismatch":
-        return "a name of letters, digits, `.`, `_` and `-` that begins with a letter or digit"
-    if kind == "too_short":
-        return f"at least {context['min_length']} entry"
-    return item["msg"][0].lower() + item["msg"][1:]
+        return _SECTIONS.get(context.get("class_name", ""), "a mapping of keys")
+    known = {
+        **_PLAIN,
+        "literal_error": str(context.get("expected")),
+        "string_pattern_mismatch": ("a name of letters, digits, `.`, `_` and `-` that begins with a letter or digit"),
+        "too_short": f"at least {context.get('min_length')} entry",
+    }
+    return known.get(kind, item["msg"][0].lower() + item["msg"][1:])
 
 
 def _remedy(node: Node) -> str:

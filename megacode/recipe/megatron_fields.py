@@ -1,7 +1,8 @@
 """Fields of Megatron-Core's own configurations that a recipe passes through, checked without importing Megatron-Core.
 
-Its dataclasses are read as text (importing them costs seconds, and torch): names and plain types come from the installed
-version, so whatever that version can do is within reach of a recipe, and a misspelt name is found before anything starts.
+Its dataclasses are read as text (importing them costs seconds, and torch): names and plain types come from the
+installed version, so whatever that version can do is within reach of a recipe, and a misspelt name is found before
+anything starts.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ class Field:
 
 
 def check_pass_through(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """(key, sentence) for every pass-through field that Megatron-Core has not, that another key governs, or of a wrong type.
+    """(key, sentence) for every pass-through field that Megatron-Core has not, that another key governs, or of a wrong
+    type.
 
     Where Megatron-Core is not installed, only governed names are checked.
     """
@@ -168,7 +170,8 @@ def core_folder() -> Path | None:
 
 
 def fields_of(classes: tuple[tuple[str, str], ...]) -> dict[str, Field] | None:
-    """Fields of dataclasses (file in megatron/core, class), later ones over earlier ones; None where one cannot be read."""
+    """Fields of dataclasses (file in megatron/core, class), later ones over earlier ones; None where one cannot be
+    read."""
     core = core_folder()
     if core is None:
         return None

@@ -1,7 +1,7 @@
 """Which streams a phase reads, and by what weights.
 
-A *stream* is a source or a part of one (`subset`): the unit that has a cursor, so that a later phase goes on where an earlier
-one stopped.
+A *stream* is a source or a part of one (`subset`): the unit that has a cursor, so that a later phase goes on where an
+earlier one stopped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Recipe -> Plan: every step of the run before it starts.
 
-Steps, batch sizes, rates, and for every stream of every phase how many samples it gives, where its cursor stands and how many
-epochs that makes: exact, because all of it is a function of the recipe and of how many tokens each source has. `step` is
-always the run's step, 0 for its first update.
+Steps, batch sizes, rates, and for every stream of every phase how many samples it gives, where its cursor stands and
+how many epochs that makes: exact, because all of it is a function of the recipe and of how many tokens each source has.
+`step` is always the run's step, 0 for its first update.
 """
 
 from __future__ import annotations
@@ -189,7 +189,8 @@ class Plan:
         return tuple(phase.first_step + phase.steps for phase in self.phases)
 
     def checkpoints(self) -> tuple[int, ...]:
-        """Finished steps after which the run saves: the cadence, the ends of phases (`keep_phase_ends`), the end of the run.
+        """Finished steps after which the run saves: the cadence, the ends of phases (`keep_phase_ends`), the end of the
+        run.
 
         `checkpoints.every` counts the run's steps, a phase's own `checkpoint_every` counts from the phase's start.
         """
@@ -220,13 +221,12 @@ def make_plan(recipe: Recipe, token_counts: Mapping[str, int], path: Path | None
         path: of the recipe file, for messages.
 
     Raises:
-        UserError: a source too short for its window or subset, a window that is no multiple of a sequence length, a source
-            read more often than its `max_epochs`. All of them at once, a sentence each.
+        UserError: a source too short for its window or subset, a window that is no multiple of a sequence length, a
+            source read more often than its `max_epochs`. All of them at once, a sentence each.
     """
     where = f"{path}: " if path else ""
     windows = _windows(recipe, where)
-    cursors: dict[StreamKey, int] = {}
-    read: dict[StreamKey, int] = {}
+    history: dict[StreamKey, StreamPlan] = {}
     phases: list[PhasePlan] = []
     problems: list[str] = []
     first_step = 0
@@ -235,38 +235,68 @@ def make_plan(recipe: Recipe, token_counts: Mapping[str, int], path: Path | None
         steps = phase_steps(phase, batch)
         entries = mixture_entries(recipe, phase)
         quota = Quota(mixture_weights(phase, entries, token_counts, steps), batch)
-        counts = quota.before(steps).tolist()
         streams = []
-        for column, (entry, samples) in enumerate(zip(entries, counts, strict=True)):
-            low, high = entry.given.subset_range
-            key = (entry.source, low, high)
+        for column, (entry, samples) in enumerate(zip(entries, quota.before(steps).tolist(), strict=True)):
             try:
-                first_window, many = subset_windows(entry, token_counts[entry.source], windows[entry.source])
+                part = subset_windows(entry, token_counts[entry.source], windows[entry.source])
             except UserError as error:
                 problems.append(where + str(error))
                 continue
-            length = phase.sequence_length
-            stream = StreamPlan(
-                entry.source, entry.domain, low, high, entry.fim_rate, windows[entry.source], first_window, many,
-                cursor=0 if entry.restart else -(-cursors.get(key, 0) // length) * length,
-                samples=samples, sequence_length=length, tokens_before=read.get(key, 0),
-            )  # fmt: skip
+            stream = _stream(entry, phase, samples, window=windows[entry.source], part=part, history=history)
             cap = entry.given.max_epochs
             if cap is not None and stream.tokens_before + stream.tokens > cap * stream.epoch_tokens:
                 problems.append(where + _too_many_epochs(entry, stream, quota, column, steps))
-            cursors[key], read[key] = stream.cursor_after, stream.tokens_before + stream.tokens
             streams.append(stream)
-        reset = recipe.data.reset_at_eod if phase.reset_at_eod is None else phase.reset_at_eod
         phases.append(
             PhasePlan(
-                index, phase.name, first_step, steps, phase.sequence_length, reset, phase.optimizer_state == "fresh",
-                tuple(streams), quota, phase.learning_rate,
-            )  # fmt: skip
+                index=index,
+                name=phase.name,
+                first_step=first_step,
+                steps=steps,
+                sequence_length=phase.sequence_length,
+                reset_at_eod=recipe.data.reset_at_eod if phase.reset_at_eod is None else phase.reset_at_eod,
+                fresh_optimizer=phase.optimizer_state == "fresh",
+                streams=tuple(streams),
+                quota=quota,
+                rate=phase.learning_rate,
+            )
         )
         first_step += steps
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return Plan(recipe, tuple(phases))
+
+
+def _stream(
+    entry: Entry,
+    phase: Phase,
+    samples: int,
+    *,
+    window: int,
+    part: tuple[int, int],
+    history: dict[StreamKey, StreamPlan],
+) -> StreamPlan:
+    """A stream of a phase, going on from what `history` has of it; takes its place there."""
+    low, high = entry.given.subset_range
+    earlier = history.get((entry.source, low, high))
+    length = phase.sequence_length
+    stopped_at = 0 if earlier is None or entry.restart else earlier.cursor_after
+    stream = StreamPlan(
+        source=entry.source,
+        domain=entry.domain,
+        low=low,
+        high=high,
+        fim_rate=entry.fim_rate,
+        window=window,
+        first_window=part[0],
+        windows=part[1],
+        cursor=-(-stopped_at // length) * length,
+        samples=samples,
+        sequence_length=length,
+        tokens_before=earlier.tokens_before + earlier.tokens if earlier else 0,
+    )
+    history[(entry.source, low, high)] = stream
+    return stream
 
 
 def phase_steps(phase: Phase, batch: BatchSizes) -> int:
@@ -285,7 +315,8 @@ def _windows(recipe: Recipe, where: str) -> dict[str, int]:
             lengths.setdefault(entry.source, []).append(phase.sequence_length)
     windows = {name: recipe.sources[name].window or read[0] for name, read in lengths.items()}
     problems = [
-        f"{where}sources.{name}.window: {windows[name]:,} tokens{'' if recipe.sources[name].window else ' (by default)'} is "
+        f"{where}sources.{name}.window: {windows[name]:,} "
+        f"tokens{'' if recipe.sources[name].window else ' (by default)'} is "
         f"no multiple of every sequence length the source is read at ({', '.join(map(str, dict.fromkeys(read)))}); "
         f"set it to {math.lcm(*read)}"
         for name, read in lengths.items()
@@ -312,7 +343,8 @@ def subset_windows(entry: Entry, tokens: int, window: int) -> tuple[int, int]:
         )
     if end == first:
         raise UserError(
-            f"{entry.key}.subset: {entry.given.subset} of source {entry.source} ({total:,} windows of {window:,} tokens) "
+            f"{entry.key}.subset: {entry.given.subset} of source {entry.source} ({total:,} windows of {window:,} "
+            "tokens) "
             "holds no whole window; widen the subset"
         )
     return first, end - first
@@ -337,6 +369,7 @@ def _too_many_epochs(entry: Entry, stream: StreamPlan, quota: Quota, index: int,
             best = math.floor(share * others / (1 - share) * 10**digits) / 10**digits
             remedies.append(f"or a weight of at most {best:g}")
     return (
-        f"{entry.key}.max_epochs: source {stream.label} would be read {stream.epochs_after:.4g} times by the end of this phase, "
+        f"{entry.key}.max_epochs: source {stream.label} would be read {stream.epochs_after:.4g} times by the end of "
+        "this phase, "
         f"more than {cap:g}; {' '.join(remedies)}, or raise max_epochs"
     )

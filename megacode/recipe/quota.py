@@ -8,19 +8,19 @@ numbers with
 * sum over s of N[t, s] = sum over u <= t of B[u]: every step is full;
 * N never falls.
 
-**Why it can be done.** Sample k of stream s becomes available in the first step where C > k - 1 and is due in the first step
-where C >= k. The shares themselves are a (fractional) schedule that takes every sample between the two, so a whole one
-exists, and taking what is due first finds it (this is the chairman assignment problem: Tijdeman, Discrete Mathematics 32,
-1980; level schedules: Steiner and Yeomans, Management Science 39, 1993). Among samples that are due in the same step, the one
-that is furthest along (the largest fraction of C) is taken first, then the lower stream.
+**Why it can be done.** Sample k of stream s becomes available in the first step where C > k - 1 and is due in the first
+step where C >= k. The shares themselves are a (fractional) schedule that takes every sample between the two, so a whole
+one exists, and taking what is due first finds it (this is the chairman assignment problem: Tijdeman, Discrete
+Mathematics 32, 1980; level schedules: Steiner and Yeomans, Management Science 39, 1993). Among samples that are due in
+the same step, the one that is furthest along (the largest fraction of C) is taken first, then the lower stream.
 
-**What it costs.** Where every stream gets at least one sample's worth in every step, all pending samples are due in the next
-step, so N is the floor of C plus one for the largest fractions: a formula, and with constant weights C is one too.
-Elsewhere (a share below 1/B) steps depend on earlier ones; they are computed in chunks when first asked for, 3 to 10 microseconds
-each, and the state between chunks is kept.
+**What it costs.** Where every stream gets at least one sample's worth in every step, all pending samples are due in the
+next step, so N is the floor of C plus one for the largest fractions: a formula, and with constant weights C is one too.
+Elsewhere (a share below 1/B) steps depend on earlier ones; they are computed in chunks when first asked for, 3 to 10
+microseconds each, and the state between chunks is kept.
 
-**Exactness.** Weights become whole numbers of 2^-40 whose sum is exactly 2^40; C is held as a whole part and a fraction in
-2^-40. Nothing is rounded after that, and nothing looks at the phase's length or at later phases.
+**Exactness.** Weights become whole numbers of 2^-40 whose sum is exactly 2^40; C is held as a whole part and a fraction
+in 2^-40. Nothing is rounded after that, and nothing looks at the phase's length or at later phases.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ class Quota:
     # ---------------------------------------------------------------------------------------- N, the counts
 
     def _free(self, chunk: int) -> bool:
-        """Whether no step of the chunk depends on an earlier one: every stream gets at least a sample's worth in each step
-        (and in the one after the chunk), or has had nothing and gets nothing."""
+        """Whether no step of the chunk depends on an earlier one: every stream gets at least a sample's worth in each
+        step (and in the one after the chunk), or has had nothing and gets nothing."""
         if chunk not in self._is_free:
             first = chunk * CHUNK
             if first >= self._tail:
@@ -253,7 +253,8 @@ class Quota:
         return np.where(shares > 0, self.batch.steps_for(samples + missing), _NEVER)
 
     def _due_beyond(self, chunk: int, wanted: Ints) -> Ints:
-        """First step count after a chunk at which C reaches `wanted` (one per stream), while the weights move or later."""
+        """First step count after a chunk at which C reaches `wanted` (one per stream), while the weights move or
+        later."""
         due = np.full(self.streams, -1, dtype=np.int64)
         last = self._tail // CHUNK
         for number in range(chunk + 1, last):

@@ -1,7 +1,8 @@
 """YAML as a tree whose every part knows the file and line it was written in.
 
-The dialect is the plain one people mean: `true`/`false` are the only booleans (`yes`, `no`, `on`, `off` are words), `1e-4` and `3E-4`
-are numbers, there are no dates, octals or base-60 numbers, a key given twice is an error, and tags are refused.
+The dialect is the plain one people mean: `true`/`false` are the only booleans (`yes`, `no`, `on`, `off` are words),
+`1e-4` and `3E-4` are numbers, there are no dates, octals or base-60 numbers, a key given twice is an error, and tags
+are refused.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -30,13 +31,15 @@ _RESOLVERS = (
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 class Dumper(yaml.SafeDumper):
     """Writes YAML that reads back as the same values here and under YAML 1.1's own rules."""
 
-    yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}  # noqa: RUF012
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: list(resolvers) for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
 
 
 for _tag, _pattern, _first in _RESOLVERS:
@@ -106,7 +109,9 @@ def parse_yaml(text: str, origin: str, folder: Path, numbered: bool = True) -> N
         mark = error.problem_mark or error.context_mark
         at = f":{mark.line + 1}" if mark and numbered else ""
         problem = " ".join(str(error.problem or error.context).split())
-        raise UserError(f"{origin}{at}: not valid YAML: {problem}; correct the line, or quote the text in it") from error
+        raise UserError(
+            f"{origin}{at}: not valid YAML: {problem}; correct the line, or quote the text in it"
+        ) from error
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from error
     if root is None:
@@ -146,13 +151,16 @@ class _Builder:
             if key_node.tag.endswith(":merge"):
                 for part in value.value if isinstance(value.value, list) else [value]:
                     if not isinstance(part.value, dict):
-                        raise UserError(f"{self.origin}:{line + 1}: `<<` takes a mapping (an alias of one); correct the line")
+                        raise UserError(
+                            f"{self.origin}:{line + 1}: `<<` takes a mapping (an alias of one); correct the line"
+                        )
                     merged = part.value | merged
                 continue
             key = key_node.value
             if key in out:
                 raise UserError(
-                    f"{self.origin}:{line + 1}: {key}: is given twice (first in line {lines[key] + 1}); keep one of the two"
+                    f"{self.origin}:{line + 1}: {key}: is given twice (first in line {lines[key] + 1}); keep one of "
+                    "the two"
                 )
             out[key], lines[key] = value, line
         return merged | out
@@ -171,7 +179,9 @@ class _Builder:
         if kind in ("str", "merge"):
             return node.value
         line = node.start_mark.line + 1
-        raise UserError(f"{self.origin}:{line}: {node.value!r} cannot be read as {kind}; write a plain value without a tag")
+        raise UserError(
+            f"{self.origin}:{line}: {node.value!r} cannot be read as {kind}; write a plain value without a tag"
+        )
 
 
 def describe(value: Any) -> str:

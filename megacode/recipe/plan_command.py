@@ -1,0 +1,99 @@
+"""`megacode plan`: the whole run as tables before it starts. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from megacode.errors import UserError
+from megacode.recipe.checks import check_layout
+from megacode.recipe.estimate import PEAK_FLOPS
+from megacode.recipe.load import load_recipe
+from megacode.recipe.plan import Plan, make_plan
+from megacode.recipe.schema import Recipe
+
+HELP = "print the whole run as tables before it starts"
+EXAMPLE = "megacode plan recipes/crystal-7b.yaml --gpus 64 --device h100 --mfu 0.45"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="recipe file")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="change a key, such as phases.phase1.steps=100 (may be given several times)",
+    )
+    parser.add_argument("--gpus", type=_positive, metavar="N", help="devices, for memory and time")
+    parser.add_argument("--mfu", type=_fraction, default=0.45, help="share of the device's peak (default: 0.45)")
+    parser.add_argument("--device", choices=sorted(PEAK_FLOPS), default="h100", help="default: h100")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw shares, rate and batch size (.png, .svg)")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON instead")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; 0, or a UserError."""
+    from megacode.data.source import token_counts
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.gpus:
+        check_layout(recipe, args.gpus, args.recipe)
+    plan = make_plan(recipe, token_counts(recipe, args.recipe.parent), args.recipe)
+    vocab_size = vocabulary(recipe)
+    if args.plot:
+        _draw(plan, args.plot)
+    from megacode.recipe.show import plan_as_dict, print_plan
+
+    if args.json:
+        print(json.dumps(plan_as_dict(plan, vocab_size), indent=1))
+        return 0
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no width of its own
+        console = Console(highlight=False, width=140)
+    print_plan(plan, vocab_size, console, args.gpus, args.device, args.mfu)
+    if args.plot:
+        console.print(f"drawn: {args.plot}")
+    return 0
+
+
+def vocabulary(recipe: Recipe) -> int | None:
+    """Size of the vocabulary: `model.vocab_size`, else the tokenizer's where it is on disk, else None."""
+    if recipe.model.vocab_size:
+        return recipe.model.vocab_size
+    if recipe.tokenizer and Path(recipe.tokenizer.path).exists():
+        from megacode.data.tokenizer import load_tokenizer
+
+        return load_tokenizer(recipe.tokenizer).vocab_size
+    return None
+
+
+def _draw(plan: Plan, path: Path) -> None:
+    from megacode.recipe.show import plot_plan
+
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        plot_plan(plan, temporary)
+        os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"--plot {path}: cannot be drawn ({error}); give FILE.png in a folder that is there") from error
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("expected 1 or more")
+    return number
+
+
+def _fraction(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError("expected a number above 0 and at most 1")
+    return number

@@ -295,11 +295,6 @@ def _rate(phase: Phase, key: str) -> Iterator[Problem]:
                 )
     elif rate.final > rate.peak:
         yield Problem(f"{key}.learning_rate.final", f"{rate.final:g} is above the peak {rate.peak:g}; lower it")
-    if phase.steps is not None and rate.warmup > phase.steps:
-        yield Problem(
-            f"{key}.learning_rate.warmup", f"{rate.warmup} steps are more than the phase's {phase.steps}; shorten the "
-            "warm-up"
-        )
 
 
 def _mixture(recipe: Recipe, phase: Phase, key: str) -> Iterator[Problem]:

@@ -30,7 +30,7 @@ def parse_count(value: Any) -> Any:
     if not match:
         raise ValueError(f"expected a count such as 4000, 120k, 1.5M, 344.8B or 1.4T, not {value!r}")
     number = float(match[1].replace("_", "")) * _SUFFIXES[match[2].lower()]
-    return int(round(number))
+    return round(number)
 
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]

@@ -42,7 +42,7 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
         )
         if module:
             module.add_arguments(sub)
-            sub.set_defaults(run=module.run)
+            sub.set_defaults(entry=module.run)
     return parser
 
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = next((a for a in arguments if not a.startswith("-")), None)
     args = _parser(verb if verb in VERBS else None).parse_args(arguments)
     try:
-        return int(args.run(args) or 0)
+        return int(args.entry(args) or 0)
     except UserError as error:
         print(f"megacode {args.verb}: {error}", file=sys.stderr)
         return 2

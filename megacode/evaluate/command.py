@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from megacode.data.source import token_counts
     from megacode.evaluate.validation import Validation, by_domain, validate
     from megacode.recipe.plan import make_plan
-    from megacode.runtime.distributed import shutdown, current_world
+    from megacode.runtime.distributed import current_world, shutdown
     from megacode.train.checkpoint import find_checkpoint, read_info
 
     if args.samples:

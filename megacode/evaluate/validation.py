@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from megacode.data.batch import Batch
 from megacode.data.loader import validation_batches
-from megacode.data.source import TokenSource, open_validation
+from megacode.data.source import TokenSource, open_source
 from megacode.data.tokenizer import Tokenizer
 from megacode.recipe.plan import Plan
 from megacode.recipe.schema import Recipe
@@ -27,7 +30,11 @@ class Validation:
     @classmethod
     def open(cls, plan: Plan, world: World, tokenizer: Tokenizer | None) -> Validation | None:
         """The recipe's validation sets; None where it has none."""
-        sources = open_validation(plan.recipe)
+        sources = {
+            name: open_source(name, source.validation_paths, key="validation")
+            for name, source in plan.recipe.sources.items()
+            if source.validation_paths
+        }
         return cls(sources, tokenizer.eod_id if tokenizer else None) if sources else None
 
 
@@ -46,20 +53,22 @@ def validate(
         chunk.eval()
     with torch.no_grad():
         for index, source in enumerate(validation.sources.values()):
-            micro_batches = validation_batches(
-                source,
-                phase.sequence_length,
-                recipe.evaluation.samples,
-                world.data_rank,
-                world.data_size,
-                recipe.parallel.micro_batch_size,
-                recipe.parallel.pipeline if recipe.parallel.virtual_pipeline else 1,
-                reset_at_eod=phase.reset_at_eod,
-                eod=validation.eod,
+            micro_batches = list(
+                validation_batches(
+                    source,
+                    phase.sequence_length,
+                    recipe.evaluation.samples,
+                    rank=world.data_rank,
+                    world=world.data_size,
+                    micro_batch_size=recipe.parallel.micro_batch_size,
+                    eod_id=validation.eod,
+                    reset_at_eod=phase.reset_at_eod,
+                    mask_eod_loss=recipe.data.mask_eod_loss,
+                )
             )
-            if micro_batches:
-                sums = forward_backward(chunks, micro_batches, 1, recipe, world, forward_only=True)
-                totals[index] = sums[:, 0]
+            if recipe.parallel.virtual_pipeline:
+                _fill_up(micro_batches, recipe.parallel.pipeline)
+            totals[index] = forward_backward(chunks, micro_batches, 1, recipe, world, forward_only=True)[:, 0]
     for chunk in chunks:
         chunk.train()
     if world.tensor_rank:
@@ -69,6 +78,12 @@ def validate(
         name: (float(loss / tokens) if tokens else float("nan"), int(tokens))
         for name, (loss, tokens) in zip(validation.sources, totals.tolist(), strict=True)
     }
+
+
+def _fill_up(micro_batches: list[Batch], multiple: int) -> None:
+    """Masked copies of the last micro-batch until their number is a multiple, as interleaved pipelines need it."""
+    blank = dataclasses.replace(micro_batches[-1], loss_mask=np.zeros_like(micro_batches[-1].loss_mask))
+    micro_batches += [blank] * (-len(micro_batches) % multiple)
 
 
 def by_domain(recipe: Recipe, losses: Mapping[str, tuple[float, int]]) -> dict[str, float]:

@@ -114,7 +114,7 @@ def install() -> None:
     for name in ("synchronize", "set_device", "empty_cache", "manual_seed_all", "set_stream"):
         setattr(cuda, name, nothing())
     cuda.nvtx.range_push, cuda.nvtx.range_pop = nothing(), nothing()
-    cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.manual_seed = cuda.random.manual_seed = torch.manual_seed
     cuda.get_rng_state = cuda.random.get_rng_state = rng_state
     cuda.set_rng_state = cuda.random.set_rng_state = set_rng_state
     cuda.Stream = cuda.Event = _Inert

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 from megacode.errors import UserError
@@ -19,10 +20,13 @@ Run again with the same --run, it goes on from the latest checkpoint, in whateve
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="recipe file (YAML)")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe, e.g. --set parallel.tensor=2")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+        help="change a key of the recipe, e.g. --set parallel.tensor=2",
+    )  # fmt: skip
     parser.add_argument("--run", type=Path, help="run folder (default: runs/NAME of the recipe)")
-    parser.add_argument("--restart", action="store_true", help="start over: an earlier run in the folder is put aside, not deleted")
-    parser.add_argument("--processes", type=int, help="start this many processes on this machine (without torchrun or srun)")
+    parser.add_argument("--restart", action="store_true", help="start over: an earlier run in the folder is put aside")
+    parser.add_argument("--processes", type=int, help="start this many processes here (without torchrun or srun)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,12 +88,12 @@ def _train(plan, folder: Path, restart: bool) -> int:  # type: ignore[no-untyped
         tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
         return train(plan, folder, world, tokenizer, vocab_size(recipe, tokenizer))
     except UserError as error:
-        # Peers may wait in a collective for this rank: leave at once, and say it once if all ranks found the same mistake.
-        if world.is_main or world.size == 1:
-            print(f"megacode train: {error}", file=sys.stderr, flush=True)
-        else:
-            print(f"megacode train: rank {world.rank}: {error}", file=sys.stderr, flush=True)
-        sys.stderr.flush()
+        # Peers may wait in a collective for this rank, so it leaves without the usual goodbyes.
+        # The main rank's exit ends the others while they wait; a mistake that only they see is told by them.
+        if not world.is_main:
+            time.sleep(3)
+        place_of = "" if world.is_main else f"rank {world.rank}: "
+        print(f"megacode train: {place_of}{error}", file=sys.stderr, flush=True)
         os._exit(2)
     finally:
         if not sys.exc_info()[0]:

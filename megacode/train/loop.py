@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
 
 from megacode.data.loader import StepBatch, batches
 from megacode.data.mixture import Mixture
@@ -17,8 +16,9 @@ from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.evaluate.validation import Validation, validate
 from megacode.model.gpt import build_model, transformer_config
+from megacode.recipe.fingerprint import fingerprint
 from megacode.recipe.load import dump_recipe
-from megacode.recipe.plan import Plan, batch_facts
+from megacode.recipe.plan import Plan
 from megacode.runtime.distributed import World, seed_step
 from megacode.train.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
 from megacode.train.guard import StopRequest
@@ -65,22 +65,22 @@ def train(plan: Plan, run: Path, world: World, tokenizer: Tokenizer | None, voca
         checkpointer=Checkpointer(
             run / "checkpoints",
             recipe.checkpoints,
-            kept=frozenset(p.first_step + p.steps for p in plan.phases) if recipe.checkpoints.keep_phase_ends else frozenset(),
+            kept=plan.kept_checkpoints(),
             announce=reports.checkpoint,
         ),
         validation=Validation.open(plan, world, tokenizer),
         reports=reports,
     )
     first = _restore(trainer, resume)
-    mixture = Mixture(plan, open_sources(recipe))
-    stream = batches(mixture, world.data_rank, world.data_size, recipe.parallel.micro_batch_size, first, tokenizer)
+    mixture = Mixture(plan, open_sources(plan))
+    stream = batches(mixture, rank=world.data_rank, world=world.data_size, first_step=first, tokenizer=tokenizer)
     with contextlib.closing(stream), StopRequest() as stop, reports:
         return _loop(trainer, stream, first, stop)
 
 
-def _loop(trainer: Trainer, stream: Any, first: int, stop: StopRequest) -> int:
+def _loop(trainer: Trainer, stream: Iterator[StepBatch], first: int, stop: StopRequest) -> int:
     plan, recipe, world = trainer.plan, trainer.plan.recipe, trainer.world
-    saves, last_saved = plan.checkpoint_steps(), first
+    saves, last_saved = set(plan.checkpoints()), first
     for step in range(first, plan.total_steps):
         phase = plan.phase_at(step)
         if step == phase.first_step:
@@ -88,13 +88,13 @@ def _loop(trainer: Trainer, stream: Any, first: int, stop: StopRequest) -> int:
             if phase.fresh_optimizer:
                 forget_state(trainer.optimizer)
         started = time.perf_counter()
-        batch: StepBatch = next(stream)
+        batch = next(stream)
         seed_step(recipe, step)
         set_rates(trainer.optimizer, phase.learning_rate(step), recipe.optimizer.weight_decay)
         sums, norm = train_step(
             trainer.chunks, trainer.optimizer, batch.micro_batches, len(phase.streams), recipe, world
         )
-        trainer.reports.step(step, sums, norm, batch.digest, time.perf_counter() - started)
+        trainer.reports.step(step, sums, norm, batch, time.perf_counter() - started)
         trainer.checkpointer.poll()
 
         done = step + 1
@@ -150,7 +150,7 @@ def _save(trainer: Trainer, done: int) -> None:
         "recipe": recipe.name,
         "phase": plan.phase_at(done - 1).name,
         "tokens": plan.tokens_before(done),
-        "facts": batch_facts(plan, done),
+        "facts": fingerprint(plan, done),
         "distributed_optimizer": recipe.parallel.distributed_optimizer,
         "layout": {
             "tensor": recipe.parallel.tensor,

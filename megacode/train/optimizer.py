@@ -162,9 +162,9 @@ def forget_state(optimizer: Any) -> None:
 def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
     """Megatron-Core's `load_state_dict`, also where it drives torch's Adam.
 
-    The distributed optimizer's fully reshardable format keeps the step count in the parameter groups, yet copies every entry of a parameter's Adam
-    state, for torch's Adam including `step`, from the checkpoint (megatron-core 0.16.1). So the tensors are
-    loaded while `step` stands aside.
+    The distributed optimizer's fully reshardable format keeps the step count in the parameter groups, yet copies every entry
+    of a parameter's Adam state, for torch's Adam including `step`, from the checkpoint (megatron-core 0.16.1). So the tensors
+    are loaded while `step` stands aside.
     """
     torch_adam = [i for i in inner_optimizers(optimizer) if isinstance(i, torch.optim.AdamW | torch.optim.Adam)]
     if not torch_adam:

@@ -15,8 +15,9 @@ from typing import Any
 
 from megacode import __version__
 from megacode.errors import UserError
+from megacode.recipe.fingerprint import differences, fingerprint
 from megacode.recipe.load import dump_recipe
-from megacode.recipe.plan import Plan, batch_facts, fact_differences
+from megacode.recipe.plan import Plan
 from megacode.runtime.distributed import World
 from megacode.train.checkpoint import latest_checkpoint, read_info, write_durably
 
@@ -66,9 +67,9 @@ def checkpoint_to_resume(run: Path, plan: Plan) -> tuple[Path, dict[str, Any]] |
             f"{run}: has {step} finished steps and the recipe ends after {plan.total_steps}; lengthen the last phase, add one, "
             "or choose another --run"
         )
-    differences = fact_differences(info["facts"], batch_facts(plan, step))
-    if differences:
-        shown = "; ".join(differences[:6]) + (f"; and {len(differences) - 6} more" if len(differences) > 6 else "")
+    changed = differences(info["facts"], json.loads(json.dumps(fingerprint(plan, step))))
+    if changed:
+        shown = "; ".join(changed[:6]) + (f"; and {len(changed) - 6} more" if len(changed) > 6 else "")
         raise UserError(
             f"{run}: its first {step} steps were not trained as this recipe says: {shown}; undo the change, or choose another "
             "--run (with `initialize_from` to start from these weights)"

@@ -1,0 +1,226 @@
+"""What a run tells while it trains: losses by source gathered over the ranks, one line for people, records for machines.
+
+The device is not asked for numbers every step: sums stay there until `logging.every` steps are gathered in one exchange.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megacode.data.loader import StepBatch
+from megacode.evaluate.validation import by_domain
+from megacode.recipe.estimate import flops_per_token
+from megacode.recipe.plan import PhasePlan, Plan
+from megacode.runtime.devices import peak_flops
+from megacode.runtime.distributed import World
+from megacode.train.metrics import MetricsWriter
+from megacode.train.progress import Progress
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A finished step whose numbers are still on the device."""
+
+    step: int
+    phase: PhasePlan
+    sums: torch.Tensor
+    norm: Any
+    digest: int
+    seconds: float
+
+
+@dataclass
+class StepReports:
+    """Gathers, writes and shows the numbers of finished steps. Every rank has one; rank 0's speaks and writes."""
+
+    plan: Plan
+    world: World
+    flops: dict[int, float]
+    peak: float | None
+    writer: MetricsWriter | None
+    progress: Progress | None
+    _pending: list[_Pending] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, plan: Plan, run: Path, world: World, first_step: int, vocab_size: int) -> StepReports:
+        recipe = plan.recipe
+        cuda = world.device.type == "cuda"
+        device = torch.cuda.get_device_name() if cuda else "cpu"
+        lengths = {phase.sequence_length for phase in plan.phases}
+        return cls(
+            plan=plan,
+            world=world,
+            flops={length: flops_per_token(recipe.model, vocab_size, length) for length in lengths},
+            peak=peak_flops(device, "fp8" if recipe.precision.compute == "fp8" else recipe.precision.compute),
+            writer=MetricsWriter.open(run, recipe.logging.tensorboard, first_step) if world.is_main else None,
+            progress=Progress.open(run, plan, first_step, device) if world.is_main else None,
+        )
+
+    def __enter__(self) -> StepReports:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.progress:
+            self.progress.close()
+        if self.writer:
+            self.writer.close()
+
+    # ------------------------------------------------------------------------------------------------- steps
+
+    def step(self, step: int, sums: torch.Tensor, norm: Any, batch: StepBatch, seconds: float) -> None:
+        """Take in a finished step; gather and show every `logging.every` steps and at the end of a phase. Collective."""
+        phase = self.plan.phase_at(step)
+        self._pending.append(_Pending(step, phase, sums, norm, batch.digest, seconds))
+        if (step + 1) % self.plan.recipe.logging.every == 0 or step == phase.last_step:
+            self.flush()
+
+    def flush(self) -> None:
+        """Gather what is pending over all ranks; rank 0 writes and shows it. Collective."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        totals = torch.stack([p.sums for p in pending])
+        digests = torch.tensor([_signed(p.digest) for p in pending], device=self.world.device)
+        if self.world.tensor_rank or not self.world.is_last_stage:
+            totals.zero_()  # tensor-parallel ranks hold the same sums, and only the last stage sees the loss
+        if self.world.tensor_rank or not self.world.is_first_stage or self.world.context_rank:
+            digests.zero_()  # one rank speaks for each share of the batch
+        torch.distributed.all_reduce(totals)
+        torch.distributed.all_reduce(digests)
+        if self.writer and self.progress:
+            records = [
+                self._record(p, total, digest)
+                for p, total, digest in zip(pending, totals.cpu().tolist(), digests.tolist(), strict=True)
+            ]
+            for record in records:
+                self.writer.write(record)
+            self.progress.steps(records)
+
+    def _record(self, pending: _Pending, sums: list[list[float]], digest: int) -> dict[str, Any]:
+        phase, step = pending.phase, pending.step
+        losses, tokens = sums
+        batch_size = phase.batch_size(step)
+        seen = batch_size * phase.sequence_length
+        flops = seen * self.flops[phase.sequence_length] / pending.seconds / self.world.size
+        sources = [stream.source for stream in phase.streams]
+        domains = [stream.domain for stream in phase.streams]
+        counts = phase.counts(step).tolist()
+        memory = torch.cuda.max_memory_allocated() / 1e9 if self.world.device.type == "cuda" else None
+        return {
+            "kind": "train",
+            "step": step + 1,
+            "phase": phase.name,
+            "loss": _ratio(sum(losses), sum(tokens)),
+            "grad_norm": float(pending.norm),
+            "learning_rate": phase.learning_rate(step),
+            "batch_size": batch_size,
+            "tokens": self.plan.tokens_before(step + 1),
+            "seconds": pending.seconds,
+            "tokens_per_second": seen / pending.seconds,
+            "tflops_per_device": flops / 1e12,
+            "mfu": flops / self.peak if self.peak else None,
+            "memory_gb": memory,
+            "loss_by_source": _means(sources, losses, tokens),
+            "loss_by_domain": _means(domains, losses, tokens),
+            "samples_by_source": self._samples(step + 1),
+            "ratio_by_domain": {d: n / batch_size for d, n in _sums(domains, counts).items()},
+            "batch": f"{digest % 2**64:016x}",
+        }
+
+    def _samples(self, done: int) -> dict[str, int]:
+        """Samples of each source in the first `done` steps of the run."""
+        total: dict[str, int] = {}
+        for phase in self.plan.phases:
+            if phase.first_step < done:
+                taken = phase.counts_before(min(done, phase.first_step + phase.steps)).tolist()
+                for source, count in _sums([s.source for s in phase.streams], taken).items():
+                    total[source] = total.get(source, 0) + count
+        return total
+
+    # ------------------------------------------------------------------------------------------------- events
+
+    def _event(self, step: int, event: str, line: str | None, **more: Any) -> None:
+        if self.writer and self.progress:
+            self.writer.write({"kind": "event", "step": step, "event": event, **more})
+            if line:
+                self.progress.say(line)
+
+    def started(self) -> None:
+        recipe, world = self.plan.recipe, self.world
+        self._event(
+            0, "start",
+            f"starting {recipe.name}: {self.plan.total_steps:,} steps, {self.plan.total_tokens:,} tokens, "
+            f"{world.size} process{'es' * (world.size > 1)}",
+            world_size=world.size,
+        )  # fmt: skip
+
+    def initialized(self, checkpoint: Path) -> None:
+        self.started()
+        self._event(0, "initialize", f"weights from {checkpoint}", checkpoint=str(checkpoint))
+
+    def resumed(self, checkpoint: Path, step: int) -> None:
+        left = self.plan.total_steps - step
+        line = (
+            f"continuing from {checkpoint}: step {step:,} of {self.plan.total_steps:,}"
+            if left
+            else f"nothing to do: {checkpoint} is the end of this run (step {step:,}); --restart starts over"
+        )
+        self._event(step, "resume", line, checkpoint=str(checkpoint), world_size=self.world.size)
+
+    def phase(self, phase: PhasePlan) -> None:
+        if self.progress:
+            self.progress.phase(phase)
+            self._event(phase.first_step, "phase", None, phase=phase.name)
+
+    def checkpoint(self, step: int, path: Path) -> None:
+        self._event(step, "checkpoint", f"checkpoint {path.name}", path=path.name)
+
+    def validated(self, done: int, losses: dict[str, tuple[float, int]]) -> None:
+        if self.writer and self.progress:
+            record = {
+                "kind": "validation",
+                "step": done,
+                "phase": self.plan.phase_at(max(done - 1, 0)).name,
+                "loss_by_source": {name: loss for name, (loss, _) in losses.items()},
+                "loss_by_domain": by_domain(self.plan.recipe, losses),
+                "samples": self.plan.recipe.evaluation.samples,
+            }
+            self.writer.write(record)
+            self.progress.validation(record)
+
+    def stopped(self, done: int, signal_number: int) -> None:
+        self.flush()
+        self._event(done, "stop", f"stopped by signal {signal_number} after step {done:,}; saved, run again to go on")
+
+    def finished(self) -> None:
+        self.flush()
+        self._event(self.plan.total_steps, "end", None, at=time.time())
+        if self.progress:
+            self.progress.finished()
+
+
+def _signed(value: int) -> int:
+    """A uint64 as the int64 of the same bits: sums of either agree modulo 2^64."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else float("nan")
+
+
+def _sums(names: list[str], values: list[Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in zip(names, values, strict=True):
+        out[name] = out.get(name, 0) + value
+    return out
+
+
+def _means(names: list[str], totals: list[float], counts: list[float]) -> dict[str, float]:
+    """Mean loss of each name that has tokens in this step."""
+    count = _sums(names, counts)
+    return {name: total / count[name] for name, total in _sums(names, totals).items() if count[name]}

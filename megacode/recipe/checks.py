@@ -29,6 +29,8 @@ class Problem:
 
     key: str
     text: str
+    at: str = ""
+    """The key that a line number is wanted for, where it is another one."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.text}"
@@ -115,8 +117,8 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
     model = recipe.model
     if model.head_dim is None and model.hidden_size % model.heads:
         yield Problem(
-            "model.heads", f"{model.heads} does not divide hidden_size {model.hidden_size}; change one of them or set "
-            "head_dim"
+            "model.heads",
+            f"{model.heads} does not divide hidden_size {model.hidden_size}; change one of them or set head_dim",
         )
         return
     if model.heads % model.resolved_kv_heads:
@@ -132,8 +134,8 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
     elif model.rotary_interleaved or model.rotary_fraction != 1.0:
         key = "rotary_interleaved" if model.rotary_interleaved else "rotary_fraction"
         yield Problem(
-            f"model.{key}", f"has no effect with position_embedding {model.position_embedding!r}; take it out or use "
-            "'rotary'"
+            f"model.{key}",
+            f"has no effect with position_embedding {model.position_embedding!r}; take it out or use 'rotary'",
         )
     for phase in recipe.phases:
         if model.context_length and phase.sequence_length > model.context_length:
@@ -157,7 +159,7 @@ def _parallel(recipe: Recipe) -> Iterator[Problem]:
             f"{tensor} does not divide model.heads {model.heads}; use {_divisors(model.heads, tensor)}",
         )
     kv_heads = model.resolved_kv_heads
-    if kv_heads % tensor and tensor % kv_heads:
+    if model.kv_heads and kv_heads % tensor and tensor % kv_heads:
         yield Problem(
             "parallel.tensor",
             f"{tensor} is neither a divisor nor a multiple of model.kv_heads {kv_heads}; change one of them",
@@ -170,12 +172,12 @@ def _parallel(recipe: Recipe) -> Iterator[Problem]:
             f"{lower + tensor}, or "
             "another tensor",
         )
-    chunks = pipeline * (virtual or 1)
+    chunks = pipeline * (virtual or 1) if pipeline > 1 else 1
     if model.layers % chunks and not any("pipeline" in key for key in model.megatron):
         product = f"pipeline {pipeline}" + (f" x virtual_pipeline {virtual} = {chunks}" if virtual else "")
         yield Problem(
-            "model.layers", f"{model.layers} cannot be split over parallel.{product}; use a multiple of {chunks}, or "
-            "fewer stages"
+            "model.layers",
+            f"{model.layers} cannot be split over parallel.{product}; use a multiple of {chunks}, or fewer stages",
         )
     if virtual and pipeline == 1:
         yield Problem(
@@ -253,13 +255,13 @@ def _precision(recipe: Recipe) -> Iterator[Problem]:
     if any(edges) and precision.fp8_recipe == "delayed":
         key = "bf16_first_layers" if edges[0] else "bf16_last_layers"
         yield Problem(
-            f"precision.{key}", "does not go with `fp8_recipe: delayed`; use tensorwise, blockwise or mxfp8, or take "
-            "the key out"
+            f"precision.{key}",
+            "does not go with `fp8_recipe: delayed`; use tensorwise, blockwise or mxfp8, or take the key out",
         )
     if max(edges) > model.layers // recipe.parallel.pipeline:
         yield Problem(
-            "precision.bf16_first_layers", f"{max(edges)} bf16 layers are more than a pipeline stage has; lower it or "
-            "the last ones"
+            "precision.bf16_first_layers",
+            f"{max(edges)} bf16 layers are more than a pipeline stage has; lower it or the last ones",
         )
 
 
@@ -268,10 +270,10 @@ def _precision(recipe: Recipe) -> Iterator[Problem]:
 
 def _phases(recipe: Recipe) -> Iterator[Problem]:
     seen: set[str] = set()
-    for phase in recipe.phases:
+    for number, phase in enumerate(recipe.phases):
         key = f"phases.{phase.name}"
         if phase.name in seen:
-            yield Problem(f"{key}.name", "is given to two phases; name each differently")
+            yield Problem(f"{key}.name", "is given to two phases; name each differently", at=f"phases.{number}.name")
         seen.add(phase.name)
         if (phase.steps is None) == (phase.tokens is None):
             both = "both" if phase.steps else "neither"
@@ -290,8 +292,8 @@ def _rate(phase: Phase, key: str) -> Iterator[Problem]:
         for name in ("final", "decay_steps"):
             if name in rate.model_fields_set and getattr(rate, name):
                 yield Problem(
-                    f"{key}.learning_rate.{name}", "has no effect on a constant rate; take it out or choose another "
-                    "schedule"
+                    f"{key}.learning_rate.{name}",
+                    "has no effect on a constant rate; take it out or choose another schedule",
                 )
     elif rate.final > rate.peak:
         yield Problem(f"{key}.learning_rate.final", f"{rate.final:g} is above the peak {rate.peak:g}; lower it")
@@ -299,40 +301,35 @@ def _rate(phase: Phase, key: str) -> Iterator[Problem]:
 
 def _mixture(recipe: Recipe, phase: Phase, key: str) -> Iterator[Problem]:
     """Names in a mixture: sources that exist, domains that have sources."""
-    known = list(recipe.sources)
     domains = list(dict.fromkeys(source.domain for source in recipe.sources.values()))
+
+    def unknown(name: str) -> str:
+        return f"is no source of the recipe; add it under `sources:`{did_you_mean(name, list(recipe.sources))}"
+
     for name in phase.mixture.sources or {}:
         if name not in recipe.sources:
-            yield Problem(
-                f"{key}.mixture.sources.{name}", f"is no source of the recipe{did_you_mean(name, known)}; or add it "
-                "under `sources:`"
-            )
+            yield Problem(f"{key}.mixture.sources.{name}", unknown(name))
     for domain, part in (phase.mixture.domains or {}).items():
         here = f"{key}.mixture.domains.{domain}"
         if part.sources is None and domain not in domains:
-            yield Problem(
-                here, f"no source has this domain{did_you_mean(domain, domains)}; or set `domain: {domain}` on a source"
-            )
+            hint = did_you_mean(domain, domains)
+            yield Problem(here, f"no source has this domain; set `domain: {domain}` on a source{hint}")
         if part.sources is not None and not part.sources:
             yield Problem(f"{here}.sources", "is empty; name sources, or take the key out to read all of the domain's")
         for name in part.sources or {}:
             if name not in recipe.sources:
-                yield Problem(
-                    f"{here}.sources.{name}", f"is no source of the recipe{did_you_mean(name, known)}; or add it under "
-                    "`sources:`"
-                )
+                yield Problem(f"{here}.sources.{name}", unknown(name))
             elif recipe.sources[name].domain != domain:
                 yield Problem(
                     f"{here}.sources.{name}",
-                    f"has domain {recipe.sources[name].domain!r}, not {domain!r}; list it under its own domain or "
-                    "change "
+                    f"has domain {recipe.sources[name].domain!r}, not {domain!r}; list it under its own domain or change "
                     f"sources.{name}.domain",
                 )
         given = [entry.weight is not None for entry in (part.sources or {}).values()]
         if any(given) and not all(given):
             yield Problem(
-                f"{here}.sources", "some have a weight and some have none; give all of them one, or none (natural "
-                "weights)"
+                f"{here}.sources",
+                "some have a weight and some have none; give all of them one, or none (natural weights)",
             )
 
 
@@ -355,8 +352,8 @@ def _weights(recipe: Recipe, phase: Phase, key: str) -> Iterator[Problem]:
         alone = type(weights)((1.0,), tuple((0, weight) for _, weight in inside), weights.steps)
         if (alone.at(corners).sum(axis=1) <= 0).any():
             yield Problem(
-                f"{where}.domains.{domain}", "the weights of its sources are all zero in some step; give one of them "
-                "more than zero"
+                f"{where}.domains.{domain}",
+                "the weights of its sources are all zero in some step; give one of them more than zero",
             )
     if recipe.tokenizer is None:
         for entry in entries:

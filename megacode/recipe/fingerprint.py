@@ -48,7 +48,7 @@ def _phase(phase: PhasePlan, stop: int) -> dict[str, Any]:
             "first_window": stream.first_window,
             "windows": stream.windows,
             "cursor": stream.cursor,
-            "share of the first step": shares[column],
+            "first share": shares[column],
             "samples": counts[column],
         }
         for column, stream in enumerate(phase.streams)
@@ -94,4 +94,6 @@ _ABSENT = object()
 def _shown(value: Any) -> str:
     if value is _ABSENT:
         return "absent"
+    if isinstance(value, float):
+        return f"{value:.9g}"
     return "present" if isinstance(value, dict) else repr(value)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from megacode.recipe.compose import compose, did_you_mean
 from megacode.recipe.schema import Recipe
 from megacode.recipe.yaml_tree import Node, describe, dump_yaml
 
-Path_ = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -42,7 +42,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError("\n".join(dict.fromkeys(_sentences(error, tree)))) from None
     problems = checks.check_recipe(recipe)
     if problems:
-        raise UserError("\n".join(f"{_where(tree, problem.key)}: {problem}" for problem in problems))
+        raise UserError("\n".join(f"{_where(tree, problem.at or problem.key)}: {problem}" for problem in problems))
     return recipe
 
 
@@ -51,7 +51,7 @@ def dump_recipe(recipe: Recipe) -> str:
     return dump_yaml(_without_none(recipe.model_dump(mode="python"), ()))
 
 
-def _without_none(data: Any, path: Path_) -> Any:
+def _without_none(data: Any, path: KeyPath) -> Any:
     if isinstance(data, dict):
         keep = path[-1:] in (("megatron",), ("ddp",))
         return {k: _without_none(v, (*path, k)) for k, v in data.items() if v is not None or keep}
@@ -63,7 +63,7 @@ def _without_none(data: Any, path: Path_) -> Any:
 # ---------------------------------------------------------------------------------------------------------- paths
 
 
-def _with_absolute_paths(node: Node, path: Path_) -> Node:
+def _with_absolute_paths(node: Node, path: KeyPath) -> Node:
     if len(path) == 3 and path[0] == "sources" and path[2] in ("path", "validation"):
         return _absolute(node)
     if path in (("tokenizer", "path"), ("initialize_from",)):
@@ -149,11 +149,25 @@ def _sentences(error: ValidationError, tree: Node) -> Iterator[str]:
             done.append(rest[0])
         grouped.setdefault(tuple(done), []).append(item)
     for place, items in grouped.items():
-        yield _sentence(place, items, tree, grouped.keys())
+        meant = _meant(place, items, grouped.keys())
+        if meant:
+            yield _sentence(place, meant)
 
 
-def _sentence(place: Path_, items: list[dict[str, Any]], tree: Node, all_places: Any) -> str:
-    item = items[0]
+_Items = list[dict[str, Any]]
+
+
+def _meant(place: KeyPath, items: _Items, places: Iterable[KeyPath]) -> _Items:
+    """Without the complaints of a plain form (a number) about a mapping, where the mapping's own form complains too."""
+    if not isinstance(items[0]["node"].value, dict):
+        return items
+    own = [item for item in items if item["type"].removesuffix("_type").removesuffix("_parsing") not in _PLAIN]
+    below = any(len(other) > len(place) and other[: len(place)] == place for other in places)
+    return own if own or below else items
+
+
+def _sentence(place: KeyPath, items: _Items) -> str:
+    item = next((item for item in items if item["type"] == "value_error"), items[0])
     node: Node = item["node"]
     key = ".".join(place) or "the recipe"
     if item["type"] == "missing":
@@ -214,11 +228,11 @@ def _remedy(node: Node) -> str:
     if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
         return f"; write {'true' if value.lower() in ('yes', 'on') else 'false'}"
     if node.line is None:
-        return "; change the override"
-    return "; change it there" if value is not None else "; give it a value or take the key out"
+        return "; correct the override"
+    return "; correct the value" if value is not None else "; give it a value or take the key out"
 
 
-def _suggestion(place: Path_) -> str:
+def _suggestion(place: KeyPath) -> str:
     """What an unknown key was probably meant to be: a key beside it, else the same key elsewhere in the schema."""
     beside = [name for model in _models_at(place[:-1]) for name in model.model_fields]
     word = place[-1]
@@ -235,7 +249,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in typing.get_args(annotation) for model in _models_in(part)]
 
 
-def _models_at(place: Path_) -> list[type[BaseModel]]:
+def _models_at(place: KeyPath) -> list[type[BaseModel]]:
     """The schema's classes that a path of keys, names and indices leads to."""
     models: list[type[BaseModel]] = [Recipe]
     skip = False
@@ -261,7 +275,7 @@ def _is_container(annotation: Any) -> bool:
     return False
 
 
-def _all_keys(model: type[BaseModel], above: Path_) -> Iterator[str]:
+def _all_keys(model: type[BaseModel], above: KeyPath) -> Iterator[str]:
     for name, field in model.model_fields.items():
         here = (*above, name)
         yield ".".join(here)

@@ -17,6 +17,7 @@ import yaml
 from megacode.errors import UserError
 
 _MAX_NODES = 500_000
+_CONTAINERS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 _RESOLVERS = (
     ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
     ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
@@ -131,6 +132,8 @@ class _Builder:
         if id(node) in above or self.built > _MAX_NODES:
             what = "an alias that contains itself" if id(node) in above else f"more than {_MAX_NODES:,} values"
             raise UserError(f"{self.origin}:{line + 1}: {what} cannot be read; write the values out")
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in _CONTAINERS:
+            raise UserError(f"{self.origin}:{line + 1}: the tag {node.tag!r} cannot be read; take it out")
         if isinstance(node, yaml.MappingNode):
             value: Any = self._mapping(node, (*above, id(node)))
         elif isinstance(node, yaml.SequenceNode):

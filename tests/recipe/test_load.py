@@ -33,7 +33,7 @@ def test_an_override_path_is_relative_to_the_working_directory(write, tmp_path, 
 
 def test_writing_and_reading_give_an_equal_recipe(write, good, tmp_path):
     extra = (
-        "description: \"1e5\"\nmodel: {megatron: {fp8_margin: 2, num_layers_in_first_pipeline_stage: null}}\n"
+        'description: "1e5"\nmodel: {megatron: {fp8_margin: 2, num_layers_in_first_pipeline_stage: null}}\n'
         "phases:\n  second:\n    batch_size: {start: 4, end: 16, increment: 4, over: 20}\n"
         "    mixture: {domains: {code: {shape: stepwise, values: [0.1, 1e-3], over: 10}}}\n"
         "optimizer: {groups: [{match: '*.bias', lr_mult: 1e-5}]}\n"

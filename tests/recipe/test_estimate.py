@@ -1,0 +1,88 @@
+"""Parameter counts against published models; the other estimates against their formulas."""
+
+import pytest
+
+from megacode.recipe.estimate import days, flops_per_token, memory_per_rank, parameter_count, parameter_parts
+from megacode.recipe.load import load_recipe
+from megacode.recipe.schema import Model
+
+LLAMA2 = Model(layers=32, hidden_size=4096, heads=32, ffn_size=11008)
+
+
+@pytest.mark.parametrize(
+    ("model", "vocab_size", "parameters"),
+    [
+        (LLAMA2, 32000, 6_738_415_616),
+        (
+            Model(layers=32, hidden_size=4096, heads=32, kv_heads=8, ffn_size=14336),  # Llama 3 8B
+            128_256,
+            8_030_261_248,
+        ),
+        (
+            Model(
+                layers=24, hidden_size=896, heads=14, kv_heads=2, ffn_size=4864, qkv_bias=True, tie_embeddings=True
+            ),  # Qwen2.5 0.5B
+            151_936,
+            494_032_768,
+        ),
+        (
+            Model(
+                layers=12, hidden_size=768, heads=12, normalization="layernorm", activation="gelu", linear_bias=True,
+                tie_embeddings=True, position_embedding="learned", context_length=1024,
+            ),  # GPT-2
+            50_257,
+            124_439_808,
+        ),
+        (
+            Model(
+                layers=32, hidden_size=4096, heads=32, ffn_size=10922, normalization="layernorm", linear_bias=True,
+                tie_embeddings=True,
+            ),  # Crystal
+            32_032,
+            6_575_278_720,
+        ),
+    ],
+)  # fmt: skip
+def test_parameters_are_those_of_published_models(model, vocab_size, parameters):
+    assert parameter_count(model, vocab_size) == parameters
+
+
+def test_parts_sum_up_and_qk_norm_counts():
+    parts = parameter_parts(LLAMA2.model_copy(update={"qk_norm": True}), 32000)
+    assert parts["norms"] == 32 * (2 * 4096 + 2 * 128) + 4096
+
+
+def test_flops_are_six_per_weight_and_attention_in_full():
+    weights = parameter_count(LLAMA2, 32000) - 32000 * 4096 - parameter_parts(LLAMA2, 32000)["norms"]
+    assert flops_per_token(LLAMA2, 32000, 4096) == 6 * weights + 12 * 32 * 4096 * 4096
+
+
+def test_memory_splits_over_ranks(write):
+    path = write()
+    alone = memory_per_rank(load_recipe(path), 1000, 1)
+    assert alone.weights == 2 * alone.parameters and alone.optimizer == 12 * alone.parameters
+    assert alone.parameters == parameter_count(load_recipe(path).model, 1000)
+    four = memory_per_rank(load_recipe(path), 1000, 4)
+    assert four.optimizer == alone.optimizer / 4 and four.weights == alone.weights
+    split = memory_per_rank(load_recipe(path, ["parallel.tensor=2"]), 1000, 2)
+    assert 0.5 < split.parameters / alone.parameters < 0.51
+    fp32 = memory_per_rank(load_recipe(path, ["precision=fp32"]), 1000, 1)
+    assert fp32.weights == 4 * fp32.parameters and fp32.optimizer == 8 * fp32.parameters
+
+
+def test_activations_follow_the_published_formula(write):
+    # Korthikanti et al., equation 1: s b h (34 + 5 a s / h) bytes a layer, for 4h-wide GELU layers in 16 bit with dropout.
+    path = write()
+    keys = ["model.activation=gelu", "model.dropout=0.1", "model.layers=1", "model.ffn_size=256"]
+    sbh, scores = 128 * 64, 5 * 4 * 128 / 64
+
+    def layer(*more, flash=False):
+        logits = 128 * 1000 * 6
+        return memory_per_rank(load_recipe(path, [*keys, *more]), 1000, 1, flash_attention=flash).activations - logits
+
+    assert layer() == sbh * (34 + scores)
+    assert layer(flash=True) == layer("parallel.recompute=selective") == sbh * 34
+
+
+def test_days():
+    assert days(989e12 * 86_400, 2, 989e12, 0.5) == 1

@@ -1,0 +1,82 @@
+"""The pass-through to Megatron-Core's own fields, checked without importing it."""
+
+import dataclasses
+
+import pytest
+
+from megacode.errors import UserError
+from megacode.recipe import megatron_fields
+from megacode.recipe.load import load_recipe
+
+MISTAKES = {
+    "model.megatron.fp8_magin=1": ["TransformerConfig has no such field", "did you mean `fp8_margin`?"],
+    "model.megatron.num_layers=2": ["is what `model.layers` sets", "use that key"],
+    "model.megatron.tensor_model_parallel_size=2": ["`parallel.tensor`"],
+    "model.megatron.bf16=true": ["`precision.compute`"],
+    "model.megatron.fp8_margin=a": ["expected int", "not 'a'"],
+    "model.megatron.fp8_margin=true": ["expected int", "not true"],
+    "model.megatron.moe_router_dtype=fp16": ["'fp32' or 'fp64'"],
+    "model.megatron.recompute_modules=core_attn": ["expected list"],
+    "optimizer.megatron.lr=1": ["`phases.NAME.learning_rate.peak`"],
+    "optimizer.megatron.hysteresis=1.5": ["expected int"],
+    "parallel.ddp.bucket_sise=1": ["DistributedDataParallelConfig", "`bucket_size`"],
+    "parallel.ddp.use_distributed_optimizer=true": ["`parallel.distributed_optimizer`"],
+}
+GOOD = [
+    "model.megatron={fp8_margin: 1, moe_aux_loss_coeff: 1e-2, recompute_modules: [mlp], apply_rope_fusion: true}",
+    "model.megatron={window_size: [128, 0], attention_backend: flash, moe_router_dtype: null}",
+    "optimizer.megatron={loss_scale: 1, decoupled_weight_decay: false}",
+    "parallel.ddp={bucket_size: 1000, overlap_grad_reduce: true}",
+]
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_field_that_is_wrong_is_refused_with_its_key(write, override):
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(), [override])
+    message = str(caught.value)
+    key = override.partition("=")[0]
+    assert message.startswith(f"--set {override}: {key}: "), message
+    assert all(word in message for word in MISTAKES[override]), message
+
+
+@pytest.mark.parametrize("override", GOOD)
+def test_fields_of_the_installed_version_pass(write, override):
+    load_recipe(write(), [override])
+
+
+def test_without_megatron_core_names_are_not_checked(write, monkeypatch):
+    monkeypatch.setattr(megatron_fields, "core_folder", lambda: None)
+    load_recipe(write(), ["model.megatron.anything=1"])
+    with pytest.raises(UserError):
+        load_recipe(write(), ["model.megatron.num_layers=1"])
+
+
+def test_names_read_from_the_source_are_those_of_the_classes():
+    pytest.importorskip("torch")
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer import TransformerConfig
+
+    groups = {
+        TransformerConfig: (
+            ("model_parallel_config.py", "ModelParallelConfig"),
+            ("transformer/transformer_config.py", "TransformerConfig"),
+        ),
+        OptimizerConfig: (("optimizer/optimizer_config.py", "OptimizerConfig"),),
+        DistributedDataParallelConfig: (
+            ("distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig"),
+        ),
+    }
+    for kind, classes in groups.items():
+        names = {field.name for field in dataclasses.fields(kind) if not field.name.startswith("_")}
+        assert set(megatron_fields.fields_of(classes)) == names
+
+
+def test_every_governed_field_exists():
+    governed = set(megatron_fields._MODEL_GOVERNED)
+    classes = (
+        ("model_parallel_config.py", "ModelParallelConfig"),
+        ("transformer/transformer_config.py", "TransformerConfig"),
+    )
+    assert governed <= set(megatron_fields.fields_of(classes))

@@ -1,0 +1,73 @@
+"""`megacode plan`: tables, JSON, a picture; from a cold start, without torch."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megacode.errors import UserError
+from megacode.recipe import plan_command
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments):
+    parser = argparse.ArgumentParser()
+    plan_command.add_arguments(parser)
+    return plan_command.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_the_largest_recipe_is_planned_at_once_and_without_torch():
+    code = (
+        "import argparse, sys\n"
+        "from megacode.recipe import plan_command\n"
+        "parser = argparse.ArgumentParser()\n"
+        "plan_command.add_arguments(parser)\n"
+        "plan_command.run(parser.parse_args(['recipes/crystal-7b.yaml', '--gpus', '64']))\n"
+        "assert not {'torch', 'megatron.core', 'matplotlib'} & set(sys.modules)\n"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    assert seconds < 5, "0.5 s on two idle cores; five leave room for a busy machine"
+    for words in ("321,836 steps", "6,575,278,720", "225 saves", "344.8 B", "64 h100", "counted in full"):
+        assert words in done.stdout, words
+
+
+def test_json_says_the_same(capsys):
+    run(ROOT / "recipes/crystal-tiny.yaml", "--json", "--set", "model.vocab_size=1000")
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["steps"] == sum(phase["steps"] for phase in plan["phases"])
+    assert plan["phases"][1]["domains"]["code"] == pytest.approx(0.63, abs=0.001)
+    assert plan["phases"][1]["streams"][0]["fim_rate"] == 0.9
+
+
+def test_the_picture_is_drawn(tmp_path, capsys):
+    run(ROOT / "recipes/crystal-tiny.yaml", "--plot", tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 5000
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
+    with pytest.raises(UserError, match="cannot be drawn"):
+        run(ROOT / "recipes/crystal-tiny.yaml", "--plot", tmp_path / "nowhere/plan.png")
+
+
+def test_ranks_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="7 ranks cannot hold tensor 2 x pipeline 4"):
+        run(ROOT / "recipes/crystal-7b.yaml", "--gpus", "7")
+
+
+@pytest.mark.parametrize("wrong", [["--mfu", "2"], ["--gpus", "0"], ["--device", "abacus"]])
+def test_wrong_arguments_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit):
+        run("x.yaml", *wrong)
+
+
+def test_ramps_and_given_weights_show(write, capsys):
+    path = write()
+    run(path, "--set", "phases.first.mixture.sources.docs={shape: linear, start: 2, end: 1}")
+    out = capsys.readouterr().out
+    assert "2 → 1" in out and "2.3 → 1.3" in out and "86.96 % → 76.92 %" in out

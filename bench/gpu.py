@@ -3,9 +3,9 @@
     python bench/gpu.py [--cases crystal-7b,llama-8b-24] [--precisions bf16,delayed,tensorwise,blockwise] [--steps 12]
 
 Each measurement is a fresh process. Both sides build the same model and take the same synthetic batches; what counts is
-the median step after warm-up. TFLOP/s count 6 FLOPs per parameter and token (embedding lookup excluded) plus attention,
-causal attention at half (see megacode.recipe.estimate); MFU is against the dense bf16 peak, also for FP8 (an FP8 run may
-pass the bf16 peak). Writes docs/results/gpu-DEVICE.md.
+the median step after warm-up. TFLOP/s count 6 FLOPs for every weight of a matrix product and token, plus attention with the
+causal half counted in full (PaLM's convention, see megacode.recipe.estimate); MFU is against the dense bf16 peak, also for
+FP8. Writes docs/results/gpu-DEVICE.md.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ every parallel layout can be tested anywhere. It must run before the first impor
 
 What Megatron-Core assumes, and what stands in for it:
 
-- factory calls and `.to()` with a CUDA device, `Tensor.cuda()`, `Tensor.type()`, `Tensor.is_cuda`: a TorchFunctionMode;
+- factory calls and `.to()` with a CUDA device, `Tensor.cuda()`, `Tensor.type()`: wrappers that say CPU;
 - `torch.cuda.*` functions for the device, streams, events, synchronisation, random state: plain replacements;
 - `torch.cuda.FloatTensor([...])`: constructors on the CPU;
 - the dropout generators of tensor parallelism, which save and set CUDA random states: the CPU generator.
@@ -18,11 +18,11 @@ What Megatron-Core assumes, and what stands in for it:
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
 _CUDA_TYPE_NAMES = {
@@ -38,21 +38,45 @@ def _names_cuda(value: Any) -> bool:
     )
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Sends every torch call that names a CUDA device to the CPU instead."""
+_FACTORIES = (
+    "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like", "rand",
+    "rand_like", "randint", "randn", "randn_like", "randperm", "scalar_tensor", "tensor", "zeros", "zeros_like",
+)  # fmt: skip
+_METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            name = func(*args)
-            return _CUDA_TYPE_NAMES.get(name, name)
+
+def _on_cpu(function: Any) -> Any:
+    """`function`, with a CUDA device among its keywords meaning the CPU."""
+
+    @functools.wraps(function)
+    def redirected(*args: Any, **kwargs: Any) -> Any:
         if kwargs and _names_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": _CPU}
-        if func is torch.Tensor.to and any(_names_cuda(a) for a in args):
-            args = tuple(_CPU if _names_cuda(a) else a for a in args)
-        return func(*args, **kwargs)
+            kwargs["device"] = _CPU
+        return function(*args, **kwargs)
+
+    return redirected
+
+
+def _redirect_tensors() -> None:
+    """Plain wrappers rather than a TorchFunctionMode: a mode costs every call of every operation, and is not active where
+    recomputed layers run, inside backward."""
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    for name in _METHODS:
+        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
+    to, type_ = _on_cpu(torch.Tensor.to), torch.Tensor.type
+
+    def tensor_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return to(self, *(_CPU if _names_cuda(a) else a for a in args), **kwargs)
+
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = type_(self, *args, **kwargs)
+        # Optimizers compare the name of a parameter's type with CUDA's.
+        return _CUDA_TYPE_NAMES.get(answer, answer) if isinstance(answer, str) else answer
+
+    torch.Tensor.to, torch.Tensor.type = tensor_to, tensor_type
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    torch.nn.Module.cuda = lambda self, *_, **__: self
 
 
 class _Inert:
@@ -133,7 +157,7 @@ def install() -> None:
     )  # fmt: skip
     # Megatron-Core wraps its fused functions in torch.compile at import; a machine without CUDA may have no compiler.
     torch.compile = lambda model=None, **_: model if model is not None else (lambda function: function)
-    _CudaMeansCpu().__enter__()
+    _redirect_tensors()
 
 
 def _instance_of(dtype: torch.dtype) -> type:

@@ -38,12 +38,12 @@ def run(args: argparse.Namespace) -> int:
     launched = "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
     recipe = load_recipe(args.recipe, args.overrides)
     folder = args.run or Path("runs") / recipe.name
-    check_files(recipe)
-    plan = make_plan(recipe, token_counts(recipe))
+    check_files(recipe, Path(args.recipe))
+    plan = make_plan(recipe, token_counts(recipe), Path(args.recipe))
     if args.processes and not launched:
         from megacode.runtime.launch import launch
 
-        check_layout(recipe, args.processes)
+        check_layout(recipe, args.processes, Path(args.recipe))
         if args.restart:
             _put_aside(folder)
         arguments = ["train", str(args.recipe), "--run", str(folder)]

@@ -72,13 +72,13 @@ phases:
     batch_size: 8
     sequence_length: 32
     mixture: {{sources: {{text: 0.7, web: 0.2, code: 0.1}}}}
-    learning_rate: {{schedule: linear, peak: 0.01, warmup: 2, decay_steps: 40}}
+    learning_rate: {{schedule: linear, peak: 0.004, warmup: 2, decay_steps: 40}}
   - name: second
     steps: 12
     batch_size: 8
     sequence_length: 32
     mixture: {{domains: {{code: {{ratio: {{shape: linear, start: 0.2, end: 0.8}}}}, text: {{ratio: {{shape: linear, start: 0.8, end: 0.2}}}}}}}}
-    learning_rate: {{schedule: cosine, peak: 0.008}}
+    learning_rate: {{schedule: cosine, peak: 0.003}}
     optimizer_state: fresh
 parallel: {{micro_batch_size: 2}}
 checkpoints: {{every: 10}}

@@ -41,6 +41,6 @@ def test_layouts_agree(layout: str, recipe: Path, single: Path, tmp_path: Path) 
              "--set", f"initialize_from={single / 'start'}", *changes)  # fmt: skip
     expected, got = steps_of(single / "run"), steps_of(tmp_path / "run")
     assert got.batches == expected.batches
-    assert len(got.losses) == 20 and got.losses[-1] < 0.9 * got.losses[0], "the model does not learn"
+    assert len(got.losses) == 20 and got.losses[-1] < 0.95 * got.losses[0], "the model does not learn"
     np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-5)
     np.testing.assert_allclose(got.norms, expected.norms, rtol=1e-5)

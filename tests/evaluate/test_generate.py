@@ -1,11 +1,11 @@
 """Generation with a key/value cache is the argmax of full forward passes; sampling keeps to its top-k and top-p."""
 
 import torch
-from tests.model.test_transformers_parity import VOCAB, small
-from tests.processes import run_on
 
 from megacode.evaluate.generate import Sampling, continue_tokens, next_token
 from megacode.recipe.schema import Model
+from tests.model.test_transformers_parity import VOCAB, small
+from tests.processes import run_on
 
 
 def cached_and_full(world, model: Model):

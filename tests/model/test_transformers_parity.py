@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.processes import run_on
 
 from megacode.recipe.schema import LearningRate, Mixture, Model, Phase, Recipe
+from tests.processes import run_on
 
 VOCAB, LENGTH = 1000, 48
 

@@ -1,41 +1,78 @@
-"""Peak rates of devices, to say how much of one a run uses (MFU)."""
+"""What a device could do at most: peak FLOP/s, the denominator of MFU. No torch here.
+
+All figures are *dense*: NVIDIA's data sheets print many of them "with sparsity", which is twice what a dense matrix product
+can reach (H100 SXM: bf16 1,979 printed, 989 dense). Tensor-core figures are those with fp32 accumulation. `fp32` is the rate
+without tensor cores: torch multiplies fp32 matrices in full precision unless TF32 is asked for.
+
+Sources, all NVIDIA: data sheets of A100, A30, A10, A40, H100, H200, GH200, L4, L40, L40S, V100 and T4; "NVIDIA H100 Tensor Core GPU
+Architecture" (white paper, table of H100 PCIe and SXM5); HGX and GB200 NVL72 product pages for Blackwell (B200: 36 PFLOP/s
+sparse bf16 for eight); Ampere GA102, "Ada GPU Architecture" and RTX Blackwell white papers, appendix tables, for GeForce and
+RTX cards.
+"""
 
 from __future__ import annotations
 
-# Dense tensor-core TFLOP/s (not the sparse figures, which are twice these), from NVIDIA's data sheets of each product:
-# (part of the name torch reports, bf16, fp8). The first match wins, so longer names come first.
-_DENSE_TFLOPS: tuple[tuple[str, float, float | None], ...] = (
-    ("B300", 2250.0, 4500.0),
-    ("GB200", 2500.0, 5000.0),
-    ("B200", 2250.0, 4500.0),
-    ("GH200", 989.4, 1978.9),
-    ("H200 NVL", 835.5, 1670.5),
-    ("H200", 989.4, 1978.9),
-    ("H100 PCIe", 756.5, 1513.0),
-    ("H100 NVL", 835.5, 1670.5),
-    ("H100", 989.4, 1978.9),
-    ("H800", 989.4, 1978.9),
-    ("H20", 148.0, 296.0),
-    ("A100", 312.0, None),
-    ("A800", 312.0, None),
-    ("L40S", 362.0, 733.0),
-    ("L40", 181.0, 362.0),
-    ("L4", 121.0, 242.0),
-    ("A40", 149.7, None),
-    ("A10", 125.0, None),
-    ("RTX 6000 Ada", 364.2, 728.5),
-    ("RTX 4090", 165.2, 330.3),
-    ("RTX 3090", 71.0, None),
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Dense peaks of one device in TFLOP/s; None where the device has no such arithmetic."""
+
+    fp32: float
+    bf16: float | None
+    fp8: float | None = None
+
+
+# First match wins, so that `H100 PCIe` stands before `H100`. Names are those that the driver reports.
+_PEAKS: tuple[tuple[str, Peak], ...] = (
+    (r"\bGB[23]00\b", Peak(80, 2500, 5000)),
+    (r"\bB[23]00\b", Peak(75, 2250, 4500)),
+    (r"\bGH200\b", Peak(66.9, 989.4, 1978.9)),
+    (r"\bH200 NVL\b", Peak(60, 835.5, 1671)),
+    (r"\bH200\b", Peak(66.9, 989.4, 1978.9)),
+    (r"\bH[18]00 PCIe\b", Peak(51.2, 756, 1513)),
+    (r"\bH100 NVL\b", Peak(60, 835.5, 1671)),
+    (r"\bH[18]00\b", Peak(66.9, 989.4, 1978.9)),
+    (r"\bH20\b", Peak(44, 148, 296)),
+    (r"\bA[18]00\b", Peak(19.5, 312)),
+    (r"\bA30\b", Peak(10.3, 165)),
+    (r"\bA40\b", Peak(37.4, 149.7)),
+    (r"\bA10\b", Peak(31.2, 125)),
+    (r"\bL40S\b", Peak(91.6, 362, 733)),
+    (r"\bL40\b", Peak(90.5, 181, 362)),
+    (r"\bL4\b", Peak(30.3, 121, 242.5)),
+    (r"\bRTX 6000 Ada\b", Peak(91.1, 364.2, 728.5)),
+    (r"\bRTX A6000\b", Peak(38.7, 154.8)),
+    (r"\bRTX 5090(?! D| Laptop)\b", Peak(104.8, 209.5, 419)),
+    (r"\bRTX 4090(?! D| Laptop)\b", Peak(82.6, 165.2, 330.3)),
+    (r"\bRTX 3090 Ti\b", Peak(40, 80)),
+    (r"\bRTX 3090\b", Peak(35.6, 71)),
+    (r"\bV100.*PCIE", Peak(14, None)),
+    (r"\bV100\b", Peak(15.7, None)),
+    (r"\bT4\b", Peak(8.1, None)),
 )
 
 
-def peak_flops(device_name: str, precision: str) -> float | None:
-    """Dense peak of a device in FLOP/s for `bf16`, `fp8` or `fp32`; None where it is not known (then no MFU is shown).
+def device_peak(device_name: str) -> Peak | None:
+    """The table's row for a device as CUDA names it (`NVIDIA H100 80GB HBM3`); None if it is not known, a CPU, or a MIG slice
+    (which has a part of the device only)."""
+    if re.search(r"\bMIG\b", device_name):
+        return None
+    return next((peak for pattern, peak in _PEAKS if re.search(pattern, device_name, re.IGNORECASE)), None)
 
-    fp32 has no entry: what tensor cores do to fp32 matrices depends on settings.
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Dense peak in FLOP/s (not TFLOP/s) of one device.
+
+    Args:
+        device_name: as CUDA reports it; `cpu` has no known peak.
+        precision: of the matrix products: `fp32`, `bf16` or `fp8` (a recipe's `precision.compute`).
+
+    Returns:
+        None where the device or its rate in this precision is not known: then there is no MFU to speak of.
     """
-    for part, bf16, fp8 in _DENSE_TFLOPS:
-        if part.lower() in device_name.lower():
-            value = {"bf16": bf16, "fp8": fp8}.get(precision)
-            return value * 1e12 if value else None
-    return None
+    peak = device_peak(device_name)
+    rate = getattr(peak, precision, None) if precision in ("fp32", "bf16", "fp8") else None
+    return None if rate is None else rate * 1e12

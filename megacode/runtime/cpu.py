@@ -197,6 +197,9 @@ def quiet() -> None:
         r".*will be deprecated.*",
         r"Please use the new API settings to control TF32.*",
         r"TypedStorage is deprecated",
+        r"Please use DTensor instead",
+        r"The \.grad attribute of a Tensor that is not a leaf",
+        r"When using async grad allreduce it is recommended",  # initialize() sets the variable where it matters
         r".*torch\.distributed\._.*_base.*",
         r"No device id is provided via `init_process_group`.*",
         r".*barrier\(\): using the device under current context.*",

@@ -4,7 +4,7 @@ All figures are *dense*: NVIDIA's data sheets print many of them "with sparsity"
 can reach (H100 SXM: bf16 1,979 printed, 989 dense). Tensor-core figures are those with fp32 accumulation. `fp32` is the rate
 without tensor cores: torch multiplies fp32 matrices in full precision unless TF32 is asked for.
 
-Sources, all NVIDIA: data sheets of A100, A30, A10, A40, H100, H200, GH200, L4, L40, L40S, V100 and T4; "NVIDIA H100 Tensor Core GPU
+Sources, all NVIDIA: data sheets of A100, A30, A10, A40, H100, H200, GH200, L4, L40, L40S, V100, T4; "NVIDIA H100 Tensor Core GPU
 Architecture" (white paper, table of H100 PCIe and SXM5); HGX and GB200 NVL72 product pages for Blackwell (B200: 36 PFLOP/s
 sparse bf16 for eight); Ampere GA102, "Ada GPU Architecture" and RTX Blackwell white papers, appendix tables, for GeForce and
 RTX cards.

@@ -124,6 +124,8 @@ def initialize(parallel: Parallel, seed: int, launch: Launch | None = None) -> W
     cpu.quiet()
     cuda = torch.cuda.is_available()
     if cuda:
+        # One hardware queue keeps collectives ahead of the kernels that overlap with them (Megatron-Core asks for it).
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if launch.local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"rank {launch.rank}: local process {launch.local_rank} has no GPU of its own, this machine shows "

@@ -96,9 +96,8 @@ class Progress:
 
     def validation(self, record: dict[str, Any]) -> None:
         """Validation losses as one small table."""
-        table = Table(
-            title=f"validation after step {record['step']:,} ({record['phase']})", title_justify="left", box=None, pad_edge=False
-        )
+        self.console.print(f"validation after step {record['step']:,}, {record['samples']} sequences a source:", markup=False)
+        table = Table(box=None, padding=(0, 2), header_style="dim")
         table.add_column("source")
         table.add_column("domain")
         table.add_column("loss", justify="right")

@@ -1,0 +1,178 @@
+"""Pictures of several runs in one: over tokens, because steps of different batch sizes do not compare.
+
+The colour stays the domain's; a run is told by its line (dash and weight of colour) and by its name in the legend.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from megacode.report.curves import readable_limits, smooth, thin
+from megacode.report.drawing import DASHES, Band, count_axis, draw, phase_bands, short
+from megacode.report.figures import bands, planned_shares, validation_points
+from megacode.report.palette import INK, PAPER, placeholder
+from megacode.report.run_data import Run
+
+_MARKS = "osD^v"
+_WEIGHTS = (1.0, 0.85, 0.7, 0.6, 0.5)
+
+
+def all_domains(runs: list[Run]) -> list[str]:
+    return list(dict.fromkeys(domain for run in runs for domain in run.domains))
+
+
+def losses(runs: list[Run], hue: dict[str, int]) -> str:
+    """A panel a domain: smoothed training loss and validation points of every run."""
+    names = all_domains(runs)
+
+    def paint(figure: Figure) -> None:
+        columns = min(len(names), 3)
+        rows = -(-len(names) // columns)
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, name in zip(grid, names, strict=False):
+            colour, curves = placeholder(hue[name]), []
+            for index, run in enumerate(runs):
+                if name in run.train.loss_by_domain:
+                    line = smooth(run.train.loss_by_domain[name], run.train, run.train.ratio_by_domain.get(name))
+                    _line(axes, run, line, colour, index)
+                    curves.append(line)
+                at, loss = validation_points(run, "loss_by_domain", name)
+                tokens = [run.tokens_at(step) for step in at]
+                axes.plot(
+                    tokens, loss, _MARKS[index % 5], color=colour, markeredgecolor=PAPER, markersize=6.5, zorder=4 + index,
+                    alpha=_WEIGHTS[index % 5],
+                )  # fmt: skip
+                curves.append(loss)
+            if limits := readable_limits(curves):
+                axes.set_ylim(limits)
+            axes.set_title(name, color=colour, pad=16 if common_bands(runs) else None)
+            _frame(axes, runs, 5)
+        for axes in grid[len(names) :]:
+            axes.set_visible(False)
+        grid[0].set_ylabel("loss, nats per token")
+        _legend(figure, runs)
+
+    height = 3.7 * -(-len(names) // min(len(names), 3))
+    return draw(10.0, height, paint, f"Loss by domain over tokens of {', '.join(run.label for run in runs)}")
+
+
+def ratios(runs: list[Run], hue: dict[str, int]) -> str | None:
+    """Share of the leading domain (code where there is code) over tokens: consumed faint, planned on top."""
+    names = all_domains(runs)
+    if not names:
+        return None
+    name = "code" if "code" in names else names[0]
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        colour = placeholder(hue[name])
+        for index, run in enumerate(runs):
+            if name in run.train.ratio_by_domain:
+                line = smooth(run.train.ratio_by_domain[name], run.train, run.train["batch_size"])
+                axes.plot(*thin(run.train["tokens"], line), color=colour, alpha=0.3, linewidth=3.2)
+            pieces = planned_shares(run, [name])
+            if pieces:
+                steps = np.concatenate([at for at, _ in pieces])
+                share = np.concatenate([levels[0] for _, levels in pieces])
+                keep = steps <= run.steps_done
+                tokens = np.array([run.tokens_at(step) for step in steps[keep]])
+                axes.plot(
+                    tokens,
+                    share[keep],
+                    color=colour,
+                    linewidth=1.4,
+                    linestyle=DASHES[index % 5],
+                    alpha=_WEIGHTS[index % 5],
+                )
+        axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set_ylabel(f"share of {name}")
+        _frame(axes, runs, 10)
+        _legend(figure, runs)
+
+    return draw(10.0, 2.7, paint, f"Share of {name} over tokens")
+
+
+def small_figures(runs: list[Run]) -> list[tuple[str, str]]:
+    """(caption, SVG) of rate, gradient norm and throughput of all runs."""
+    panels = [("learning_rate", "Learning rate", False), ("grad_norm", "Gradient norm, before clipping", True),
+              ("tokens_per_second", "Throughput, tokens/s of the whole run", True), ("batch_size", "Batch size, sequences", False)]  # fmt: skip
+    return [
+        (title, _small(runs, key, title, noisy))
+        for key, title, noisy in panels
+        if any(run.train.has(key) for run in runs)
+    ]
+
+
+def _small(runs: list[Run], key: str, title: str, noisy: bool) -> str:
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        highest = 0.0
+        for index, run in enumerate(runs):
+            values = smooth(run.train[key], run.train) if noisy else run.train[key]
+            _line(axes, run, values, INK, index)
+            highest = max(highest, float(np.nanmax(values[len(values) // 20 :])) if np.isfinite(values).any() else 0.0)
+        axes.set_ylim(0, 1.08 * highest or 1)
+        axes.yaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:.3g}" if key == "learning_rate" else short(value))
+        )
+        if key == "grad_norm":
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _frame(axes, runs, 5, labels=False)
+
+    return draw(5.0, 2.1, paint, f"{title} over tokens of {', '.join(run.label for run in runs)}")
+
+
+def common_bands(runs: list[Run]) -> list[Band]:
+    """Phases over tokens, if all runs have the same ones; otherwise none, for a band would be true of one run only."""
+    all_bands = [[Band(b.name, run.tokens_at(b.start), run.tokens_at(b.end)) for b in bands(run)] for run in runs]
+    longest = max(all_bands, key=lambda some: some[-1].end if some else 0.0)
+    for some in all_bands:
+        same = [(a.name, a.start) for a in some] == [(b.name, b.start) for b in longest[: len(some)]]
+        if not same:
+            return []
+    return longest
+
+
+def _line(axes: Axes, run: Run, values: np.ndarray, colour: str, index: int) -> None:
+    axes.plot(
+        *thin(run.train["tokens"], values),
+        color=colour,
+        linestyle=DASHES[index % 5],
+        alpha=_WEIGHTS[index % 5],
+        linewidth=1.6,
+    )
+
+
+def _frame(axes: Axes, runs: list[Run], many: int, labels: bool = True) -> None:
+    phase_bands(axes, common_bands(runs), labels)
+    axes.set_xlim(0, max(float(run.train["tokens"][-1]) for run in runs))
+    count_axis(axes, "tokens", many)
+
+
+def _legend(figure: Figure, runs: list[Run]) -> None:
+    marks = [
+        Line2D(
+            [],
+            [],
+            color=INK,
+            linestyle=DASHES[n % 5],
+            marker=_MARKS[n % 5],
+            markersize=5,
+            alpha=_WEIGHTS[n % 5],
+            linewidth=1.6,
+        )
+        for n in range(len(runs))
+    ]
+    figure.legend(
+        marks,
+        [run.label for run in runs],
+        loc="outside upper center",
+        ncols=min(len(runs), 4),
+        handlelength=4,
+        fontsize=9,
+    )

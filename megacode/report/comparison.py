@@ -5,19 +5,22 @@ The colour stays the domain's; a run is told by its line (dash and weight of col
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from megacode.report.curves import readable_limits, smooth, thin
-from megacode.report.drawing import DASHES, Band, count_axis, draw, phase_bands, short
-from megacode.report.figures import bands, planned_shares, validation_points
+from megacode.report.drawing import DASHES, Band, count_axis, draw, number_axis, phase_bands
+from megacode.report.figures import FORMS, NOISY, TITLES, bands, planned_shares, validation_points
 from megacode.report.palette import INK, PAPER, placeholder
-from megacode.report.run_data import Run
+from megacode.report.run_data import Floats, Run
 
 _MARKS = "osD^v"
+_MOST_MARKS = 9
 _WEIGHTS = (1.0, 0.85, 0.7, 0.6, 0.5)
 
 
@@ -29,35 +32,84 @@ def losses(runs: list[Run], hue: dict[str, int]) -> str:
     """A panel a domain: smoothed training loss and validation points of every run."""
     names = all_domains(runs)
 
-    def paint(figure: Figure) -> None:
-        columns = min(len(names), 3)
-        rows = -(-len(names) // columns)
-        grid = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axes, name in zip(grid, names, strict=False):
-            colour, curves = placeholder(hue[name]), []
-            for index, run in enumerate(runs):
-                if name in run.train.loss_by_domain:
-                    line = smooth(run.train.loss_by_domain[name], run.train, run.train.ratio_by_domain.get(name))
-                    _line(axes, run, line, colour, index)
-                    curves.append(line)
-                at, loss = validation_points(run, "loss_by_domain", name)
-                tokens = [run.tokens_at(step) for step in at]
-                axes.plot(
-                    tokens, loss, _MARKS[index % 5], color=colour, markeredgecolor=PAPER, markersize=6.5, zorder=4 + index,
-                    alpha=_WEIGHTS[index % 5],
-                )  # fmt: skip
-                curves.append(loss)
-            if limits := readable_limits(curves):
-                axes.set_ylim(limits)
-            axes.set_title(name, color=colour, pad=16 if common_bands(runs) else None)
-            _frame(axes, runs, 5)
-        for axes in grid[len(names) :]:
-            axes.set_visible(False)
-        grid[0].set_ylabel("loss, nats per token")
-        _legend(figure, runs)
+    def paint_panel(axes: Axes, name: str) -> None:
+        colour, curves = placeholder(hue[name]), []
+        for index, run in enumerate(runs):
+            if name in run.train.loss_by_domain:
+                line = _smoothed(run, name)
+                _line(axes, run, line, colour, index)
+                curves.append(line)
+            at, loss = validation_points(run, "loss_by_domain", name)
+            chosen = np.unique(np.linspace(0, max(len(at) - 1, 0), min(len(at), _MOST_MARKS)).round().astype(int))
+            axes.plot(
+                [run.tokens_at(step) for step in at[chosen]], loss[chosen], _MARKS[index % 5], color=colour,
+                markeredgecolor=PAPER, markeredgewidth=0.8, markersize=5, zorder=4 + index, clip_on=False,
+            )  # fmt: skip
+            curves.append(loss)
+        if limits := readable_limits(curves):
+            axes.set_ylim(limits)
 
-    height = 3.7 * -(-len(names) // min(len(names), 3))
-    return draw(10.0, height, paint, f"Loss by domain over tokens of {', '.join(run.label for run in runs)}")
+    return _panels(
+        runs, names, hue, paint_panel, "loss, nats per token", f"Loss by domain over tokens of {_names(runs)}"
+    )
+
+
+def differences(runs: list[Run], hue: dict[str, int]) -> str | None:
+    """A panel a domain: smoothed training loss less that of the first run at the same number of tokens."""
+    names = [name for name in all_domains(runs) if sum(name in run.train.loss_by_domain for run in runs) > 1]
+    names = [name for name in names if name in runs[0].train.loss_by_domain]
+    if not names:
+        return None
+
+    def paint_panel(axes: Axes, name: str) -> None:
+        tokens, base = runs[0].train["tokens"], _smoothed(runs[0], name)
+        known = np.isfinite(base)
+        axes.axhline(0, color=placeholder(hue[name]), linewidth=1.6)
+        curves = []
+        for index, run in enumerate(runs[1:], 1):
+            if name not in run.train.loss_by_domain:
+                continue
+            line = _smoothed(run, name)
+            # beyond either run's values there is nothing to subtract
+            gap = line - np.interp(run.train["tokens"], tokens[known], base[known], left=np.nan, right=np.nan)
+            _line(axes, run, gap, placeholder(hue[name]), index)
+            curves.append(gap)
+        if limits := readable_limits(curves):
+            axes.set_ylim(min(limits[0], 0), max(limits[1], 0))
+
+    label = f"difference from {runs[0].label}"
+    return _panels(runs, names, hue, paint_panel, label, f"{label}: {_names(runs[1:])}", legend=False)
+
+
+def _panels(
+    runs: list[Run], names: list[str], hue: dict[str, int], paint_panel: Callable[[Axes, str], None], label: str,
+    description: str, legend: bool = True,
+) -> str:  # fmt: skip
+    columns = min(len(names), 3)
+    rows = -(-len(names) // columns)
+
+    def paint(figure: Figure) -> None:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, name in zip(grid.ravel(), names, strict=False):
+            paint_panel(axes, name)
+            axes.set_title(name, color=placeholder(hue[name]), pad=16 if common_bands(runs) else None)
+            _frame(axes, runs, 5)
+        for axes in grid.ravel()[len(names) :]:
+            axes.set_visible(False)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(label)
+        if legend:
+            _legend(figure, runs)
+
+    return draw(10.0, (3.5 if legend else 2.8) * rows, paint, description)
+
+
+def _smoothed(run: Run, domain: str) -> Floats:
+    return smooth(run.train.loss_by_domain[domain], run.train, run.train.ratio_by_domain.get(domain))
+
+
+def _names(runs: list[Run]) -> str:
+    return ", ".join(run.label for run in runs)
 
 
 def ratios(runs: list[Run], hue: dict[str, int]) -> str | None:
@@ -99,32 +151,24 @@ def ratios(runs: list[Run], hue: dict[str, int]) -> str | None:
 
 def small_figures(runs: list[Run]) -> list[tuple[str, str]]:
     """(caption, SVG) of rate, gradient norm and throughput of all runs."""
-    panels = [("learning_rate", "Learning rate", False), ("grad_norm", "Gradient norm, before clipping", True),
-              ("tokens_per_second", "Throughput, tokens/s of the whole run", True), ("batch_size", "Batch size, sequences", False)]  # fmt: skip
-    return [
-        (title, _small(runs, key, title, noisy))
-        for key, title, noisy in panels
-        if any(run.train.has(key) for run in runs)
-    ]
+    keys = ("learning_rate", "grad_norm", "tokens_per_second", "mfu", "batch_size")
+    return [(TITLES[key], _small(runs, key)) for key in keys if any(run.train.has(key) for run in runs)]
 
 
-def _small(runs: list[Run], key: str, title: str, noisy: bool) -> str:
+def _small(runs: list[Run], key: str) -> str:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         highest = 0.0
         for index, run in enumerate(runs):
-            values = smooth(run.train[key], run.train) if noisy else run.train[key]
+            values = smooth(run.train[key], run.train) if key in NOISY else run.train[key]
             _line(axes, run, values, INK, index)
-            highest = max(highest, float(np.nanmax(values[len(values) // 20 :])) if np.isfinite(values).any() else 0.0)
+            settled = values[len(values) // 20 :]
+            highest = max(highest, float(settled[np.isfinite(settled)].max(initial=0.0)))
         axes.set_ylim(0, 1.08 * highest or 1)
-        axes.yaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{value:.3g}" if key == "learning_rate" else short(value))
-        )
-        if key == "grad_norm":
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        number_axis(axes, FORMS.get(key, lambda value: f"{value:g}"))
         _frame(axes, runs, 5, labels=False)
 
-    return draw(5.0, 2.1, paint, f"{title} over tokens of {', '.join(run.label for run in runs)}")
+    return draw(5.0, 2.1, paint, f"{TITLES[key]} over tokens of {_names(runs)}")
 
 
 def common_bands(runs: list[Run]) -> list[Band]:
@@ -138,7 +182,7 @@ def common_bands(runs: list[Run]) -> list[Band]:
     return longest
 
 
-def _line(axes: Axes, run: Run, values: np.ndarray, colour: str, index: int) -> None:
+def _line(axes: Axes, run: Run, values: Floats, colour: str, index: int) -> None:
     axes.plot(
         *thin(run.train["tokens"], values),
         color=colour,

@@ -13,24 +13,34 @@ MOST_POINTS = 900
 
 
 def smoothing_window(points: int) -> int:
-    """Records that a smoothed curve averages over: an odd number, about a fortieth of the run."""
-    return max(3, points // 40) | 1
+    """Records of the running mean that smooths: an odd number, about a sixtieth of the run."""
+    return max(3, points // 60) | 1
 
 
 def smooth(values: Floats, series: Series, weights: Floats | None = None) -> Floats:
-    """Centred mean of `values` (NaN: no value there) over `smoothing_window` records, never across a phase's boundary."""
+    """Smoothed `values` (NaN: no value there): a centred, triangle-shaped mean over about two `smoothing_window`s of records,
+    never across a phase's boundary. `weights` are those of the mean.
+
+    The triangle is a running mean taken twice; a single one draws a box around every spike.
+    """
     half = smoothing_window(len(series)) // 2
-    known = np.isfinite(values)
-    weight = known * (np.ones(len(values)) if weights is None else weights)
-    total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0) * weight)])
-    count = np.concatenate([[0.0], np.cumsum(weight)])
-    out = np.full(len(values), np.nan)
+    weight = np.isfinite(values) * (np.ones(len(values)) if weights is None else weights)
+    mean, weight = _running_mean(values, weight, series, half)
+    return _running_mean(mean, weight, series, half)[0]
+
+
+def _running_mean(values: Floats, weight: Floats, series: Series, half: int) -> tuple[Floats, Floats]:
+    """(means, total weights) over the records from `half` before to `half` after, inside a phase."""
+    total = np.concatenate([[0.0], np.cumsum(np.where(weight > 0, values, 0.0) * weight)])
+    sums = np.concatenate([[0.0], np.cumsum(weight)])
+    means, many = np.full(len(values), np.nan), np.zeros(len(values))
     for part in series.phase_slices():
         here = np.arange(part.start, part.stop)
         low, high = np.maximum(here - half, part.start), np.minimum(here + half + 1, part.stop)
-        many = count[high] - count[low]
-        np.divide(total[high] - total[low], many, out=out[part], where=many > 0)
-    return out
+        many[part] = np.maximum(sums[high] - sums[low], 0.0)
+        np.divide(total[high] - total[low], many[part], out=means[part], where=many[part] > 1e-12)
+    many[~np.isfinite(means)] = 0.0
+    return means, many
 
 
 def thin(x: Floats, y: Floats) -> tuple[Floats, Floats]:

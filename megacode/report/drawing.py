@@ -45,6 +45,7 @@ _STYLE: dict[str, Any] = {
     "path.simplify": True,
     "path.simplify_threshold": 0.3,
 }
+_NICE = [1, 2, 2.5, 5, 10]
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.4, 1.2, 1.4)), (0, (2.5, 2.5)))
 
 
@@ -92,13 +93,13 @@ def _attribute(text: str) -> str:
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
 
 
-def phase_bands(axes: Axes, bands: Sequence[Band], labels: bool = True) -> None:
+def phase_bands(axes: Axes, bands: Sequence[Band], labels: bool = True, shade: bool = True) -> None:
     """Every other phase shaded; names along the top where they fit."""
     if not bands:
         return
     span = bands[-1].end - bands[0].start
     for index, band in enumerate(bands):
-        if index % 2 == 0 and len(bands) > 1:
+        if shade and index % 2 == 0 and len(bands) > 1:
             axes.axvspan(band.start, band.end, color=BAND, linewidth=0, zorder=-5)
         if index:
             axes.axvline(band.start, color=GRID, linewidth=1, zorder=-4)
@@ -139,9 +140,23 @@ def end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], size: float
 
 def count_axis(axes: Axes, label: str, many: int = 8) -> None:
     """Whole numbers along the bottom: 20,000 or 1.2 B."""
-    axes.xaxis.set_major_locator(MaxNLocator(many, integer=True, min_n_ticks=3))
+    axes.xaxis.set_major_locator(MaxNLocator(many, integer=True, min_n_ticks=3, steps=_NICE))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.set_xlabel(label)
+
+
+def number_axis(axes: Axes, form: Callable[[float], str]) -> None:
+    """A few round numbers up the side."""
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=_NICE))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
+
+
+def rate(value: float) -> str:
+    """A learning rate: 3e-4, 2.5e-5, 0."""
+    if not value:
+        return "0"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def short(value: float) -> str:

@@ -8,15 +8,26 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
-from megacode.report.curves import envelope, readable_limits, smooth, smoothing_window, thin
-from megacode.report.drawing import DASHES, Band, count_axis, draw, end_labels, phase_bands, short
+from megacode.report.curves import envelope, readable_limits, smooth, thin
+from megacode.report.drawing import DASHES, Band, count_axis, draw, end_labels, number_axis, phase_bands, rate, short
 from megacode.report.palette import FAINT, INK, PAPER, placeholder
 from megacode.report.run_data import Floats, Run
 
 _WIDTH = 10.0
 _HALF = 5.0
+FORMS = {"mfu": "{:.0%}".format, "learning_rate": rate, "tokens_per_second": short}
+NOISY = ("grad_norm", "tokens_per_second", "mfu", "tflops_per_device")
+TITLES = {
+    "learning_rate": "Learning rate",
+    "batch_size": "Batch size, sequences",
+    "grad_norm": "Gradient norm, before clipping",
+    "tokens_per_second": "Throughput, tokens/s of the whole run",
+    "mfu": "Model FLOPs utilisation (MFU)",
+    "tflops_per_device": "TFLOP/s per device",
+    "memory_gb": "Peak memory of rank 0's device, GB",
+}
 
 
 def bands(run: Run) -> list[Band]:
@@ -59,7 +70,15 @@ def loss_by_domain(run: Run, hue: dict[str, int]) -> str | None:
                 known = line[np.isfinite(line)]
                 labels.append((known[-1] if len(known) else math.nan, name, colour))
             axes.plot(
-                at, losses, "o", color=colour, markeredgecolor=PAPER, markeredgewidth=1.2, markersize=6.5, zorder=4
+                at,
+                losses,
+                "o",
+                color=colour,
+                markeredgecolor=PAPER,
+                markeredgewidth=1.2,
+                markersize=6.5,
+                zorder=4,
+                clip_on=False,
             )
             curves.append(losses)
         if limits := readable_limits(curves):
@@ -72,7 +91,7 @@ def loss_by_domain(run: Run, hue: dict[str, int]) -> str | None:
             Line2D([], [], color=FAINT, linewidth=1.9),
             Line2D([], [], color=FAINT, marker="o", linestyle="", markersize=6),
         ]
-        texts = [f"training, mean of {smoothing_window(len(train))} records (each one faint)", "validation"]
+        texts = ["training, smoothed (each step faint)", "validation"]
         axes.legend(marks, texts, loc="upper right", labelcolor=FAINT, fontsize=8.5)
 
     return draw(_WIDTH, 4.3, paint, f"Loss of {run.label} by domain over steps")
@@ -98,7 +117,7 @@ def loss_by_source(run: Run, hue: dict[str, int]) -> str | None:
                     *thin(run.train["step"], line), color=colour, linestyle=DASHES[index % len(DASHES)], linewidth=1.4
                 )
                 at, losses = validation_points(run, "loss_by_source", name)
-                axes.plot(at, losses, "o", color=colour, markeredgecolor=PAPER, markersize=4.5, zorder=4)
+                axes.plot(at, losses, "o", color=colour, markeredgecolor=PAPER, markersize=4.5, zorder=4, clip_on=False)
                 known = line[np.isfinite(line)]
                 labels.append((known[-1] if len(known) else math.nan, name, colour))
                 curves += [line, losses]
@@ -134,10 +153,11 @@ def mixture(run: Run, hue: dict[str, int]) -> str | None:
         planned = planned_shares(run, names)
         for at, levels in planned:
             for level in levels[:-1]:
+                if level.max() < 0.001 or level.min() > 0.999:
+                    continue  # between domains that this phase does not read
                 axes.plot(at, level, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
-        _frame(axes, run)
+        _frame(axes, run, shade=False)
         axes.set_ylim(0, 1)
-        axes.set_xlim(0, run.steps_done)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(visible=False)
         axes.set_ylabel("share of sequences")
@@ -145,13 +165,6 @@ def mixture(run: Run, hue: dict[str, int]) -> str | None:
         last = np.cumsum([share[-1] for share in shares])
         middles = last - np.array([share[-1] for share in shares]) / 2
         end_labels(axes, [(m, n, placeholder(hue[n])) for m, n in zip(middles, names, strict=True)], size=10)
-        if planned:
-            axes.legend(
-                [Line2D([], [], color=INK, linewidth=1.2, linestyle=(0, (4, 2)))],
-                ["planned"],
-                loc="upper left",
-                fontsize=8.5,
-            )
 
     return draw(_WIDTH, 2.9, paint, f"Share of sequences of {run.label} by domain over steps, consumed and planned")
 
@@ -174,26 +187,18 @@ def planned_shares(run: Run, names: list[str]) -> list[tuple[Floats, Floats]]:
 def small_figures(run: Run) -> list[tuple[str, str]]:
     """(caption, SVG) of rate, batch size, gradient norm, throughput, MFU, memory: what the run has of them."""
     train = run.train
-    panels: list[tuple[str, str, bool]] = [("learning_rate", "Learning rate", False)]
-    if len(np.unique(train["batch_size"][np.isfinite(train["batch_size"])])) > 1:
-        panels.append(("batch_size", "Batch size, sequences", False))
-    panels.append(("grad_norm", "Gradient norm, before clipping", True))
-    panels.append(("tokens_per_second", "Throughput, tokens/s of the whole run", True))
-    panels.append(
-        ("mfu", "Model FLOPs utilisation (MFU)", True)
-        if train.has("mfu")
-        else ("tflops_per_device", "TFLOP/s per device", True)
-    )
-    if train.has("memory_gb"):
-        panels.append(("memory_gb", "Peak memory of rank 0's device, GB", False))
-    return [(title, _small(run, key, title, noisy)) for key, title, noisy in panels if train.has(key)]
+    sizes = train["batch_size"]
+    moving = len(np.unique(sizes[np.isfinite(sizes)])) > 1
+    keys = ["learning_rate", *(["batch_size"] if moving else []), "grad_norm", "tokens_per_second"]
+    keys += ["mfu" if train.has("mfu") else "tflops_per_device", "memory_gb"]
+    return [(TITLES[key], _small(run, key)) for key in keys if train.has(key)]
 
 
-def _small(run: Run, key: str, title: str, noisy: bool) -> str:
+def _small(run: Run, key: str) -> str:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         steps, values = run.train["step"], run.train[key]
-        if noisy:
+        if key in NOISY:
             line = smooth(values, run.train)
             axes.plot(*envelope(steps, values), color=INK, alpha=0.22, linewidth=0.7)
             axes.plot(*thin(steps, line), color=INK, linewidth=1.5)
@@ -206,20 +211,14 @@ def _small(run: Run, key: str, title: str, noisy: bool) -> str:
             axes.set_yscale("log")
         else:
             axes.set_ylim(0, 1.08 * float(finite.max()) or 1)
-        if key == "mfu":
-            axes.yaxis.set_major_formatter(PercentFormatter(1))
-        elif key == "learning_rate":
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-        elif key == "tokens_per_second":
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         if axes.get_yscale() == "linear":
-            axes.yaxis.set_major_locator(MaxNLocator(5))
+            number_axis(axes, FORMS.get(key, lambda value: f"{value:g}"))
         _frame(axes, run, many=5, labels=False)
 
-    return draw(_HALF, 2.1, paint, f"{title} of {run.label} over steps")
+    return draw(_HALF, 2.1, paint, f"{TITLES[key]} of {run.label} over steps")
 
 
-def _frame(axes: Axes, run: Run, many: int = 10, labels: bool = True) -> None:
-    phase_bands(axes, bands(run), labels)
+def _frame(axes: Axes, run: Run, many: int = 10, labels: bool = True, shade: bool = True) -> None:
+    phase_bands(axes, bands(run), labels, shade)
     axes.set_xlim(0, run.steps_done)
     count_axis(axes, "steps", many)

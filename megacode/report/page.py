@@ -65,6 +65,7 @@ def _compared(runs: list[Run], hue: dict[str, int]) -> dict[str, object]:
     return {
         "table": tables.comparison(runs),
         "losses": comparison.losses(runs, hue),
+        "differences": comparison.differences(runs, hue),
         "ratios": comparison.ratios(runs, hue),
         "small": comparison.small_figures(runs),
         "bands": bool(comparison.common_bands(runs)),
@@ -84,5 +85,5 @@ def lead(run: Run) -> str:
         text += " Validation loss: " + ", ".join(f"{name} {loss:.3f}" for name, loss in known.items()) + "."
     unknown = int(np.isnan(run.train["loss"]).sum())
     if unknown:
-        text += f" {unknown:,} steps have a loss that is not a finite number."
+        text += f" In {unknown:,} step{'s' * (unknown > 1)} the loss was not a finite number."
     return text

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from megacode.errors import UserError
 from megacode.recipe.plan import PhasePlan, Plan
+from megacode.recipe.plan_command import vocabulary
 from megacode.recipe.show import plan_as_dict
 
 POINTS = 200
@@ -18,8 +20,13 @@ def plan_summary(plan: Plan, vocab_size: int | None = None) -> dict[str, Any]:
     at these `learning_rate`, `batch_size` and `shares` (one list a stream, in the order of `streams`).
 
     Args:
-        vocab_size: adds the model's parameter count and the run's FLOPs.
+        vocab_size: for the model's parameter count and the run's FLOPs; default: the tokenizer's, where that is at hand.
     """
+    if vocab_size is None:
+        try:
+            vocab_size = vocabulary(plan.recipe)
+        except UserError:  # a tokenizer that cannot be read matters to training, not to a summary
+            vocab_size = None
     summary = plan_as_dict(plan, vocab_size)
     for data, phase in zip(summary["phases"], plan.phases, strict=True):
         data["curves"] = _curves(phase)

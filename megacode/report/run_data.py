@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from megacode.errors import UserError
 from megacode.recipe.load import load_recipe
 from megacode.recipe.schema import Recipe
 from megacode.report.plan_summary import plan_summary
-from megacode.train.metrics import FILE, Record, read_metrics
+from megacode.train.metrics import FILE, Record, add_tokens_by_source, read_metrics
 
 Floats = NDArray[np.float64]
 
@@ -100,6 +100,8 @@ def read_run(folder: Path) -> Run:
     train = [record for record in records if record["kind"] == "train"]
     if not train:
         raise UserError(f"{folder / FILE}: has no finished step yet; a report needs at least one")
+    for before, record in zip([None, *train[:-1]], train, strict=True):
+        add_tokens_by_source(record, before)
     recipe = load_recipe(recipe_path)
     plan = _read_plan(folder, recipe)
     return Run(
@@ -112,7 +114,7 @@ def read_run(folder: Path) -> Run:
         validations=[record for record in records if record["kind"] == "validation"],
         events=[record for record in records if record["kind"] == "event"],
         environment=_read_json(folder / "environment.json") or {},
-        samples=_read_text(folder / "samples.txt"),
+        samples=(_read_text(folder / "samples.txt") or "").strip("\n") or None,
         domains=_domains(recipe, plan, train),
     )
 
@@ -127,8 +129,6 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _relabelled(run: Run, label: str) -> Run:
-    from dataclasses import replace
-
     return replace(run, label=label)
 
 

@@ -112,7 +112,7 @@ def phases(run: Run) -> Table | None:
                 ),
             )
         )
-    columns = ("phase", "steps", "tokens", "sequences × length", "mixture", "FIM rate", "learning rate", "Adam state")
+    columns = ("phase", "steps", "tokens", "batch × length", "mixture", "FIM rate", "learning rate", "Adam's state")
     return Table(columns, tuple(rows))
 
 

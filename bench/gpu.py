@@ -1,11 +1,13 @@
 """Training speed on one CUDA device: megacode's step against a bare Megatron-Core loop, bf16 and every FP8 recipe.
 
-    python bench/gpu.py [--cases crystal-7b,llama-8b-24] [--precisions bf16,delayed,tensorwise,blockwise] [--steps 12]
+    python bench/gpu.py [--cases crystal-7b,crystal-7b-24-layers] [--precisions bf16,delayed,tensorwise,blockwise] [--steps 12]
 
 Each measurement is a fresh process. Both sides build the same model and take the same synthetic batches; what counts is
 the median step after warm-up. TFLOP/s count 6 FLOPs for every weight of a matrix product and token, plus attention with the
 causal half counted in full (PaLM's convention, see megacode.recipe.estimate); MFU is against the dense bf16 peak, also for
-FP8. Writes docs/results/gpu-DEVICE.md.
+FP8.
+
+Writes docs/results/gpu-DEVICE.md.
 """
 
 from __future__ import annotations
@@ -30,11 +32,15 @@ SHAPES: dict[str, tuple[Model, int, int, int]] = {
     # name: (model, sequence length, micro-batch size, sequences in a step)
     "crystal-7b": (
         Model(layers=32, hidden_size=4096, heads=32, ffn_size=10944, normalization="layernorm", linear_bias=True,
-              rotary_fraction=0.25, rotary_interleaved=True, tie_embeddings=True, vocab_size=VOCAB), 2048, 2, 16,
+              rotary_fraction=0.25, rotary_interleaved=True, tie_embeddings=True, vocab_size=VOCAB), 2048, 2, 32,
     ),
     "crystal-7b-8k": (
         Model(layers=32, hidden_size=4096, heads=32, ffn_size=10944, normalization="layernorm", linear_bias=True,
               rotary_fraction=0.25, rotary_interleaved=True, tie_embeddings=True, vocab_size=VOCAB), 8192, 1, 4,
+    ),
+    "crystal-7b-24-layers": (
+        Model(layers=24, hidden_size=4096, heads=32, ffn_size=10944, normalization="layernorm", linear_bias=True,
+              rotary_fraction=0.25, rotary_interleaved=True, tie_embeddings=True, vocab_size=VOCAB), 2048, 2, 32,
     ),
     "llama-8b-16-layers": (
         Model(layers=16, hidden_size=4096, heads=32, kv_heads=8, ffn_size=14336, vocab_size=VOCAB), 8192, 1, 4,

@@ -125,22 +125,24 @@ def install() -> None:
         raise RuntimeError("megacode.runtime.cpu.install() is for machines without CUDA")
     cuda: Any = torch.cuda
 
+    # A function of its own for every name, here and below: torch's compiler tells functions by identity.
     def nothing() -> Any:
-        return lambda *args, **kwargs: None  # one function per name: torch's compiler tells functions by identity
+        return lambda *args, **kwargs: None
 
-    def rng_state(device: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.get_rng_state()
+    def get_state() -> Any:
+        return lambda *args, **kwargs: torch.get_rng_state()
 
-    def set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        torch.set_rng_state(state)
+    def set_state() -> Any:
+        return lambda state, *args, **kwargs: torch.set_rng_state(state)
 
-    cuda.current_device = _current_device
+    def seed() -> Any:
+        return lambda value: torch.manual_seed(value)
+
     for name in ("synchronize", "set_device", "empty_cache", "manual_seed_all", "set_stream"):
         setattr(cuda, name, nothing())
     cuda.nvtx.range_push, cuda.nvtx.range_pop = nothing(), nothing()
-    cuda.manual_seed = cuda.random.manual_seed = torch.manual_seed
-    cuda.get_rng_state = cuda.random.get_rng_state = rng_state
-    cuda.set_rng_state = cuda.random.set_rng_state = set_rng_state
+    for module in (cuda, cuda.random):
+        module.manual_seed, module.get_rng_state, module.set_rng_state = seed(), get_state(), set_state()
     cuda.Stream = cuda.Event = _Inert
     cuda.current_stream = lambda *a, **k: _Inert()
     cuda.default_stream = lambda *a, **k: _Inert()

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from megacode.report.curves import readable_limits, smooth, thin
-from megacode.report.drawing import DASHES, Band, count_axis, draw, number_axis, phase_bands
+from megacode.report.curves import readable_limits, smooth
+from megacode.report.drawing import DASHES, Band, count_axis, curve, dots, draw, number_axis, phase_bands
 from megacode.report.figures import FORMS, NOISY, TITLES, bands, planned_shares, validation_points
-from megacode.report.palette import INK, PAPER, placeholder
+from megacode.report.palette import INK, placeholder
 from megacode.report.run_data import Floats, Run
 
 _MARKS = "osD^v"
@@ -40,11 +40,9 @@ def losses(runs: list[Run], hue: dict[str, int]) -> str:
                 _line(axes, run, line, colour, index)
                 curves.append(line)
             at, loss = validation_points(run, "loss_by_domain", name)
-            chosen = np.unique(np.linspace(0, max(len(at) - 1, 0), min(len(at), _MOST_MARKS)).round().astype(int))
-            axes.plot(
-                [run.tokens_at(step) for step in at[chosen]], loss[chosen], _MARKS[index % 5], color=colour,
-                markeredgecolor=PAPER, markeredgewidth=0.8, markersize=5, zorder=4 + index, clip_on=False,
-            )  # fmt: skip
+            chosen = np.unique(np.linspace(0, len(at) - 1, min(len(at), _MOST_MARKS)).round().astype(int))
+            tokens = np.array([run.tokens_at(step) for step in at[chosen]])
+            dots(axes, tokens, loss[chosen], colour, 5, _MARKS[index % 5], zorder=4 + index)
             curves.append(loss)
         if limits := readable_limits(curves):
             axes.set_ylim(limits)
@@ -125,7 +123,7 @@ def ratios(runs: list[Run], hue: dict[str, int]) -> str | None:
         for index, run in enumerate(runs):
             if name in run.train.ratio_by_domain:
                 line = smooth(run.train.ratio_by_domain[name], run.train, run.train["batch_size"])
-                axes.plot(*thin(run.train["tokens"], line), color=colour, alpha=0.3, linewidth=3.2)
+                curve(axes, run.train["tokens"], line, color=colour, alpha=0.3, linewidth=3.2)
             pieces = planned_shares(run, [name])
             if pieces:
                 steps = np.concatenate([at for at, _ in pieces])
@@ -183,8 +181,10 @@ def common_bands(runs: list[Run]) -> list[Band]:
 
 
 def _line(axes: Axes, run: Run, values: Floats, colour: str, index: int) -> None:
-    axes.plot(
-        *thin(run.train["tokens"], values),
+    curve(
+        axes,
+        run.train["tokens"],
+        values,
         color=colour,
         linestyle=DASHES[index % 5],
         alpha=_WEIGHTS[index % 5],

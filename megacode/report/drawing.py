@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megacode.recipe.show import count
-from megacode.report.palette import BAND, FAINT, GRID, INK, with_variables
+from megacode.report.curves import thin
+from megacode.report.palette import BAND, FAINT, GRID, INK, PAPER, with_variables
+from megacode.report.run_data import Floats
 
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: it takes the page's font, can be searched and read aloud
@@ -112,6 +114,19 @@ def phase_bands(axes: Axes, bands: Sequence[Band], labels: bool = True, shade: b
             )  # fmt: skip
 
 
+def curve(axes: Axes, x: Floats, y: Floats, **style: Any) -> None:
+    """A line of no more points than the page can show; dots where there are too few points for a line to be seen."""
+    few = {"marker": "o", "markersize": 3.5} if np.isfinite(y).sum() < 4 else {}
+    axes.plot(*thin(x, y), **(style | few))
+
+
+def dots(axes: Axes, x: Floats, y: Floats, colour: str, size: float, mark: str = "o", **style: Any) -> None:
+    """Points with a rim of the page's colour, whole also at the picture's edge."""
+    if len(x):  # an empty line that is not clipped spoils matplotlib's layout
+        look = {"color": colour, "markersize": size, "markeredgecolor": PAPER, "markeredgewidth": 1.0, "zorder": 4}
+        axes.plot(x, y, mark, clip_on=False, **(look | style))
+
+
 def end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], size: float = 8.5) -> None:
     """Names to the right of the lines that they belong to, moved apart where they would overlap.
 
@@ -140,7 +155,7 @@ def end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], size: float
 
 def count_axis(axes: Axes, label: str, many: int = 8) -> None:
     """Whole numbers along the bottom: 20,000 or 1.2 B."""
-    axes.xaxis.set_major_locator(MaxNLocator(many, integer=True, min_n_ticks=3, steps=_NICE))
+    axes.xaxis.set_major_locator(MaxNLocator(many, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.set_xlabel(label)
 

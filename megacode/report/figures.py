@@ -11,8 +11,20 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from megacode.report.curves import envelope, readable_limits, smooth, thin
-from megacode.report.drawing import DASHES, Band, count_axis, draw, end_labels, number_axis, phase_bands, rate, short
-from megacode.report.palette import FAINT, INK, PAPER, placeholder
+from megacode.report.drawing import (
+    DASHES,
+    Band,
+    count_axis,
+    curve,
+    dots,
+    draw,
+    end_labels,
+    number_axis,
+    phase_bands,
+    rate,
+    short,
+)
+from megacode.report.palette import FAINT, INK, placeholder
 from megacode.report.run_data import Floats, Run
 
 _WIDTH = 10.0
@@ -65,21 +77,11 @@ def loss_by_domain(run: Run, hue: dict[str, int]) -> str | None:
                 # a domain's loss in a step is a mean over its share of the batch: weigh it so
                 line = smooth(raw, train, train.ratio_by_domain.get(name))
                 axes.plot(*envelope(steps, raw), color=colour, alpha=0.22, linewidth=0.7)
-                axes.plot(*thin(steps, line), color=colour, linewidth=1.9)
+                curve(axes, steps, line, color=colour, linewidth=1.9)
                 curves.append(line)
                 known = line[np.isfinite(line)]
                 labels.append((known[-1] if len(known) else math.nan, name, colour))
-            axes.plot(
-                at,
-                losses,
-                "o",
-                color=colour,
-                markeredgecolor=PAPER,
-                markeredgewidth=1.2,
-                markersize=6.5,
-                zorder=4,
-                clip_on=False,
-            )
+            dots(axes, at, losses, colour, 6.5)
             curves.append(losses)
         if limits := readable_limits(curves):
             axes.set_ylim(limits)
@@ -113,11 +115,9 @@ def loss_by_source(run: Run, hue: dict[str, int]) -> str | None:
             colour, labels, curves = placeholder(hue[domain]), [], []
             for index, name in enumerate(names):
                 line = smooth(run.train.loss_by_source[name], run.train)
-                axes.plot(
-                    *thin(run.train["step"], line), color=colour, linestyle=DASHES[index % len(DASHES)], linewidth=1.4
-                )
+                curve(axes, run.train["step"], line, color=colour, linestyle=DASHES[index % len(DASHES)], linewidth=1.4)
                 at, losses = validation_points(run, "loss_by_source", name)
-                axes.plot(at, losses, "o", color=colour, markeredgecolor=PAPER, markersize=4.5, zorder=4, clip_on=False)
+                dots(axes, at, losses, colour, 4.5)
                 known = line[np.isfinite(line)]
                 labels.append((known[-1] if len(known) else math.nan, name, colour))
                 curves += [line, losses]
@@ -201,10 +201,10 @@ def _small(run: Run, key: str) -> str:
         if key in NOISY:
             line = smooth(values, run.train)
             axes.plot(*envelope(steps, values), color=INK, alpha=0.22, linewidth=0.7)
-            axes.plot(*thin(steps, line), color=INK, linewidth=1.5)
+            curve(axes, steps, line, color=INK, linewidth=1.5)
         else:
             style = "steps-pre" if key == "batch_size" else "default"
-            axes.plot(*thin(steps, values), color=INK, linewidth=1.5, drawstyle=style)
+            curve(axes, steps, values, color=INK, linewidth=1.5, drawstyle=style)
         finite = values[np.isfinite(values)]
         positive = bool((finite > 0).all())
         if key == "grad_norm" and positive and finite.max() > 20 * np.median(finite):

@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pp", type=int, default=1, help="pipeline parallel (default: %(default)s)")
     parser.add_argument("--run", type=Path, help="run folder (default: runs/NAME of the recipe)")
     parser.add_argument("--restart", action="store_true", help="start over; an earlier run is put aside, not deleted")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe"
+    )
 
 
 def _megacode(*arguments: str, capture: bool = False) -> str:
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     console.rule("4  Report")
     _megacode("report", str(folder))
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    console.print(f"All in {minutes} min {seconds} s. Next: open {folder / 'report.html'}; change the recipe; run this again to go on.")
+    console.print(f"All in {minutes} min {seconds} s. Next: open {folder / 'report.html'}, or change the recipe.", soft_wrap=True)
     return 0
 
 
@@ -84,7 +86,8 @@ def _write_samples(folder: Path, console) -> None:  # type: ignore[no-untyped-de
     from megacode.train.checkpoint import write_durably
 
     prompts = [part for text in PROMPTS.values() for part in ("--prompt", text)]
-    written = _megacode("generate", str(folder), "--tokens", str(TOKENS), "--temperature", "0.7", "--top-p", "0.9", *prompts, capture=True)
+    sampling = ("--tokens", str(TOKENS), "--temperature", "0.7", "--top-p", "0.9")
+    written = _megacode("generate", str(folder), *sampling, *prompts, capture=True)
     console.print(written, markup=False, style="cyan")
     write_durably(folder / "samples.txt", written)
 

@@ -55,7 +55,7 @@ def train_tokenizer(
     except (RuntimeError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no documents"
         raise UserError(
-            f"cannot train a tokenizer of {vocab_size} pieces: {reason[-200:]}; give more text or fewer pieces"
+            f"cannot train a tokenizer of {vocab_size} pieces: {reason.rpartition('] ')[2]} Give more text or fewer pieces."
         ) from None
     with replace_file(path) as file:
         file.write(model.getvalue())

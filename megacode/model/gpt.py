@@ -260,13 +260,9 @@ def global_parameter_names(chunks: list[Any]) -> dict[str, torch.nn.Parameter]:
             if number is not None and path.rsplit(".", 1)[-1].isdigit():
                 offsets[path] = path.rsplit(".", 1)[0] + f".{number - 1}"
         for path, parameter in chunk.named_parameters():
-            for local, whole in offsets.items():
-                if path.startswith(local + "."):
-                    path = whole + path[len(local) :]
-                    break
-            while path.startswith("module."):
-                path = path[len("module.") :]
-            names[path] = parameter
+            prefix = next((local for local in offsets if path.startswith(local + ".")), "")
+            whole = offsets[prefix] + path[len(prefix) :] if prefix else path
+            names[whole.replace("module.", "")] = parameter
     return names
 
 

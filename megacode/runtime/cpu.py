@@ -136,7 +136,7 @@ def install() -> None:
         return lambda state, *args, **kwargs: torch.set_rng_state(state)
 
     def seed() -> Any:
-        return lambda value: torch.manual_seed(value)
+        return lambda value: torch.manual_seed(int(value))
 
     for name in ("synchronize", "set_device", "empty_cache", "manual_seed_all", "set_stream"):
         setattr(cuda, name, nothing())

@@ -46,7 +46,7 @@ def read_metrics(path: str | Path) -> list[Record]:
         if not isinstance(record, dict) or "kind" not in record or not isinstance(record.get("step"), int):
             if number == len(lines):
                 break
-            raise UserError(f"{path}, line {number}: is no metrics record (a JSON object with `kind` and `step`); remove the line")
+            raise UserError(f"{path}, line {number}: is no record (a JSON object with `kind` and `step`); remove it")
         records.append(record)
     return records
 
@@ -71,14 +71,14 @@ class MetricsWriter:
         had_events = (run / "tensorboard").exists()
         events = _Events(run / "tensorboard", first_step + 1 if had_events else None) if tensorboard else None
         last_train = next((r for r in reversed(kept) if r["kind"] == "train"), None)
-        return cls(open(path, "a", buffering=1, encoding="utf-8"), events, last_train)  # noqa: SIM115  # closed by close()
+        return cls(open(path, "a", buffering=1, encoding="utf-8"), events, last_train)  # closed by close()
 
     def write(self, record: Mapping[str, Any]) -> Record:
         """Append one record (`kind` and `step` at least; numpy and torch scalars are fine). A `train` record without
         `tokens_by_source` gets it. Returns the record as written."""
         plain: Record = _plain(record)
         if plain["kind"] == "train":
-            _add_tokens_by_source(plain, self._last)
+            add_tokens_by_source(plain, self._last)
             self._last = plain
         # One write call a line: another process that reads the file sees whole lines or a torn last one.
         self._file.write(json.dumps(plain, allow_nan=False, separators=(",", ":")) + "\n")
@@ -147,6 +147,20 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     return {tag: float(value) for tag, value in values.items() if value is not None}
 
 
+def add_tokens_by_source(record: Record, previous: Mapping[str, Any] | None) -> None:
+    """Give a training record its cumulative `tokens_by_source`, from its samples and the training record before it: all
+    sequences between two records of one phase have one length, which is tokens / samples."""
+    samples = record.get("samples_by_source")
+    if "tokens_by_source" in record or not samples or "tokens" not in record:
+        return
+    before = previous or {}
+    old_samples = before.get("samples_by_source", {})
+    old_tokens = before.get("tokens_by_source", {})
+    new = {name: count - old_samples.get(name, 0) for name, count in samples.items()}
+    length = (record["tokens"] - before.get("tokens", 0)) / max(sum(new.values()), 1)
+    record["tokens_by_source"] = {name: old_tokens.get(name, 0) + round(n * length) for name, n in new.items()}
+
+
 # -------------------------------------------------------------------------------------------------------- inside
 
 
@@ -179,19 +193,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return str(value)
-
-
-def _add_tokens_by_source(record: Record, previous: Mapping[str, Any] | None) -> None:
-    """Tokens from samples: all sequences between two records of one phase have one length, tokens / samples."""
-    samples = record.get("samples_by_source")
-    if "tokens_by_source" in record or not samples or "tokens" not in record:
-        return
-    before = previous or {}
-    old_samples = before.get("samples_by_source", {})
-    old_tokens = before.get("tokens_by_source", {})
-    new = {name: count - old_samples.get(name, 0) for name, count in samples.items()}
-    length = (record["tokens"] - before.get("tokens", 0)) / max(sum(new.values()), 1)
-    record["tokens_by_source"] = {name: old_tokens.get(name, 0) + round(n * length) for name, n in new.items()}
 
 
 class _Events:

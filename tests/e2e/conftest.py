@@ -77,7 +77,10 @@ phases:
     steps: 12
     batch_size: 8
     sequence_length: 32
-    mixture: {{domains: {{code: {{ratio: {{shape: linear, start: 0.2, end: 0.8}}}}, text: {{ratio: {{shape: linear, start: 0.8, end: 0.2}}}}}}}}
+    mixture:
+      domains:
+        code: {{ratio: {{shape: linear, start: 0.2, end: 0.8}}}}
+        text: {{ratio: {{shape: linear, start: 0.8, end: 0.2}}}}
     learning_rate: {{schedule: cosine, peak: 0.003}}
     optimizer_state: fresh
 parallel: {{micro_batch_size: 2}}

@@ -98,5 +98,6 @@ def _phases(recipe: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_a_changed_past_is_refused_and_named(recipe: Path, straight: Path) -> None:
-    done = megacode("train", recipe, "--run", straight, "--processes", 2, "--set", "parallel.tensor=2", "--set", "seed=8", check=False)
+    changes = ("--set", "parallel.tensor=2", "--set", "seed=8")
+    done = megacode("train", recipe, "--run", straight, "--processes", 2, *changes, check=False)
     assert done.returncode == 2 and "seed" in done.stderr and "Traceback" not in done.stderr

@@ -143,9 +143,9 @@ def packed_and_masked(world, folder: str) -> tuple[list[float], list[float], lis
     bounded = make_batch(windows, stream, positions, eod_id=2, reset_at_eod=True)
     plain = make_batch(windows, stream, positions)
 
-    def sums(chunks, batch, recipe) -> list[float]:
+    def sums(chunks, batch, settings) -> list[float]:
         with torch.no_grad():
-            return forward_backward(chunks, [batch], 2, recipe, world, forward_only=True)[0].tolist()
+            return forward_backward(chunks, [batch], 2, settings, world, forward_only=True)[0].tolist()
 
     strong = MODELS["llama"].model_copy(update={"init_std": 0.2})  # so that what a token may look at matters
     half, full = small(strong, Precision(compute="bf16")), small(strong)

@@ -96,6 +96,6 @@ def test_logits_equal_transformers(case: str) -> None:
 
 
 def test_padding_of_the_vocabulary_takes_no_probability() -> None:
-    ((weights, _, logits),) = run_on(1, megatron_weights_and_logits, CASES["llama"])
+    ((_, _, logits),) = run_on(1, megatron_weights_and_logits, CASES["llama"])
     assert logits.shape[-1] == 1024
     assert torch.softmax(logits, -1)[..., VOCAB:].max() == 0

@@ -128,7 +128,9 @@ def test_tags_say_loss_by_source_and_domain() -> None:
     assert tags["loss/train/domain/text"] == 5.0
     assert tags["tokens/source/python"] == 48
     assert "throughput/mfu" not in tags and "memory/peak_gb" not in tags
-    valid = scalars({"kind": "validation", "step": 1, "loss_by_source": {"python": 1.0}, "loss_by_domain": {"code": 1.0}})
+    valid = scalars(
+        {"kind": "validation", "step": 1, "loss_by_source": {"python": 1.0}, "loss_by_domain": {"code": 1.0}}
+    )
     assert valid == {"loss/valid/source/python": 1.0, "loss/valid/domain/code": 1.0}
     assert scalars({"kind": "event", "step": 1, "event": "start"}) == {}
 

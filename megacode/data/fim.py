@@ -1,0 +1,235 @@
+"""Fill-in-the-middle at context level (Bavarian et al., arXiv 2207.14255; Crystal's form, arXiv 2411.04156).
+
+A window of tokens is split at end-of-document tokens into documents. Each is, with its stream's rate, decoded, cut at two
+uniformly drawn character positions into prefix, middle and suffix, encoded again, and written as
+
+    PSM:  <prefix> prefix <suffix> suffix <middle> middle
+    SPM:  <prefix> <suffix> suffix <middle> prefix middle       (with probability `spm_rate`)
+
+The window is then cut to its length, or padded. What the usual implementations leave open is decided thus:
+
+* Draws are hashes of (seed, stream, epoch, first token of the window, number of the document in it). They replay on
+  resume, in every layout, and differ from epoch to epoch.
+* A leading begin-of-sequence token and the end-of-document token stay where they are. Other control tokens in a document
+  (file names, chat turns) move with the text around them, as one character each; text never becomes one.
+* A document that the window's edge cuts in the middle of a character (tokenizers with bytes) keeps the tokens of that
+  broken character at the edge; the rest is rearranged.
+* A document that decoding and encoding would change otherwise (bytes that are no UTF-8) is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacode.data.permute import uniform_below, uniform_bits
+from megacode.errors import UserError
+from megacode.recipe import schema
+
+_BROKEN = "\ufffd"
+_MAX_BROKEN_TOKENS = 3
+"""A UTF-8 character has at most four bytes, so a cut one leaves at most three tokens."""
+
+
+class Tokenizer(Protocol):
+    """What fill-in-the-middle needs of `megacode.data.tokenizer.Tokenizer`."""
+
+    control_tokens: dict[str, int]
+
+    @property
+    def eod_id(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def token_id(self, name: str) -> int: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Fim:
+    """The tokens and rates of one recipe. `control` is bool [vocab_size + 1]: which ids are no text (the last: ids beyond)."""
+
+    tokenizer: Tokenizer
+    prefix: int
+    middle: int
+    suffix: int
+    pad: int
+    eod: int
+    bos: int | None
+    spm_rate: float
+    control: NDArray[np.bool_]
+
+
+def make_fim(settings: schema.Fim, tokenizer: Tokenizer, bos_id: int | None) -> Fim:
+    """UserError if the tokenizer lacks one of the four control tokens."""
+    names = {key: getattr(settings, key) for key in ("prefix", "middle", "suffix", "pad")}
+    ids = {}
+    for key, name in names.items():
+        try:
+            ids[key] = tokenizer.token_id(name)
+        except UserError as error:
+            raise UserError(f"data.fim.{key}: {error}") from None
+    control = np.zeros(tokenizer.vocab_size + 1, dtype=bool)
+    control[[*tokenizer.control_tokens.values(), *ids.values(), tokenizer.eod_id, -1]] = True
+    return Fim(tokenizer, **ids, eod=tokenizer.eod_id, bos=bos_id, spm_rate=settings.spm_rate, control=control)
+
+
+@dataclass(frozen=True)
+class _Rearranged:
+    """A document to be written anew: tokens [start, end) of its window, of which `start + before` to `end - after` move.
+
+    `pieces`: prefix, middle, suffix; each a list of control ids (>= 0) and texts (-1 - index into the texts to encode).
+    """
+
+    start: int
+    end: int
+    before: int
+    after: int
+    suffix_first: bool
+    pieces: tuple[list[int], list[int], list[int]]
+
+
+def rearrange(
+    fim: Fim, windows: NDArray[np.int64], keys: NDArray[np.uint64], rates: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Fill-in-the-middle on windows [n, L], with a key and a rate for each [n].
+
+    Returns:
+        Windows int64 [n, L], and how many of their tokens are real, int64 [n]; the rest is `fim.pad`. Windows with rate 0
+        come back as they are.
+    """
+    count, length = windows.shape
+    out = windows.copy()
+    lengths = np.full(count, length, dtype=np.int64)
+    texts: list[str] = []
+    plans: dict[int, list[_Rearranged]] = {}
+    for row in np.flatnonzero(rates > 0).tolist():
+        plans[row] = _plan_window(fim, windows[row], int(keys[row]), float(rates[row]), texts)
+    encoded = fim.tokenizer.encode_batch(texts) if texts else []
+    for row, documents in plans.items():
+        if documents:
+            ids = _write_window(fim, windows[row].tolist(), documents, encoded)[:length]
+            lengths[row] = len(ids)
+            out[row, : len(ids)] = ids
+            out[row, len(ids) :] = fim.pad
+    return out, lengths
+
+
+def _plan_window(fim: Fim, window: NDArray[np.int64], key: int, rate: float, texts: list[str]) -> list[_Rearranged]:
+    """Draws for every document of one window; appends the texts that are to be encoded."""
+    ends = np.flatnonzero(window == fim.eod).tolist()
+    starts = [0, *(end + 1 for end in ends)]
+    ends.append(len(window))
+    # Four draws a document: whether, suffix first, and two cuts.
+    bits = uniform_bits(key, np.arange(4 * len(starts))).reshape(-1, 4)
+    chance = (bits[:, :2] >> np.uint64(11)) * 2.0**-53
+    chosen = chance[:, 0] < rate
+    controls = fim.control[np.minimum(window, len(fim.control) - 1)]
+    documents = []
+    for number in np.flatnonzero(chosen).tolist():
+        start, end = starts[number], ends[number]
+        before = int(start < end and int(window[start]) == fim.bos)
+        runs = _runs(window[start + before : end], controls[start + before : end])
+        cut_left, cut_right = start == 0 and not before, end == len(window)
+        document = _decode(fim, runs, cut_left, cut_right)
+        if document is None:
+            continue
+        atoms, left, right = document
+        size = sum(1 if isinstance(atom, int) else len(atom) for atom in atoms)
+        low, high = sorted(uniform_below(bits[number, 2:], size + 1).tolist())
+        pieces = _split(atoms, (0, low, high, size), texts)
+        suffix_first = bool(chance[number, 1] < fim.spm_rate)
+        documents.append(_Rearranged(start, end, before + left, right, suffix_first, pieces))
+    return documents
+
+
+def _runs(ids: NDArray[np.int64], controls: NDArray[np.bool_]) -> list[int | list[int]]:
+    """A document as control ids (int) and runs of text tokens between them (list)."""
+    where = np.flatnonzero(controls).tolist()
+    if not where:
+        return [ids.tolist()] if len(ids) else []
+    runs: list[int | list[int]] = []
+    previous = 0
+    for place in where:
+        if place > previous:
+            runs.append(ids[previous:place].tolist())
+        runs.append(int(ids[place]))
+        previous = place + 1
+    if previous < len(ids):
+        runs.append(ids[previous:].tolist())
+    return runs
+
+
+def _decode(
+    fim: Fim, runs: list[int | list[int]], cut_left: bool, cut_right: bool
+) -> tuple[list[int | str], int, int] | None:
+    """Runs as control ids and texts, and how many tokens to leave at the left and the right edge. None: leave it all."""
+    atoms: list[int | str] = []
+    left = right = 0
+    for place, run in enumerate(runs):
+        if isinstance(run, int):
+            atoms.append(run)
+            continue
+        ids, text = run, fim.tokenizer.decode(run)
+        if _BROKEN in text:
+            if cut_left and place == 0:
+                left = _broken(fim, [ids[k:] for k in range(_MAX_BROKEN_TOKENS + 1)], str.startswith)
+                ids = ids[left:]
+            if cut_right and place == len(runs) - 1:
+                right = _broken(fim, [ids[: len(ids) - k] for k in range(_MAX_BROKEN_TOKENS + 1)], str.endswith)
+                ids = ids[: len(ids) - right]
+            text = fim.tokenizer.decode(ids)
+            # U+FFFD may also stand in the corpus itself; what matters is that nothing gets lost on the way.
+            if _BROKEN in text and fim.tokenizer.encode_batch([text])[0] != ids:
+                return None
+        atoms.append(text)
+    return (atoms, left, right) if any(atoms) or any(isinstance(a, int) for a in atoms) else None
+
+
+def _broken(fim: Fim, shorter: list[list[int]], at_edge: object) -> int:
+    """How many tokens to drop until the edge is a whole character; 0 if dropping does not help (it is a real U+FFFD)."""
+    for dropped, ids in enumerate(shorter):
+        if not at_edge(fim.tokenizer.decode(ids), _BROKEN):  # type: ignore[operator]
+            return dropped
+    return 0
+
+
+def _split(
+    atoms: list[int | str], cuts: tuple[int, int, int, int], texts: list[str]
+) -> tuple[list[int], list[int], list[int]]:
+    """Atoms between each two of `cuts` (in characters; a control token counts as one)."""
+    pieces: tuple[list[int], list[int], list[int]] = ([], [], [])
+    position = 0
+    for atom in atoms:
+        size = 1 if isinstance(atom, int) else len(atom)
+        for piece, low, high in zip(pieces, cuts[:-1], cuts[1:], strict=True):
+            if isinstance(atom, int):
+                if low <= position < high:
+                    piece.append(atom)
+            elif part := atom[max(low - position, 0) : max(high - position, 0)]:
+                texts.append(part)
+                piece.append(-len(texts))
+        position += size
+    return pieces
+
+
+def _write_window(fim: Fim, window: list[int], documents: list[_Rearranged], encoded: list[list[int]]) -> list[int]:
+    ids: list[int] = []
+    done = 0
+    for document in documents:
+        ids += window[done : document.start + document.before]
+        prefix, middle, suffix = (
+            [token for atom in piece for token in ((atom,) if atom >= 0 else encoded[-1 - atom])]
+            for piece in document.pieces
+        )
+        if document.suffix_first:
+            ids += [fim.prefix, fim.suffix, *suffix, fim.middle, *prefix, *middle]
+        else:
+            ids += [fim.prefix, *prefix, fim.suffix, *suffix, fim.middle, *middle]
+        ids += window[document.end - document.after : document.end]
+        done = document.end
+    return ids + window[done:]

@@ -1,0 +1,199 @@
+"""The batches of one data-parallel rank, step by step.
+
+In a step of B sequences on `world` data-parallel ranks with micro-batches of m, rank r's micro-batch i holds the batch's
+positions [i m world + r m, + m). Each rank works out and reads its own positions; nothing is sent between ranks, and their
+union is the same batch for every `world` and m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacode.data import fim
+from megacode.data.batch import Batch, make_batch
+from megacode.data.mixture import Mixture, StepSamples, stream_key
+from megacode.data.permute import uniform_bits
+from megacode.data.prefetch import Prefetch
+from megacode.data.source import TokenSource
+from megacode.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class StepBatch:
+    """One rank's share of a step: micro-batches in order, and the samples they hold (arrays in the same order)."""
+
+    step: int
+    micro_batches: tuple[Batch, ...]
+    samples: StepSamples
+
+    @property
+    def digest(self) -> int:
+        """Sum of the micro-batches' digests modulo 2^64; the sum over ranks (modulo 2^64) is the step's."""
+        return sum(batch.digest for batch in self.micro_batches) % 2**64
+
+
+class StepReader:
+    """Makes any step's `StepBatch` for one rank: a pure function of (plan, step, rank, world, micro-batch size)."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        micro_batch_size: int | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        recipe = mixture.plan.recipe
+        self.mixture, self.rank, self.world = mixture, rank, world
+        self.micro_batch_size = micro_batch_size or recipe.parallel.micro_batch_size
+        self._data, self._tokenizer = recipe.data, tokenizer
+        self._vocab_size = tokenizer.vocab_size if tokenizer is not None else recipe.model.vocab_size
+        self._fim = None
+        phases = mixture.plan.phases
+        with_fim = any(stream.fim_rate > 0 for phase in phases for stream in phase.streams)
+        resets = recipe.data.mask_eod_loss or any(phase.reset_at_eod for phase in phases)
+        if (with_fim or resets) and tokenizer is None:
+            raise UserError("tokenizer: fill-in-the-middle and document boundaries need one; name it in the recipe")
+        self._eod = tokenizer.eod_id if resets else None
+        if with_fim:
+            bos = tokenizer.bos_id if recipe.tokenizer is None or recipe.tokenizer.bos else None
+            self._fim = fim.make_fim(recipe.data.fim, tokenizer, bos)
+        self._fim_keys = [
+            np.array([stream_key(recipe.seed, "fim", stream) for stream in phase.streams], dtype=np.uint64)
+            for phase in phases
+        ]
+        self._fim_rates = [np.array([stream.fim_rate for stream in phase.streams]) for phase in phases]
+
+    def read(self, step: int) -> StepBatch:
+        """UserError if the batch does not divide among the ranks, or if a source holds ids outside the vocabulary."""
+        size, phase = self.micro_batch_size, self.mixture.plan.phase_at(step)
+        total = phase.batch_size(step)
+        if total % (size * self.world):
+            raise UserError(
+                f"phases.{phase.name}.batch_size: {total} sequences in step {step} do not divide into micro-batches of "
+                f"{size} on {self.world} data-parallel ranks; make it a multiple of {size * self.world}"
+            )
+        places = np.arange(total).reshape(-1, self.world, size)[:, self.rank].reshape(-1)
+        samples = self.mixture.step(step, places)
+        parts = [samples.take(slice(first, first + size)) for first in range(0, len(places), size)]
+        return StepBatch(step, tuple(self._batch(part) for part in parts), samples)
+
+    def _batch(self, samples: StepSamples) -> Batch:
+        phase = samples.phase
+        windows = self._windows(samples)
+        lengths = None
+        if self._fim is not None:
+            rates = self._fim_rates[phase.index][samples.stream]
+            if rates.any():
+                epoch_keys = uniform_bits(self._fim_keys[phase.index][samples.stream], samples.epoch)
+                windows, lengths = fim.rearrange(
+                    self._fim, windows.astype(np.int64), uniform_bits(epoch_keys, samples.start), rates
+                )
+        return make_batch(
+            windows,
+            samples.stream,
+            samples.positions,
+            lengths=lengths,
+            eod_id=self._eod,
+            reset_at_eod=phase.reset_at_eod,
+            mask_eod_loss=self._data.mask_eod_loss,
+        )
+
+    def _windows(self, samples: StepSamples) -> NDArray[Any]:
+        """Tokens of each sample, [n, S + 1]."""
+        length = samples.phase.sequence_length + 1
+        streams = np.unique(samples.stream).tolist()
+        read = {}
+        for index in streams:
+            source = self.mixture.sources[samples.phase.streams[index].source]
+            read[index] = source.read(samples.start[samples.stream == index], length)
+            _check_ids(source, read[index], self._vocab_size)
+        if len(streams) == 1:
+            return read[streams[0]]
+        windows = np.empty((len(samples), length), dtype=np.result_type(*read.values()))
+        for index, rows in read.items():
+            windows[samples.stream == index] = rows
+        return windows
+
+
+def batches(
+    mixture: Mixture,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    micro_batch_size: int | None = None,
+    first_step: int = 0,
+    tokenizer: Any = None,
+    prefetch: int | None = None,
+) -> Prefetch[StepBatch]:
+    """One data-parallel rank's batches from `first_step` to the end of the run; close it (or use `with`) when done early.
+
+    Args:
+        rank, world: of the data-parallel group.
+        micro_batch_size: default: the recipe's `parallel.micro_batch_size`.
+        tokenizer: a `megacode.data.tokenizer.Tokenizer`; needed for fill-in-the-middle and document boundaries.
+        prefetch: steps prepared ahead on a thread; default: the recipe's `data.prefetch`.
+    """
+    reader = StepReader(mixture, rank=rank, world=world, micro_batch_size=micro_batch_size, tokenizer=tokenizer)
+    depth = mixture.plan.recipe.data.prefetch if prefetch is None else prefetch
+    return Prefetch(reader.read, range(first_step, mixture.plan.total_steps), depth)
+
+
+def validation_batches(
+    source: TokenSource,
+    sequence_length: int,
+    samples: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    micro_batch_size: int = 1,
+    eod_id: int | None = None,
+    reset_at_eod: bool = False,
+    mask_eod_loss: bool = False,
+    vocab_size: int | None = None,
+) -> Iterator[Batch]:
+    """The first `samples` windows of a held-out source, in order: windows [i S, i S + S + 1).
+
+    Every rank gets equally many micro-batches: what is missing is filled with samples that are masked whole. A last
+    window that is shorter is there too, padded and masked. `stream` is 0 throughout.
+    """
+    available = -(-(source.tokens - 1) // sequence_length)
+    if available < 1:
+        raise UserError(f"sources.{source.name}.validation: one token is too little to predict anything")
+    count, share = min(samples, available), world * micro_batch_size
+    for first in range(0, count, share):
+        places = np.arange(first + rank * micro_batch_size, first + (rank + 1) * micro_batch_size)
+        windows = np.zeros((micro_batch_size, sequence_length + 1), dtype=source.dtype)
+        lengths = np.zeros(micro_batch_size, dtype=np.int64)
+        for row, place in enumerate(places[places < count].tolist()):
+            start = place * sequence_length
+            lengths[row] = min(sequence_length + 1, source.tokens - start)
+            windows[row, : lengths[row]] = source.read(np.array([start]), int(lengths[row]))[0]
+        _check_ids(source, windows, vocab_size)
+        yield make_batch(
+            windows,
+            np.zeros(micro_batch_size, dtype=np.int32),
+            places,
+            lengths=lengths,
+            eod_id=eod_id,
+            reset_at_eod=reset_at_eod,
+            mask_eod_loss=mask_eod_loss,
+        )
+
+
+def _check_ids(source: TokenSource, windows: NDArray[Any], vocab_size: int | None) -> None:
+    """One pass over ids that are in the cache anyway: an id outside the vocabulary would end in the embedding's kernel."""
+    if vocab_size is None or not windows.size:
+        return
+    highest, lowest = int(windows.max()), int(windows.min())
+    if highest >= vocab_size or lowest < 0:
+        raise UserError(
+            f"sources.{source.name}: holds token {highest if highest >= vocab_size else lowest}, outside the vocabulary of "
+            f"{vocab_size:,}; it was tokenized with another tokenizer: tokenize it again with this recipe's"
+        )

@@ -1,0 +1,171 @@
+"""(plan, step) -> which samples: a pure function. Nothing is built, saved or drawn; any step can be asked for first.
+
+How step t's batch comes about, for a batch of B sequences of S tokens:
+
+1. The plan says how many samples each stream gives (their sum is B) and how many it gave before.
+2. Sample k of a stream stands at ordered position p = cursor + k S. Its epoch is p // (M W), where the stream is M
+   windows of W tokens; the window in slot (p mod M W) // W of that epoch is first_window + permutation(slot), keyed by
+   (seed, stream, epoch); the sample is the S + 1 tokens from p mod W of that window. So an epoch holds every sample once.
+3. A permutation keyed by (seed, t) orders the B samples, so that every micro-batch of every rank sees the mixture.
+
+A rank asks for its own positions only. Nothing above knows of ranks, of the run's length or of later phases, so none of
+them can change what a step reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megacode.data.permute import make_key, permute, uniform_bits
+from megacode.data.source import Document, TokenSource
+from megacode.errors import UserError
+from megacode.recipe.plan import PhasePlan, Plan, StreamPlan
+
+Int64s = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class StepSamples:
+    """Samples of one step, all of them or some: arrays of equal length n.
+
+    Attributes:
+        step: the run's step, 0 for the first.
+        phase: its phase; `phase.sequence_length` + 1 tokens are read for each sample.
+        positions: int64 [n], places in the step's batch.
+        stream: int32 [n], index into `phase.streams`.
+        epoch: int64 [n], passes over the stream before this one.
+        start: int64 [n], first token in the source's stream of tokens.
+    """
+
+    step: int
+    phase: PhasePlan
+    positions: Int64s
+    stream: NDArray[np.int32]
+    epoch: Int64s
+    start: Int64s
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def take(self, part: slice | Int64s) -> StepSamples:
+        """The samples at `part` of these arrays."""
+        return StepSamples(
+            self.step, self.phase, self.positions[part], self.stream[part], self.epoch[part], self.start[part]
+        )
+
+
+@dataclass(frozen=True)
+class SampleOrigin:
+    """Where one sample of a batch comes from: `documents` are those its tokens touch, in order."""
+
+    position: int
+    stream: StreamPlan
+    epoch: int
+    start: int
+    tokens: int
+    documents: tuple[Document, ...]
+
+
+class _Streams:
+    """A phase's streams as arrays, [streams] each."""
+
+    def __init__(self, phase: PhasePlan, seed: int) -> None:
+        self.keys = np.array([stream_key(seed, "order", s) for s in phase.streams], dtype=np.uint64)
+        self.cursor = np.array([s.cursor for s in phase.streams], dtype=np.int64)
+        self.window = np.array([s.window for s in phase.streams], dtype=np.int64)
+        self.windows = np.array([s.windows for s in phase.streams], dtype=np.int64)
+        self.first_window = np.array([s.first_window for s in phase.streams], dtype=np.int64)
+
+
+class Mixture:
+    """The data order of a plan over open sources (by name). UserError if a source is not as long as the plan says."""
+
+    def __init__(self, plan: Plan, sources: Mapping[str, TokenSource]) -> None:
+        self.plan = plan
+        self.sources = sources
+        self._phases = [_Streams(phase, plan.recipe.seed) for phase in plan.phases]
+        self._step_key = make_key(plan.recipe.seed, "step")
+        for phase in plan.phases:
+            for stream in phase.streams:
+                _check(stream, sources)
+
+    def step(self, step: int, positions: slice | ArrayLike | None = None) -> StepSamples:
+        """The samples at `positions` (default: all) of a step's batch, in O(streams + positions).
+
+        IndexError for a step outside the run or a position outside the batch.
+        """
+        if not 0 <= step < self.plan.total_steps:
+            raise IndexError(f"step {step} is outside the run's {self.plan.total_steps} steps")
+        phase = self.plan.phase_at(step)
+        counts = phase.counts(step)
+        size = int(counts.sum())
+        places = _positions(positions, size)
+        # Place -> index in the batch sorted by stream -> (stream, how many-th of it in this step).
+        index = permute(places, size, uniform_bits(self._step_key, step)).astype(np.int64)
+        ends = np.cumsum(counts)
+        stream = np.searchsorted(ends, index, side="right")
+        within = index - (ends - counts)[stream]
+
+        arrays = self._phases[phase.index]
+        window, windows = arrays.window[stream], arrays.windows[stream]
+        taken = phase.counts_before(step)[stream] + within
+        ordered = arrays.cursor[stream] + taken * phase.sequence_length
+        epoch, rest = np.divmod(ordered, windows * window)
+        slot, inside = np.divmod(rest, window)
+        shuffled = permute(slot, windows, uniform_bits(arrays.keys[stream], epoch)).astype(np.int64)
+        start = (arrays.first_window[stream] + shuffled) * window + inside
+        return StepSamples(step, phase, places, stream.astype(np.int32), epoch, start)
+
+    def describe(self, step: int, positions: slice | ArrayLike | None = None) -> list[SampleOrigin]:
+        """Which documents are in a step: one entry for each of `positions` (default: all)."""
+        samples = self.step(step, positions)
+        tokens = samples.phase.sequence_length + 1
+        origins = []
+        for position, index, epoch, start in zip(
+            samples.positions.tolist(),
+            samples.stream.tolist(),
+            samples.epoch.tolist(),
+            samples.start.tolist(),
+            strict=True,
+        ):
+            stream = samples.phase.streams[index]
+            documents = _documents(self.sources[stream.source], start, tokens)
+            origins.append(SampleOrigin(position, stream, epoch, start, tokens, documents))
+        return origins
+
+
+def stream_key(seed: int, purpose: str, stream: StreamPlan) -> int:
+    """The key of a stream's draws: of the seed, what is drawn, and the stream; not of the phase or of anything else."""
+    return make_key(seed, purpose, stream.source, float(stream.low), float(stream.high))
+
+
+def _positions(positions: slice | ArrayLike | None, size: int) -> Int64s:
+    if positions is None or isinstance(positions, slice):
+        return np.arange(size, dtype=np.int64)[positions or slice(None)]
+    places = np.asarray(positions, dtype=np.int64)
+    if len(places) and not (places.min() >= 0 and places.max() < size):
+        raise IndexError(f"positions outside the step's batch of {size} were asked for")
+    return places
+
+
+def _check(stream: StreamPlan, sources: Mapping[str, TokenSource]) -> None:
+    if stream.source not in sources:
+        raise UserError(f"sources.{stream.source}: the plan reads it, but it was not opened; is its data there?")
+    found, needed = sources[stream.source].tokens, (stream.first_window + stream.windows) * stream.window + 1
+    if found < needed:
+        raise UserError(
+            f"sources.{stream.source}: has {found:,} tokens where the plan reads {needed:,}; the data changed since it "
+            "was planned, or `tokens` promised more: plan again"
+        )
+
+
+def _documents(source: TokenSource, start: int, tokens: int) -> tuple[Document, ...]:
+    found, position = [], start
+    while position < start + tokens:
+        found.append(source.document_at(position))
+        position = found[-1].start + found[-1].tokens
+    return tuple(found)

@@ -1,0 +1,211 @@
+"""One tokenized source: the token stream of its shards, one after another.
+
+Opening a source reads index headers, whatever its size. Tokens are read with `pread` and not through a memory map: a
+random window then costs one read of its own size and not a read-ahead of 128 KiB, a truncated file or a failing disk is
+an error and not a SIGBUS, and resident memory stays that of the batch. From a warm cache the two are equally fast.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacode.data.shard import Shard, open_shard
+from megacode.errors import UserError
+from megacode.recipe.mixtures import mixture_entries
+from megacode.recipe.plan import Plan
+from megacode.recipe.schema import Recipe, Source
+
+_MAX_OPEN_FILES = 48
+"""Shards of one source kept open; twenty sources then stay below the usual limit of 1024 files a process."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """Where a token comes from: document number `document` (0-based) of `prefix`; `start` is its first token in the
+    source's stream, `tokens` its length."""
+
+    prefix: Path
+    document: int
+    start: int
+    tokens: int
+
+
+class TokenSource:
+    """The concatenated token stream of a source's shards. Safe to read from several threads only one at a time."""
+
+    def __init__(self, name: str, shards: Sequence[Shard]) -> None:
+        self.name = name
+        self.shards = tuple(shards)
+        self.dtype = np.result_type(*(s.dtype for s in self.shards))
+        self._ends = np.cumsum([s.tokens for s in self.shards], dtype=np.int64)
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all shards."""
+        return int(self._ends[-1])
+
+    @property
+    def documents(self) -> int:
+        return sum(max(0, s.boundaries - 1) for s in self.shards)
+
+    def read(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
+        """Tokens [start, start + length) for each of `starts` (int64 [n]); [n, length] in the source's own token type.
+
+        IndexError outside [0, tokens). UserError if a file got shorter or cannot be read.
+        """
+        out = np.empty((len(starts), length), dtype=self.dtype)
+        if not len(starts):
+            return out
+        starts = np.asarray(starts, dtype=np.int64)
+        if int(starts.min()) < 0 or int(starts.max()) + length > self.tokens:
+            raise IndexError(f"source {self.name}: tokens outside [0, {self.tokens}) were asked for")
+        shards = np.searchsorted(self._ends, starts, side="right")
+        firsts = starts - (self._ends[shards] - np.array([s.tokens for s in self.shards], dtype=np.int64)[shards])
+        for row, shard, first in zip(out, shards.tolist(), firsts.tolist(), strict=True):
+            self._read_row(row, shard, first)
+        return out
+
+    def document_at(self, position: int) -> Document:
+        """The document that holds token `position` of the stream: two binary searches in the shard's index."""
+        if not 0 <= position < self.tokens:
+            raise IndexError(f"source {self.name}: token {position} is outside [0, {self.tokens})")
+        shard = int(np.searchsorted(self._ends, position, side="right"))
+        first = int(self._ends[shard]) - self.shards[shard].tokens
+        document, start, tokens = self.shards[shard].document_at(position - first)
+        return Document(self.shards[shard].prefix, document, first + start, tokens)
+
+    def close(self) -> None:
+        """Close the files; the next read opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}  # another process opens its own files
+
+    def _read_row(self, row: NDArray[Any], shard: int, first: int) -> None:
+        """Fill `row` from token `first` of a shard on, going on into the shards after it."""
+        while len(row):
+            entry = self.shards[shard]
+            part = row[: max(0, entry.tokens - first)]
+            if len(part):
+                raw = part if entry.dtype == row.dtype else np.empty(len(part), dtype=entry.dtype)
+                self._pread(shard, raw, first * entry.dtype.itemsize)
+                if raw is not part:
+                    part[:] = raw
+            row, shard, first = row[len(part) :], shard + 1, 0
+
+    def _pread(self, shard: int, out: NDArray[Any], offset: int) -> None:
+        path = self.shards[shard].bin_path
+        try:
+            file = self._file(shard)
+            got = os.preadv(file, (out,), offset)
+            while 0 < got < out.nbytes:
+                more = os.preadv(file, (memoryview(out).cast("B")[got:],), offset + got)
+                got = got + more if more else 0
+        except OSError as error:
+            raise UserError(f"sources.{self.name}: cannot read {path}: {error.strerror or error}") from error
+        if got != out.nbytes:
+            raise UserError(f"sources.{self.name}: {path} got shorter since it was opened; tokenize the source again")
+
+    def _file(self, shard: int) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        while len(self._files) >= _MAX_OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        file = os.open(self.shards[shard].bin_path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+        self._files[shard] = file
+        return file
+
+
+def open_source(name: str, paths: Sequence[str], base: Path = Path(), key: str = "path") -> TokenSource:
+    """Open the shards that `paths` name, reading headers only.
+
+    Prefixes with or without .bin, or globs of them (matches in sorted order), relative to `base`. UserError, naming
+    `sources.NAME.KEY`, if one is missing or damaged, or if all are empty.
+    """
+    label = f"sources.{name}.{key}"
+    prefixes = [prefix for path in paths for prefix in _prefixes(path, base, label)]
+    if not prefixes:
+        raise UserError(f"{label}: names no data; give the prefix of a .bin/.idx pair")
+    if len(set(prefixes)) != len(prefixes):
+        twice = next(p for i, p in enumerate(prefixes) if p in prefixes[:i])
+        raise UserError(f"{label}: {twice} is there twice; to read a source more often, raise its weight")
+    source = TokenSource(name, [open_shard(prefix, label) for prefix in prefixes])
+    if source.tokens == 0:
+        raise UserError(f"{label}: {', '.join(map(str, prefixes[:3]))} has no tokens; was its corpus empty?")
+    return source
+
+
+def open_sources(plan: Plan, base: Path = Path()) -> dict[str, TokenSource]:
+    """Every source that the plan reads, by name. UserError if one names no data or it is not there."""
+    sources = {}
+    for name in dict.fromkeys(stream.source for phase in plan.phases for stream in phase.streams):
+        paths = plan.recipe.sources[name].paths
+        if not paths:
+            raise UserError(f"sources.{name}: has no `path`; a plan can do without data, training cannot")
+        sources[name] = open_source(name, paths, base)
+    return sources
+
+
+def token_counts(recipe: Recipe, base: Path = Path()) -> dict[str, int]:
+    """Tokens of every source that a phase reads: counted where its data is there, else the declared `tokens`.
+
+    Reads index headers only. UserError if a source has neither, if some of its files are there and others are not, or
+    if one is damaged.
+    """
+    used = dict.fromkeys(entry.source for phase in recipe.phases for entry in mixture_entries(recipe, phase))
+    return {name: _count(name, recipe.sources[name], base) for name in used}
+
+
+def _count(name: str, source: Source, base: Path) -> int:
+    there = [path for path in source.paths if _matches(path, base)]
+    if there:
+        return open_source(name, source.paths, base).tokens
+    if source.tokens is not None:
+        return source.tokens
+    if not source.paths:
+        raise UserError(f"sources.{name}: give `path` (data) or `tokens` (its expected size)")
+    raise UserError(
+        f"sources.{name}.path: no data at {base / source.paths[0]} (.bin and .idx); tokenize it first, or give "
+        "`tokens` to plan without it"
+    )
+
+
+def _bare(path: str) -> str:
+    return path[:-4] if path.endswith((".bin", ".idx")) else path
+
+
+def _matches(path: str, base: Path) -> list[Path]:
+    """Prefixes that `path` names and of which at least one file is there; a glob's in sorted order."""
+    prefix = _bare(str(base / path))
+    if os.path.exists(prefix + ".bin") or os.path.exists(prefix + ".idx"):
+        return [Path(prefix)]
+    if not glob.has_magic(prefix):
+        return []
+    found = glob.glob(prefix + ".bin", recursive=True) + glob.glob(prefix + ".idx", recursive=True)
+    return [Path(p) for p in sorted({_bare(p) for p in found})]
+
+
+def _prefixes(path: str, base: Path, label: str) -> list[Path]:
+    found = _matches(path, base)
+    if not found:
+        what = "matches no .bin/.idx files" if glob.has_magic(path) else "is not there (.bin and .idx)"
+        raise UserError(f"{label}: {base / _bare(path)} {what}; tokenize the source, or correct the path")
+    return found

@@ -1,0 +1,390 @@
+"""From corpus to dataset: Megatron-Core's own bytes, the same on any number of workers and after any kill."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from megacode.data import indexed
+from megacode.data.files import replace_file
+from megacode.data.inputs import find_inputs
+from megacode.data.preprocess import Request, Result, preprocess
+from megacode.data.preprocess_command import add_arguments, parse_share, run
+from megacode.data.preprocess_part import in_validation, plan_parts
+from megacode.data.tokenizer_training import train_tokenizer
+from megacode.data.workers import run_tasks
+from megacode.errors import UserError
+from megacode.recipe import schema
+
+WORDS = [*["def", "return", "import", "self", "the", "of", "and", "(x)", "=", "[i]", "for", "while", "class", "naïve", "12", "<s>", "</s>"], "\t", "\n", "", "  "]
+
+
+def document(number: int) -> str:
+    digest = hashlib.sha256(str(number).encode()).digest()
+    return " ".join(WORDS[b % len(WORDS)] for b in digest * (1 + number % 9)) + f" {number}\n"
+
+
+DOCUMENTS = [document(i) for i in range(4000)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "t.model"
+    train_tokenizer(DOCUMENTS[:200], path, vocab_size=390)
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Several parts: two large files, one of them compressed, and small ones."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in DOCUMENTS]
+    (folder / "a.jsonl").write_bytes(b"".join(lines[:3000]) * 2)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[3000:3990])))
+    (folder / "c.jsonl").write_bytes(b"".join(lines[3990:]))
+    return folder
+
+
+def request(model: Path, corpus: Path, output: Path, **more: Any) -> Request:
+    tokenizer = schema.Tokenizer(path=str(model), added_tokens="crystal", bos=more.pop("bos", False))
+    return Request(inputs=(str(corpus),), tokenizer=tokenizer, output=output, **more)
+
+
+def read(prefix: Path) -> list[list[int]]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(prefix))
+    return [dataset[i].tolist() for i in range(len(dataset))]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------------- the format
+
+
+@pytest.mark.parametrize("vocab_size", [400, 70000])
+@pytest.mark.parametrize("documents", [1, 3000])
+def test_bytes_are_those_of_megatrons_builder(tmp_path: Path, vocab_size: int, documents: int) -> None:
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    generator = np.random.default_rng(7)
+    ids = [generator.integers(0, vocab_size, size=generator.integers(0, 50)).tolist() for _ in range(documents)]
+    dtype = indexed.token_dtype(vocab_size)
+    assert dtype == DType.optimal_dtype(vocab_size)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size))
+    for document_ids in ids:
+        builder.add_item(torch.tensor(document_ids, dtype=torch.int64))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    with replace_file(tmp_path / "ours.bin") as file:
+        tokens = indexed.TokenFile(file, dtype)
+        for document_ids in ids:
+            tokens.add(document_ids)
+    indexed.write_index(tmp_path / "ours.idx", np.array(tokens.lengths, dtype=np.int32), dtype)
+    for ending in ("bin", "idx"):
+        assert (tmp_path / f"ours.{ending}").read_bytes() == (tmp_path / f"theirs.{ending}").read_bytes()
+
+
+def test_an_index_longer_than_one_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.arange(1000, dtype=np.int32) % 7
+    indexed.write_index(tmp_path / "whole.idx", lengths, np.dtype(np.uint16))
+    monkeypatch.setattr(indexed, "_CHUNK", 17)
+    indexed.write_index(tmp_path / "chunks.idx", lengths, np.dtype(np.uint16))
+    assert (tmp_path / "whole.idx").read_bytes() == (tmp_path / "chunks.idx").read_bytes()
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("old")
+
+    def fail() -> None:
+        with replace_file(tmp_path / "x") as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert contents(tmp_path) == {"x": b"old"}
+
+
+# --------------------------------------------------------------------------------------------------------- the corpus
+
+
+def test_every_document_in_order_with_sentencepieces_ids(model: Path, corpus: Path, tmp_path: Path) -> None:
+    result = preprocess(request(model, corpus, tmp_path / "out", bos=True))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    expected = [*DOCUMENTS[:3000], *DOCUMENTS[:3000], *DOCUMENTS[3000:]]
+    assert read(tmp_path / "out") == [[1, *reference.encode(text), 2] for text in expected]
+    numbers = result.counts.splits["train"]
+    assert (numbers.documents, numbers.bytes) == (7000, sum(len(text.encode()) for text in expected))
+    assert result.parts > 1
+
+
+def test_any_number_of_workers_gives_the_same_bytes(model: Path, corpus: Path, tmp_path: Path) -> None:
+    for workers, name in ((1, "one"), (3, "three")):
+        (tmp_path / name).mkdir()
+        preprocess(request(model, corpus, tmp_path / name / "out", validation=0.1), workers)
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    assert set(contents(tmp_path / "one")) == {
+        f"{prefix}.{ending}" for prefix in ("out", "out_validation") for ending in ("bin", "idx", "json")
+    }
+
+
+def test_the_split_goes_by_content(model: Path, corpus: Path, tmp_path: Path) -> None:
+    preprocess(request(model, corpus, tmp_path / "out", validation=0.2, validation_output=tmp_path / "held" / "out"))
+    train, held = ({tuple(ids) for ids in read(prefix)} for prefix in (tmp_path / "out", tmp_path / "held" / "out"))
+    assert not train & held
+    assert len(train) + len(held) == len(set(DOCUMENTS))
+    assert 0.15 < len(held) / len(set(DOCUMENTS)) < 0.25
+    texts = [text.encode() for text in DOCUMENTS]
+    assert {t for t in texts if in_validation(t, 0.05)} < {t for t in texts if in_validation(t, 0.2)}
+
+
+def test_the_manifest_says_what_is_there(model: Path, corpus: Path, tmp_path: Path) -> None:
+    preprocess(request(model, corpus, tmp_path / "out", validation=0.1))
+    manifest = json.loads((tmp_path / "out.json").read_text())
+    tokens = np.fromfile(tmp_path / "out.bin", dtype=np.uint16)
+    assert manifest["tokens"] == len(tokens)
+    assert manifest["vocab_size"] == 422
+    assert manifest["sha256 of .bin"] == hashlib.sha256((tmp_path / "out.bin").read_bytes()).hexdigest()
+    inputs = {row["path"]: (row["bytes"], row["sha256"]) for row in manifest["input files"]}
+    expected = {str(p): (p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()) for p in corpus.iterdir()}
+    assert inputs == expected
+    assert manifest["documents"] + json.loads((tmp_path / "out_validation.json").read_text())["documents"] == 7000
+
+
+def test_parts_tile_the_corpus(corpus: Path) -> None:
+    files = find_inputs([corpus])
+    parts = plan_parts(files)
+    covered = {
+        n: sum(p.span[1] - p.span[0] if p.span else files[n].size for p in parts if n in p.files) for n in range(3)
+    }
+    assert covered == {n: file.size for n, file in enumerate(files)}
+    assert [p.index for p in parts] == list(range(len(parts)))
+    hashed = [n for p in parts if p.hash_files for n in p.files]
+    assert sorted(hashed) == [0, 1, 2]
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_bad_records_are_set_aside_and_the_good_ones_are_all_there(model: Path, tmp_path: Path) -> None:
+    good = [json.dumps({"text": text}).encode() for text in DOCUMENTS]
+    lines = []
+    for number, line in enumerate(good):
+        lines.append(line)
+        if number % 1000 == 7:
+            lines += [b'{"text": "broken', b'{"text": "\xff"}', b'{"text": ""}', rb'{"text": "half \ud83d pair"}']
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    result = preprocess(request(model, tmp_path / "in.jsonl", tmp_path / "out"))
+    assert result.counts.bad.total() == 8
+    assert result.counts.passed_over == {"empty text": 4}
+    assert result.counts.repaired == 4
+    assert result.counts.splits["train"].documents == len(DOCUMENTS) + 4
+    assert result.parts > 1
+    quarantined = [json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()]
+    assert len(quarantined) == 12
+    for entry in quarantined:
+        assert lines[entry["record"] - 1].startswith((b'{"text": "broken', b'{"text": "\xff', b'{"text": ""'))
+    assert {entry["raw"].strip() for entry in quarantined if entry["reason"].startswith("not JSON")} == {
+        '{"text": "broken'
+    }
+    assert all("raw_base64" in entry for entry in quarantined if entry["reason"].startswith("not UTF-8"))
+
+
+def arguments(*args: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(args)
+
+
+def test_too_many_bad_records_end_the_command_after_the_good_ones_are_written(model: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}) for text in DOCUMENTS[:99]] + ["broken"]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    common = (
+        str(tmp_path / "in.jsonl"),
+        "--tokenizer",
+        str(model),
+        "--output",
+        str(tmp_path / "out"),
+        "--workers",
+        "1",
+    )
+    with pytest.raises(UserError, match=r"1 of 100 records are bad \(1\.00%, over --max-bad 0\.1%\).*quarantine"):
+        run(arguments(*common, "--max-bad", "0.1%"))
+    assert len(read(tmp_path / "out")) == 99
+    assert run(arguments(*common, "--max-bad", "2%")) == 0
+
+
+def test_shares() -> None:
+    assert (parse_share("0.1%"), parse_share("0.5"), parse_share("0")) == (0.001, 0.5, 0.0)
+    for wrong in ("5", "-1%", "lots", "200%"):
+        with pytest.raises(UserError, match="--max-bad"):
+            parse_share(wrong)
+
+
+# ------------------------------------------------------------------------------------------------- resuming, repeating
+
+
+def test_a_finished_output_is_kept_and_another_one_is_not_overwritten(
+    model: Path, corpus: Path, tmp_path: Path
+) -> None:
+    first = preprocess(request(model, corpus, tmp_path / "out", validation=0.1))
+    before = contents(tmp_path)
+    stamps = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
+    again = preprocess(request(model, corpus, tmp_path / "out", validation=0.1), workers=2)
+    assert (first.kept, again.kept) == (False, True)
+    assert (again.counts.splits, again.outputs) == (first.counts.splits, first.outputs)
+    assert [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())] == stamps
+    with pytest.raises(UserError, match=r"already there.*\(bos differ\).*--overwrite"):
+        preprocess(request(model, corpus, tmp_path / "out", validation=0.1, bos=True))
+    assert contents(tmp_path) == before
+    (corpus / "c.jsonl").write_text('{"text": "changed"}\n')
+    with pytest.raises(UserError, match="input files differ"):
+        preprocess(request(model, corpus, tmp_path / "out", validation=0.1))
+    assert not preprocess(request(model, corpus, tmp_path / "out", validation=0.1, overwrite=True)).kept
+    assert contents(tmp_path) != before
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(model: Path, corpus: Path, tmp_path: Path) -> None:
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    for folder in (alone, killed):
+        folder.mkdir()
+    whole = preprocess(request(model, corpus, alone / "out", validation=0.1))
+
+    class Stop(Exception):
+        pass
+
+    def interrupt_after(count: int) -> Result:
+        seen = 0
+
+        def on_progress(progress: object) -> None:
+            nonlocal seen
+            seen += 1
+            if seen > count:
+                raise Stop
+
+        return preprocess(request(model, corpus, killed / "out", validation=0.1), on_progress=on_progress)
+
+    for count in (0, 2, 3):
+        with pytest.raises(Stop):
+            interrupt_after(count)
+        assert not (killed / "out.json").exists()
+    last = interrupt_after(10**9)
+    assert 0 < last.parts_kept < last.parts == whole.parts
+    assert contents(killed) == contents(alone)
+
+
+def test_kill_9_and_run_again(model: Path, corpus: Path, tmp_path: Path) -> None:
+    """A real process with workers, killed while parts are half done; its workers go with it."""
+    alone, killed = tmp_path / "alone" / "out", tmp_path / "killed" / "out"
+    preprocess(request(model, corpus, alone, validation=0.1))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, argparse\nfrom megacode.data.preprocess_command import add_arguments, run\n"
+        "if __name__ == '__main__':\n"
+        "    parser = argparse.ArgumentParser()\n    add_arguments(parser)\n    run(parser.parse_args())\n"
+    )
+    command = [
+        sys.executable, str(script), str(corpus), "--tokenizer", str(model), "--added-tokens", "crystal",
+        "--output", str(killed), "--validation", "0.1", "--workers", "2",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    parts = killed.with_name("out.parts")
+    deadline = time.monotonic() + 30
+    while not list(parts.glob("0*.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    assert contents(killed.parent) == contents(alone.parent)
+
+
+def test_two_runs_do_not_write_one_output(model: Path, corpus: Path, tmp_path: Path) -> None:
+    mine = request(model, corpus, tmp_path / "out")
+
+    def meanwhile(total: int, done: int) -> None:
+        with pytest.raises(UserError, match="another run is writing"):
+            preprocess(mine)
+
+    assert not preprocess(mine, on_start=meanwhile).kept
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+def test_mistakes_are_sentences(model: Path, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "array.json").write_text('[\n  {"text": "a"},\n  {"text": "b"}\n]\n')
+    (tmp_path / "content.jsonl").write_text('{"content": "a", "id": 1}\n' * 3)
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "other.bin").write_bytes(b"someone's")
+    (tmp_path / "data.json").write_text('{"text": "mine"}\n')
+    for source, output, expected in (
+        ("array.json", "out", "one JSON value over many lines"),
+        ("content.jsonl", "out", r"no field 'text' in its records \(they have content, id\); give --text-field"),
+        ("empty.jsonl", "out", r"no document for .*\(no records\)"),
+        ("nothing.jsonl", "out", "no such file"),
+        ("corpus", "other", "not made by this tool"),
+        ("corpus", "data", "in the way: not the manifest"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            preprocess(request(model, tmp_path / source, tmp_path / output))
+    assert (tmp_path / "data.json").read_text() == '{"text": "mine"}\n'
+    common = (str(corpus), "--tokenizer", str(model), "--output", str(tmp_path / "out"))
+    for more, expected in ((("--validation", "1.5"), "--validation 1.5"), (("--workers", "0"), "--workers 0")):
+        with pytest.raises(UserError, match=expected):
+            run(arguments(*common, *more))
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith("out")]
+
+
+def _fails(how: str) -> Any:
+    def work(task: int) -> Iterator[int]:
+        yield task
+        if task == 3:
+            if how == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise {"user": UserError("a sentence"), "disk": OSError(28, "No space left", "/x"), "bug": KeyError("x")}[
+                how
+            ]
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "expected"),
+    [
+        ("user", UserError, "a sentence"),
+        ("disk", UserError, r"disk is full \(/x\)"),
+        ("bug", RuntimeError, "KeyError: 'x'"),
+        ("dies", UserError, "ended by signal 9"),
+    ],
+)
+def test_what_goes_wrong_in_a_worker_reaches_the_user(how: str, error: type[Exception], expected: str) -> None:
+    with pytest.raises(error, match=expected):
+        list(run_tasks(_fails, how, range(6), workers=2))
+
+
+def _squares(context: int) -> Any:
+    return lambda task: iter([context * task * task])
+
+
+@pytest.mark.parametrize(("tasks", "workers"), [(0, 1), (0, 2), (1, 4), (9, 1), (9, 3)])
+def test_every_task_is_done_once(tasks: int, workers: int) -> None:
+    assert sorted(run_tasks(_squares, 2, range(tasks), workers)) == [2 * i * i for i in range(tasks)]

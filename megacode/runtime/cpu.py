@@ -138,6 +138,7 @@ def install() -> None:
     def seed() -> Any:
         return lambda value: torch.manual_seed(int(value))
 
+    cuda.current_device = _current_device
     for name in ("synchronize", "set_device", "empty_cache", "manual_seed_all", "set_stream"):
         setattr(cuda, name, nothing())
     cuda.nvtx.range_push, cuda.nvtx.range_pop = nothing(), nothing()

@@ -124,7 +124,8 @@ def main() -> None:
             for side in args.sides.split(","):
                 rows.append(_row(shape, precision, side, args.steps))
                 print(rows[-1], flush=True)
-    write_page(rows, args)
+                page = write_page(rows, args)  # after every row: a visit that ends early leaves what it measured
+    print(page)
 
 
 def _row(shape: str, precision: str, side: str, steps: int) -> dict[str, Any]:
@@ -151,8 +152,8 @@ def _row(shape: str, precision: str, side: str, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_page(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """The table on the screen and in docs/results/gpu-DEVICE.md."""
+def write_page(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
+    """Write the table to docs/results/gpu-DEVICE.md."""
     import torch
 
     device = next((row["device"] for row in rows if "device" in row), "none")
@@ -184,10 +185,10 @@ def write_page(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
             f"{r['mfu']:.1%} | {r['memory']:.1f} | {r['ms'] / base if base else float('nan'):.3f} |"
         )
     page = "\n".join(lines) + "\n"
-    print(page)
     folder = args.output or Path(__file__).parents[1] / "docs" / "results"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"gpu-{device.lower().replace(' ', '-')}.md").write_text(page)
+    return page
 
 
 if __name__ == "__main__":

@@ -84,8 +84,8 @@ def make_batch(
 
 
 def digest(tokens: NDArray[np.int64], labels: NDArray[np.int64], positions: NDArray[np.int64]) -> int:
-    """See `Batch.digest`. Of each sample a multilinear hash (sum of token j x random 64-bit constant j, modulo 2^64;
-    Carter and Wegman 1979), mixed with its position. Two samples of ids below 2^17 agree by chance with at most 2^-47."""
+    """See `Batch.digest`. Of each sample a multilinear hash (sum of token j x random 64-bit constant j, modulo
+    2^64; Carter and Wegman 1979), mixed with its position. Samples of ids below 2^17 collide with at most 2^-47."""
     factors = _factors(tokens.shape[1] + 1)
     with np.errstate(over="ignore"):
         hashes = (tokens @ factors[:-1] + labels[:, -1] * factors[-1]).astype(np.uint64)

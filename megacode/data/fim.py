@@ -1,7 +1,7 @@
 """Fill-in-the-middle at context level (Bavarian et al., arXiv 2207.14255; Crystal's form, arXiv 2411.04156).
 
-A window of tokens is split at end-of-document tokens into documents. Each is, with its stream's rate, decoded, cut at two
-uniformly drawn character positions into prefix, middle and suffix, encoded again, and written as
+A window of tokens is split at end-of-document tokens into documents. Each is, with its stream's rate, decoded, cut at
+two uniformly drawn character positions into prefix, middle and suffix, encoded again, and written as
 
     PSM:  <prefix> prefix <suffix> suffix <middle> middle
     SPM:  <prefix> <suffix> suffix <middle> prefix middle       (with probability `spm_rate`)
@@ -9,17 +9,17 @@ uniformly drawn character positions into prefix, middle and suffix, encoded agai
 The window is then cut to its length, or padded. What the usual implementations leave open is decided thus:
 
 * Draws are hashes of (seed, stream, epoch, first token of the window, number of the document in it). They replay on
-  resume, in every layout, and differ from epoch to epoch.
-* A leading begin-of-sequence token and the end-of-document token stay where they are. Other control tokens in a document
-  (file names, chat turns) move with the text around them, as one character each; text never becomes one.
+  resume and in every layout, and differ from epoch to epoch.
+* A leading begin-of-sequence token and the end-of-document token stay where they are. Other control tokens in a
+  document (file names, chat turns) move with the text around them, as one character each; text never becomes one.
 * A document that the window's edge cuts in the middle of a character (tokenizers with bytes) keeps the tokens of that
   broken character at the edge; the rest is rearranged.
-* A document that decoding and encoding would change otherwise (bytes that are no UTF-8) is left as it is.
+* A document that decoding and encoding would damage otherwise (bytes that are no UTF-8) is left as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,6 +41,8 @@ class Tokenizer(Protocol):
     control_tokens: dict[str, int]
 
     @property
+    def bos_id(self) -> int: ...
+    @property
     def eod_id(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
@@ -51,7 +53,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Fim:
-    """The tokens and rates of one recipe. `control` is bool [vocab_size + 1]: which ids are no text (the last: ids beyond)."""
+    """The tokens and rates of one recipe. `control` is bool [vocab_size + 1]: ids that are no text (last: ids beyond)."""
 
     tokenizer: Tokenizer
     prefix: int
@@ -64,7 +66,7 @@ class Fim:
     control: NDArray[np.bool_]
 
 
-def make_fim(settings: schema.Fim, tokenizer: Tokenizer, bos_id: int | None) -> Fim:
+def make_fim(settings: schema.Fim, tokenizer: Tokenizer) -> Fim:
     """UserError if the tokenizer lacks one of the four control tokens."""
     names = {key: getattr(settings, key) for key in ("prefix", "middle", "suffix", "pad")}
     ids = {}
@@ -75,14 +77,18 @@ def make_fim(settings: schema.Fim, tokenizer: Tokenizer, bos_id: int | None) -> 
             raise UserError(f"data.fim.{key}: {error}") from None
     control = np.zeros(tokenizer.vocab_size + 1, dtype=bool)
     control[[*tokenizer.control_tokens.values(), *ids.values(), tokenizer.eod_id, -1]] = True
-    return Fim(tokenizer, **ids, eod=tokenizer.eod_id, bos=bos_id, spm_rate=settings.spm_rate, control=control)
+    try:
+        bos = tokenizer.bos_id
+    except UserError:  # a tokenizer without one
+        bos = None
+    return Fim(tokenizer, **ids, eod=tokenizer.eod_id, bos=bos, spm_rate=settings.spm_rate, control=control)
 
 
 @dataclass(frozen=True)
 class _Rearranged:
-    """A document to be written anew: tokens [start, end) of its window, of which `start + before` to `end - after` move.
+    """A document to be written anew: tokens [start, end) of its window, of which `before` and `after` stay at the edges.
 
-    `pieces`: prefix, middle, suffix; each a list of control ids (>= 0) and texts (-1 - index into the texts to encode).
+    `pieces`: prefix, middle, suffix; each a list of control ids (>= 0) and texts (-1 - index into those to encode).
     """
 
     start: int
@@ -167,7 +173,7 @@ def _runs(ids: NDArray[np.int64], controls: NDArray[np.bool_]) -> list[int | lis
 def _decode(
     fim: Fim, runs: list[int | list[int]], cut_left: bool, cut_right: bool
 ) -> tuple[list[int | str], int, int] | None:
-    """Runs as control ids and texts, and how many tokens to leave at the left and the right edge. None: leave it all."""
+    """Runs as control ids and texts, and how many tokens stay at the left and the right edge. None: leave it all."""
     atoms: list[int | str] = []
     left = right = 0
     for place, run in enumerate(runs):
@@ -190,10 +196,10 @@ def _decode(
     return (atoms, left, right) if any(atoms) or any(isinstance(a, int) for a in atoms) else None
 
 
-def _broken(fim: Fim, shorter: list[list[int]], at_edge: object) -> int:
-    """How many tokens to drop until the edge is a whole character; 0 if dropping does not help (it is a real U+FFFD)."""
+def _broken(fim: Fim, shorter: list[list[int]], at_edge: Callable[[str, str], bool]) -> int:
+    """How many tokens to drop until the edge is a whole character; 0 if that does not help (it is a real U+FFFD)."""
     for dropped, ids in enumerate(shorter):
-        if not at_edge(fim.tokenizer.decode(ids), _BROKEN):  # type: ignore[operator]
+        if not at_edge(fim.tokenizer.decode(ids), _BROKEN):
             return dropped
     return 0
 

@@ -1,8 +1,8 @@
 """The batches of one data-parallel rank, step by step.
 
-In a step of B sequences on `world` data-parallel ranks with micro-batches of m, rank r's micro-batch i holds the batch's
-positions [i m world + r m, + m). Each rank works out and reads its own positions; nothing is sent between ranks, and their
-union is the same batch for every `world` and m.
+In a step of B sequences on `world` data-parallel ranks with micro-batches of m, rank r's micro-batch i holds the
+batch's positions [i m world + r m, + m). Each rank works out and reads its own positions; nothing is sent between ranks,
+and their union is the same batch for every `world` and m.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ class StepReader:
             raise UserError("tokenizer: fill-in-the-middle and document boundaries need one; name it in the recipe")
         self._eod = tokenizer.eod_id if resets else None
         if with_fim:
-            bos = tokenizer.bos_id if recipe.tokenizer is None or recipe.tokenizer.bos else None
-            self._fim = fim.make_fim(recipe.data.fim, tokenizer, bos)
+            self._fim = fim.make_fim(recipe.data.fim, tokenizer)
         self._fim_keys = [
             np.array([stream_key(recipe.seed, "fim", stream) for stream in phase.streams], dtype=np.uint64)
             for phase in phases
@@ -71,7 +70,18 @@ class StepReader:
         self._fim_rates = [np.array([stream.fim_rate for stream in phase.streams]) for phase in phases]
 
     def read(self, step: int) -> StepBatch:
-        """UserError if the batch does not divide among the ranks, or if a source holds ids outside the vocabulary."""
+        """UserError if the batch does not divide among the ranks, or if a source holds ids outside the vocabulary.
+
+        Any other failure comes out as RuntimeError with the step and the rank, its cause attached.
+        """
+        try:
+            return self._read(step)
+        except UserError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"loading step {step} on data-parallel rank {self.rank} failed: {error!r}") from error
+
+    def _read(self, step: int) -> StepBatch:
         size, phase = self.micro_batch_size, self.mixture.plan.phase_at(step)
         total = phase.batch_size(step)
         if total % (size * self.world):
@@ -132,7 +142,7 @@ def batches(
     tokenizer: Any = None,
     prefetch: int | None = None,
 ) -> Prefetch[StepBatch]:
-    """One data-parallel rank's batches from `first_step` to the end of the run; close it (or use `with`) when done early.
+    """One data-parallel rank's batches from `first_step` to the end of the run; close it (or use `with`) to end early.
 
     Args:
         rank, world: of the data-parallel group.
@@ -188,12 +198,12 @@ def validation_batches(
 
 
 def _check_ids(source: TokenSource, windows: NDArray[Any], vocab_size: int | None) -> None:
-    """One pass over ids that are in the cache anyway: an id outside the vocabulary would end in the embedding's kernel."""
+    """UserError for an id outside the vocabulary, which would otherwise crash in the embedding, on some rank, unnamed."""
     if vocab_size is None or not windows.size:
         return
     highest, lowest = int(windows.max()), int(windows.min())
     if highest >= vocab_size or lowest < 0:
         raise UserError(
-            f"sources.{source.name}: holds token {highest if highest >= vocab_size else lowest}, outside the vocabulary of "
-            f"{vocab_size:,}; it was tokenized with another tokenizer: tokenize it again with this recipe's"
+            f"sources.{source.name}: holds token {highest if highest >= vocab_size else lowest}, outside the vocabulary "
+            f"of {vocab_size:,}; it was made with another tokenizer: tokenize it again with this recipe's"
         )

@@ -4,8 +4,9 @@ How step t's batch comes about, for a batch of B sequences of S tokens:
 
 1. The plan says how many samples each stream gives (their sum is B) and how many it gave before.
 2. Sample k of a stream stands at ordered position p = cursor + k S. Its epoch is p // (M W), where the stream is M
-   windows of W tokens; the window in slot (p mod M W) // W of that epoch is first_window + permutation(slot), keyed by
-   (seed, stream, epoch); the sample is the S + 1 tokens from p mod W of that window. So an epoch holds every sample once.
+   windows of W tokens; the window in slot (p mod M W) // W of that epoch is first_window + permutation(slot), keyed
+   by (seed, stream, epoch); the sample is the S + 1 tokens from p mod W of that window. So an epoch holds every sample
+   exactly once.
 3. A permutation keyed by (seed, t) orders the B samples, so that every micro-batch of every rank sees the mixture.
 
 A rank asks for its own positions only. Nothing above knows of ranks, of the run's length or of later phases, so none of

@@ -13,10 +13,10 @@ _END = object()
 
 
 class Prefetch(Iterator[T], Generic[T]):
-    """Iterates over `make(key)` for each key, up to `depth` of them prepared ahead; depth 0 makes each when it is asked for.
+    """Iterates over `make(key)` for each key, up to `depth` prepared ahead; depth 0 makes each when it is asked for.
 
-    An exception in `make` comes out of the `next` that would have given its item, after the items before it. `close`, the
-    end of a `with` block, or losing the last reference stops the thread; it holds no reference to this object.
+    An exception in `make` comes out of the `next` that would have given its item, after the items before it. `close`,
+    the end of a `with` block, or losing the last reference stops the thread, which holds no reference to this object.
     """
 
     def __init__(self, make: Callable[[int], T], keys: Iterable[int], depth: int) -> None:

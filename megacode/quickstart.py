@@ -83,13 +83,13 @@ def _check_processes(processes: int, tensor: int, pipeline: int) -> None:
 
 def _write_samples(folder: Path, console) -> None:  # type: ignore[no-untyped-def]
     """Continue one prompt of code and one of prose, on the screen and in RUN/samples.txt."""
-    from megacode.train.checkpoint import write_durably
+    from megacode.data.files import write_text
 
     prompts = [part for text in PROMPTS.values() for part in ("--prompt", text)]
     sampling = ("--tokens", str(TOKENS), "--temperature", "0.7", "--top-p", "0.9")
     written = _megacode("generate", str(folder), *sampling, *prompts, capture=True)
     console.print(written, markup=False, style="cyan")
-    write_durably(folder / "samples.txt", written)
+    write_text(folder / "samples.txt", written)
 
 
 def main() -> int:

@@ -40,3 +40,10 @@ def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, whole or not at all."""
     with replace_file(path) as file:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` as UTF-8, whole or not at all, and there after a power cut."""
+    with replace_file(path) as file:
+        file.write(text.encode())
+    sync_folder(path.parent)

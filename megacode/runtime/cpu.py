@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import warnings
 from typing import Any
 
@@ -158,6 +159,9 @@ def install() -> None:
     cuda.FloatTensor, cuda.HalfTensor, cuda.BFloat16Tensor = (
         _instance_of(torch.float32), _instance_of(torch.float16), _instance_of(torch.bfloat16),
     )  # fmt: skip
+    # Where these are installed but no device is there, Megatron-Core would call their CUDA kernels.
+    for package in ("transformer_engine", "apex"):
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # None makes an import of it fail
     # Megatron-Core wraps its fused functions in torch.compile at import; a machine without CUDA may have no compiler.
     torch.compile = lambda model=None, **_: model if model is not None else (lambda function: function)
     _redirect_tensors()

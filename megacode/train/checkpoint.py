@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, TorchDistSaveShardedStrategy
 
+from megacode.data.files import sync_folder, write_text
 from megacode.errors import UserError
 from megacode.recipe.schema import Checkpoints
 from megacode.train.optimizer import load_optimizer_state
@@ -94,25 +95,6 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
         return json.loads((checkpoint / INFO).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{checkpoint / INFO}: cannot be read ({error}); the checkpoint is not complete") from error
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file whole or not at all: temporary name, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ------------------------------------------------------------------------------------------------ state of a run
@@ -218,12 +200,12 @@ class Checkpointer:
 
         def finish() -> None:
             if main:
-                write_durably(temporary / "recipe.yaml", recipe_text)
-                write_durably(temporary / INFO, json.dumps({"step": step, **info}, indent=1))
+                write_text(temporary / "recipe.yaml", recipe_text)
+                write_text(temporary / INFO, json.dumps({"step": step, **info}, indent=1))
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(temporary, final)
-                _sync_folder(self.folder)
-                write_durably(self.folder / LATEST, final.name + "\n")
+                sync_folder(self.folder)
+                write_text(self.folder / LATEST, final.name + "\n")
                 self._forget_old(step)
                 self.announce(step, final)
             torch.distributed.barrier()

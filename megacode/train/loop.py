@@ -50,7 +50,7 @@ def train(plan: Plan, run: Path, world: World, tokenizer: Tokenizer | None, voca
     recipe = plan.recipe
     resume = checkpoint_to_resume(run, plan)
     if world.is_main:
-        write_start(run, plan, world)
+        write_start(run, plan, world, vocab_size)
     reports = StepReports.open(plan, run, world, first_step=int(resume[1]["step"]) if resume else 0, vocab_size=vocab_size)
 
     config = transformer_config(recipe)

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from megacode import __version__
+from megacode.data.files import write_text
 from megacode.errors import UserError
 from megacode.recipe.fingerprint import differences, fingerprint
 from megacode.recipe.load import dump_recipe
 from megacode.recipe.plan import Plan
 from megacode.runtime.distributed import World
-from megacode.train.checkpoint import latest_checkpoint, read_info, write_durably
+from megacode.train.checkpoint import latest_checkpoint, read_info
 
 _VERSIONS = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "sentencepiece", "tokenizers", "tiktoken")
 
@@ -88,11 +89,11 @@ def start_over(run: Path) -> Path | None:
     return aside
 
 
-def write_start(run: Path, plan: Plan, world: World) -> None:
+def write_start(run: Path, plan: Plan, world: World, vocab_size: int) -> None:
     """Recipe, plan and environment of this start (rank 0)."""
     from megacode.report.plan_summary import plan_summary
 
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_durably(run / "recipe.yaml", dump_recipe(plan.recipe))
-    write_durably(run / "plan.json", json.dumps(plan_summary(plan), indent=1))
-    write_durably(run / "environment.json", json.dumps(environment(world), indent=1))
+    write_text(run / "recipe.yaml", dump_recipe(plan.recipe))
+    write_text(run / "plan.json", json.dumps(plan_summary(plan, vocab_size), indent=1))
+    write_text(run / "environment.json", json.dumps(environment(world), indent=1))

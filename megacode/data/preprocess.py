@@ -34,7 +34,7 @@ from megacode.data.preprocess_part import (
 )
 from megacode.data.readers import BadRecord, read_input
 from megacode.data.tokenizer import Tokenizer, load_tokenizer
-from megacode.data.workers import run_tasks
+from megacode.data.workers import readable, run_tasks
 from megacode.errors import UserError
 from megacode.recipe import schema
 
@@ -128,7 +128,10 @@ def preprocess(
             raise UserError(
                 f"{', '.join(request.inputs)}: no document for {request.output} ({reasons or 'no records'})"
             )
-        quarantine = _assemble(request, settings, tokenizer, job=job, parts=len(parts), counts=counts)
+        try:
+            quarantine = _assemble(request, settings, tokenizer, job=job, parts=len(parts), counts=counts)
+        except OSError as error:
+            raise readable(error) from None
         shutil.rmtree(folder)
     outputs = {name: path for name, path in request.outputs.items() if counts.splits[name].documents}
     return Result(outputs, counts, False, len(parts), len(finished), quarantine)
@@ -200,6 +203,8 @@ def _open_parts(folder: Path, settings: dict[str, Any]) -> None:
             if old.name != "lock":
                 old.unlink()
         write_json(path, settings)
+    for left_over in folder.glob(".*.partial"):  # of a run that was killed
+        left_over.unlink()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from megacode.data.inputs import FORMATS
 from megacode.errors import UserError
 from megacode.recipe import schema
 
-EPILOG = """examples:
+EXAMPLE = """examples:
   megacode preprocess 'corpus/*.jsonl.zst' --tokenizer tokenizer.model --output data/corpus --validation 0.01
   megacode preprocess python/*.parquet --text-field content --tokenizer tokenizer.json --output data/python
   megacode preprocess my-repository --include '*.py' --tokenizer tokenizer.model --output data/repository
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Tokenize a corpus (JSONL, parquet, plain files; .gz, .zst; folders, globs) into a dataset of Megatron-Core."
     )
-    parser.epilog = EPILOG
+    parser.epilog = EXAMPLE
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or globs, read in the order given")
     parser.add_argument(
@@ -144,7 +144,7 @@ def results_table(result: work.Result, seconds: float | None) -> Table:
         )
         table.add_row(min(str(path), os.path.relpath(path), key=len), *row)
     notes = []
-    if seconds is not None:
+    if seconds is not None and not result.parts_kept:
         total = [sum(getattr(n, name) for n in result.counts.splits.values()) for name in ("bytes", "tokens")]
         notes.append(f"{seconds:.1f} s, {total[0] / 1e6 / seconds:,.1f} MB/s, {total[1] / seconds:,.0f} tokens/s")
     for what, reasons in (("bad", result.counts.bad), ("passed over", result.counts.passed_over)):

@@ -54,8 +54,9 @@ def train_tokenizer(
         )
     except (RuntimeError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no documents"
+        detail = reason.rpartition("] ")[2]
         raise UserError(
-            f"cannot train a tokenizer of {vocab_size} pieces: {reason.rpartition('] ')[2]} Give more text or fewer pieces."
+            f"cannot train a tokenizer of {vocab_size} pieces: {detail} Give more text or fewer pieces."
         ) from None
     with replace_file(path) as file:
         file.write(model.getvalue())
@@ -73,24 +74,27 @@ def sample(documents: Iterable[str], share: float) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------------------ the verb
 
 
+EXAMPLE = "example: megacode tokenizer train 'corpus/*.jsonl' --vocab-size 32k --output tokenizer.model"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `megacode tokenizer train`."""
-    parser.description = "Train a SentencePiece BPE tokenizer with byte fallback: exact round trip, digits apart."
-    parser.epilog = "example: megacode tokenizer train 'corpus/*.jsonl' --vocab-size 32k --output tokenizer.model"
-    parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="JSONL, parquet or plain files (.gz, .zst), folders, globs"
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    train = actions.add_parser(
+        "train",
+        help="a SentencePiece BPE model from documents",
+        description="Train a SentencePiece BPE tokenizer with byte fallback: exact round trip, digits apart.",
+        epilog=EXAMPLE,
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the .model goes")
-    parser.add_argument(
-        "--vocab-size", default="8k", metavar="N", help="pieces, bytes and control tokens together (8k)"
-    )
-    parser.add_argument("--character-coverage", type=float, default=0.9995, metavar="F", help="(0.9995)")
-    parser.add_argument(
-        "--max-mb", type=float, default=200.0, metavar="MB", help="train on a sample of this size (200)"
-    )
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="field of the text; a.b for nested (text)")
-    parser.add_argument(
-        "--format", choices=FORMATS, default="auto", help="what the inputs are (auto: by their endings)"
+    train.add_argument("inputs", nargs="+", metavar="INPUT", help="JSONL, parquet or plain files, folders, globs")
+    train.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the .model goes")
+    train.add_argument("--vocab-size", default="8k", metavar="N", help="pieces, bytes and control tokens together (8k)")
+    train.add_argument("--character-coverage", type=float, default=0.9995, metavar="F", help="(0.9995)")
+    train.add_argument("--max-mb", type=float, default=200.0, metavar="MB", help="train on a sample of this size (200)")
+    train.add_argument("--text-field", default="text", metavar="NAME", help="field of the text; a.b for nested (text)")
+    train.add_argument("--format", choices=FORMATS, default="auto", help="what the inputs are (auto: by their endings)")
+    train.add_argument(
+        "--include", action="append", default=[], metavar="GLOB", help="in folders: only names like this"
     )
 
 
@@ -107,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         vocab_size = parse_count(args.vocab_size)
     except ValueError as error:
         raise UserError(f"--vocab-size: {error}") from None
-    files = find_inputs(args.inputs, args.format)
+    files = find_inputs(args.inputs, args.format, args.include)
     size = sum(file.size for file in files)
     share = min(1.0, args.max_mb * 1e6 / max(size, 1))
     counts: dict[str, Any] = {"documents": 0, "bytes": 0, "bad": 0}

@@ -75,7 +75,7 @@ def _here(make: Make[Any, Any, Any], context: Any, tasks: Iterable[Any]) -> Iter
         for task in tasks:
             yield from work(task)
     except OSError as error:
-        raise _readable(error) from None
+        raise readable(error) from None
 
 
 def _death(process: Any) -> UserError:
@@ -98,15 +98,17 @@ def _serve(connection: Connection, make: Make[Any, Any, Any], context: Any) -> N
     except UserError as error:
         connection.send(("user", str(error)))
     except OSError as error:
-        readable = _readable(error)
-        user = isinstance(readable, UserError)
-        connection.send(("user", str(readable)) if user else ("crash", traceback.format_exc()))
+        shown = readable(error)
+        user = isinstance(shown, UserError)
+        connection.send(("user", str(shown)) if user else ("crash", traceback.format_exc()))
     except BaseException:
         connection.send(("crash", traceback.format_exc()))
 
 
-def _readable(error: OSError) -> Exception:
-    """A full disk in the words a user needs; any other error as it is."""
+def readable(error: OSError) -> Exception:
+    """A full disk (or quota) in the words a user needs; any other error as it is."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"the disk is full ({error.filename or 'output folder'}); make room and run again to go on")
+        return UserError(
+            f"the disk of the output is full{f' ({error.filename})' if error.filename else ''}; make room and run again to go on"
+        )
     return error

@@ -14,6 +14,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megacode.cli import main
 from megacode.data.tokenizer import CRYSTAL_TOKENS, Tokenizer, load_tokenizer, well_formed
 from megacode.data.tokenizer_training import sample, train_tokenizer
 from megacode.errors import UserError
@@ -313,3 +314,24 @@ def test_a_user_defined_symbol_cannot_be_a_control_token(tmp_path: Path) -> None
     )  # fmt: skip
     with pytest.raises(UserError, match=r"<\|fim_prefix\|> is already an ordinary piece"):
         load_tokenizer(schema.Tokenizer(path=f"{prefix}.model", added_tokens="crystal"))
+
+
+# ------------------------------------------------------------------------------------------------------------ the verb
+
+
+def test_the_verb_trains_from_files_and_its_mistakes_end_with_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"content": text}) + "\n" for text in CORPUS) + "broken\n")
+    train = ["tokenizer", "train", str(source), "--vocab-size", "0.4k", "--output", str(tmp_path / "t.model")]
+    assert main([*train, "--text-field", "content"]) == 0
+    assert "1 bad" in capsys.readouterr().out
+    assert load_tokenizer(schema.Tokenizer(path=str(tmp_path / "t.model"))).vocab_size == 400
+    for more, expected in (
+        ((), "cannot train a tokenizer"),
+        (("--vocab-size", "lots"), "--vocab-size: expected a count"),
+        (("--output", str(tmp_path / "t.json")), "ends in .model"),
+    ):
+        assert main([*train, *more]) == 2
+        assert expected in capsys.readouterr().err

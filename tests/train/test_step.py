@@ -1,0 +1,102 @@
+"""Document boundaries hide earlier documents; losses by stream and denominators; groups, rates and fresh Adam state."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megacode.recipe.schema import LearningRate, Mixture, Model, Optimizer, ParameterGroup, Phase, Recipe
+from tests.processes import run_on
+
+VOCAB, LENGTH, EOD = 100, 32, 2
+
+
+def small(**optimizer: object) -> Recipe:
+    phase = Phase(
+        name="p", steps=1, batch_size=2, sequence_length=LENGTH, mixture=Mixture(sources={"a": 1.0}),
+        learning_rate=LearningRate(peak=1e-2),
+    )  # fmt: skip
+    model = Model(layers=2, hidden_size=32, heads=2, init_std=0.3)
+    return Recipe(name="t", model=model, sources={}, phases=[phase], precision="fp32", optimizer=Optimizer(**optimizer))
+
+
+def windows(change: bool = False) -> np.ndarray:
+    made = np.random.default_rng(0).integers(3, VOCAB, (2, LENGTH + 1))
+    made[:, 15] = EOD
+    if change:
+        made[:, 3] = 50 + made[:, 3] % 7  # in the first document only
+    return made
+
+
+def losses_by_position(world, reset: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    from megacode.data.batch import make_batch
+    from megacode.model.gpt import build_model
+    from megacode.train.step import to_device
+
+    torch.manual_seed(0)
+    (chunk,) = build_model(small(), VOCAB)
+    out = []
+    with torch.no_grad():
+        for change in (False, True):
+            rows = make_batch(windows(change), np.zeros(2, np.int32), np.arange(2), eod_id=EOD, reset_at_eod=reset)
+            batch = to_device(rows, world.device)
+            out.append(chunk(batch.tokens, batch.positions, batch.mask, labels=batch.labels))
+    return out[0], out[1]
+
+
+def test_boundaries_hide_earlier_documents() -> None:
+    ((before, after),) = run_on(1, losses_by_position, True)
+    assert torch.equal(before[:, 16:], after[:, 16:]), "the second document saw the first"
+    assert not torch.allclose(before[:, 3:15], after[:, 3:15])
+    ((before, after),) = run_on(1, losses_by_position, False)
+    assert not torch.allclose(before[:, 16:], after[:, 16:]), "without boundaries it does see it"
+
+
+def sums_and_updates(world, recipe: Recipe) -> dict:
+    from megacode.data.batch import make_batch
+    from megacode.model.gpt import build_model, global_parameter_names, transformer_config
+    from megacode.train.optimizer import (
+        build_optimizer,
+        forget_state,
+        inner_optimizers,
+        set_rates,
+        wrap_data_parallel,
+    )
+    from megacode.train.step import prepare_model_for_training, train_step
+
+    torch.manual_seed(0)
+    config = transformer_config(recipe)
+    chunks = wrap_data_parallel(recipe, config, build_model(recipe, VOCAB, config), 1)
+    optimizer = build_optimizer(recipe, chunks)
+    prepare_model_for_training(chunks, optimizer)
+    first = {name: p.detach().clone() for name, p in global_parameter_names(chunks).items()}
+    rows = windows()
+    parts = [
+        make_batch(rows[i : i + 1], np.array([i], np.int32), np.array([i]), lengths=np.array([LENGTH + 1 - 8 * i]))
+        for i in range(2)
+    ]
+    set_rates(optimizer, 1e-2, 0.5)
+    sums, norm = train_step(chunks, optimizer, parts, 2, recipe, world)
+    moved = {n: float((p - first[n]).abs().max()) for n, p in global_parameter_names(chunks).items()}
+    rates = {(g["lr"], g["weight_decay"]) for g in optimizer.param_groups if g["params"]}
+    moments = [float(s["exp_avg"].abs().sum()) for inner in inner_optimizers(optimizer) for s in inner.state.values()]
+    forget_state(optimizer)
+    after = [float(s["exp_avg"].abs().sum() + s["step"]) for i in inner_optimizers(optimizer) for s in i.state.values()]
+    return {"sums": sums, "norm": norm, "moved": moved, "rates": rates, "moments": sum(moments), "after": sum(after)}
+
+
+def test_sums_by_stream_rates_by_group_and_fresh_state() -> None:
+    recipe = small(groups=[ParameterGroup(match="*.linear_fc1.weight", lr_mult=0.0)], clip_grad=0.0)
+    (found,) = run_on(1, sums_and_updates, recipe)
+    assert found["sums"][1].tolist() == [32.0, 24.0]  # labels that count, by stream
+    assert found["moved"]["decoder.layers.0.mlp.linear_fc1.weight"] == 0
+    assert found["moved"]["decoder.layers.1.mlp.linear_fc2.weight"] > 1e-3
+    assert found["rates"] == {(1e-2, 0.5), (0.0, 0.5), (1e-2, 0.0)}  # matrices; the group; biases and norms
+    assert found["moments"] > 0 and found["after"] == 0
+
+
+def test_the_denominator_is_tokens_or_positions() -> None:
+    by_tokens, by_positions = (
+        run_on(1, sums_and_updates, small(clip_grad=0.0, loss_denominator=kind))[0] for kind in ("tokens", "positions")
+    )
+    np.testing.assert_allclose(by_tokens["norm"] / by_positions["norm"], 64 / 56, rtol=1e-5)

@@ -198,9 +198,9 @@ def test_a_window_may_start_and_end_inside_a_character(fim: Fim) -> None:
             )
         )
         broken += begins + ends
-        if not ends and left < len(part):
+        if not ends and fim.tokenizer.decode(part[left:]):
             check(part, apply(fim, part, key, room=12), left, 0)
-        if not begins and right < len(part):
+        if not begins and fim.tokenizer.decode(part[: len(part) - right]):
             out = apply(fim, [*first, *part], key, room=0)
             check(part, out[out.index(fim.eod) + 1 :], 0, right)
     assert broken > 10

@@ -243,7 +243,8 @@ def _neutralise_padding(chunk: GPTModel, vocab_size: int, padded: int) -> None:
     if chunk.post_process:
 
         def mask_padding(module: torch.nn.Module, args: Any, output: Any) -> Any:
-            logits = output[0]
+            # Behind autograd's back, which would copy the whole gradient: that of a logit without probability is zero.
+            logits = output[0].detach()
             logits[..., valid:] = torch.finfo(logits.dtype).min / 2
             return output
 

@@ -19,36 +19,20 @@ The window is then cut to its length, or padded. What the usual implementations 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megacode.data.permute import uniform_below, uniform_bits
+from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.recipe import schema
 
 _BROKEN = "\ufffd"
 _MAX_BROKEN_TOKENS = 3
 """A UTF-8 character has at most four bytes, so a cut one leaves at most three tokens."""
-
-
-class Tokenizer(Protocol):
-    """What fill-in-the-middle needs of `megacode.data.tokenizer.Tokenizer`."""
-
-    control_tokens: dict[str, int]
-
-    @property
-    def bos_id(self) -> int: ...
-    @property
-    def eod_id(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    def token_id(self, name: str) -> int: ...
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +48,10 @@ class Fim:
     bos: int | None
     spm_rate: float
     control: NDArray[np.bool_]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids of which none is a control token: the vocabulary's own decoder, without looking at each id."""
+        return self.tokenizer.base.decode(ids)
 
 
 def make_fim(settings: schema.Fim, tokenizer: Tokenizer) -> Fim:
@@ -180,7 +168,7 @@ def _decode(
         if isinstance(run, int):
             atoms.append(run)
             continue
-        ids, text = run, fim.tokenizer.decode(run)
+        ids, text = run, fim.decode(run)
         if _BROKEN in text:
             if cut_left and place == 0:
                 left = _broken(fim, [ids[k:] for k in range(_MAX_BROKEN_TOKENS + 1)], str.startswith)
@@ -188,7 +176,7 @@ def _decode(
             if cut_right and place == len(runs) - 1:
                 right = _broken(fim, [ids[: len(ids) - k] for k in range(_MAX_BROKEN_TOKENS + 1)], str.endswith)
                 ids = ids[: len(ids) - right]
-            text = fim.tokenizer.decode(ids)
+            text = fim.decode(ids)
             # U+FFFD may also stand in the corpus itself; what matters is that nothing gets lost on the way.
             if _BROKEN in text and fim.tokenizer.encode_batch([text])[0] != ids:
                 return None
@@ -199,7 +187,7 @@ def _decode(
 def _broken(fim: Fim, shorter: list[list[int]], at_edge: Callable[[str, str], bool]) -> int:
     """How many tokens to drop until the edge is a whole character; 0 if that does not help (it is a real U+FFFD)."""
     for dropped, ids in enumerate(shorter):
-        if not at_edge(fim.tokenizer.decode(ids), _BROKEN):
+        if not at_edge(fim.decode(ids), _BROKEN):
             return dropped
     return 0
 

@@ -26,7 +26,8 @@ MAX_SIZE = 1 << 62
 _ROUNDS = 12
 _GOLDEN = 0x9E3779B97F4A7C15
 _ROUND_CONSTANTS = np.array([(r + 1) * _GOLDEN % 2**64 for r in range(_ROUNDS)], dtype=np.uint64)
-_32 = np.uint64(32)
+_27, _30, _31, _32 = (np.uint64(n) for n in (27, 30, 31, 32))
+_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def make_key(seed: int, *parts: str | int | float) -> int:
@@ -56,7 +57,7 @@ def uniform_bits(key: ArrayLike, index: ArrayLike) -> UInts:
 
 def uniform_below(bits: UInts, bound: ArrayLike) -> UInts:
     """Integers in [0, bound) from 64 uniform bits; bound <= 2^32. Their bias is below bound / 2^32."""
-    return ((bits >> _32) * _uint64(bound)) >> _32
+    return _below(bits, _uint64(bound))
 
 
 def permute(index: ArrayLike, size: ArrayLike, key: ArrayLike) -> UInts:
@@ -87,18 +88,22 @@ def _feistel(index: UInts, a: UInts, b: UInts, key: UInts) -> UInts:
     right = index - left * b
     keys = _mix(key + _ROUND_CONSTANTS.reshape(-1, *(1,) * key.ndim))
     for r in range(0, _ROUNDS, 2):
-        left = left + uniform_below(_mix(right + keys[r]), a)
-        left = np.where(left >= a, left - a, left)
-        right = right + uniform_below(_mix(left + keys[r + 1]), b)
-        right = np.where(right >= b, right - b, right)
+        left = left + _below(_mix(right + keys[r]), a)
+        left = np.minimum(left, left - a)  # modulo a: below a, left - a wraps round to something huge
+        right = right + _below(_mix(left + keys[r + 1]), b)
+        right = np.minimum(right, right - b)
     return left * b + right
+
+
+def _below(bits: UInts, bound: UInts) -> UInts:
+    return ((bits >> _32) * bound) >> _32
 
 
 def _mix(x: UInts) -> UInts:
     """SplitMix64's finaliser: a bijection of 64-bit words in which every bit depends on every bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = (x ^ (x >> _30)) * _MIX_1
+    x = (x ^ (x >> _27)) * _MIX_2
+    return x ^ (x >> _31)
 
 
 def _uint64(values: Any) -> UInts:

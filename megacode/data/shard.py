@@ -43,11 +43,11 @@ class Shard:
     sequences: int
     boundaries: int
 
-    @property
+    @cached_property
     def bin_path(self) -> Path:
         return _ending(self.prefix, ".bin")
 
-    @property
+    @cached_property
     def idx_path(self) -> Path:
         return _ending(self.prefix, ".idx")
 

@@ -2,8 +2,8 @@
 
     python bench/loader.py [--tokens 200M] [--sequence-length 2048] [--repeats 5]
 
-Without fill-in-the-middle both read the same synthetic uint16 corpus with the same weights. megacode makes
-whole batches (tokens, labels, mask, positions, digest) on one thread, prefetching off; GPTDataset makes samples, which are stacked
+Without fill-in-the-middle both read the same synthetic uint16 corpus with the same weights. megacode makes whole batches (tokens,
+labels, mask, positions, digest) on one thread, prefetching off; GPTDataset makes samples, which are stacked
 into the same tensors. With fill-in-the-middle (rate 0.9, characters cut after decoding, as Crystal does) the corpus is Python
 source tokenized by a tokenizer trained here. megatron-core has no fill-in-the-middle dataset of its own (0.16.1; Megatron-LM's
 training package has one), so that row stands alone. Sides take turns; what counts is the median.

@@ -22,10 +22,11 @@ from megacode.train.step import forward_backward
 
 @dataclass(frozen=True)
 class Validation:
-    """Held-out sources by name, and which end-of-document token bounds their documents."""
+    """Held-out sources by name, which end-of-document token bounds their documents, and the ids they may hold."""
 
     sources: Mapping[str, TokenSource]
     eod: int | None
+    vocab_size: int | None
 
     @classmethod
     def open(cls, plan: Plan, world: World, tokenizer: Tokenizer | None) -> Validation | None:
@@ -35,7 +36,10 @@ class Validation:
             for name, source in plan.recipe.sources.items()
             if source.validation_paths
         }
-        return cls(sources, tokenizer.eod_id if tokenizer else None) if sources else None
+        if not sources:
+            return None
+        vocab_size = tokenizer.vocab_size if tokenizer else plan.recipe.model.vocab_size
+        return cls(sources, tokenizer.eod_id if tokenizer else None, vocab_size)
 
 
 def validate(
@@ -64,6 +68,7 @@ def validate(
                     eod_id=validation.eod,
                     reset_at_eod=phase.reset_at_eod,
                     mask_eod_loss=recipe.data.mask_eod_loss,
+                    vocab_size=validation.vocab_size,
                 )
             )
             if recipe.parallel.virtual_pipeline:

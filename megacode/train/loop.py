@@ -81,30 +81,35 @@ def train(plan: Plan, run: Path, world: World, tokenizer: Tokenizer | None, voca
 def _loop(trainer: Trainer, stream: Iterator[StepBatch], first: int, stop: StopRequest) -> int:
     plan, recipe, world = trainer.plan, trainer.plan.recipe, trainer.world
     saves, last_saved = set(plan.checkpoints()), first
+    clock = time.perf_counter()
     for step in range(first, plan.total_steps):
         phase = plan.phase_at(step)
         if step == phase.first_step:
             trainer.reports.phase(phase)
             if phase.fresh_optimizer:
                 forget_state(trainer.optimizer)
-        started = time.perf_counter()
         batch = next(stream)
         seed_step(recipe, step)
         set_rates(trainer.optimizer, phase.learning_rate(step), recipe.optimizer.weight_decay)
         sums, norm = train_step(
             trainer.chunks, trainer.optimizer, batch.micro_batches, len(phase.streams), recipe, world
         )
-        trainer.reports.step(step, sums, norm, batch, time.perf_counter() - started)
+        # From the end of one step to the end of the next, reporting included; evaluation and saving are not training.
+        now = time.perf_counter()
+        trainer.reports.step(step, sums, norm, batch, now - clock)
+        clock = now
         trainer.checkpointer.poll()
 
         done = step + 1
         at_phase_end = done == phase.first_step + phase.steps
         if _due(done, recipe.evaluation.every) or (at_phase_end and recipe.evaluation.at_phase_end):
             _evaluate(trainer, done)
+            clock = time.perf_counter()
         stopping = stop.agreed()
         if done in saves or stopping:
             _save(trainer, done)
             last_saved = done
+            clock = time.perf_counter()
         if stopping:
             trainer.checkpointer.wait()
             trainer.reports.stopped(done, stopping)

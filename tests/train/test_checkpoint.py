@@ -1,0 +1,69 @@
+"""Which checkpoints stay, what `latest` may name, and what is refused with a sentence."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Megatron-Core is imported by the module, so what is asked of it runs in a process of its own, redirected to the CPU.
+PREAMBLE = """
+import sys, torch
+from pathlib import Path
+from megacode.runtime import cpu
+cpu.quiet()
+if not torch.cuda.is_available(): cpu.install()
+from megacode.errors import UserError
+from megacode.recipe.schema import Checkpoints
+from megacode.train.checkpoint import *
+folder = Path(sys.argv[1])
+def made(*steps):
+    for step in steps:
+        (folder / checkpoint_name(step)).mkdir(parents=True)
+        (folder / checkpoint_name(step) / INFO).write_text("{}")
+def there(): return [step for step, _ in complete_checkpoints(folder)]
+"""
+
+
+def python(folder: Path, body: str) -> str:
+    done = subprocess.run([sys.executable, "-c", PREAMBLE + body, folder], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept", "newest", "left"),
+    [
+        ("keep_last=2", [], 50, [40, 50]),
+        ("keep_last=1, keep_every=20", [], 50, [20, 40, 50]),
+        ("keep_last=1", [30], 50, [30, 50]),
+        ("keep_last=2", [], 40, [30, 40]),  # 50 is of a future that this run has left
+    ],
+)
+def test_what_stays(tmp_path: Path, settings: str, kept: list[int], newest: int, left: list[int]) -> None:
+    body = f"""
+made(10, 20, 30, 40, 50)
+Checkpointer(folder, Checkpoints({settings}), frozenset({kept}))._forget_old({newest})
+print(there())
+"""
+    assert python(tmp_path, body) == str(left)
+
+
+def test_latest_names_a_complete_one_or_says_what_is_wrong(tmp_path: Path) -> None:
+    body = """
+made(10)
+(folder / ".step_00000020.tmp").mkdir()
+(folder / "step_00000030").mkdir()  # no megacode.json: not complete
+(folder / "latest").write_text("step_00000010")
+print(latest_checkpoint(folder).name, there())
+(folder / "latest").write_text("step_00000030")
+try: latest_checkpoint(folder)
+except UserError as error: print(error)
+try: find_checkpoint(folder / "nowhere")
+except UserError as error: print(error)
+"""
+    first, second, third = python(tmp_path, body).splitlines()
+    assert first == "step_00000010 [10]"
+    assert "not a complete checkpoint" in second and "step_00000010" in second
+    assert "no complete checkpoint" in third

@@ -128,8 +128,7 @@ def test_lower_precisions_follow_fp32(compute: str, recipe: Path, tmp_path: Path
     train(recipe, tmp_path / "full", *sizes, f"initialize_from={tmp_path / 'start'}")
     low, full = steps_of(tmp_path / "low"), steps_of(tmp_path / "full")
     assert low.batches == full.batches
-    apart = np.abs(np.divide(low.losses, full.losses) - 1)
-    assert apart.mean() < 0.02 and apart[:5].max() < 0.02, apart
+    np.testing.assert_allclose(low.losses, full.losses, rtol=0.03)
 
 
 def packed_and_masked(world, folder: str) -> tuple[list[float], list[float], list[float]]:

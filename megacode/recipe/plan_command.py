@@ -11,7 +11,7 @@ from megacode.errors import UserError
 from megacode.recipe.checks import check_layout
 from megacode.recipe.estimate import PEAK_FLOPS
 from megacode.recipe.load import load_recipe
-from megacode.recipe.plan import Plan, make_plan
+from megacode.recipe.plan import Plan
 from megacode.recipe.schema import Recipe
 
 HELP = "print the whole run as tables before it starts"
@@ -37,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 0, or a UserError."""
-    from megacode.data.source import token_counts
+    from megacode.data.planning import plan_with_data
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.gpus:
         check_layout(recipe, args.gpus, args.recipe)
-    plan = make_plan(recipe, token_counts(recipe, args.recipe.parent), args.recipe)
+    plan = plan_with_data(recipe, args.recipe)
     vocab_size = vocabulary(recipe)
     if args.plot:
         _draw(plan, args.plot)

@@ -30,16 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megacode.data.source import token_counts
+    from megacode.data.planning import plan_with_data
     from megacode.recipe.checks import check_files, check_layout
     from megacode.recipe.load import load_recipe
-    from megacode.recipe.plan import make_plan
 
     launched = "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
     recipe = load_recipe(args.recipe, args.overrides)
     folder = args.run or Path("runs") / recipe.name
     check_files(recipe, Path(args.recipe))
-    plan = make_plan(recipe, token_counts(recipe), Path(args.recipe))
+    plan = plan_with_data(recipe, Path(args.recipe))
     if args.processes and not launched:
         from megacode.runtime.launch import launch
 

@@ -11,7 +11,8 @@ document. Which samples there are does not change (nothing is laid out anew), so
 * The sample is then cut to its length: about as many tokens as the documents that end in it grew by are lost at its
   end, as at context level. In a document that goes on in the next sample these are a gap. A document that got shorter,
   or a sample with room, is padded, and padding has no loss.
-* The last token of a window is there as a label only, and is the next window's first input. No token is input twice.
+* The last token of a window is there as a label only, and is the next window's first input (as without all this). No
+  other token is shown twice.
 * A document longer than `MAX_WINDOWS` sequences is left as it is: every sample of it would rearrange all of it.
 
 Each sample decodes and encodes every chosen document that it touches, whole: a document of k samples costs k times that.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 0, or a UserError."""
+    from megacode.data.packing_losses import packing_losses
     from megacode.data.planning import plan_with_data
 
     recipe = load_recipe(args.recipe, args.overrides)
@@ -47,9 +49,12 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         _draw(plan, args.plot)
     from megacode.recipe.show import plan_as_dict, print_plan
+    from megacode.recipe.show_packing import packing_table
 
+    losses = packing_losses(plan)
     if args.json:
-        print(json.dumps(plan_as_dict(plan, vocab_size), indent=1))
+        packing = [dataclasses.asdict(one) for one in losses]
+        print(json.dumps({**plan_as_dict(plan, vocab_size), "packing": packing}, indent=1))
         return 0
     from rich.console import Console
 
@@ -57,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     if not console.is_terminal:  # a file or a pipe has no width of its own
         console = Console(highlight=False, width=140)
     print_plan(plan, vocab_size, console, args.gpus, args.device, args.mfu)
+    if table := packing_table(plan, losses):
+        console.print(table)
     if args.plot:
         console.print(f"drawn: {args.plot}")
     return 0

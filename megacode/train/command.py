@@ -77,6 +77,7 @@ def _train(plan, folder: Path, restart: bool) -> int:  # type: ignore[no-untyped
     check_layout(recipe, place.world_size)
     world = initialize(recipe.parallel, recipe.seed, place)
     try:
+        from megacode.data.packing_losses import packing_line, packing_losses
         from megacode.data.tokenizer import load_tokenizer
         from megacode.train.loop import train
 
@@ -85,6 +86,8 @@ def _train(plan, folder: Path, restart: bool) -> int:  # type: ignore[no-untyped
                 _put_aside(folder)
             torch.distributed.barrier()
         tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
+        if world.is_main:
+            print(packing_line(packing_losses(plan)), flush=True)
         return train(plan, folder, world, tokenizer, vocab_size(recipe, tokenizer))
     except UserError as error:
         # Peers may wait in a collective for this rank, so it leaves without the usual goodbyes.

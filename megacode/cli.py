@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("megacode.evaluate.command", "validation loss of a checkpoint, by source and domain"),
     "generate": ("megacode.evaluate.generate", "continue a prompt with a checkpoint"),
     "report": ("megacode.report.command", "write a run's page of plots"),
+    "trace": ("megacode.data.trace_command", "which documents were in step N"),
     "doctor": ("megacode.doctor", "what is installed, what is missing, and how to get it"),
 }
 

@@ -124,7 +124,9 @@ def verify(
         if own:
             _check_manifest(shard, own, findings)
         segments = _checksums(shard, own, findings, unchecked)
-        if eod is not None and not index_is_whole:
+        if eod is not None and index_is_whole:
+            _check_no_document_is_empty(shard, documents, findings)
+        elif eod is not None:
             unchecked.append(f"EOD at the ends of documents of {one.name}: its index does not say where they end")
         reader = _TokenCheck(shard, documents if index_is_whole else None, limit, eod, findings)
         for position, piece in _pieces(shard):
@@ -194,6 +196,17 @@ def _check_index(shard: Shard, first: int, findings: _Findings, on_bytes: Callab
         findings.add("offset", np.flatnonzero(offsets != ends[:-1]), gap)
         end = int(ends[-1])
         on_bytes(12 * (stop - start))
+
+
+def _check_no_document_is_empty(shard: Shard, first: int, findings: _Findings) -> None:
+    """Where documents end with EOD, none is without a token."""
+    for start, stop in chunks(documents_of(shard)):
+        edges = boundaries_of(shard, start, stop + 1)
+        findings.add(
+            "empty",
+            first + start + np.flatnonzero(edges[1:] == edges[:-1]),
+            lambda number: f"{shard.idx_path}: document {number:,} is empty; it should end with EOD",
+        )
 
 
 def _check_manifest(shard: Shard, manifest: Mapping[str, Any], findings: _Findings) -> None:

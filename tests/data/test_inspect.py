@@ -464,6 +464,20 @@ def test_a_dataset_without_a_manifest(whole: Path, tokenizer: Tokenizer, capsys:
     assert main(["inspect", str(whole), "--verify", "--vocab-size", "321"]) == 0
 
 
+def test_empty_documents_have_no_eod(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    documents = [[], [[5, 6], [EOD]], [], [[EOD]], []]
+    prefix = tmp_path / "m"
+    megatron(prefix, documents)
+    flat = [[token for sequence in document for token in sequence] for document in documents]
+    write_manifest(prefix, manifest(prefix, tokenizer, flat))
+    found = problems(prefix)
+    assert [re.search(r"m\.idx: document (\d) is empty", problem)[1] for problem in found] == ["0", "2", "4"]
+    without = manifest(prefix, tokenizer, flat)
+    without["tokenizer"]["eod"] = False
+    write_manifest(prefix, without)
+    assert problems(prefix) == ()
+
+
 def test_negative_ids(tmp_path: Path) -> None:
     write_shard(tmp_path / "a", [[5, -3, 7]], vocab_size=100_000)
     (problem,) = problems(tmp_path / "a")

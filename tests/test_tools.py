@@ -19,6 +19,10 @@ RECORDER = f"""#!{sys.executable}
 import json, os, sys
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+if "install" in sys.argv:
+    print("Looking in indexes ...")
+    print("  BuildBackendWarning: Editable installation.", file=sys.stderr)
+    sys.exit(os.environ.get("BROKEN", "no such package") in sys.argv)
 sys.exit(int(os.environ.get("EXIT", 0)) if "-m" in sys.argv else 0)
 """
 OPTIONS = ("--set", "name=two words", "--run", "a'b", "*.yaml", "", "--restart", "$HOME")
@@ -92,3 +96,23 @@ def test_another_set_of_pins_is_installed_again(checkout: Path) -> None:
     with (checkout / "tools/constraints.txt").open("a") as pins:
         pins.write("# changed\n")
     assert installs(call(checkout, "test")) == [".[test]"]
+
+
+def test_setting_up_says_little_and_keeps_the_rest(checkout: Path) -> None:
+    environment = {**os.environ, "CALLS": str(checkout / "calls")}
+    done = subprocess.run([checkout / "tools/quickstart"], capture_output=True, text=True, env=environment)
+    said = [line.strip() for line in done.stdout.splitlines()]
+    assert said[:3] == ["Bringing .venv up to date:", "torch ...", "Megatron-Core and the rest ..."]
+    assert said[3].startswith("Ready after") and len(said) == 4 and done.stderr == ""
+    assert "BuildBackendWarning" in (checkout / ".venv/setup.log").read_text()
+
+
+def test_a_failed_set_up_shows_why_and_starts_nothing(checkout: Path) -> None:
+    calls = checkout / "calls"
+    environment = {**os.environ, "CALLS": str(calls), "BROKEN": "--editable"}
+    for _ in range(2):  # and is not taken for done the next time
+        done = subprocess.run([checkout / "tools/quickstart"], capture_output=True, text=True, env=environment)
+        assert (
+            done.returncode == 1 and "Setting up .venv failed" in done.stderr and "BuildBackendWarning" in done.stderr
+        )
+    assert '"python"' not in calls.read_text()

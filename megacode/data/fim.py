@@ -27,7 +27,7 @@ from functools import cached_property, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from megacode.data.fim_near import TokenTexts, near_pieces, token_texts
+from megacode.data.fim_near import Piece, Pieces, TokenTexts, near_pieces, token_texts
 from megacode.data.permute import uniform_below, uniform_bits
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
@@ -85,7 +85,7 @@ def make_fim(settings: schema.Fim, tokenizer: Tokenizer) -> Fim:
 class _Rearranged:
     """A document to be written anew: tokens [start, end) of its row, of which `before` and `after` stay at the edges.
 
-    `pieces`: prefix, middle, suffix; each a list of ids (>= 0) and texts (-1 - index into those to encode).
+    `pieces`: prefix, middle, suffix.
     """
 
     start: int
@@ -93,7 +93,7 @@ class _Rearranged:
     before: int
     after: int
     suffix_first: bool
-    pieces: tuple[list[int], list[int], list[int]]
+    pieces: Pieces
 
 
 def rearrange(
@@ -245,9 +245,9 @@ def _broken(fim: Fim, shorter: list[list[int]], at_edge: Callable[[str, str], bo
     return 0
 
 
-def _split(atoms: list[int | str], cuts: tuple[int, ...], texts: list[str]) -> tuple[list[int], list[int], list[int]]:
+def _split(atoms: list[int | str], cuts: tuple[int, ...], texts: list[str]) -> Pieces:
     """Atoms between each two of `cuts` (in characters; a control token counts as one)."""
-    pieces: tuple[list[int], list[int], list[int]] = ([], [], [])
+    pieces: Pieces = ([], [], [])
     position = 0
     for atom in atoms:
         size = 1 if isinstance(atom, int) else len(atom)
@@ -267,10 +267,7 @@ def _write_row(fim: Fim, row: list[int], documents: list[_Rearranged], encoded: 
     done = 0
     for document in documents:
         ids += row[done : document.start + document.before]
-        prefix, middle, suffix = (
-            [token for atom in piece for token in ((atom,) if atom >= 0 else encoded[-1 - atom])]
-            for piece in document.pieces
-        )
+        prefix, middle, suffix = (_ids(piece, encoded) for piece in document.pieces)
         if document.suffix_first:
             ids += [fim.prefix, fim.suffix, *suffix, fim.middle, *prefix, *middle]
         else:
@@ -278,3 +275,15 @@ def _write_row(fim: Fim, row: list[int], documents: list[_Rearranged], encoded: 
         ids += row[document.end - document.after : document.end]
         done = document.end
     return ids + row[done:]
+
+
+def _ids(piece: Piece, encoded: list[list[int]]) -> list[int]:
+    ids: list[int] = []
+    for atom in piece:
+        if isinstance(atom, list):
+            ids += atom
+        elif atom >= 0:
+            ids.append(atom)
+        else:
+            ids += encoded[-1 - atom]
+    return ids

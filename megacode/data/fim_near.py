@@ -24,8 +24,11 @@ MARGIN = 24
 MIN_TOKENS = 8 * MARGIN
 """Shorter documents are encoded whole: there is little to save."""
 
-Pieces = tuple[list[int], list[int], list[int]]
-"""Prefix, middle, suffix: ids (>= 0) and texts to be encoded (-1 - index)."""
+Piece = list[int | list[int]]
+"""Ids: one (>= 0), many (a list), or those of a text that is to be encoded (-1 - its index)."""
+
+Pieces = tuple[Piece, Piece, Piece]
+"""Prefix, middle, suffix."""
 
 Decode = Callable[[list[int]], str]
 
@@ -89,7 +92,7 @@ def near_pieces(
                 texts.append(part)
                 written.append(-len(texts))
             else:
-                written.extend(part)
+                written.append(part)
     return out
 
 

@@ -98,7 +98,10 @@ def test_cuts_at_every_place_of_a_document(fim: Fim, monkeypatch: pytest.MonkeyP
             pieces = fim_near.near_pieces(table, fim.decode, np.array(ids), lambda _, cuts=(low, high): cuts, texts)
             assert pieces is not None
             encoded = fim.tokenizer.encode_batch(texts)
-            tokens = [[t for atom in piece for t in ((atom,) if atom >= 0 else encoded[-1 - atom])] for piece in pieces]
+            tokens = [
+                [t for atom in piece for t in (atom if isinstance(atom, list) else encoded[-1 - atom])]
+                for piece in pieces
+            ]
             expected = [decoded[:low], decoded[low:high], decoded[high:]]
             assert [fim.decode(piece) for piece in tokens] == [
                 fim.decode(fim.tokenizer.encode(piece)) for piece in expected

@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def _row(shape: str, precision: str, side: str, steps: int) -> dict[str, Any]:
-    from megacode.runtime.devices import peak_flops
+    from megacode.recipe.devices import peak_flops
 
     done = subprocess.run(
         [sys.executable, __file__, "--one", side, shape, precision, "--steps", str(steps)],

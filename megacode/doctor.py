@@ -188,7 +188,7 @@ def _driver() -> str | None:
 
 
 def _gpu(torch_facts: dict[str, Any]) -> Finding:
-    from megacode.runtime.devices import device_peak
+    from megacode.recipe.devices import device_peak
 
     driver, devices = _driver(), torch_facts.get("devices") or []
     if not devices:

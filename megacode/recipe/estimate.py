@@ -10,19 +10,6 @@ from dataclasses import dataclass
 from megacode.recipe.plan import Plan
 from megacode.recipe.schema import Model, Recipe
 
-# Peak of dense 16-bit matrix multiplication with 32-bit accumulation, FLOP/s of one device, from the vendors' data
-# sheets (which print twice that where they count structured sparsity).
-PEAK_FLOPS = {
-    "v100": 125e12,
-    "a100": 312e12,
-    "h100": 989e12,
-    "h200": 989e12,
-    "b200": 2250e12,
-    "l40s": 362e12,
-    "mi250x": 383e12,
-    "mi300x": 1307e12,
-}
-
 
 def parameter_parts(model: Model, vocab_size: int, context_length: int = 0) -> dict[str, int]:
     """Parameters by part, without padding: embedding, positions (learned ones), attention, feed-forward, norms, "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megacode.errors import UserError
 from megacode.recipe.checks import check_layout
-from megacode.recipe.estimate import PEAK_FLOPS
+from megacode.recipe.devices import DEVICES
 from megacode.recipe.load import load_recipe
 from megacode.recipe.plan import Plan
 from megacode.recipe.schema import Recipe
@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpus", type=_positive, metavar="N", help="devices, for memory and time")
     parser.add_argument("--mfu", type=_fraction, default=0.45, help="share of the device's peak (default: 0.45)")
-    parser.add_argument("--device", choices=sorted(PEAK_FLOPS), default="h100", help="default: h100")
+    parser.add_argument(
+        "--device", choices=sorted(DEVICES), default="h100", metavar="NAME", help="h100 (default), a100, b200 ..."
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw shares, rate and batch size (.png, .svg)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON instead")
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megacode.recipe import estimate
+from megacode.recipe.devices import DEVICES
 from megacode.recipe.plan import PhasePlan, Plan, StreamPlan
 
 
@@ -210,7 +211,7 @@ def _estimate_table(plan: Plan, vocab_size: int, gpus: int | None, device: str, 
         f"{gigabytes(memory.activations)}",
     )
     if gpus:
-        peak = estimate.PEAK_FLOPS[device]
+        peak = DEVICES[device][1].sixteen_bit * 1e12
         days = estimate.days(flops, gpus, peak, mfu)
         table.add_row(
             "time",

@@ -15,9 +15,9 @@ from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from megacode.recipe.devices import peak_flops
 from megacode.recipe.plan import PhasePlan, Plan
 from megacode.recipe.show import count
-from megacode.runtime.devices import peak_flops
 
 _BAR_WIDTH = 16
 _RECENT = 30

@@ -14,9 +14,9 @@ import torch
 
 from megacode.data.loader import StepBatch
 from megacode.evaluate.validation import by_domain
+from megacode.recipe.devices import peak_flops
 from megacode.recipe.estimate import flops_per_token
 from megacode.recipe.plan import PhasePlan, Plan
-from megacode.runtime.devices import peak_flops
 from megacode.runtime.distributed import World
 from megacode.train.metrics import MetricsWriter
 from megacode.train.progress import Progress

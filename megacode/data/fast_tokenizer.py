@@ -132,9 +132,11 @@ class FastEncoder:
             return None
         if not self.classes or text.isascii():
             return text
-        if _unsettled().search(text.translate(None, _ASCII).decode()) is not None:
+        others = text.translate(None, _ASCII).decode()
+        if _unsettled().search(others) is not None:
             return None
-        if self.nfc and not unicodedata.is_normalized("NFC", decoded := text.decode()):
+        # Without a character that composes, text is NFC already; most is.
+        if self.nfc and _composing().search(others) and not unicodedata.is_normalized("NFC", decoded := text.decode()):
             return None if _young_marks().search(decoded) else unicodedata.normalize("NFC", decoded).encode()
         return text
 
@@ -246,11 +248,22 @@ def _unsettled() -> re.Pattern[str]:
     return re.compile("[" + _LATER + "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in spans) + "]")
 
 
+_PLANE = [chr(c) for c in range(0x80, 0x10000) if not 0xD800 <= c < 0xE000]
+
+
+@cache
+def _composing() -> re.Pattern[str]:
+    """Finds a character of plane 0 that text in NFC may not have, or not everywhere."""
+    pairs = (unicodedata.decomposition(c).split() for c in _PLANE)
+    second = {chr(int(pair[1], 16)) for pair in pairs if len(pair) == 2 and not pair[0].startswith("<")}
+    found = [c for c in _PLANE if unicodedata.combining(c) or not unicodedata.is_normalized("NFC", c) or c in second]
+    return re.compile("[\u1160-\u11ff" + "".join(found) + "]")
+
+
 @cache
 def _young_marks() -> re.Pattern[str]:
     """Finds a character of plane 0 whose part in NFC came after Unicode 3.2."""
-    plane = [chr(c) for c in range(0x80, 0x10000) if not 0xD800 <= c < 0xE000]
-    partakes = [c for c in plane if unicodedata.combining(c) or unicodedata.decomposition(c)]
+    partakes = [c for c in _PLANE if unicodedata.combining(c) or unicodedata.decomposition(c)]
     young = [c for c in partakes if unicodedata.ucd_3_2_0.category(c) == "Cn"]
     return re.compile("[" + "".join(young) + "]")
 

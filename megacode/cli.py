@@ -14,11 +14,13 @@ from megacode.errors import UserError
 VERBS: dict[str, tuple[str, str]] = {
     "plan": ("megacode.recipe.plan_command", "print the whole run as tables before it starts"),
     "preprocess": ("megacode.data.preprocess.command", "tokenize text and code into indexed datasets"),
+    "inspect": ("megacode.data.inspect_command", "what is in a dataset, and whether it is whole"),
     "tokenizer": ("megacode.data.tokenizer_training", "train a SentencePiece tokenizer"),
     "train": ("megacode.train.command", "train a recipe, or go on with a run"),
     "evaluate": ("megacode.evaluate.command", "validation loss of a checkpoint, by source and domain"),
     "generate": ("megacode.evaluate.generate", "continue a prompt with a checkpoint"),
     "report": ("megacode.report.command", "write a run's page of plots"),
+    "trace": ("megacode.data.trace_command", "which documents were in step N"),
     "doctor": ("megacode.doctor", "what is installed, what is missing, and how to get it"),
 }
 

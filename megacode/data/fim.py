@@ -1,25 +1,26 @@
-"""Fill-in-the-middle at context level (Bavarian et al., arXiv 2207.14255; Crystal's form, arXiv 2411.04156).
+"""Fill-in-the-middle (Bavarian et al., arXiv 2207.14255): documents rearranged, at context level (Crystal, arXiv 2411.04156).
 
-A window of tokens is split at end-of-document tokens into documents. Each is, with its stream's rate, decoded, cut at
+A row of tokens is split at end-of-document tokens into documents. Each is, with its stream's rate, decoded, cut at
 two uniformly drawn character positions into prefix, middle and suffix, encoded again, and written as
 
     PSM:  <prefix> prefix <suffix> suffix <middle> middle
     SPM:  <prefix> <suffix> suffix <middle> prefix middle       (with probability `spm_rate`)
 
-The window is then cut to its length, or padded. What the usual implementations leave open is decided thus:
+At context level a row is a sample: a window of tokens, or a pack. It is then cut to its length, or padded. At document
+level a row is a whole document (`megacode.data.fim_document`). What the usual implementations leave open is decided thus:
 
-* Draws are hashes of (seed, stream, epoch, first token of the window, number of the document in it). They replay on
+* Draws are hashes of (seed, stream, epoch, sample or document, number of the document in the row). They replay on
   resume and in every layout, and differ from epoch to epoch.
 * A leading begin-of-sequence token and the end-of-document token stay where they are. Other control tokens in a
   document (file names, chat turns) move with the text around them, as one character each; text never becomes one.
-* A document that the window's edge cuts in the middle of a character (tokenizers with bytes) keeps the tokens of that
+* A document that the sample's edge cuts in the middle of a character (tokenizers with bytes) keeps the tokens of that
   broken character at the edge; the rest is rearranged.
 * A document that decoding and encoding would damage otherwise (bytes that are no UTF-8) is left as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,7 +75,7 @@ def make_fim(settings: schema.Fim, tokenizer: Tokenizer) -> Fim:
 
 @dataclass(frozen=True)
 class _Rearranged:
-    """A document to be written anew: tokens [start, end) of its window, of which `before` and `after` stay at the edges.
+    """A document to be written anew: tokens [start, end) of its row, of which `before` and `after` stay at the edges.
 
     `pieces`: prefix, middle, suffix; each a list of control ids (>= 0) and texts (-1 - index into those to encode).
     """
@@ -88,47 +89,82 @@ class _Rearranged:
 
 
 def rearrange(
-    fim: Fim, windows: NDArray[np.int64], keys: NDArray[np.uint64], rates: NDArray[np.float64]
+    fim: Fim,
+    windows: NDArray[np.int64],
+    keys: NDArray[np.uint64],
+    rates: NDArray[np.float64],
+    lengths: NDArray[np.int64] | None = None,
+    packed: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Fill-in-the-middle on windows [n, L], with a key and a rate for each [n].
 
+    Args:
+        lengths: tokens of each window that are real, int64 [n]; default: all.
+        packed: bool [n], windows in which any document may be a part of one, not only the first and the last.
+
     Returns:
-        Windows int64 [n, L], and how many of their tokens are real, int64 [n]; the rest is `fim.pad`. Windows with rate 0
-        come back as they are.
+        Windows int64 [n, L], and how many of their tokens are real, int64 [n]; in a window that was rearranged the rest is
+        `fim.pad`. Windows with rate 0 come back as they are.
     """
-    count, length = windows.shape
+    length = windows.shape[1]
     out = windows.copy()
-    lengths = np.full(count, length, dtype=np.int64)
-    texts: list[str] = []
-    plans: dict[int, list[_Rearranged]] = {}
-    for row in np.flatnonzero(rates > 0).tolist():
-        plans[row] = _plan_window(fim, windows[row], int(keys[row]), float(rates[row]), texts)
-    encoded = fim.tokenizer.encode_batch(texts) if texts else []
-    for row, documents in plans.items():
-        if documents:
-            ids = _write_window(fim, windows[row].tolist(), documents, encoded)[:length]
-            lengths[row] = len(ids)
-            out[row, : len(ids)] = ids
-            out[row, len(ids) :] = fim.pad
+    lengths = np.full(len(windows), length, dtype=np.int64) if lengths is None else lengths.copy()
+    chosen = np.flatnonzero(rates > 0).tolist()
+    rows = [windows[row, : lengths[row]] for row in chosen]
+    edges = ["every" if packed is not None and packed[row] else "outer" for row in chosen]
+    rearranged = rearrange_rows(fim, rows, keys[chosen], rates[chosen], edges)
+    for row, ids in zip(chosen, rearranged, strict=True):
+        if ids is not None:
+            lengths[row] = min(len(ids), length)
+            out[row] = fim.pad
+            out[row, : lengths[row]] = ids[:length]
     return out, lengths
 
 
-def _plan_window(fim: Fim, window: NDArray[np.int64], key: int, rate: float, texts: list[str]) -> list[_Rearranged]:
-    """Draws for every document of one window; appends the texts that are to be encoded."""
-    ends = np.flatnonzero(window == fim.eod).tolist()
+def rearrange_rows(
+    fim: Fim,
+    rows: Sequence[NDArray[np.int64]],
+    keys: NDArray[np.uint64],
+    rates: NDArray[np.float64],
+    edges: Sequence[str],
+) -> list[list[int] | None]:
+    """Fill-in-the-middle on rows of any length, neither cut nor padded; None for a row of which nothing moves.
+
+    Args:
+        edges: where a document of the row may begin or end inside a character: `outer` (the row's own ends), `every`
+            (any document's ends) or `none`.
+    """
+    texts: list[str] = []
+    plans = [
+        _plan_row(fim, row, int(key), float(rate), texts, edge)
+        for row, key, rate, edge in zip(rows, keys, rates, edges, strict=True)
+    ]
+    encoded = fim.tokenizer.encode_batch(texts) if texts else []
+    return [
+        _write_row(fim, row.tolist(), documents, encoded) if documents else None
+        for row, documents in zip(rows, plans, strict=True)
+    ]
+
+
+def _plan_row(
+    fim: Fim, row: NDArray[np.int64], key: int, rate: float, texts: list[str], edges: str
+) -> list[_Rearranged]:
+    """Draws for every document of one row; appends the texts that are to be encoded."""
+    ends = np.flatnonzero(row == fim.eod).tolist()
     starts = [0, *(end + 1 for end in ends)]
-    ends.append(len(window))
+    ends.append(len(row))
     # Four draws a document: whether, suffix first, and two cuts.
     bits = uniform_bits(key, np.arange(4 * len(starts))).reshape(-1, 4)
     chance = (bits[:, :2] >> np.uint64(11)) * 2.0**-53
     chosen = chance[:, 0] < rate
-    controls = fim.control[np.minimum(window, len(fim.control) - 1)]
+    controls = fim.control[np.minimum(row, len(fim.control) - 1)]
     documents = []
     for number in np.flatnonzero(chosen).tolist():
         start, end = starts[number], ends[number]
-        before = int(start < end and int(window[start]) == fim.bos)
-        runs = _runs(window[start + before : end], controls[start + before : end])
-        cut_left, cut_right = start == 0 and not before, end == len(window)
+        before = int(start < end and int(row[start]) == fim.bos)
+        runs = _runs(row[start + before : end], controls[start + before : end])
+        cut_left = not before and (edges == "every" or (edges == "outer" and start == 0))
+        cut_right = edges == "every" or (edges == "outer" and end == len(row))
         document = _decode(fim, runs, cut_left, cut_right)
         if document is None:
             continue
@@ -211,11 +247,11 @@ def _split(
     return pieces
 
 
-def _write_window(fim: Fim, window: list[int], documents: list[_Rearranged], encoded: list[list[int]]) -> list[int]:
+def _write_row(fim: Fim, row: list[int], documents: list[_Rearranged], encoded: list[list[int]]) -> list[int]:
     ids: list[int] = []
     done = 0
     for document in documents:
-        ids += window[done : document.start + document.before]
+        ids += row[done : document.start + document.before]
         prefix, middle, suffix = (
             [token for atom in piece for token in ((atom,) if atom >= 0 else encoded[-1 - atom])]
             for piece in document.pieces
@@ -224,6 +260,6 @@ def _write_window(fim: Fim, window: list[int], documents: list[_Rearranged], enc
             ids += [fim.prefix, fim.suffix, *suffix, fim.middle, *prefix, *middle]
         else:
             ids += [fim.prefix, *prefix, fim.suffix, *suffix, fim.middle, *middle]
-        ids += window[document.end - document.after : document.end]
+        ids += row[document.end - document.after : document.end]
         done = document.end
-    return ids + window[done:]
+    return ids + row[done:]

@@ -81,12 +81,21 @@ def remove_dataset(prefix: Path) -> None:
             with_ending(one, ending).unlink(missing_ok=True)
 
 
+def listed_shards(prefix: Path) -> list[Path]:
+    """The shards that the manifest of a dataset lists, in order; none if it is one shard, or no manifest is there."""
+    try:
+        manifest = json.loads(with_ending(prefix, ".json").read_text(encoding="utf-8"))
+        return [prefix.with_name(name) for name in manifest.get("shards", [])]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
+
+
 def is_complete(prefix: Path) -> bool:
     """Whether a dataset of this tool, with all its shards, is there."""
     manifest = read_manifest(prefix)
     if manifest is None:
         return False
-    prefixes = [prefix.with_name(name) for name in manifest.get("shards", [prefix.name])]
+    prefixes = listed_shards(prefix) or [prefix]
     return all(with_ending(one, ending).exists() for one in prefixes for ending in ENDINGS)
 
 

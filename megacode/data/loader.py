@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megacode.data import fim
 from megacode.data.batch import Batch, make_batch
-from megacode.data.mixture import Mixture, StepSamples, stream_key
-from megacode.data.permute import uniform_bits
+from megacode.data.mixture import Mixture, StepSamples
 from megacode.data.prefetch import Prefetch
+from megacode.data.sample_tokens import SampleReader, check_ids
 from megacode.data.source import TokenSource
 from megacode.errors import UserError
 
@@ -52,22 +50,12 @@ class StepReader:
         recipe = mixture.plan.recipe
         self.mixture, self.rank, self.world = mixture, rank, world
         self.micro_batch_size = micro_batch_size or recipe.parallel.micro_batch_size
-        self._data, self._tokenizer = recipe.data, tokenizer
-        self._vocab_size = tokenizer.vocab_size if tokenizer is not None else recipe.model.vocab_size
-        self._fim = None
-        phases = mixture.plan.phases
-        with_fim = any(stream.fim_rate > 0 for phase in phases for stream in phase.streams)
-        resets = recipe.data.mask_eod_loss or any(phase.reset_at_eod for phase in phases)
-        if (with_fim or resets) and tokenizer is None:
-            raise UserError("tokenizer: fill-in-the-middle and document boundaries need one; name it in the recipe")
+        self._data = recipe.data
+        self._samples = SampleReader.open(mixture, tokenizer)
+        resets = recipe.data.mask_eod_loss or any(phase.reset_at_eod for phase in mixture.plan.phases)
+        if resets and tokenizer is None:
+            raise UserError("tokenizer: document boundaries need one; name it in the recipe")
         self._eod = tokenizer.eod_id if resets else None
-        if with_fim:
-            self._fim = fim.make_fim(recipe.data.fim, tokenizer)
-        self._fim_keys = [
-            np.array([stream_key(recipe.seed, "fim", stream) for stream in phase.streams], dtype=np.uint64)
-            for phase in phases
-        ]
-        self._fim_rates = [np.array([stream.fim_rate for stream in phase.streams]) for phase in phases]
 
     def read(self, step: int) -> StepBatch:
         """UserError if the batch does not divide among the ranks, or if a source holds ids outside the vocabulary.
@@ -94,17 +82,13 @@ class StepReader:
         parts = [samples.take(slice(first, first + size)) for first in range(0, len(places), size)]
         return StepBatch(step, tuple(self._batch(part) for part in parts), samples)
 
+    def sample(self, step: int, place: int) -> Batch:
+        """One sample of a step's batch, by its place in it, as training sees it. IndexError if there is no such place."""
+        return self._batch(self.mixture.step(step, [place]))
+
     def _batch(self, samples: StepSamples) -> Batch:
         phase = samples.phase
-        windows = self._windows(samples)
-        lengths = None
-        if self._fim is not None:
-            rates = self._fim_rates[phase.index][samples.stream]
-            if rates.any():
-                epoch_keys = uniform_bits(self._fim_keys[phase.index][samples.stream], samples.epoch)
-                windows, lengths = fim.rearrange(
-                    self._fim, windows.astype(np.int64), uniform_bits(epoch_keys, samples.start), rates
-                )
+        windows, lengths = self._samples.read(samples)
         return make_batch(
             windows,
             samples.stream,
@@ -114,22 +98,6 @@ class StepReader:
             reset_at_eod=phase.reset_at_eod,
             mask_eod_loss=self._data.mask_eod_loss,
         )
-
-    def _windows(self, samples: StepSamples) -> NDArray[Any]:
-        """Tokens of each sample, [n, S + 1]."""
-        length = samples.phase.sequence_length + 1
-        streams = np.unique(samples.stream).tolist()
-        read = {}
-        for index in streams:
-            source = self.mixture.sources[samples.phase.streams[index].source]
-            read[index] = source.read(samples.start[samples.stream == index], length)
-            _check_ids(source, read[index], self._vocab_size)
-        if len(streams) == 1:
-            return read[streams[0]]
-        windows = np.empty((len(samples), length), dtype=np.result_type(*read.values()))
-        for index, rows in read.items():
-            windows[samples.stream == index] = rows
-        return windows
 
 
 def batches(
@@ -185,7 +153,7 @@ def validation_batches(
             start = place * sequence_length
             lengths[row] = min(sequence_length + 1, source.tokens - start)
             windows[row, : lengths[row]] = source.read(np.array([start]), int(lengths[row]))[0]
-        _check_ids(source, windows, vocab_size)
+        check_ids(source, windows, vocab_size)
         yield make_batch(
             windows,
             np.zeros(micro_batch_size, dtype=np.int32),
@@ -194,16 +162,4 @@ def validation_batches(
             eod_id=eod_id,
             reset_at_eod=reset_at_eod,
             mask_eod_loss=mask_eod_loss,
-        )
-
-
-def _check_ids(source: TokenSource, windows: NDArray[Any], vocab_size: int | None) -> None:
-    """UserError for an id outside the vocabulary, which would otherwise crash in the embedding, on some rank, unnamed."""
-    if vocab_size is None or not windows.size:
-        return
-    highest, lowest = int(windows.max()), int(windows.min())
-    if highest >= vocab_size or lowest < 0:
-        raise UserError(
-            f"sources.{source.name}: holds token {highest if highest >= vocab_size else lowest}, outside the vocabulary "
-            f"of {vocab_size:,}; it was made with another tokenizer: tokenize it again with this recipe's"
         )

@@ -1,4 +1,4 @@
-"""(plan, step) -> which samples: a pure function. Nothing is built, saved or drawn; any step can be asked for first.
+"""(plan, step) -> which samples: a pure function. Nothing is drawn or saved; any step can be asked for first.
 
 How step t's batch comes about, for a batch of B sequences of S tokens:
 
@@ -6,7 +6,7 @@ How step t's batch comes about, for a batch of B sequences of S tokens:
 2. Sample k of a stream stands at ordered position p = cursor + k S. Its epoch is p // (M W), where the stream is M
    windows of W tokens; the window in slot (p mod M W) // W of that epoch is first_window + permutation(slot), keyed
    by (seed, stream, epoch); the sample is the S + 1 tokens from p mod W of that window. So an epoch holds every sample
-   exactly once.
+   exactly once. With `packing: best_fit` a window is a pack (W = S) and the sample is what is in it.
 3. A permutation keyed by (seed, t) orders the B samples, so that every micro-batch of every rank sees the mixture.
 
 A rank asks for its own positions only. Nothing above knows of ranks, of the run's length or of later phases, so none of
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megacode.data.permute import make_key, permute, uniform_bits
-from megacode.data.source import Document, TokenSource
+from megacode.data.source import Document, DocumentPart, TokenSource
 from megacode.errors import UserError
 from megacode.recipe.plan import PhasePlan, Plan, StreamPlan
 
@@ -39,7 +39,8 @@ class StepSamples:
         positions: int64 [n], places in the step's batch.
         stream: int32 [n], index into `phase.streams`.
         epoch: int64 [n], passes over the stream before this one.
-        start: int64 [n], first token in the source's stream of tokens.
+        start: int64 [n], first token in the source's stream of tokens; with `packing: best_fit` the number of the pack
+            times the sequence length.
     """
 
     step: int
@@ -61,14 +62,19 @@ class StepSamples:
 
 @dataclass(frozen=True)
 class SampleOrigin:
-    """Where one sample of a batch comes from: `documents` are those its tokens touch, in order."""
+    """Where one sample of a batch comes from: `parts` of documents, in order, make its `tokens`. `start`: `StepSamples`."""
 
     position: int
     stream: StreamPlan
     epoch: int
     start: int
     tokens: int
-    documents: tuple[Document, ...]
+    parts: tuple[DocumentPart, ...]
+
+    @property
+    def documents(self) -> tuple[Document, ...]:
+        """The documents that its tokens touch."""
+        return tuple(part.document for part in self.parts)
 
 
 class _Streams:
@@ -124,7 +130,6 @@ class Mixture:
     def describe(self, step: int, positions: slice | ArrayLike | None = None) -> list[SampleOrigin]:
         """Which documents are in a step: one entry for each of `positions` (default: all)."""
         samples = self.step(step, positions)
-        tokens = samples.phase.sequence_length + 1
         origins = []
         for position, index, epoch, start in zip(
             samples.positions.tolist(),
@@ -134,8 +139,9 @@ class Mixture:
             strict=True,
         ):
             stream = samples.phase.streams[index]
-            documents = _documents(self.sources[stream.source], start, tokens)
-            origins.append(SampleOrigin(position, stream, epoch, start, tokens, documents))
+            parts = sample_parts(self.sources[stream.source], stream, start)
+            tokens = sum(part.tokens for part in parts)
+            origins.append(SampleOrigin(position, stream, epoch, start, tokens, tuple(parts)))
         return origins
 
 
@@ -156,7 +162,16 @@ def _positions(positions: slice | ArrayLike | None, size: int) -> Int64s:
 def _check(stream: StreamPlan, sources: Mapping[str, TokenSource]) -> None:
     if stream.source not in sources:
         raise UserError(f"sources.{stream.source}: the plan reads it, but it was not opened; is its data there?")
-    found, needed = sources[stream.source].tokens, (stream.first_window + stream.windows) * stream.window + 1
+    source, end = sources[stream.source], stream.first_window + stream.windows
+    if stream.packing == "best_fit":
+        packs = source.packs.get(stream.sequence_length)
+        if packs is None or len(packs) < end:
+            raise UserError(
+                f"sources.{stream.source}: has {len(packs) if packs else 0:,} packs where the plan reads {end:,}; the data "
+                "changed since it was planned, or `tokens` promised more: plan again"
+            )
+        return
+    found, needed = source.tokens, end * stream.window + 1
     if found < needed:
         raise UserError(
             f"sources.{stream.source}: has {found:,} tokens where the plan reads {needed:,}; the data changed since it "
@@ -164,9 +179,10 @@ def _check(stream: StreamPlan, sources: Mapping[str, TokenSource]) -> None:
         )
 
 
-def _documents(source: TokenSource, start: int, tokens: int) -> tuple[Document, ...]:
-    found, position = [], start
-    while position < start + tokens:
-        found.append(source.document_at(position))
-        position = found[-1].start + found[-1].tokens
-    return tuple(found)
+def sample_parts(source: TokenSource, stream: StreamPlan, start: int) -> list[DocumentPart]:
+    """The parts of documents that a sample shows, in order. `start`: as in `StepSamples`."""
+    length = stream.sequence_length
+    if stream.packing == "concatenate":
+        return source.parts(start, length + 1)
+    pieces = source.pack_pieces(start // length, length)
+    return [part for first, tokens in pieces for part in source.parts(first, tokens)]

@@ -70,6 +70,18 @@ class Shard:
         end = int(self._offsets[after]) // self.dtype.itemsize if after < self.sequences else self.tokens
         return document, start, end - start
 
+    def spans(self, first: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First token and length of documents [first, stop): int64 each, in O(stop - first)."""
+        sequences = np.asarray(self._boundaries[first : stop + 1])
+        edges = np.full(len(sequences), self.tokens, dtype=np.int64)
+        inside = sequences < self.sequences
+        edges[inside] = self._offsets[sequences[inside]] // self.dtype.itemsize
+        return edges[:-1], np.diff(edges)
+
+    @property
+    def documents(self) -> int:
+        return max(0, self.boundaries - 1)
+
 
 def open_shard(prefix: Path, label: str = "dataset") -> Shard:
     """Read the header and the last entries of one index and check them against both files' sizes: O(1).

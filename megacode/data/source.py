@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megacode.data.indexed import listed_shards
+from megacode.data.packs import SourcePacks, open_packs
 from megacode.data.shard import Shard, open_shard
 from megacode.errors import UserError
 from megacode.recipe.mixtures import mixture_entries
@@ -39,6 +41,20 @@ class Document:
     tokens: int
 
 
+@dataclass(frozen=True)
+class DocumentPart:
+    """Tokens [first, first + tokens) of a document."""
+
+    document: Document
+    first: int
+    tokens: int
+
+    @property
+    def ends(self) -> bool:
+        """Whether the document ends with this part."""
+        return self.first + self.tokens == self.document.tokens
+
+
 class TokenSource:
     """The concatenated token stream of a source's shards. Safe to read from several threads only one at a time."""
 
@@ -46,6 +62,8 @@ class TokenSource:
         self.name = name
         self.shards = tuple(shards)
         self.dtype = np.result_type(*(s.dtype for s in self.shards))
+        self.packs: dict[int, SourcePacks] = {}
+        """By sequence length, where a plan reads this source in packs (`open_sources`)."""
         self._ends = np.cumsum([s.tokens for s in self.shards], dtype=np.int64)
         self._files: OrderedDict[int, int] = OrderedDict()
 
@@ -56,7 +74,7 @@ class TokenSource:
 
     @property
     def documents(self) -> int:
-        return sum(max(0, s.boundaries - 1) for s in self.shards)
+        return sum(s.documents for s in self.shards)
 
     def read(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
         """Tokens [start, start + length) for each of `starts` (int64 [n]); [n, length] in the source's own token type.
@@ -75,6 +93,22 @@ class TokenSource:
             self._read_row(row, shard, first)
         return out
 
+    def read_pack(self, pack: int, sequence_length: int, out: NDArray[Any]) -> int:
+        """Fill the beginning of `out` (of this source's type) with the tokens of a pack; how many they are."""
+        done = 0
+        for start, tokens in self.pack_pieces(pack, sequence_length):
+            shard = int(np.searchsorted(self._ends, start, side="right"))
+            first = start - (int(self._ends[shard]) - self.shards[shard].tokens)
+            self._read_row(out[done : done + tokens], shard, first)
+            done += tokens
+        return done
+
+    def pack_pieces(self, pack: int, sequence_length: int) -> list[tuple[int, int]]:
+        """(first token in the stream, tokens) of each piece of a pack, in order."""
+        shard, starts, tokens = self.packs[sequence_length].pieces(pack)
+        before = int(self._ends[shard]) - self.shards[shard].tokens
+        return [(before + start, count) for start, count in zip(starts.tolist(), tokens.tolist(), strict=True)]
+
     def document_at(self, position: int) -> Document:
         """The document that holds token `position` of the stream: two binary searches in the shard's index."""
         if not 0 <= position < self.tokens:
@@ -83,6 +117,16 @@ class TokenSource:
         first = int(self._ends[shard]) - self.shards[shard].tokens
         document, start, tokens = self.shards[shard].document_at(position - first)
         return Document(self.shards[shard].prefix, document, first + start, tokens)
+
+    def parts(self, start: int, tokens: int) -> list[DocumentPart]:
+        """The documents that tokens [start, start + tokens) of the stream touch, in order."""
+        found, position = [], start
+        while position < start + tokens:
+            document = self.document_at(position)
+            first = position - document.start
+            found.append(DocumentPart(document, first, min(document.tokens - first, start + tokens - position)))
+            position += found[-1].tokens
+        return found
 
     def close(self) -> None:
         """Close the files; the next read opens them again."""
@@ -137,7 +181,8 @@ class TokenSource:
 def open_source(name: str, paths: Sequence[str], base: Path = Path(), key: str = "path") -> TokenSource:
     """Open the shards that `paths` name, reading headers only.
 
-    Prefixes with or without .bin, or globs of them (matches in sorted order), relative to `base`. UserError, naming
+    Prefixes with or without .bin, of one shard or of a dataset in several, or globs of them (matches in sorted order),
+    relative to `base`. UserError, naming
     `sources.NAME.KEY`, if one is missing or damaged, or if all are empty.
     """
     label = f"sources.{name}.{key}"
@@ -154,13 +199,21 @@ def open_source(name: str, paths: Sequence[str], base: Path = Path(), key: str =
 
 
 def open_sources(plan: Plan, base: Path = Path()) -> dict[str, TokenSource]:
-    """Every source that the plan reads, by name. UserError if one names no data or it is not there."""
-    sources = {}
-    for name in dict.fromkeys(stream.source for phase in plan.phases for stream in phase.streams):
-        paths = plan.recipe.sources[name].paths
-        if not paths:
-            raise UserError(f"sources.{name}: has no `path`; a plan can do without data, training cannot")
-        sources[name] = open_source(name, paths, base)
+    """Every source that the plan reads, by name, with the packs that it reads (made where they are not there yet).
+
+    UserError if a source names no data or it is not there.
+    """
+    sources: dict[str, TokenSource] = {}
+    cache = pack_cache(plan.recipe, base)
+    for stream in (stream for phase in plan.phases for stream in phase.streams):
+        name, length = stream.source, stream.sequence_length
+        if name not in sources:
+            paths = plan.recipe.sources[name].paths
+            if not paths:
+                raise UserError(f"sources.{name}: has no `path`; a plan can do without data, training cannot")
+            sources[name] = open_source(name, paths, base)
+        if stream.packing == "best_fit" and length not in sources[name].packs:
+            sources[name].packs[length] = open_packs(sources[name].shards, length, cache)
     return sources
 
 
@@ -174,9 +227,17 @@ def token_counts(recipe: Recipe, base: Path = Path()) -> dict[str, int]:
     return {name: _count(name, recipe.sources[name], base) for name in used}
 
 
+def pack_cache(recipe: Recipe, base: Path = Path()) -> Path | None:
+    return base / recipe.data.pack_cache if recipe.data.pack_cache else None
+
+
+def has_data(source: Source, base: Path = Path()) -> bool:
+    """Whether any file of a source is there."""
+    return any(_matches(path, base) for path in source.paths)
+
+
 def _count(name: str, source: Source, base: Path) -> int:
-    there = [path for path in source.paths if _matches(path, base)]
-    if there:
+    if has_data(source, base):
         return open_source(name, source.paths, base).tokens
     if source.tokens is not None:
         return source.tokens
@@ -193,10 +254,13 @@ def _bare(path: str) -> str:
 
 
 def _matches(path: str, base: Path) -> list[Path]:
-    """Prefixes that `path` names and of which at least one file is there; a glob's in sorted order."""
+    """Prefixes that `path` names and of which at least one file is there: itself, the shards that its manifest lists, or
+    a glob's in sorted order."""
     prefix = _bare(str(base / path))
     if os.path.exists(prefix + ".bin") or os.path.exists(prefix + ".idx"):
         return [Path(prefix)]
+    if shards := listed_shards(Path(prefix)):
+        return shards
     if not glob.has_magic(prefix):
         return []
     found = glob.glob(prefix + ".bin", recursive=True) + glob.glob(prefix + ".idx", recursive=True)

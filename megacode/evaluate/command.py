@@ -25,15 +25,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--samples: expected 1 or more, not {args.samples}")
     recipe, tokenizer, model = open_for_inference(args.checkpoint)
 
-    from megacode.data.source import token_counts
+    from megacode.data.planning import plan_with_data
     from megacode.evaluate.validation import Validation, by_domain, validate
-    from megacode.recipe.plan import make_plan
     from megacode.runtime.distributed import current_world, shutdown
     from megacode.train.checkpoint import find_checkpoint, read_info
 
     if args.samples:
         recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"samples": args.samples})})
-    plan = make_plan(recipe, token_counts(recipe))
+    plan = plan_with_data(recipe)
     world = current_world()
     validation = Validation.open(plan, world, tokenizer)
     if validation is None:

@@ -38,7 +38,7 @@ class Problem:
 
 def check_recipe(recipe: Recipe) -> list[Problem]:
     """Everything that can be known without files and without the number of ranks."""
-    problems = [*_model(recipe), *_parallel(recipe), *_precision(recipe), *_phases(recipe)]
+    problems = [*_model(recipe), *_parallel(recipe), *_precision(recipe), *_sources(recipe), *_phases(recipe)]
     problems += [Problem(key, text) for key, text in megatron_fields.check_pass_through(recipe)]
     return problems
 
@@ -263,6 +263,20 @@ def _precision(recipe: Recipe) -> Iterator[Problem]:
             "precision.bf16_first_layers",
             f"{max(edges)} bf16 layers are more than a pipeline stage has; lower it or the last ones",
         )
+
+
+# --------------------------------------------------------------------------------------------------------- sources
+
+
+def _sources(recipe: Recipe) -> Iterator[Problem]:
+    for name, source in recipe.sources.items():
+        if source.window and recipe.packing(name) == "best_fit":
+            yield Problem(
+                f"sources.{name}.window",
+                "has no effect with `packing: best_fit`, which shuffles packs; take it out, or set `packing: concatenate`",
+            )
+    if recipe.data.pack_cache and not any(recipe.packing(name) == "best_fit" for name in recipe.sources):
+        yield Problem("data.pack_cache", "has no effect without `packing: best_fit`; take it out, or pack a source")
 
 
 # ---------------------------------------------------------------------------------------------------------- phases

@@ -28,7 +28,7 @@ def fingerprint(plan: Plan, step: int) -> dict[str, Any]:
     return {
         "seed": plan.recipe.seed,
         "mask_eod_loss": data.mask_eod_loss,
-        "fim": data.fim.model_dump() if fim else None,
+        "fim": data.fim.model_dump(exclude={"level"}) if fim else None,
         "phases": phases,
     }
 
@@ -50,6 +50,9 @@ def _phase(phase: PhasePlan, stop: int) -> dict[str, Any]:
             "cursor": stream.cursor,
             "first share": shares[column],
             "samples": counts[column],
+            # Absent where they are what they were before there was a choice: older checkpoints go on.
+            **({"fim_level": stream.fim_level} if stream.fim_rate and stream.fim_level != "context" else {}),
+            **({"packing": stream.packing} if stream.packing != "concatenate" else {}),
         }
         for column, stream in enumerate(phase.streams)
     }

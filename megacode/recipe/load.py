@@ -25,8 +25,8 @@ KeyPath = tuple[str, ...]
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a file, checked.
 
-    Relative paths in it (sources, validation, tokenizer, initialize_from) come back absolute, resolved against the file
-    they were written in; those in an override against the working directory.
+    Relative paths in it (sources, validation, tokenizer, pack_cache, initialize_from) come back absolute, resolved
+    against the file they were written in; those in an override against the working directory.
 
     Args:
         overrides: `KEY=VALUE` each, the value in YAML; phases by name or number (`phases.phase1.steps=100`).
@@ -66,7 +66,7 @@ def _without_none(data: Any, path: KeyPath) -> Any:
 def _with_absolute_paths(node: Node, path: KeyPath) -> Node:
     if len(path) == 3 and path[0] == "sources" and path[2] in ("path", "validation"):
         return _absolute(node)
-    if path in (("tokenizer", "path"), ("initialize_from",)):
+    if path in (("tokenizer", "path"), ("initialize_from",), ("data", "pack_cache")):
         return _absolute(node)
     if isinstance(node.value, dict):
         return node.with_value({k: _with_absolute_paths(child, (*path, k)) for k, child in node.value.items()})

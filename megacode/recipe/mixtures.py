@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megacode.recipe.schedules import Weights
-from megacode.recipe.schema import MixtureSource, Phase, Recipe, Schedule
+from megacode.recipe.schema import FimLevel, MixtureSource, Phase, Recipe, Schedule
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Entry:
     given: MixtureSource
     group: int
     fim_rate: float
+    fim_level: FimLevel
     restart: bool
 
 
@@ -35,21 +36,23 @@ def mixture_entries(recipe: Recipe, phase: Phase) -> list[Entry]:
     """The streams of a phase, in the recipe's order. Names of sources must be known (`megacode.recipe.checks`)."""
     entries: list[Entry] = []
 
-    def add(key: str, name: str, given: MixtureSource, group: int, fim_rate: float) -> None:
+    def add(key: str, name: str, given: MixtureSource, group: int, fim_rate: float, level: FimLevel) -> None:
         rate = fim_rate if given.fim_rate is None else given.fim_rate
         restart = (given.cursor or phase.cursor) == "restart"
-        entries.append(Entry(f"{key}.{name}", name, recipe.sources[name].domain, given, group, rate, restart))
+        domain = recipe.sources[name].domain
+        entries.append(Entry(f"{key}.{name}", name, domain, given, group, rate, given.fim_level or level, restart))
 
     top = f"phases.{phase.name}.mixture"
+    level = phase.fim_level or recipe.data.fim.level
     for group, (name, given) in enumerate((phase.mixture.sources or {}).items()):
-        add(f"{top}.sources", name, given, group, phase.fim_rate)
+        add(f"{top}.sources", name, given, group, phase.fim_rate, level)
     for group, (domain, part) in enumerate((phase.mixture.domains or {}).items()):
         members = part.sources
         if members is None:
             members = {name: MixtureSource() for name, source in recipe.sources.items() if source.domain == domain}
         rate = phase.fim_rate if part.fim_rate is None else part.fim_rate
         for name, given in members.items():
-            add(f"{top}.domains.{domain}.sources", name, given, group, rate)
+            add(f"{top}.domains.{domain}.sources", name, given, group, rate, part.fim_level or level)
     return entries
 
 

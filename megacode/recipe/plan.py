@@ -20,7 +20,8 @@ from megacode.errors import UserError
 from megacode.recipe.mixtures import Entry, mixture_entries, mixture_weights
 from megacode.recipe.quota import ONE, Quota
 from megacode.recipe.schedules import BatchSizes, Floats, Ints, learning_rate
-from megacode.recipe.schema import LearningRate, Phase, Recipe, Schedule
+from megacode.recipe.schema import FimLevel, LearningRate, Packing, Phase, Recipe, Schedule
+from megacode.recipe.windows import Windows, shuffle_units, windows_of
 
 StreamKey = tuple[str, float, float]
 
@@ -28,6 +29,9 @@ StreamKey = tuple[str, float, float]
 @dataclass(frozen=True)
 class StreamPlan:
     """One stream within one phase. Positions and sizes are in tokens of the source.
+
+    With `packing: best_fit` a window is a pack: `window` is the sequence length, `windows` counts packs, and tokens are
+    those of whole sequences, padding included.
 
     Attributes:
         low, high: the part of the source, 0 and 1 for all of it.
@@ -37,6 +41,7 @@ class StreamPlan:
         samples: that the phase takes.
         sequence_length: the phase's.
         tokens_before: read from this stream in earlier phases.
+        estimated: `windows` is worked out from the declared `tokens`, as if packs were full: the data is not there.
     """
 
     source: str
@@ -51,6 +56,9 @@ class StreamPlan:
     samples: int
     sequence_length: int
     tokens_before: int = 0
+    fim_level: FimLevel = "context"
+    packing: Packing = "concatenate"
+    estimated: bool = False
 
     @property
     def label(self) -> str:
@@ -213,19 +221,26 @@ class Plan:
         return frozenset(s for s in self.checkpoints() if s in ends or (every and s % every == 0))
 
 
-def make_plan(recipe: Recipe, token_counts: Mapping[str, int], path: Path | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    token_counts: Mapping[str, int],
+    path: Path | None = None,
+    pack_counts: Mapping[tuple[str, int], int] | None = None,
+) -> Plan:
     """The plan of a checked recipe.
 
     Args:
         token_counts: tokens of every source that a phase reads.
         path: of the recipe file, for messages.
+        pack_counts: packs of the sources with `packing: best_fit`, by (source, sequence length); what is missing is
+            estimated from `token_counts`.
 
     Raises:
         UserError: a source too short for its window or subset, a window that is no multiple of a sequence length, a
             source read more often than its `max_epochs`. All of them at once, a sentence each.
     """
     where = f"{path}: " if path else ""
-    windows = _windows(recipe, where)
+    shuffle = shuffle_units(recipe, where)
     history: dict[StreamKey, StreamPlan] = {}
     phases: list[PhasePlan] = []
     problems: list[str] = []
@@ -238,11 +253,11 @@ def make_plan(recipe: Recipe, token_counts: Mapping[str, int], path: Path | None
         streams = []
         for column, (entry, samples) in enumerate(zip(entries, quota.before(steps).tolist(), strict=True)):
             try:
-                part = subset_windows(entry, token_counts[entry.source], windows[entry.source])
+                windows = windows_of(recipe, entry, phase, token_counts, pack_counts or {}, shuffle)
+                stream = _stream(entry, phase, samples, windows, history)
             except UserError as error:
                 problems.append(where + str(error))
                 continue
-            stream = _stream(entry, phase, samples, window=windows[entry.source], part=part, history=history)
             cap = entry.given.max_epochs
             if cap is not None and stream.tokens_before + stream.tokens > cap * stream.epoch_tokens:
                 problems.append(where + _too_many_epochs(entry, stream, quota, column, steps))
@@ -268,18 +283,22 @@ def make_plan(recipe: Recipe, token_counts: Mapping[str, int], path: Path | None
 
 
 def _stream(
-    entry: Entry,
-    phase: Phase,
-    samples: int,
-    *,
-    window: int,
-    part: tuple[int, int],
-    history: dict[StreamKey, StreamPlan],
+    entry: Entry, phase: Phase, samples: int, windows: Windows, history: dict[StreamKey, StreamPlan]
 ) -> StreamPlan:
-    """A stream of a phase, going on from what `history` has of it; takes its place there."""
+    """A stream of a phase, going on from what `history` has of it; takes its place there.
+
+    UserError if it would go on in packs of another length, which share no order.
+    """
     low, high = entry.given.subset_range
     earlier = history.get((entry.source, low, high))
     length = phase.sequence_length
+    if windows.packing == "best_fit" and earlier and earlier.sequence_length != length and not entry.restart:
+        raise UserError(
+            f"{entry.key}: source {entry.source} is packed (best_fit) for {length:,} tokens here and for "
+            f"{earlier.sequence_length:,} before, and the two share no order to go on in; set `cursor: restart` here, which "
+            "reads it from its start again, give this phase a `subset` of it that was not read, or set "
+            f"sources.{entry.source}.packing: concatenate"
+        )
     stopped_at = 0 if earlier is None or entry.restart else earlier.cursor_after
     stream = StreamPlan(
         source=entry.source,
@@ -287,13 +306,16 @@ def _stream(
         low=low,
         high=high,
         fim_rate=entry.fim_rate,
-        window=window,
-        first_window=part[0],
-        windows=part[1],
+        window=windows.size,
+        first_window=windows.first,
+        windows=windows.count,
         cursor=-(-stopped_at // length) * length,
         samples=samples,
         sequence_length=length,
         tokens_before=earlier.tokens_before + earlier.tokens if earlier else 0,
+        fim_level=entry.fim_level,
+        packing=windows.packing,
+        estimated=windows.estimated,
     )
     history[(entry.source, low, high)] = stream
     return stream
@@ -305,49 +327,6 @@ def phase_steps(phase: Phase, batch: BatchSizes) -> int:
         return phase.steps
     assert phase.tokens is not None
     return int(batch.steps_for(np.array([-(-phase.tokens // phase.sequence_length)]))[0])
-
-
-def _windows(recipe: Recipe, where: str) -> dict[str, int]:
-    """Window of every source that is read: its own, else the first sequence length it is read at."""
-    lengths: dict[str, list[int]] = {}
-    for phase in recipe.phases:
-        for entry in mixture_entries(recipe, phase):
-            lengths.setdefault(entry.source, []).append(phase.sequence_length)
-    windows = {name: recipe.sources[name].window or read[0] for name, read in lengths.items()}
-    problems = [
-        f"{where}sources.{name}.window: {windows[name]:,} "
-        f"tokens{'' if recipe.sources[name].window else ' (by default)'} is "
-        f"no multiple of every sequence length the source is read at ({', '.join(map(str, dict.fromkeys(read)))}); "
-        f"set it to {math.lcm(*read)}"
-        for name, read in lengths.items()
-        if any(windows[name] % length for length in read)
-    ]
-    if problems:
-        raise UserError("\n".join(problems))
-    return windows
-
-
-def subset_windows(entry: Entry, tokens: int, window: int) -> tuple[int, int]:
-    """(first window, number of windows) of a stream in a source of `tokens`.
-
-    Raises:
-        UserError: there is not one whole window (and the token after it).
-    """
-    total = max(tokens - 1, 0) // window
-    low, high = (Fraction(str(bound)) for bound in entry.given.subset_range)  # the decimals as written
-    first, end = math.floor(low * total), math.floor(high * total)
-    if total == 0:
-        raise UserError(
-            f"{entry.key}: source {entry.source} has {tokens:,} tokens, fewer than one window of {window:,} + 1; "
-            "give it more data, a shorter sequence_length, or take it out of the mixture"
-        )
-    if end == first:
-        raise UserError(
-            f"{entry.key}.subset: {entry.given.subset} of source {entry.source} ({total:,} windows of {window:,} "
-            "tokens) "
-            "holds no whole window; widen the subset"
-        )
-    return first, end - first
 
 
 def _too_many_epochs(entry: Entry, stream: StreamPlan, quota: Quota, index: int, steps: int) -> str:

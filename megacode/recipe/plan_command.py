@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ from megacode.errors import UserError
 from megacode.recipe.checks import check_layout
 from megacode.recipe.estimate import PEAK_FLOPS
 from megacode.recipe.load import load_recipe
-from megacode.recipe.plan import Plan, make_plan
+from megacode.recipe.plan import Plan
 from megacode.recipe.schema import Recipe
 
 HELP = "print the whole run as tables before it starts"
@@ -37,19 +38,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 0, or a UserError."""
-    from megacode.data.source import token_counts
+    from megacode.data.packing_losses import packing_losses
+    from megacode.data.planning import plan_with_data
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.gpus:
         check_layout(recipe, args.gpus, args.recipe)
-    plan = make_plan(recipe, token_counts(recipe, args.recipe.parent), args.recipe)
+    plan = plan_with_data(recipe, args.recipe)
     vocab_size = vocabulary(recipe)
     if args.plot:
         _draw(plan, args.plot)
     from megacode.recipe.show import plan_as_dict, print_plan
+    from megacode.recipe.show_packing import packing_table
 
+    losses = packing_losses(plan)
     if args.json:
-        print(json.dumps(plan_as_dict(plan, vocab_size), indent=1))
+        packing = [dataclasses.asdict(one) for one in losses]
+        print(json.dumps({**plan_as_dict(plan, vocab_size), "packing": packing}, indent=1))
         return 0
     from rich.console import Console
 
@@ -57,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     if not console.is_terminal:  # a file or a pipe has no width of its own
         console = Console(highlight=False, width=140)
     print_plan(plan, vocab_size, console, args.gpus, args.device, args.mfu)
+    if table := packing_table(plan, losses):
+        console.print(table)
     if args.plot:
         console.print(f"drawn: {args.plot}")
     return 0

@@ -36,6 +36,8 @@ def parse_count(value: Any) -> Any:
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 CountOrZero = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Packing = Literal["concatenate", "best_fit"]
+FimLevel = Literal["context", "document"]
 
 
 class Section(BaseModel):
@@ -144,6 +146,8 @@ class Source(Section):
     """Shuffle unit in tokens; default: the sequence length of the first phase that reads the source."""
     validation: str | list[str] | None = None
     """Prefixes of held-out data for this source."""
+    packing: Packing | None = None
+    """How its documents become samples; default: the recipe's `data.packing`."""
 
     @property
     def paths(self) -> list[str]:
@@ -192,6 +196,8 @@ class MixtureSource(Section):
     """Share of sequences before normalisation; inside a domain the default is the source's token count ("natural")."""
     fim_rate: Fraction | None = None
     """Share of documents rearranged for fill-in-the-middle; default: the domain's, else the phase's."""
+    fim_level: FimLevel | None = None
+    """Default: the domain's, else the phase's, else `data.fim.level`."""
     subset: str | None = None
     """Part of the source by position, `0.0-0.1`; each subset has a cursor of its own."""
     max_epochs: float | None = Field(default=None, gt=0)
@@ -213,7 +219,9 @@ class MixtureSource(Section):
         except ValueError:
             low, high = 1.0, 0.0
         if not 0.0 <= low < high <= 1.0:
-            raise ValueError(f"subset: expected LOW-HIGH with 0 <= LOW < HIGH <= 1, such as 0.0-0.1, not {self.subset!r}")
+            raise ValueError(
+                f"subset: expected LOW-HIGH with 0 <= LOW < HIGH <= 1, such as 0.0-0.1, not {self.subset!r}"
+            )
         return self
 
 
@@ -249,6 +257,7 @@ class MixtureDomain(Section):
     ratio: Weight
     sources: Annotated[dict[str, Mixed], BeforeValidator(_names_are_enough)] | None = None
     fim_rate: Fraction | None = None
+    fim_level: FimLevel | None = None
 
 
 class Mixture(Section):
@@ -318,6 +327,8 @@ class Phase(Section):
     mixture: Mixture
     learning_rate: LearningRate
     fim_rate: Fraction = 0.0
+    fim_level: FimLevel | None = None
+    """Default: `data.fim.level`."""
     cursor: Literal["continue", "restart"] = "continue"
     optimizer_state: Literal["keep", "fresh"] = "keep"
     """`fresh` drops Adam's moments and step count at the phase's first step (weights stay)."""
@@ -331,8 +342,10 @@ class Phase(Section):
 
 
 class Fim(Section):
-    """Fill-in-the-middle, context level (arXiv 2207.14255; Crystal's form): which tokens, and how often suffix first."""
+    """Fill-in-the-middle (arXiv 2207.14255): of what, with which tokens, and how often suffix first."""
 
+    level: FimLevel = "context"
+    """Rearrange what a sample shows of a document (Crystal), or the whole document before samples are cut (StarCoder)."""
     spm_rate: Fraction = 0.5
     prefix: str = "<|fim_prefix|>"
     middle: str = "<|fim_middle|>"
@@ -343,6 +356,10 @@ class Fim(Section):
 class Data(Section):
     """How samples become batches."""
 
+    packing: Packing = "concatenate"
+    """Documents end to end, cut every sequence length; or whole documents in packs that fill a sequence (arXiv 2404.10830)."""
+    pack_cache: str | None = None
+    """Folder for the indexes of `packing: best_fit`; default: beside the corpus."""
     reset_at_eod: bool = False
     mask_eod_loss: bool = False
     fim: Fim = Fim()
@@ -471,3 +488,7 @@ class Recipe(Section):
     logging: Logging = Logging()
     initialize_from: str | None = None
     """A checkpoint folder whose weights (nothing else) start this run."""
+
+    def packing(self, source: str) -> Packing:
+        """How a source's documents become samples."""
+        return self.sources[source].packing or self.data.packing

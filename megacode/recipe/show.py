@@ -145,7 +145,7 @@ def _stream_table(phase: PhasePlan) -> Table:
             count(stream.tokens),
             f"{stream.epochs:.3g}",
             Text(f"{stream.epochs_after:.3g}", style="yellow" if stream.epochs_after > 4 else ""),
-            f"{stream.fim_rate:g}" if stream.fim_rate else "",
+            f"{stream.fim_rate:g}{' document' * (stream.fim_level == 'document')}" if stream.fim_rate else "",
         )
     table.add_section()
     table.add_row("sum", "", total, _percent(1.0), f"{phase.samples:,}", count(phase.tokens), style="dim")
@@ -271,6 +271,9 @@ def _stream_as_dict(stream: StreamPlan, first: float, last: float) -> dict[str, 
         "subset": [stream.low, stream.high],
         "share": [first, last],
         "fim_rate": stream.fim_rate,
+        "fim_level": stream.fim_level,
+        "packing": stream.packing,
+        "estimated": stream.estimated,
         "samples": stream.samples,
         "tokens": stream.tokens,
         "epochs": stream.epochs,

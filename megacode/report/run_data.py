@@ -137,11 +137,10 @@ def _read_plan(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     plan = _read_json(folder / "plan.json")
     if plan and plan.get("phases") and all("curves" in phase for phase in plan["phases"]):
         return plan
-    from megacode.data.source import token_counts
-    from megacode.recipe.plan import make_plan
+    from megacode.data.planning import plan_with_data
 
     try:
-        return plan_summary(make_plan(recipe, token_counts(recipe)))
+        return plan_summary(plan_with_data(recipe))
     except UserError:
         return None  # the corpora are elsewhere: a report without planned curves is still a report
 

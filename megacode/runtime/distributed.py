@@ -76,36 +76,82 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     """Understand `torchrun`'s variables, then Slurm's (`srun` with one task a process), else a single process.
 
     Raises:
-        UserError: a launcher's variables are there but incomplete or not numbers.
+        UserError: a launcher's variables are there but incomplete, not numbers, or contradict each other.
     """
     env = os.environ if environment is None else environment
-    try:
-        if "RANK" in env and "WORLD_SIZE" in env:
-            return Launch(
-                rank=int(env["RANK"]),
-                world_size=int(env["WORLD_SIZE"]),
-                local_rank=int(env.get("LOCAL_RANK", 0)),
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _checked(
+            Launch(
+                rank=_number(env, "RANK"),
+                world_size=_number(env, "WORLD_SIZE"),
+                local_rank=_number(env, "LOCAL_RANK", 0),
                 address=env.get("MASTER_ADDR", "127.0.0.1"),
-                port=int(env.get("MASTER_PORT", 29500)),
+                port=_number(env, "MASTER_PORT", 29500),
                 launcher="torchrun",
+            ),
+            local_size=_number(env, "LOCAL_WORLD_SIZE", 0),
+        )
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+        size = _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
+        # A job script may export WORLD_SIZE for its tasks; a RANK it cannot, for there it is one for all.
+        if "RANK" in env or _number(env, "WORLD_SIZE", size) != size:
+            name = "RANK" if "RANK" in env else "WORLD_SIZE"
+            raise UserError(
+                f"environment: {name} is {env[name]} inside a Slurm step of {size} tasks, so it is not clear who started this "
+                f"process; unset {name} for srun, or start torchrun in the step"
             )
-        if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) >= 1:
-            nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
-            return Launch(
-                rank=int(env["SLURM_PROCID"]),
-                world_size=int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", 1)),
-                local_rank=int(env.get("SLURM_LOCALID", 0)),
+        return _checked(
+            Launch(
+                rank=_number(env, "SLURM_PROCID"),
+                world_size=size,
+                local_rank=_number(env, "SLURM_LOCALID", 0),
                 address=env.get("MASTER_ADDR") or (_first_slurm_host(nodes) if nodes else "127.0.0.1"),
                 # Jobs that share a node must not share a port; the job id tells them apart.
-                port=int(env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000),
+                port=_number(env, "MASTER_PORT", 20000 + _number(env, "SLURM_JOB_ID", 0) % 20000),
                 launcher="slurm",
             )
-    except ValueError as error:
+        )
+    if "RANK" in env or "WORLD_SIZE" in env:
+        there, missing = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
         raise UserError(
-            f"environment: the launcher's variables (RANK, WORLD_SIZE, MASTER_PORT or SLURM_*) must be numbers: {error}; "
-            "start with torchrun, srun, or `megacode train --processes N`"
-        ) from error
+            f"environment: {there} is set and {missing} is not; start with torchrun, srun or `megacode train --processes N`, "
+            f"or unset {there} for a single process"
+        )
     return Launch(rank=0, world_size=1, local_rank=0, address="127.0.0.1", port=0, launcher="single process")
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """A launcher's variable as a number; empty counts as not set where there is a default."""
+    text = env.get(name, "")
+    if not text and default is not None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(
+            f"environment: {name} must be a number, not {text!r}; start with torchrun, srun or `megacode train --processes N`"
+        ) from None
+
+
+def _checked(launch: Launch, local_size: int = 0) -> Launch:
+    """`launch`, if its numbers can be true together (`local_size` 0: not known)."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK") if launch.launcher == "torchrun" else (
+        "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID",
+    )  # fmt: skip
+    rank, size, local = launch.rank, launch.world_size, launch.local_rank
+    if not 0 <= rank < size:
+        wrong = f"{names[0]} is {rank} of {names[1]} {size}"
+    elif not 0 <= local < (local_size or size):
+        wrong = f"{names[2]} is {local} of {local_size or size} processes"
+    elif not 0 < launch.port < 65536:
+        wrong = f"MASTER_PORT is {launch.port}"
+    else:
+        return launch
+    raise UserError(
+        f"environment: {wrong}, which cannot be; start with torchrun, srun or `megacode train --processes N`, or unset what an "
+        "earlier launcher left"
+    )
 
 
 def initialize(parallel: Parallel, seed: int, launch: Launch | None = None) -> World:

@@ -3,7 +3,8 @@
 A checkpoint is a folder `checkpoints/step_00000020` with Megatron-Core's shards and a `megacode.json` that says what it is.
 It is written under a hidden name (asynchronously, by a forked copy of each process that holds the tensors as they were),
 made durable, and only then renamed and named by the file `latest`. So a folder with its final name is complete, and
-`latest` always names one.
+`latest` always names one. What a killed run leaves half-written or half-removed keeps its hidden name; the next start clears
+it away.
 
 Tensors are stored by their place in the whole model ("fully reshardable"), so that any tensor x pipeline x data layout loads
 them.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +39,7 @@ from megacode.train.optimizer import load_optimizer_state
 INFO = "megacode.json"
 LATEST = "latest"
 _NAME = re.compile(r"^step_(\d{8,})$")
+_UNFINISHED = re.compile(r"^\.step_\d{8,}\.([\w-]+\.)?(tmp|old)$")
 
 
 def checkpoint_name(step: int) -> str:
@@ -70,6 +73,13 @@ def latest_checkpoint(folder: Path) -> Path | None:
             f"{', '.join(p.name for _, p in complete_checkpoints(folder)) or 'none'} into it, or remove it to start over"
         )
     return path
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Clear away what a killed run was writing or removing. Only while no other process trains in this folder."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _UNFINISHED.match(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -183,10 +193,10 @@ class Checkpointer:
         """Start writing the state after `step` finished steps. Collective; returns before it is on disk when asynchronous."""
         self.wait()
         final = self.folder / checkpoint_name(step)
-        temporary = self.folder / f".{final.name}.tmp"
         main = torch.distributed.get_rank() == 0
+        # A name of its own: a writer that outlived its killed run must not write among this one's files.
+        temporary = self.folder / f".{final.name}.{_agreed(secrets.token_hex(4))}.tmp"
         if main:
-            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         torch.distributed.barrier()
         strategy = FullyParallelSaveStrategyWrapper(
@@ -200,9 +210,11 @@ class Checkpointer:
 
         def finish() -> None:
             if main:
+                _sync_small_files(temporary)
                 write_text(temporary / "recipe.yaml", recipe_text)
                 write_text(temporary / INFO, json.dumps({"step": step, **info}, indent=1))
-                shutil.rmtree(final, ignore_errors=True)
+                if final.exists():
+                    _remove(final)
                 os.replace(temporary, final)
                 sync_folder(self.folder)
                 write_text(self.folder / LATEST, final.name + "\n")
@@ -238,9 +250,29 @@ class Checkpointer:
         keep = set(sorted(keep)[-self.settings.keep_last :])
         for step, path in passing:
             if step not in keep:
-                gone = path.with_name(f".{path.name}.old")
-                os.replace(path, gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under a hidden name first: a folder with its final name is complete."""
+    gone = checkpoint.with_name(f".{checkpoint.name}.{secrets.token_hex(4)}.old")
+    os.replace(checkpoint, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _sync_small_files(folder: Path) -> None:
+    """Onto the disk, what Megatron-Core does not sync itself (it does its shards, not the state they have in common)."""
+    for path in folder.iterdir():
+        if path.suffix != ".distcp":
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def _agreed(text: str) -> str:
+    """Rank 0's text on every rank. Collective."""
+    texts = [text]
+    torch.distributed.broadcast_object_list(texts, src=0)
+    return texts[0]
 
 
 def _content_metadata() -> dict[str, Any]:

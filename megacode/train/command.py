@@ -30,16 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megacode.data.source import token_counts
+    from megacode.data.planning import plan_with_data
     from megacode.recipe.checks import check_files, check_layout
     from megacode.recipe.load import load_recipe
-    from megacode.recipe.plan import make_plan
 
     launched = "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
     recipe = load_recipe(args.recipe, args.overrides)
     folder = args.run or Path("runs") / recipe.name
     check_files(recipe, Path(args.recipe))
-    plan = make_plan(recipe, token_counts(recipe), Path(args.recipe))
+    plan = plan_with_data(recipe, Path(args.recipe))
     if args.processes and not launched:
         from megacode.runtime.launch import launch
 
@@ -78,6 +77,7 @@ def _train(plan, folder: Path, restart: bool) -> int:  # type: ignore[no-untyped
     check_layout(recipe, place.world_size)
     world = initialize(recipe.parallel, recipe.seed, place)
     try:
+        from megacode.data.packing_losses import packing_line, packing_losses
         from megacode.data.tokenizer import load_tokenizer
         from megacode.train.loop import train
 
@@ -86,6 +86,8 @@ def _train(plan, folder: Path, restart: bool) -> int:  # type: ignore[no-untyped
                 _put_aside(folder)
             torch.distributed.barrier()
         tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
+        if world.is_main:
+            print(packing_line(packing_losses(plan)), flush=True)
         return train(plan, folder, world, tokenizer, vocab_size(recipe, tokenizer))
     except UserError as error:
         # Peers may wait in a collective for this rank, so it leaves without the usual goodbyes.

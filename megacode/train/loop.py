@@ -20,7 +20,7 @@ from megacode.recipe.fingerprint import fingerprint
 from megacode.recipe.load import dump_recipe
 from megacode.recipe.plan import Plan
 from megacode.runtime.distributed import World, seed_step
-from megacode.train.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
+from megacode.train.checkpoint import Checkpointer, find_checkpoint, load_checkpoint, remove_unfinished
 from megacode.train.guard import StopRequest
 from megacode.train.optimizer import build_optimizer, forget_state, set_rates, wrap_data_parallel
 from megacode.train.report_steps import StepReports
@@ -50,8 +50,11 @@ def train(plan: Plan, run: Path, world: World, tokenizer: Tokenizer | None, voca
     recipe = plan.recipe
     resume = checkpoint_to_resume(run, plan)
     if world.is_main:
+        remove_unfinished(run / "checkpoints")
         write_start(run, plan, world, vocab_size)
-    reports = StepReports.open(plan, run, world, first_step=int(resume[1]["step"]) if resume else 0, vocab_size=vocab_size)
+    reports = StepReports.open(
+        plan, run, world, first_step=int(resume[1]["step"]) if resume else 0, vocab_size=vocab_size
+    )
 
     config = transformer_config(recipe)
     chunks = wrap_data_parallel(recipe, config, build_model(recipe, vocab_size, config), world.data_size)
@@ -173,5 +176,3 @@ def _evaluate(trainer: Trainer, done: int) -> None:
     trainer.reports.flush()
     losses = validate(trainer.validation, trainer.chunks, trainer.plan, done, trainer.world)
     trainer.reports.validated(done, losses)
-
-

@@ -11,8 +11,8 @@ import pytest
 
 from megacode.data.indexed import TokenFile, token_dtype, write_index
 from megacode.data.mixture import Mixture
-from megacode.data.source import open_sources, token_counts
-from megacode.recipe.plan import make_plan
+from megacode.data.planning import plan_with_data
+from megacode.data.source import open_sources
 from megacode.recipe.schema import Recipe
 
 EOD = 2
@@ -49,7 +49,7 @@ def recipe_of(sources: dict[str, Any], phases: list[dict[str, Any]], **keys: Any
 
 
 def mixture_of(recipe: Recipe) -> Mixture:
-    plan = make_plan(recipe, token_counts(recipe))
+    plan = plan_with_data(recipe)
     return Mixture(plan, open_sources(plan))
 
 

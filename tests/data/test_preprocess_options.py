@@ -23,6 +23,8 @@ from megacode.data import indexed
 from megacode.data.preprocess import Request, order, preprocess
 from megacode.data.preprocess.conditions import parse_condition
 from megacode.data.preprocess.counts import Group
+from megacode.data.records import read_records
+from megacode.data.source import open_source
 from megacode.data.tokenizer import load_tokenizer
 from megacode.data.tokenizer_training import train_tokenizer
 from megacode.errors import UserError
@@ -450,3 +452,12 @@ def test_damaged_parts_are_done_again(model: Path, corpus: Path, tmp_path: Path)
     result = make(model, tmp_path / "big.jsonl", tmp_path / "out")
     assert result.parts_kept > 0
     assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "alone.bin").read_bytes()
+
+
+def test_a_recipe_reads_all_shards_by_the_name_of_the_dataset(model: Path, corpus: Path, tmp_path: Path) -> None:
+    make(model, corpus, tmp_path / "whole")
+    make(model, corpus, tmp_path / "cut", shard_size=20_000)
+    whole, cut = (open_source("s", [name], tmp_path) for name in ("whole", "cut"))
+    assert len(cut.shards) > 5 and cut.tokens == whole.tokens
+    origin = read_records(tmp_path / json.loads((tmp_path / "cut.json").read_text())["shards"][2])
+    assert origin is not None and origin.origin(0)[0] == str(corpus)

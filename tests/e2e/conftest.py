@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -40,20 +41,21 @@ def documents(seed: int, count: int, low: int, high: int) -> list[list[int]]:
     return made
 
 
+def build_corpora(folder: Path, sets: dict[str, list[list[int]]]) -> None:
+    """Each name's documents as FOLDER/NAME.bin and .idx."""
+    made = {str(folder / name): documents for name, documents in sets.items()}
+    subprocess.run([sys.executable, "-c", BUILD], check=True, cwd=ROOT, input=pickle.dumps(made))
+
+
 @pytest.fixture(scope="session")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import pickle
-
     folder = tmp_path_factory.mktemp("corpora")
     sets = {
         "code": documents(1, 500, 10, 140), "code_valid": documents(2, 40, 10, 140),
         "text": documents(3, 700, 140, 300), "text_valid": documents(4, 40, 140, 300),
         "web": documents(5, 300, 100, 200),
     }  # fmt: skip
-    subprocess.run(
-        [sys.executable, "-c", BUILD], check=True, cwd=ROOT,
-        input=pickle.dumps({str(folder / name): made for name, made in sets.items()}),
-    )  # fmt: skip
+    build_corpora(folder, sets)
     return folder
 
 

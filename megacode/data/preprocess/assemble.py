@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from megacode.data import indexed
 from megacode.data.files import replace_file
-from megacode.data.lengths import length_histogram
 from megacode.data.preprocess.counts import GroupCounts
 from megacode.data.preprocess.order import Block
 from megacode.data.preprocess.part_files import file_checksum
@@ -40,8 +39,6 @@ class Shard:
 class Dataset:
     shards: list[Shard]
     counts: GroupCounts
-    lengths: NDArray[np.int64]
-    """Histogram of document lengths, see `megacode.data.lengths`."""
 
 
 def write_dataset(
@@ -54,12 +51,10 @@ def write_dataset(
     """Write PREFIX, or shards PREFIX-00000, PREFIX-00001, ... of at most `shard_size` bytes (or one document) each."""
     shards: list[Shard] = []
     counts = GroupCounts()
-    histogram = length_histogram(np.zeros(0, dtype=np.int64))
     with ExitStack() as stack:
         current: _Shard | None = None
         for block in blocks:
             counts.add(GroupCounts(len(block.lengths), int(block.lengths.sum()), block.bytes, int(block.lengths.max())))
-            histogram = histogram + length_histogram(block.lengths)
             ends = np.cumsum(block.lengths, dtype=np.int64) * dtype.itemsize
             first = 0
             while first < len(ends):
@@ -85,7 +80,7 @@ def write_dataset(
     for shard in shards:
         _write_index(shard.prefix, dtype)
         shard.checksums["idx"] = file_checksum(indexed.with_ending(shard.prefix, ".idx"))
-    return Dataset(shards, counts, histogram)
+    return Dataset(shards, counts)
 
 
 def _documents(block: Block, first: int, last: int, ends: NDArray[np.int64], dtype: np.dtype[Any]) -> Block:

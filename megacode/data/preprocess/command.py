@@ -186,9 +186,11 @@ def preprocess_visibly(
         return result
     picture = indexed.with_ending(name, ".lengths.png")
     if plot and (not result.kept or not picture.exists()):
+        from megacode.data.inspect import open_dataset, statistics
         from megacode.report.document_lengths import plot_lengths
 
-        plot_lengths({_shown(prefix): result.lengths[group] for group, prefix in result.outputs.items()}, picture)
+        made = result.outputs.values()
+        plot_lengths({_shown(prefix): statistics(open_dataset(prefix)).histogram for prefix in made}, picture)
     console.print(results_table(result, None if result.kept else seconds))
     if plot:
         console.print(f"document lengths: {_shown(picture)}")
@@ -219,6 +221,8 @@ def results_table(result: Result, seconds: float | None) -> Table:
         )
     if result.counts.checked:
         notes.append(f"checked: {result.counts.checked:,} documents at random have the reference library's ids")
+    if result.counts.exact:
+        notes.append(f"tokenized by the reference library alone: {result.counts.exact}")
     for what, reasons in (("bad", result.counts.bad), ("passed over", result.counts.passed_over)):
         notes += [f"{what}: {count:,} × {reason}" for reason, count in reasons.most_common(8)]
     if result.counts.repaired:

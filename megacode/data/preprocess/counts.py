@@ -53,6 +53,8 @@ class Counts:
     """Documents with lone surrogates, which became U+FFFD."""
     checked: int = 0
     """Documents whose ids were compared with the reference library's."""
+    exact: str = ""
+    """Why the reference library did it all, if it did."""
 
     def add(self, other: Counts) -> None:
         for name, group in other.groups.items():
@@ -62,6 +64,7 @@ class Counts:
         self.passed_over += other.passed_over
         self.repaired += other.repaired
         self.checked += other.checked
+        self.exact = self.exact or other.exact
 
     @property
     def total(self) -> GroupCounts:
@@ -91,4 +94,5 @@ class Counts:
             passed_over=Counter(value["passed_over"]),
             repaired=value["repaired"],
             checked=value["checked"],
+            exact=value["exact"],
         )

@@ -58,7 +58,6 @@ def write_manifests(
         "run": {
             "datasets": datasets_of_run,
             "counts": counts.to_json(),
-            "lengths": {str(group): dataset.lengths.tolist() for group, dataset in datasets.items()},
             "settings": settings,
             "inputs": list(request.inputs),
         }

@@ -86,8 +86,8 @@ class Progress:
 def part_worker(job: Job) -> Callable[[Part], Iterator[Progress]]:
     """Loads the tokenizer; the function it gives tokenizes one part and writes its files."""
     tokenizer = load_tokenizer(job.tokenizer)
-    fast = None if job.exact else load_fast(tokenizer)
-    encoder = _Encoder(tokenizer, fast if isinstance(fast, FastEncoder) else None)
+    fast = "asked for (--exact)" if job.exact else load_fast(tokenizer)
+    encoder = _Encoder(tokenizer, None, fast) if isinstance(fast, str) else _Encoder(tokenizer, fast)
     condition = parse_condition(job.where) if job.where else None
     return lambda part: tokenize_part(job, encoder, condition, part)
 
@@ -96,6 +96,8 @@ def part_worker(job: Job) -> Callable[[Part], Iterator[Progress]]:
 class _Encoder:
     tokenizer: Tokenizer
     fast: FastEncoder | None
+    reason: str = ""
+    """Why there is no fast one."""
 
     def encode(self, texts: Sequence[bytes]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Ids of documents one after another [tokens], and where each begins [n + 1]."""
@@ -110,7 +112,7 @@ class _Encoder:
 def tokenize_part(job: Job, encoder: _Encoder, condition: Condition | None, part: Part) -> Iterator[Progress]:
     """Write the files of one part, reporting on the way."""
     tokenizer = encoder.tokenizer
-    counts = Counts()
+    counts = Counts(exact=encoder.reason)
     before = [tokenizer.bos_id] if job.tokenizer.bos else []
     after = [tokenizer.eod_id] if job.tokenizer.eod else []
     if job.repository:  # BOS and EOD go around the whole repository
@@ -148,7 +150,7 @@ def tokenize_part(job: Job, encoder: _Encoder, condition: Condition | None, part
         for documents in _batches(good()):
             batch = _encode(job, encoder, documents)
             if encoder.fast:
-                counts.checked += _check(tokenizer, batch, choose)
+                counts.checked += _check(job, tokenizer, batch, choose)
             if not batch.lengths.all():
                 for number, document in batch.without_tokens():
                     counts.passed_over["no tokens"] += 1
@@ -263,13 +265,15 @@ def _encode(job: Job, encoder: _Encoder, documents: list[tuple[int, Document]]) 
     return _Batch(documents, texts, places, ids, np.diff(offsets))
 
 
-def _check(tokenizer: Tokenizer, batch: _Batch, choose: np.random.Generator) -> int:
+def _check(job: Job, tokenizer: Tokenizer, batch: _Batch, choose: np.random.Generator) -> int:
     """Compare a random sample of the batch with the reference library. How many were compared."""
     chosen = np.flatnonzero(choose.random(len(batch.texts)) < CHECKED_SHARE)
     ends = np.cumsum(batch.lengths)
     short = [i for i in chosen.tolist() if len(batch.texts[i]) <= _LONGEST_CHECKED]
     for i in short:
-        check_sample(tokenizer, batch.texts[i], batch.ids[ends[i] - batch.lengths[i] : ends[i]])
+        number, document = batch.documents[i]
+        name = f"{job.files[number].path}, record {document.record}"
+        check_sample(tokenizer, name, batch.texts[i], batch.ids[ends[i] - batch.lengths[i] : ends[i]])
     return len(short)
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megacode.data.preprocess.counts import Counts, Group
 from megacode.data.readers import MAX_DOCUMENT
 from megacode.recipe import schema
@@ -83,8 +80,6 @@ class Result:
     outputs: dict[Group, Path]
     """Prefixes of datasets that have documents. Empty: this machine's share is done, others are still at theirs."""
     counts: Counts
-    lengths: dict[Group, NDArray[np.int64]]
-    """Histogram of document lengths by dataset, see `megacode.data.lengths`."""
     kept: bool
     parts: int
     parts_kept: int

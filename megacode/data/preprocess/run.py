@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from megacode.data import indexed
 from megacode.data.inputs import InputFile, find_inputs
@@ -85,7 +83,7 @@ def preprocess(
             kept = _tokenize(job, units, workers, share, on_stage, on_progress)
             parts = _all_finished(job.folder, units)
             if parts is None or not whole():
-                return Result({}, Counts(), {}, False, len(units), kept, None)
+                return Result({}, Counts(), False, len(units), kept, None)
             made = _write(request, settings, tokenizer, job, parts, on_stage, on_progress)
             shutil.rmtree(job.folder)
     except OSError as error:
@@ -207,8 +205,7 @@ def _made_before(request: Request, settings: dict[str, Any]) -> Result | None:
     if folder.exists():  # a run was killed while it cleaned up
         with open_folder(folder, settings, None):
             shutil.rmtree(folder)
-    lengths = {Group.parse(name): np.array(histogram) for name, histogram in made["lengths"].items()}
-    return Result(outputs, Counts.from_json(made["counts"]), lengths, True, 0, 0, _quarantine_of(request))
+    return Result(outputs, Counts.from_json(made["counts"]), True, 0, 0, _quarantine_of(request))
 
 
 def _quarantine_of(request: Request) -> Path | None:
@@ -227,7 +224,7 @@ def _write(
     parts: Parts,
     on_stage: Callable[[str, int, int], None],
     on_progress: Callable[[Progress], None],
-) -> tuple[dict[Group, Path], Counts, dict[Group, NDArray[np.int64]]]:
+) -> tuple[dict[Group, Path], Counts]:
     """Lay the parts end to end. A dataset that was there goes first, whole: never an old index beside new data."""
     counts = Counts()
     for _, finished in parts:
@@ -258,8 +255,7 @@ def _write(
     counts.groups = {group: dataset.counts for group, dataset in datasets.items()}
     write_quarantine(request, job, parts, counts)
     write_manifests(request, settings, tokenizer, job, parts, counts, datasets)
-    outputs = {group: request.prefix(group) for group in datasets}
-    return outputs, counts, {group: dataset.lengths for group, dataset in datasets.items()}
+    return {group: request.prefix(group) for group in datasets}, counts
 
 
 def _check_documents(request: Request, counts: Counts) -> None:

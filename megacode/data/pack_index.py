@@ -1,0 +1,211 @@
+"""A shard's packs on disk: made once, by one process, and read by all through a memory map.
+
+The file is PREFIX.pack-S beside the shard (S: sequence length), or in a folder of the recipe's choice (`data.pack_cache`).
+Little-endian:
+
+    for each block of documents: int64 [pieces] first tokens, int32 [pieces] lengths, uint32 [packs + 1] first pieces
+    int64 [blocks, 3]            of each block: its byte offset, packs, pieces
+    JSON                         `Identity`, and documents, tokens and documents that were cut
+    uint64, uint64, 8 bytes      blocks, bytes of JSON, "MEGAPACK"
+
+Written whole or not at all, and only used where its `Identity` is that of the shard at hand: else it is made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacode.data.files import replace_file
+from megacode.data.packing import ALGORITHM, BLOCK, Packs, pack_documents
+from megacode.data.shard import Shard
+from megacode.errors import UserError
+
+_TRAILER = struct.Struct("<QQ8s")
+_MAGIC = b"MEGAPACK"
+_STALE = 60.0
+"""Seconds without a sign of life after which another process takes over the making of an index."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that a shard's packs depend on."""
+
+    sequence_length: int
+    algorithm: int
+    block: int
+    index_bytes: int
+    index_time: int
+    """Modification time of the .idx in nanoseconds."""
+    index_digest: str
+    """Of the header and 64 stretches of the .idx: another tokenization is another index, even of the same size."""
+
+    @classmethod
+    def of(cls, shard: Shard, sequence_length: int) -> Identity:
+        status, digest = os.stat(shard.idx_path), hashlib.blake2b(digest_size=16)
+        with open(shard.idx_path, "rb") as file:
+            for at in np.linspace(0, max(status.st_size - 1024, 0), 64).astype(int).tolist():
+                file.seek(at)
+                digest.update(file.read(1024))
+        return cls(sequence_length, ALGORITHM, BLOCK, status.st_size, status.st_mtime_ns, digest.hexdigest())
+
+
+@dataclass(frozen=True, eq=False)
+class PackIndex:
+    """An open index. `packs`, `documents`, `tokens` count; `cut` counts documents longer than a pack."""
+
+    path: Path
+    packs: int
+    documents: int
+    tokens: int
+    cut: int
+    _blocks: NDArray[np.int64]
+    """[blocks, 3] as in the file."""
+    _ends: NDArray[np.int64]
+    """Packs up to the end of each block."""
+
+    @cached_property
+    def _map(self) -> NDArray[np.uint8]:
+        return np.asarray(np.memmap(self.path, np.uint8, "r"))
+
+    def pieces(self, pack: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """First token (in the shard) and length of each piece of a pack, in the shard's order. O(pieces)."""
+        if not 0 <= pack < self.packs:
+            raise IndexError(f"{self.path}: pack {pack} is outside [0, {self.packs})")
+        block = int(np.searchsorted(self._ends, pack, side="right"))
+        offset, packs, pieces = self._blocks[block].tolist()
+        row = pack - (int(self._ends[block]) - packs)
+        first, stop = self._map[offset + 12 * pieces + 4 * row :][:8].view("<u4").tolist()
+        starts = self._map[offset + 8 * first : offset + 8 * stop].view("<i8")
+        lengths = self._map[offset + 8 * pieces + 4 * first : offset + 8 * pieces + 4 * stop].view("<i4")
+        return starts, lengths
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_map"}  # each process maps for itself
+
+
+def open_pack_index(shard: Shard, sequence_length: int, cache: Path | None = None) -> PackIndex:
+    """The index of a shard's packs of `sequence_length` + 1 tokens; made first where there is none that fits.
+
+    Of several processes that ask for it at once, one makes it and the others wait. UserError if it cannot be written.
+    """
+    path, identity = index_path(shard, sequence_length, cache), Identity.of(shard, sequence_length)
+    try:
+        if found := _read(path, identity):
+            return found
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one(path.with_name(f"{path.name}.building")) as sign_of_life:
+            if found := _read(path, identity):  # made while this process waited
+                return found
+            with replace_file(path) as file:
+                for part in _contents(shard, identity, sign_of_life):
+                    file.write(part)
+        found = _read(path, identity)
+    except OSError as error:
+        raise UserError(
+            f"data.packing: cannot write the pack index {path} ({error.strerror or error}); set `data.pack_cache` to a "
+            "folder that can be written and that every node sees"
+        ) from error
+    if found is None or identity != Identity.of(shard, sequence_length):
+        raise UserError(f"{shard.idx_path}: changed while it was packed; start again when it is finished")
+    return found
+
+
+def index_path(shard: Shard, sequence_length: int, cache: Path | None) -> Path:
+    """Beside the shard, or in the folder `cache` under a name of its own."""
+    name = shard.prefix.name
+    if cache is not None:
+        name += "-" + hashlib.blake2b(str(shard.prefix.absolute()).encode(), digest_size=4).hexdigest()
+    return (cache or shard.prefix.parent) / f"{name}.pack-{sequence_length}"
+
+
+def _contents(shard: Shard, identity: Identity, sign_of_life: Path) -> Iterator[bytes]:
+    """The file, block by block: what is held at a time is one block."""
+    table, offset, tokens, cut = [], 0, 0, 0
+    for number, (packs, total, longer) in enumerate(pack_blocks(shard, identity.sequence_length)):
+        parts = (packs.start.astype("<i8"), packs.tokens.astype("<i4"), packs.first.astype("<u4"))
+        raw = b"".join(part.tobytes() for part in parts)
+        yield raw + bytes(-len(raw) % 8)
+        table.append((offset, len(packs), len(packs.start)))
+        offset, tokens, cut = offset + len(raw) + -len(raw) % 8, tokens + total, cut + longer
+        if number % 16 == 0:
+            with suppress(FileNotFoundError):  # taken over while this process was asleep: both write the same
+                os.utime(sign_of_life)
+    facts = {**dataclasses.asdict(identity), "documents": shard.documents, "tokens": tokens, "cut": cut}
+    text = json.dumps(facts).encode()
+    yield np.array(table, dtype="<i8").tobytes() + text + _TRAILER.pack(len(table), len(text), _MAGIC)
+
+
+def pack_blocks(shard: Shard, sequence_length: int) -> Iterator[tuple[Packs, int, int]]:
+    """Packs of each block of documents, its tokens, and how many of its documents are longer than a pack."""
+    for number, first in enumerate(range(0, shard.documents, BLOCK)):
+        start, tokens = shard.spans(first, min(first + BLOCK, shard.documents))
+        packs = pack_documents(start, tokens, sequence_length + 1, number)
+        yield packs, int(tokens.sum()), int((tokens > sequence_length + 1).sum())
+
+
+def _read(path: Path, identity: Identity) -> PackIndex | None:
+    """The index if it is there, whole, and of this identity."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(size - _TRAILER.size, 0))
+            blocks, length, magic = _TRAILER.unpack(file.read(_TRAILER.size))
+            if magic != _MAGIC:
+                return None
+            file.seek(size - _TRAILER.size - length - 24 * blocks)
+            table = np.frombuffer(file.read(24 * blocks), dtype="<i8").reshape(blocks, 3)
+            facts = json.loads(file.read(length))
+    except (FileNotFoundError, NotADirectoryError, ValueError, struct.error):
+        return None
+    if any(facts.get(key) != value for key, value in dataclasses.asdict(identity).items()):
+        return None
+    ends = np.cumsum(table[:, 1])
+    packs = int(ends[-1]) if len(ends) else 0
+    return PackIndex(path, packs, facts["documents"], facts["tokens"], facts["cut"], table, ends)
+
+
+@contextmanager
+def _only_one(lock: Path) -> Iterator[Path]:
+    """A file that only one process can make: the others wait until it is gone, or has not been touched for a while.
+
+    Needs no lock service, so it holds between nodes on whatever file system they share.
+    """
+    seen: tuple[float, float] | None = None
+    while True:
+        try:
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            break
+        except FileExistsError:
+            touched = _modified(lock)
+            now = time.monotonic()
+            if seen is None or touched != seen[0]:  # clocks of nodes differ: only a change counts
+                seen = (touched, now)
+            elif now - seen[1] > _STALE:
+                lock.unlink(missing_ok=True)
+                seen = None
+            time.sleep(0.05)
+    try:
+        yield lock
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _modified(path: Path) -> float:
+    try:
+        return os.stat(path).st_mtime
+    except FileNotFoundError:
+        return 0.0

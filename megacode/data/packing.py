@@ -1,0 +1,127 @@
+"""Best-fit packing: documents into packs of fixed room without cutting any that fits (Ding et al., arXiv 2404.10830).
+
+A *pack* has room for `capacity` tokens. A document longer than that is first cut into whole packs; what is left of it,
+and every shorter document, is a *piece*. Pieces are placed longest first, each into the pack in which the least room
+stays (best-fit decreasing), else into a new one. Every token is in exactly one pack, and no document that fits is cut.
+
+**How it is fast.** Pieces of one length are the same thing, and so are packs with the same room: for a length m and a
+room r, as many packs of that room as there are take r // m pieces each, at once. A room that was used is less than half
+of what it was, so there are O(capacity log capacity) such moves, however many documents there are; the rest is a
+counting sort. Which rooms there are is one integer with a bit for each.
+
+**What is packed together.** `BLOCK` consecutive documents of a shard, so that memory stays small and one shard's packs
+depend on nothing else. Packs of a block are then put in a keyed random order (the moves make those of long documents
+first, and a part of a source, `subset`, must be like the whole). Pieces stand in a pack in the order of the source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacode.data.permute import make_key, permute
+
+ALGORITHM = 1
+"""Raised when the same documents would be packed otherwise."""
+
+BLOCK = 1 << 18
+"""Documents packed together."""
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Packs:
+    """Pack i holds the pieces first[i] ... first[i + 1]: `tokens` tokens from token number `start`; int64 arrays."""
+
+    first: Ints
+    start: Ints
+    tokens: Ints
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+
+def pack_documents(start: Ints, tokens: Ints, capacity: int, block: int = 0) -> Packs:
+    """Packs of the documents of one block, int64 [documents] each: where each begins, and its length (0 is no piece).
+
+    Args:
+        block: its number, which keys the order of its packs.
+    """
+    whole = tokens // capacity
+    rest = tokens - whole * capacity
+    full = int(whole.sum())
+    part = np.arange(full) - np.repeat(np.cumsum(whole) - whole, whole)  # 0, 1, ... within each long document
+    left = np.flatnonzero(rest)
+    begin = np.concatenate([np.repeat(start, whole) + part * capacity, (start + whole * capacity)[left]])
+    size = np.concatenate([np.full(full, capacity, dtype=np.int64), rest[left]])
+    bins, opened = best_fit(rest[left], capacity)
+    number, count = np.concatenate([np.arange(full), bins + full]), full + opened
+    if count:
+        order = permute(np.arange(count), count, make_key(ALGORITHM, "packs", block)).astype(np.int64)
+        number = order[number]
+    by_start = np.argsort(begin, kind="stable")
+    sequence = by_start[np.argsort(number[by_start], kind="stable")]
+    first = np.concatenate([[0], np.cumsum(np.bincount(number, minlength=count))])
+    return Packs(first.astype(np.int64), begin[sequence], size[sequence])
+
+
+def best_fit(lengths: Ints, capacity: int) -> tuple[Ints, int]:
+    """Best-fit decreasing: the bin of each of `lengths` (int64 [n], 1 ... capacity) as int64 [n], and how many bins."""
+    moves, opened = _moves(np.bincount(lengths, minlength=capacity + 1), capacity)
+    first, bins, each = np.array(moves, dtype=np.int64).reshape(-1, 3).T
+    # The moves take the pieces from the longest to the shortest; each gives its bins `each` pieces, one bin after another.
+    taken = bins * each
+    number = np.arange(len(lengths)) - np.repeat(np.cumsum(taken) - taken, taken)
+    sort_key = (capacity - lengths).astype(np.uint16 if capacity < 1 << 16 else np.int64)  # 16 bits: a radix sort
+    out = np.empty(len(lengths), dtype=np.int64)
+    out[np.argsort(sort_key, kind="stable")] = np.repeat(first, taken) + number // np.repeat(each, taken)
+    return out, opened
+
+
+def _moves(counts: Ints, capacity: int) -> tuple[list[tuple[int, int, int]], int]:
+    """(first bin, bins, pieces for each of them), in the order of falling length; and the number of bins.
+
+    Args:
+        counts: int64 [capacity + 1], pieces of each length.
+    """
+    moves: list[tuple[int, int, int]] = []
+    opened = 0
+    ranges: dict[int, list[tuple[int, int]]] = {}  # room -> bins [begin, end) that have it
+    rooms = 0  # bit r: there are bins with room r
+
+    def give(room: int, begin: int, end: int) -> None:
+        nonlocal rooms
+        if room and begin < end:
+            ranges.setdefault(room, []).append((begin, end))
+            rooms |= 1 << room
+
+    for size in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[size])
+        while left:
+            fitting = rooms >> size
+            if fitting:  # the least room that suffices
+                room = size + (fitting & -fitting).bit_length() - 1
+                begin, end = ranges[room].pop()
+                if not ranges[room]:
+                    del ranges[room]
+                    rooms ^= 1 << room
+            else:
+                room, begin = capacity, opened
+                end = opened = opened + -(-left // (capacity // size))
+            each = room // size
+            full = min(end - begin, left // each)
+            if full:
+                moves.append((begin, full, each))
+                left -= full * each
+                give(room - each * size, begin, begin + full)
+                begin += full
+            if begin < end:
+                if left:  # fewer than one bin takes
+                    moves.append((begin, 1, left))
+                    give(room - left * size, begin, begin + 1)
+                    begin, left = begin + 1, 0
+                give(room, begin, end)
+    return moves, opened

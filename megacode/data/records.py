@@ -1,0 +1,72 @@
+"""Which input file and record a document of a dataset was made from, where the dataset says so.
+
+`PREFIX.records.npy` is int64 [documents, 2]: number of the input file, number of the record in it. The files are the list
+"input files" of the manifest (`path`, `bytes`, checksums), or, where there are very many, lines of the table that it
+names (the same, separated by tabs). A shard's are those of the whole dataset. `megacode preprocess` writes all of this;
+datasets of other tools have none of it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacode.data.indexed import with_ending
+from megacode.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class InputRecords:
+    """Of one dataset. `records`: int64 [documents, 2], mapped; `files`: paths as the tool was given them."""
+
+    prefix: Path
+    records: NDArray[np.int64]
+    files: tuple[str, ...]
+
+    def origin(self, document: int) -> tuple[str, int]:
+        """(input file, record in it) of a document. UserError if the tables do not have it."""
+        if document >= len(self.records):
+            raise UserError(
+                f"{with_ending(self.prefix, '.records.npy')}: has {len(self.records):,} documents and number {document:,} "
+                "was asked for; it is of another dataset: tokenize the source again, or remove the file"
+            )
+        file, record = (int(number) for number in self.records[document])
+        if not 0 <= file < len(self.files):
+            raise UserError(
+                f"{with_ending(self.prefix, '.records.npy')}: names input file {file:,} of {len(self.files):,}; it is of "
+                "another dataset: tokenize the source again, or remove the file"
+            )
+        return self.files[file], record
+
+
+def read_records(prefix: Path) -> InputRecords | None:
+    """The tables of a dataset; None if it has none. UserError if they are damaged."""
+    path = with_ending(prefix, ".records.npy")
+    if not path.exists():
+        return None
+    try:
+        records = np.load(path, mmap_mode="r", allow_pickle=False)
+        if records.ndim != 2 or records.shape[1] != 2 or records.dtype.kind != "i":
+            raise ValueError(f"an array of {records.dtype} {records.shape}")
+        return InputRecords(prefix, records, _files(prefix))
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise UserError(
+            f"{path}: cannot be read together with the dataset's manifest ({error}); tokenize the source again, or remove "
+            "the file"
+        ) from error
+
+
+def _files(prefix: Path) -> tuple[str, ...]:
+    """Input files of a dataset, or of the dataset that a shard belongs to."""
+    manifest = json.loads(with_ending(prefix, ".json").read_text(encoding="utf-8"))
+    if "dataset" in manifest:
+        manifest = json.loads(with_ending(prefix.with_name(manifest["dataset"]), ".json").read_text(encoding="utf-8"))
+    if "input files table" in manifest:
+        table = prefix.parent / manifest["input files table"]
+        lines = table.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        return tuple(line.split("\t")[0] for line in lines if line)
+    return tuple(str(file["path"]) for file in manifest["input files"])

@@ -1,0 +1,133 @@
+"""Which documents were in step N: from the recipe and the corpora's indexes alone, for any step, past or to come."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megacode.data.loader import StepReader
+from megacode.data.mixture import Mixture, SampleOrigin
+from megacode.data.planning import plan_with_data
+from megacode.data.records import InputRecords, read_records
+from megacode.data.source import DocumentPart, open_sources
+from megacode.data.tokenizer import Tokenizer, load_tokenizer
+from megacode.errors import UserError
+from megacode.recipe.load import load_recipe
+from megacode.recipe.plan import PhasePlan
+
+SHOWN = 32
+"""Tokens of each document of which the text is shown."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One step of a run. `step` is the run's, 0 for the first; people count from 1, as metrics.jsonl does."""
+
+    mixture: Mixture
+    step: int
+    tokenizer: Tokenizer | None
+
+    @property
+    def phase(self) -> PhasePlan:
+        return self.mixture.plan.phase_at(self.step)
+
+    def samples(self) -> list[SampleOrigin]:
+        """The step's batch, sample by sample."""
+        return self.mixture.describe(self.step)
+
+    def text(self, origin: SampleOrigin, part: DocumentPart) -> str:
+        """The first characters that a sample shows of a document, before fill-in-the-middle. UserError without a tokenizer."""
+        start, count = part.document.start + part.first, min(part.tokens, SHOWN)
+        ids = self.mixture.sources[origin.stream.source].read(np.array([start]), count)[0]
+        return self._tokenizer().decode(ids, control=True)
+
+    def sample(self, place: int) -> dict[str, Any]:
+        """One sample as training sees it, after fill-in-the-middle: `tokens` (S), `labels`, `loss_mask` and, with a
+        tokenizer, `text`. UserError if the batch has no such place."""
+        size = self.phase.batch_size(self.step)
+        if not 0 <= place < size:
+            raise UserError(f"--sample {place}: step {self.step + 1} has {size} sequences, 0 to {size - 1}")
+        batch = StepReader(self.mixture, tokenizer=self.tokenizer).sample(self.step, place)
+        tokens, mask = batch.tokens[0].tolist(), batch.loss_mask[0].astype(int).tolist()
+        labels = batch.labels[0].tolist()
+        text = self.tokenizer.decode([*tokens, labels[-1]], control=True) if self.tokenizer else None
+        return {"tokens": tokens, "labels": labels, "loss_mask": mask, "text": text}
+
+    def digest(self) -> str:
+        """The digest of the step's batch, as metrics.jsonl has it."""
+        reader = StepReader(self.mixture, micro_batch_size=1, tokenizer=self.tokenizer)
+        return f"{reader.read(self.step).digest:016x}"
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError("tokenizer: the recipe names none, and text needs one; give --set tokenizer.path=FILE")
+        return self.tokenizer
+
+
+def open_trace(run_or_recipe: Path, step: int, overrides: tuple[str, ...] = ()) -> Trace:
+    """Step number `step` (1 for the first) of a run's folder or of a recipe. UserError if there is no such step."""
+    path = run_or_recipe / "recipe.yaml" if run_or_recipe.is_dir() else run_or_recipe
+    if run_or_recipe.is_dir() and not path.is_file():
+        raise UserError(f"{run_or_recipe}: is no run (it has no recipe.yaml); give a run's folder or a recipe")
+    recipe = load_recipe(path, overrides)
+    plan = plan_with_data(recipe, path)
+    if not 1 <= step <= plan.total_steps:
+        raise UserError(f"--step {step}: the run has steps 1 to {plan.total_steps:,}")
+    tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
+    return Trace(Mixture(plan, open_sources(plan)), step - 1, tokenizer)
+
+
+def recorded_digest(run: Path, step: int) -> str | None:
+    """What metrics.jsonl of a run says of the batch of step `step` (1 for the first); None if it has no such step."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    found = None
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # a killed run's torn last line
+            continue
+        if record.get("kind") == "train" and record.get("step") == step:
+            found = record.get("batch")
+    return found
+
+
+@lru_cache(maxsize=256)
+def _records(prefix: Path) -> InputRecords | None:
+    return read_records(prefix)
+
+
+def as_dict(trace: Trace, origin: SampleOrigin, with_text: bool) -> dict[str, Any]:
+    """A sample as plain data; ranges are [first, end) in tokens, `file` and `record` None where the dataset has no records."""
+    stream = origin.stream
+    parts = []
+    for part in origin.parts:
+        records = _records(part.document.prefix)
+        file, record = records.origin(part.document.document) if records else (None, None)
+        parts.append(
+            {
+                "shard": str(part.document.prefix),
+                "document": part.document.document,
+                "first": part.first,
+                "end": part.first + part.tokens,
+                "document_tokens": part.document.tokens,
+                "file": file,
+                "record": record,
+                **({"text": trace.text(origin, part)} if with_text else {}),
+            }
+        )
+    return {
+        "sample": origin.position,
+        "source": stream.source,
+        "stream": stream.label,
+        "epoch": origin.epoch,
+        "packing": stream.packing,
+        "fim_rate": stream.fim_rate,
+        "documents": parts,
+    }

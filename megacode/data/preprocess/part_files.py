@@ -28,6 +28,10 @@ from megacode.data.preprocess.counts import Counts, Group
 from megacode.data.preprocess.parts import Part
 
 
+_WRITE = 1 << 17
+"""Bytes a system call: with a megabyte, Linux was measured to write new files at 0.5 GB/s, with this at 3.5."""
+
+
 @dataclass(frozen=True)
 class Finished:
     """A complete part. `lines`: read from a span or chunk of a file, so that the next one's can be numbered."""
@@ -107,8 +111,10 @@ class GroupFiles:
             self._write("places", "".join(json.dumps(place) + "\n" for place in places).encode())
 
     def _write(self, ending: str, data: bytes | memoryview) -> None:
-        self.files[ending].write(data)
-        self.checksums[ending].update(data)
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _WRITE):
+            self.files[ending].write(view[start : start + _WRITE])
+        self.checksums[ending].update(view)
 
     def finish(self) -> dict[str, Any]:
         checksums = {ending: digest.hexdigest() for ending, digest in self.checksums.items()}

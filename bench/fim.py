@@ -29,11 +29,11 @@ from megatron_data import PlainTokenizer, build_blend, machine_line
 from megacode.data.indexed import TokenFile, token_dtype, write_index
 from megacode.data.loader import StepReader
 from megacode.data.mixture import Mixture
-from megacode.data.source import open_sources, token_counts
+from megacode.data.planning import plan_with_data
+from megacode.data.source import open_sources
 from megacode.data.tokenizer import Tokenizer, load_tokenizer
 from megacode.data.tokenizer_training import train_tokenizer
 from megacode.recipe import schema
-from megacode.recipe.plan import make_plan
 
 MICRO_BATCH, STEPS_A_ROUND = 8, 16
 Side = Callable[[], int]
@@ -55,12 +55,14 @@ def code_corpus(folder: Path) -> tuple[Path, Tokenizer]:
     return folder / "code", tokenizer
 
 
-def ours(corpus: Path, tokenizer: Tokenizer, sequence_length: int, rate: float) -> Side:
+def ours(corpus: Path, tokenizer: Tokenizer, sequence_length: int, rate: float, **data: object) -> Side:
+    """megacode's loader; `data`: keys of the recipe's data section."""
     recipe = schema.Recipe.model_validate(
         {
             "name": "bench",
             "model": {"layers": 1, "hidden_size": 8, "heads": 1},
             "sources": {"code": {"path": str(corpus)}},
+            "data": data,
             "phases": [{
                 "name": "only", "steps": 10**6, "batch_size": MICRO_BATCH, "sequence_length": sequence_length,
                 "learning_rate": {"schedule": "constant", "peak": 1e-3}, "fim_rate": rate,
@@ -68,7 +70,7 @@ def ours(corpus: Path, tokenizer: Tokenizer, sequence_length: int, rate: float) 
             }],
         }
     )  # fmt: skip
-    plan = make_plan(recipe, token_counts(recipe))
+    plan = plan_with_data(recipe)
     reader = StepReader(Mixture(plan, open_sources(plan)), micro_batch_size=MICRO_BATCH, tokenizer=tokenizer)
     steps = count()
 
@@ -134,6 +136,11 @@ def main() -> None:
             corpus, tokenizer = code_corpus(Path(temporary))
         sides = {
             "megacode": ours(corpus, tokenizer, length, args.rate),
+            "megacode, document level": ours(corpus, tokenizer, length, args.rate, fim={"level": "document"}),
+            "megacode, packed": ours(corpus, tokenizer, length, args.rate, packing="best_fit"),
+            "megacode, packed, document level": ours(
+                corpus, tokenizer, length, args.rate, packing="best_fit", fim={"level": "document"}
+            ),
             "megacode without FIM": ours(corpus, tokenizer, length, 0.0),
         }
         if args.megatron_fim:

@@ -12,7 +12,6 @@ training package has one), so that row stands alone. Sides take turns; what coun
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from megatron_data import PlainTokenizer, build_blend
 
 WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}
 
@@ -37,7 +37,14 @@ def write_corpus(folder: Path, tokens: int, vocab: int) -> None:
 
 
 def reader(
-    folder: Path, sources: dict[str, float], length: int, batch: int, steps: int, vocab: int, tokenizer: Any, fim_rate: float
+    folder: Path,
+    sources: dict[str, float],
+    length: int,
+    batch: int,
+    steps: int,
+    vocab: int,
+    tokenizer: Any,
+    fim_rate: float,
 ) -> Any:
     """A StepReader over the sources: what the loader's thread calls."""
     from megacode.data.loader import StepReader
@@ -65,27 +72,16 @@ def megatron(folder: Path, length: int, samples: int, vocab: int) -> Any:
     import torch
 
     from megacode.runtime import cpu
-    from megacode.runtime.launch import free_port
 
     cpu.quiet()
     if not torch.cuda.is_available():
         cpu.install()
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    class Plain:
-        """What GPTDataset asks of a tokenizer."""
-
-        eod, pad, vocab_size, unique_identifiers = 2, 0, vocab, {"class": "plain"}
-
-    config = GPTDatasetConfig(
-        random_seed=1, sequence_length=length, blend=([str(folder / n) for n in WEIGHTS], list(WEIGHTS.values())),
-        split="1,0,0", tokenizer=Plain(), reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
-        create_attention_mask=False, path_to_cache=str(folder / "cache"),
+    return build_blend(
+        GPTDataset, GPTDatasetConfig, [folder / name for name in WEIGHTS], list(WEIGHTS.values()), samples, length,
+        folder / "cache", PlainTokenizer(vocab),
     )  # fmt: skip
-    return BlendedMegatronDatasetBuilder(GPTDataset, (samples, 0, 0), lambda: True, config).build()[0]
 
 
 def seconds(function: Callable[[], None]) -> float:

@@ -1,4 +1,4 @@
-"""Megatron-Core's datasets as its own training scripts build them, for bench/fim.py."""
+"""Megatron-Core's datasets as its own training scripts build them, for the benchmarks that stand beside them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 class PlainTokenizer:
     """The few attributes that Megatron-Core's datasets ask of a tokenizer, over a megacode one (or none, for plain ids)."""
 
-    def __init__(self, vocab_size: int, eod: int, pad: int, tokenizer: Any = None) -> None:
+    def __init__(self, vocab_size: int, eod: int = 2, pad: int = 0, tokenizer: Any = None) -> None:
         self.vocab_size, self.eod, self.pad = vocab_size, eod, pad
         self.special_tokens_dict: dict[str, int] = {"eod": eod}
         self.unique_identifiers = {"class": "PlainTokenizer", "vocab_size": vocab_size}
@@ -33,18 +33,24 @@ class PlainTokenizer:
         return list(self.tokenizer.encode_batch([text])[0])
 
 
+def be_one_rank() -> None:
+    """What Megatron-Core's blended dataset needs before it is built: a process group of one, and quiet."""
+    import torch
+
+    if not torch.distributed.is_initialized():  # it asks for the rank
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
 def build_blend(
     dataset_class: Any, config_class: Any, prefixes: Sequence[Path], weights: Sequence[float], samples: int,
     sequence_length: int, cache: Path, tokenizer: PlainTokenizer, **settings: Any,
 ) -> Any:  # fmt: skip
     """The training split of a blend, by BlendedMegatronDatasetBuilder; its indices are written to `cache`."""
-    import torch
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
-    if not torch.distributed.is_initialized():  # its blended dataset asks for the rank
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    be_one_rank()
     config = config_class(
         random_seed=1234, sequence_length=sequence_length, blend=([str(p) for p in prefixes], list(weights)),
         split="1,0,0", path_to_cache=str(cache), tokenizer=tokenizer, reset_position_ids=False,

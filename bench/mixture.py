@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from megatron_data import PlainTokenizer, be_one_rank, build_blend
 
 LENGTH, BATCH, DOCUMENT = 2048, 2112, 1000
 WEIGHTS = {  # Crystal phase 2 (arXiv 2411.04156; its public params.yaml)
@@ -92,29 +93,19 @@ def measure_megatron(folder: Path, tokens: int) -> dict[str, float]:
     import torch
 
     from megacode.runtime import cpu
-    from megacode.runtime.launch import free_port
 
     cpu.quiet()
     if not torch.cuda.is_available():
         cpu.install()
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets import blended_megatron_dataset_builder  # noqa: F401  # its import is not measured
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    class Plain:
-        """What GPTDataset asks of a tokenizer."""
-
-        eod, pad, vocab_size, unique_identifiers = 2, 0, 32032, {"class": "plain"}
-
-    config = GPTDatasetConfig(
-        random_seed=1, sequence_length=LENGTH, blend=([str(folder / n) for n in WEIGHTS], list(WEIGHTS.values())),
-        split="1,0,0", tokenizer=Plain(), reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
-        create_attention_mask=False, path_to_cache=str(folder / "cache"),
-    )  # fmt: skip
-    samples = tokens // LENGTH
+    be_one_rank()
     before, started = resident(), time.perf_counter()
-    dataset = BlendedMegatronDatasetBuilder(GPTDataset, (samples, 0, 0), lambda: True, config).build()[0]
+    dataset = build_blend(
+        GPTDataset, GPTDatasetConfig, [folder / name for name in WEIGHTS], list(WEIGHTS.values()), tokens // LENGTH, LENGTH,
+        folder / "cache", PlainTokenizer(32032),
+    )  # fmt: skip
     assert dataset[0] is not None
     return {"seconds": time.perf_counter() - started, "memory": resident() - before}
 
@@ -131,7 +122,9 @@ def measure(side: str, billions: float) -> dict[str, Any]:
             write_dataset(folder / name, int(billions * 1e9 * weight * 1.02), whole=side == "megatron")
         before = disk_used(folder)
         done = subprocess.run(
-            [sys.executable, __file__, "--one", side, str(folder), str(int(billions * 1e9))], capture_output=True, text=True
+            [sys.executable, __file__, "--one", side, str(folder), str(int(billions * 1e9))],
+            capture_output=True,
+            text=True,
         )
         line = next((text for text in done.stdout.splitlines() if text.startswith("RESULT ")), None)
         if line is None:
@@ -147,7 +140,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for axis, key, title, unit in zip(
-        axes, ("seconds", "memory", "disk"), ("seconds", "resident memory, MB", "written to disk, MB"), (1, 1e6, 1e6), strict=True
+        axes,
+        ("seconds", "memory", "disk"),
+        ("seconds", "resident memory, MB", "written to disk, MB"),
+        (1, 1e6, 1e6),
+        strict=True,
     ):
         for side, colour in (("megatron", "#d55e00"), ("megacode", "#0072b2")):
             points = [(r["billions"], max(r[key] / unit, 1e-3)) for r in rows if r["side"] == side]

@@ -22,10 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megacode.data.fim_near import Piece, Pieces, TokenTexts, near_pieces, token_texts
 from megacode.data.permute import uniform_below, uniform_bits
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
@@ -54,6 +56,12 @@ class Fim:
         """Text of ids of which none is a control token: the vocabulary's own decoder, without looking at each id."""
         return self.tokenizer.base.decode(ids)
 
+    @cached_property
+    def texts(self) -> TokenTexts:
+        """How many characters each id is; a pass over the vocabulary, made when first needed."""
+        anchor = self.tokenizer.encode_batch(["x"])[0][-1]
+        return token_texts(self.tokenizer.base.size, self.decode, anchor, self.control)
+
 
 def make_fim(settings: schema.Fim, tokenizer: Tokenizer) -> Fim:
     """UserError if the tokenizer lacks one of the four control tokens."""
@@ -77,7 +85,7 @@ def make_fim(settings: schema.Fim, tokenizer: Tokenizer) -> Fim:
 class _Rearranged:
     """A document to be written anew: tokens [start, end) of its row, of which `before` and `after` stay at the edges.
 
-    `pieces`: prefix, middle, suffix; each a list of control ids (>= 0) and texts (-1 - index into those to encode).
+    `pieces`: prefix, middle, suffix.
     """
 
     start: int
@@ -85,7 +93,7 @@ class _Rearranged:
     before: int
     after: int
     suffix_first: bool
-    pieces: tuple[list[int], list[int], list[int]]
+    pieces: Pieces
 
 
 def rearrange(
@@ -132,7 +140,8 @@ def rearrange_rows(
 
     Args:
         edges: where a document of the row may begin or end inside a character: `outer` (the row's own ends), `every`
-            (any document's ends) or `none`.
+            (any document's ends) or `none`: rows of whole documents, of which only what is near the cuts is encoded again
+            (`megacode.data.fim_near`).
     """
     texts: list[str] = []
     plans = [
@@ -159,9 +168,19 @@ def _plan_row(
     chosen = chance[:, 0] < rate
     controls = fim.control[np.minimum(row, len(fim.control) - 1)]
     documents = []
+
+    def cuts(number: int, size: int) -> list[int]:
+        return sorted(uniform_below(bits[number, 2:], size + 1).tolist())
+
     for number in np.flatnonzero(chosen).tolist():
         start, end = starts[number], ends[number]
         before = int(start < end and int(row[start]) == fim.bos)
+        suffix_first = bool(chance[number, 1] < fim.spm_rate)
+        if edges == "none" and not controls[start + before : end].any():
+            near = near_pieces(fim.texts, fim.decode, row[start + before : end], partial(cuts, number), texts)
+            if near is not None:
+                documents.append(_Rearranged(start, end, before, 0, suffix_first, near))
+                continue
         runs = _runs(row[start + before : end], controls[start + before : end])
         cut_left = not before and (edges == "every" or (edges == "outer" and start == 0))
         cut_right = edges == "every" or (edges == "outer" and end == len(row))
@@ -170,9 +189,7 @@ def _plan_row(
             continue
         atoms, left, right = document
         size = sum(1 if isinstance(atom, int) else len(atom) for atom in atoms)
-        low, high = sorted(uniform_below(bits[number, 2:], size + 1).tolist())
-        pieces = _split(atoms, (0, low, high, size), texts)
-        suffix_first = bool(chance[number, 1] < fim.spm_rate)
+        pieces = _split(atoms, (0, *cuts(number, size), size), texts)
         documents.append(_Rearranged(start, end, before + left, right, suffix_first, pieces))
     return documents
 
@@ -228,11 +245,9 @@ def _broken(fim: Fim, shorter: list[list[int]], at_edge: Callable[[str, str], bo
     return 0
 
 
-def _split(
-    atoms: list[int | str], cuts: tuple[int, int, int, int], texts: list[str]
-) -> tuple[list[int], list[int], list[int]]:
+def _split(atoms: list[int | str], cuts: tuple[int, ...], texts: list[str]) -> Pieces:
     """Atoms between each two of `cuts` (in characters; a control token counts as one)."""
-    pieces: tuple[list[int], list[int], list[int]] = ([], [], [])
+    pieces: Pieces = ([], [], [])
     position = 0
     for atom in atoms:
         size = 1 if isinstance(atom, int) else len(atom)
@@ -252,10 +267,7 @@ def _write_row(fim: Fim, row: list[int], documents: list[_Rearranged], encoded: 
     done = 0
     for document in documents:
         ids += row[done : document.start + document.before]
-        prefix, middle, suffix = (
-            [token for atom in piece for token in ((atom,) if atom >= 0 else encoded[-1 - atom])]
-            for piece in document.pieces
-        )
+        prefix, middle, suffix = (_ids(piece, encoded) for piece in document.pieces)
         if document.suffix_first:
             ids += [fim.prefix, fim.suffix, *suffix, fim.middle, *prefix, *middle]
         else:
@@ -263,3 +275,15 @@ def _write_row(fim: Fim, row: list[int], documents: list[_Rearranged], encoded: 
         ids += row[document.end - document.after : document.end]
         done = document.end
     return ids + row[done:]
+
+
+def _ids(piece: Piece, encoded: list[list[int]]) -> list[int]:
+    ids: list[int] = []
+    for atom in piece:
+        if isinstance(atom, list):
+            ids += atom
+        elif atom >= 0:
+            ids.append(atom)
+        else:
+            ids += encoded[-1 - atom]
+    return ids

@@ -13,9 +13,10 @@ document. Which samples there are does not change (nothing is laid out anew), so
   or a sample with room, is padded, and padding has no loss.
 * The last token of a window is there as a label only, and is the next window's first input (as without all this). No
   other token is shown twice.
-* A document longer than `MAX_WINDOWS` sequences is left as it is: every sample of it would rearrange all of it.
+* A document longer than `MAX_WINDOWS` sequences is left as it is: every sample of it would read and rearrange all of it.
 
-Each sample decodes and encodes every chosen document that it touches, whole: a document of k samples costs k times that.
+Each sample reads every chosen document that it touches, whole, and encodes again what is near the cuts
+(`megacode.data.fim_near`).
 """
 
 from __future__ import annotations

@@ -52,18 +52,24 @@ def pack_documents(start: Ints, tokens: Ints, capacity: int, block: int = 0) -> 
     """
     whole = tokens // capacity
     rest = tokens - whole * capacity
-    full = int(whole.sum())
-    part = np.arange(full) - np.repeat(np.cumsum(whole) - whole, whole)  # 0, 1, ... within each long document
-    left = np.flatnonzero(rest)
-    begin = np.concatenate([np.repeat(start, whole) + part * capacity, (start + whole * capacity)[left]])
-    size = np.concatenate([np.full(full, capacity, dtype=np.int64), rest[left]])
-    bins, opened = best_fit(rest[left], capacity)
-    number, count = np.concatenate([np.arange(full), bins + full]), full + opened
+    pieces = whole + (rest > 0)
+    before = np.cumsum(pieces) - pieces
+    part = np.arange(int(pieces.sum())) - np.repeat(before, pieces)  # 0, 1, ... within each document
+    begin = np.repeat(start, pieces) + part * capacity
+    size = np.full(len(begin), capacity, dtype=np.int64)
+    left = (before + whole)[rest > 0]  # pieces that are no whole pack
+    size[left] = rest[rest > 0]
+    number = np.zeros(len(begin), dtype=np.int64)
+    number[size == capacity] = np.arange(len(begin) - len(left))
+    bins, opened = best_fit(size[left], capacity)
+    number[left] = bins + (len(begin) - len(left))
+    count = len(begin) - len(left) + opened
     if count:
         order = permute(np.arange(count), count, make_key(ALGORITHM, "packs", block)).astype(np.int64)
         number = order[number]
-    by_start = np.argsort(begin, kind="stable")
-    sequence = by_start[np.argsort(number[by_start], kind="stable")]
+    # Sort by pack and, in it, by place: one sort of plain numbers is several times faster than an indirect one.
+    bits = len(begin).bit_length()
+    sequence = np.sort((number << bits) | np.arange(len(begin))) & ((1 << bits) - 1)
     first = np.concatenate([[0], np.cumsum(np.bincount(number, minlength=count))])
     return Packs(first.astype(np.int64), begin[sequence], size[sequence])
 

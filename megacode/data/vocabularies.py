@@ -157,6 +157,8 @@ def _special(config: Mapping[str, Any], key: str, usual: Sequence[str], special:
 @dataclass(frozen=True)
 class TiktokenVocabulary(_Ids):
     encoding: Any
+    pattern: str
+    ranks: Mapping[bytes, int]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encoding.encode_ordinary(text) for text in texts]
@@ -201,6 +203,8 @@ def load_tiktoken(path: Path, control: Sequence[str]) -> TiktokenVocabulary:
         eod_id=eod,
         pad_id=None,
         encoding=encoding,
+        pattern=pattern,
+        ranks=ranks,
     )
 
 

@@ -31,13 +31,18 @@ def run(args: argparse.Namespace) -> int:
     from megacode.train.checkpoint import find_checkpoint, read_info
 
     if args.samples:
-        recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"samples": args.samples})})
-    plan = plan_with_data(recipe)
+        recipe = recipe.model_copy(
+            update={"evaluation": recipe.evaluation.model_copy(update={"samples": args.samples})}
+        )
+    checkpoint = find_checkpoint(args.checkpoint)
+    plan = plan_with_data(recipe, checkpoint / "recipe.yaml")
     world = current_world()
     validation = Validation.open(plan, world, tokenizer)
     if validation is None:
-        raise UserError(f"{args.checkpoint}: its recipe gives no source a `validation` set; there is nothing to evaluate on")
-    info = read_info(find_checkpoint(args.checkpoint))
+        raise UserError(
+            f"{args.checkpoint}: its recipe gives no source a `validation` set; there is nothing to evaluate on"
+        )
+    info = read_info(checkpoint)
     losses = validate(validation, [model], plan, int(info["step"]), world)
     domains = by_domain(recipe, losses)
     shutdown()
@@ -69,7 +74,9 @@ def _print_table(recipe, info, losses, domains) -> None:  # type: ignore[no-unty
     for head in ("tokens", "loss (nats/token)", "perplexity"):
         table.add_column(head, justify="right")
     for name, (loss, tokens) in losses.items():
-        table.add_row(name, recipe.sources[name].domain, f"{tokens:,}", f"{loss:.4f}", f"{math.exp(min(loss, 700)):,.2f}")
+        table.add_row(
+            name, recipe.sources[name].domain, f"{tokens:,}", f"{loss:.4f}", f"{math.exp(min(loss, 700)):,.2f}"
+        )
     table.add_section()
     for domain, loss in domains.items():
         table.add_row("all", domain, "", f"{loss:.4f}", f"{math.exp(min(loss, 700)):,.2f}")

@@ -199,7 +199,7 @@ def sources(run: Run) -> Table:
 
 
 def history(run: Run) -> list[tuple[int, str]]:
-    """(finished steps, what happened): starts, resumes, checkpoints, stops, the end."""
+    """(step, what happened): starts, resumes, phases, checkpoints, stops, the end."""
     out = []
     for event in run.events:
         more = {k: v for k, v in event.items() if k not in ("kind", "step", "event", "at")}

@@ -153,7 +153,7 @@ def _restore(trainer: Trainer, resume: tuple[Path, dict[str, Any]] | None) -> in
 
 def _save(trainer: Trainer, done: int) -> None:
     plan, recipe = trainer.plan, trainer.plan.recipe
-    trainer.reports.flush()
+    trainer.reports.sync()
     info = {
         "recipe": recipe.name,
         "phase": plan.phase_at(done - 1).name,

@@ -101,6 +101,13 @@ class StepReports:
                 self.writer.write(record)
             self.progress.steps(records)
 
+    def sync(self) -> None:
+        """Gather what is pending and put it on the disk for good, before a checkpoint says that these steps happened: else a
+        machine that dies could leave a checkpoint ahead of its metrics. Collective."""
+        self.flush()
+        if self.writer:
+            self.writer.flush()
+
     def _record(self, pending: _Pending, sums: list[list[float]], digest: int) -> dict[str, Any]:
         phase, step = pending.phase, pending.step
         losses, tokens = sums
@@ -175,7 +182,8 @@ class StepReports:
     def phase(self, phase: PhasePlan) -> None:
         if self.progress:
             self.progress.phase(phase)
-            self._event(phase.first_step, "phase", None, phase=phase.name)
+            # Of its first step, not of the last one before it: a resume at the boundary drops it, and it is written again.
+            self._event(phase.first_step + 1, "phase", None, phase=phase.name)
 
     def checkpoint(self, step: int, path: Path) -> None:
         self._event(step, "checkpoint", f"checkpoint {path.name}", path=path.name)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import bisect
 import multiprocessing
 import os
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,22 +141,24 @@ def test_a_damaged_index_is_made_again(shard: Shard, damage: bytes | None) -> No
     assert contents(open_pack_index(shard, 32)) == first
 
 
-def open_in_a_process(prefix: Path, made: object) -> None:
+def open_in_a_process(prefix: Path, made: Any, together: Any) -> None:
     original = pack_index._contents
 
-    def counted(*arguments: object):  # type: ignore[no-untyped-def]
-        made.release()  # type: ignore[attr-defined]
-        return original(*arguments)  # type: ignore[arg-type]
+    def counted(*arguments: Any) -> Iterator[bytes]:
+        made.release()
+        time.sleep(0.5)  # long enough for the others to come
+        return original(*arguments)
 
-    pack_index._contents = counted  # type: ignore[assignment]
+    pack_index._contents = counted
+    together.wait()
     open_pack_index(open_shard(prefix), 2048)
 
 
 def test_of_many_processes_one_makes_the_index(tmp_path: Path) -> None:
     write_shard(tmp_path / "s", numbered(200_000, document=7), 1_000_000)
     spawn = multiprocessing.get_context("spawn")
-    made = spawn.Semaphore(0)
-    children = [spawn.Process(target=open_in_a_process, args=(tmp_path / "s", made)) for _ in range(4)]
+    made, together = spawn.Semaphore(0), spawn.Barrier(4)
+    children = [spawn.Process(target=open_in_a_process, args=(tmp_path / "s", made, together)) for _ in range(4)]
     for child in children:
         child.start()
     for child in children:

@@ -86,7 +86,7 @@ def _write_records(writer: MetricsWriter, plan: Plan, done: int, rng: np.random.
     for step in range(done):
         phase = plan.phase_at(step)
         if step == phase.first_step:
-            writer.event(step, "phase", phase=phase.name)
+            writer.event(step + 1, "phase", phase=phase.name)
         counts = phase.counts(step)
         by_source, by_domain, ratio = {}, {}, {}
         for stream, many in zip(phase.streams, counts.tolist(), strict=True):

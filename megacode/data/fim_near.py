@@ -1,0 +1,148 @@
+"""Pieces of a long document without decoding and encoding all of it: only what lies near the cuts.
+
+A piece of a document (prefix, middle, suffix) is encoded as if it were a text of its own. Away from its cut edge that gives the
+tokens that the document has there already: tokenizers split text at words first, or merge within a few characters. So the
+text between a cut and a word at least `MARGIN` tokens away is encoded, and beyond that word the document's tokens
+are kept. The text of a piece is always exact. Its tokens are those of encoding it whole unless the tokenizer lets a
+merge reach over `MARGIN` tokens and past the beginning of a word.
+
+Cuts are places between characters, so it must be known how many characters each token is. A table has that for every id
+whose text does not depend on its neighbours; a document with other ids (parts of characters) is left to the long way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+MARGIN = 24
+"""Tokens beside a cut that are encoded again."""
+
+MIN_TOKENS = 8 * MARGIN
+"""Shorter documents are encoded whole: there is little to save."""
+
+Piece = list[int | list[int]]
+"""Ids: one (>= 0), many (a list), or those of a text that is to be encoded (-1 - its index)."""
+
+Pieces = tuple[Piece, Piece, Piece]
+"""Prefix, middle, suffix."""
+
+Decode = Callable[[list[int]], str]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTexts:
+    """For every id, int32/bool [ids]: `characters` it adds inside a text (-1: depends on its neighbours), and whether it is
+    the beginning of a `word`: one space and something that is none."""
+
+    characters: NDArray[np.int32]
+    word: NDArray[np.bool_]
+
+
+def token_texts(size: int, decode: Decode, anchor: int, skip: NDArray[np.bool_]) -> TokenTexts:
+    """The table of a vocabulary of `size` ids: what each adds behind the token `anchor`. `skip`: bool, ids that are no text."""
+    characters, word = np.full(size, -1, dtype=np.int32), np.zeros(size, dtype=bool)
+    before = decode([anchor])
+    for token in np.flatnonzero(~skip[:size]).tolist():
+        text = decode([anchor, token])
+        if text.startswith(before) and len(text) > len(before) and "\ufffd" not in text:
+            added = text[len(before) :]
+            characters[token] = len(added)
+            word[token] = len(added) > 1 and added[0] == " " and not added[1].isspace()
+    return TokenTexts(characters, word)
+
+
+def near_pieces(
+    table: TokenTexts,
+    decode: Decode,
+    ids: NDArray[np.int64],
+    draw: Callable[[int], Sequence[int]],
+    texts: list[str],
+) -> Pieces | None:
+    """Prefix, middle and suffix of a document of text tokens `ids`; appends to `texts` what is to be encoded. None: take the
+    long way.
+
+    Args:
+        draw: number of characters -> the two cuts, in order.
+    """
+    if len(ids) < MIN_TOKENS or int(ids.max()) >= len(table.characters):
+        return None
+    characters = table.characters[ids]
+    if int(characters.min()) < 0:
+        return None
+    # Some tokenizers begin every text with a space that decoding drops: it has no place among the characters.
+    dropped = int(characters[0]) - len(decode([int(ids[0])]))
+    if dropped not in (0, 1):
+        return None
+    document = _Document(ids, np.cumsum(characters, dtype=np.int64), np.flatnonzero(table.word[ids]), decode)
+    total = int(document.ends[-1])
+    low, high = (int(cut) + dropped for cut in draw(total - dropped))
+    try:
+        prefix = document.piece(0, low) if low > dropped else []
+        pieces = (prefix, document.piece(low, high), document.piece(high, total))
+    except _Irregular:
+        return None
+    out: Pieces = ([], [], [])
+    for written, piece in zip(out, pieces, strict=True):
+        for part in piece:
+            if isinstance(part, str):
+                texts.append(part)
+                written.append(-len(texts))
+            else:
+                written.append(part)
+    return out
+
+
+class _Irregular(Exception):
+    """Tokens together have not the text that the table says."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Document:
+    """`ends`: characters up to the end of each token; `words`: tokens that begin a word."""
+
+    ids: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    words: NDArray[np.int64]
+    decode: Decode
+
+    def piece(self, low: int, high: int) -> list[str | list[int]]:
+        """Characters [low, high) as texts to encode and tokens to keep. Where an end is the document's own, nothing was cut."""
+        if low == high:
+            return []
+        cut_left, cut_right = low > 0, high < int(self.ends[-1])
+        first, last = (int(i) for i in np.searchsorted(self.ends, (low, high - 1), side="right"))
+        keep_from, keep_to = 0, len(self.ids)
+        if cut_left:
+            at = int(np.searchsorted(self.words, first + 1 + MARGIN))
+            keep_from = int(self.words[at]) if at < len(self.words) else len(self.ids)
+        if cut_right:
+            at = int(np.searchsorted(self.words, last - MARGIN, side="right")) - 1
+            keep_to = int(self.words[at]) if at >= 0 else 0
+        if keep_from >= keep_to:
+            text = self._text(first, last + 1, whole=cut_left)
+            # Without a cut on its left the text begins where the document does.
+            begin = low - self._start(first) if cut_left else 0
+            return [text[begin : len(text) - (int(self.ends[last]) - high)]]
+        parts: list[str | list[int]] = []
+        if cut_left:
+            parts.append(self._text(first, keep_from, whole=True)[low - self._start(first) :])
+        parts.append(self.ids[keep_from:keep_to].tolist())
+        if cut_right:
+            text = self._text(keep_to, last + 1, whole=False)
+            parts.append(text[: len(text) - (int(self.ends[last]) - high)])
+        return parts
+
+    def _start(self, token: int) -> int:
+        return int(self.ends[token - 1]) if token else 0
+
+    def _text(self, first: int, stop: int, whole: bool) -> str:
+        """Text of tokens [first, stop); `whole`: with the space that decoding drops at the beginning (and encoding adds)."""
+        text = self.decode(self.ids[first:stop].tolist())
+        dropped = int(self.ends[stop - 1]) - self._start(first) - len(text)
+        if dropped not in (0, 1):
+            raise _Irregular
+        return " " * dropped + text if whole else text

@@ -1,0 +1,118 @@
+"""The executables of a checkout: what a user types after them reaches the Python verb as it stands, and nothing else does.
+
+They run in a copy of tools/ whose `.venv` holds recorders instead of Python and pip, so nothing is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RECORDER = f"""#!{sys.executable}
+import json, os, sys
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+if "install" in sys.argv:
+    print("Looking in indexes ...")
+    print("  BuildBackendWarning: Editable installation.", file=sys.stderr)
+    sys.exit(os.environ.get("BROKEN", "no such package") in sys.argv)
+sys.exit(int(os.environ.get("EXIT", 0)) if "-m" in sys.argv else 0)
+"""
+OPTIONS = ("--set", "name=two words", "--run", "a'b", "*.yaml", "", "--restart", "$HOME")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    folder = tmp_path / "a checkout"
+    (folder / ".venv/bin").mkdir(parents=True)
+    shutil.copytree(ROOT / "tools", folder / "tools")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name in ("python", "pip", "ruff"):
+        (folder / ".venv/bin" / name).write_text(RECORDER)
+        (folder / ".venv/bin" / name).chmod(0o755)
+    return folder
+
+
+def call(checkout: Path, tool: str, *arguments: str, code: int = 0) -> list[list[str]]:
+    """Call a tool from another folder; every command of `.venv` that it called, in order."""
+    calls = checkout / "calls"
+    calls.unlink(missing_ok=True)
+    done = subprocess.run(
+        [checkout / "tools" / tool, *arguments], cwd="/", capture_output=True, text=True,
+        env={**os.environ, "CALLS": str(calls), "EXIT": str(code)},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return [json.loads(line) for line in calls.read_text().splitlines()]
+
+
+def installs(calls: list[list[str]]) -> list[str]:
+    """What was installed as the checkout itself: `.` or `.[extras]`."""
+    return [call[-1] for call in calls if call[0] == "pip" and "--editable" in call]
+
+
+@pytest.mark.parametrize(
+    ("tool", "verb", "extras"),
+    [("quickstart", ["python", "-m", "megacode.quickstart"], "."), ("test", ["python", "-m", "pytest"], ".[test]")],
+)
+def test_options_reach_the_verb_and_not_the_environment(
+    checkout: Path, tool: str, verb: list[str], extras: str
+) -> None:
+    first = call(checkout, tool, *OPTIONS)
+    assert first[-1] == [*verb, *OPTIONS]
+    assert installs(first) == [extras]
+    assert not any(set(OPTIONS) & set(command) for command in first[:-1])
+    again = call(checkout, tool, *OPTIONS[::-1])
+    assert again[-1] == [*verb, *OPTIONS[::-1]]
+    assert not [command for command in again if command[0] == "pip"], "it is installed once, whatever the options"
+
+
+def test_without_options_there_are_none(checkout: Path) -> None:
+    calls = call(checkout, "quickstart")
+    assert calls[-1] == ["python", "-m", "megacode.quickstart"] and installs(calls) == ["."]
+
+
+def test_tests_come_after_the_linter(checkout: Path) -> None:
+    assert call(checkout, "test")[-2:] == [["ruff", "check", "."], ["python", "-m", "pytest"]]
+
+
+def test_preprocess_installs_nothing(checkout: Path) -> None:
+    assert call(checkout, "preprocess", *OPTIONS) == [["python", "-m", "megacode.cli", "preprocess", *OPTIONS]]
+
+
+@pytest.mark.parametrize("tool", ["quickstart", "test", "preprocess"])
+def test_the_exit_code_is_the_verb_s(checkout: Path, tool: str) -> None:
+    call(checkout, tool, code=3)
+
+
+def test_another_set_of_pins_is_installed_again(checkout: Path) -> None:
+    call(checkout, "test")
+    with (checkout / "tools/constraints.txt").open("a") as pins:
+        pins.write("# changed\n")
+    assert installs(call(checkout, "test")) == [".[test]"]
+
+
+def test_setting_up_says_little_and_keeps_the_rest(checkout: Path) -> None:
+    environment = {**os.environ, "CALLS": str(checkout / "calls")}
+    done = subprocess.run([checkout / "tools/quickstart"], capture_output=True, text=True, env=environment)
+    said = [line.strip() for line in done.stdout.splitlines()]
+    assert said[:3] == ["Bringing .venv up to date:", "torch ...", "Megatron-Core and the rest ..."]
+    assert said[3].startswith("Ready after") and len(said) == 4 and done.stderr == ""
+    assert "BuildBackendWarning" in (checkout / ".venv/setup.log").read_text()
+
+
+def test_a_failed_set_up_shows_why_and_starts_nothing(checkout: Path) -> None:
+    calls = checkout / "calls"
+    environment = {**os.environ, "CALLS": str(calls), "BROKEN": "--editable"}
+    for _ in range(2):  # and is not taken for done the next time
+        done = subprocess.run([checkout / "tools/quickstart"], capture_output=True, text=True, env=environment)
+        assert (
+            done.returncode == 1 and "Setting up .venv failed" in done.stderr and "BuildBackendWarning" in done.stderr
+        )
+    assert '"python"' not in calls.read_text()

@@ -1,0 +1,109 @@
+"""Metrics are on the disk before a checkpoint speaks of their steps, and a phase's beginning is written once."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megacode.recipe.plan import Plan, make_plan
+from megacode.recipe.schema import Recipe
+from tests.processes import run_on
+
+
+def two_phases() -> Plan:
+    phase = {"steps": 3, "batch_size": 2, "sequence_length": 8, "mixture": {"sources": {"a": 1}},
+             "learning_rate": {"schedule": "constant", "peak": 1e-3}}  # fmt: skip
+    recipe = Recipe.model_validate(
+        {
+            "name": "t",
+            "model": {"layers": 1, "hidden_size": 8, "heads": 1, "vocab_size": 10},
+            "sources": {"a": {}},
+            "phases": [{"name": "first", **phase}, {"name": "second", **phase}],
+            "precision": "fp32",
+            "logging": {"every": 10},
+        }
+    )
+    return make_plan(recipe, {"a": 1000})
+
+
+class Checkpoints:
+    """Stands in for the checkpointer: what of the metrics is on the disk when it is called."""
+
+    def __init__(self, run: Path, synced: dict[int, int]) -> None:
+        self.run, self.synced = run, synced
+        self.found: list[tuple[list[int], bool, list[int]]] = []
+
+    def save(self, done: int, *_: Any) -> None:
+        path = self.run / "metrics.jsonl"
+        status = path.stat()
+        steps = [
+            record["step"] for record in map(json.loads, path.read_text().splitlines()) if record["kind"] == "train"
+        ]
+        self.found.append((steps, self.synced.get(status.st_ino) == status.st_size, board_steps(self.run)))
+
+
+def board_steps(run: Path) -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    return [event.step for event in board.Scalars("loss/train")] if board.Tags()["scalars"] else []
+
+
+def steps(reports: Any, plan: Plan, first: int, end: int) -> None:
+    import torch
+
+    batch = type("Batch", (), {"digest": 1})()
+    for step in range(first, end):
+        phase = plan.phase_at(step)
+        if step == phase.first_step:
+            reports.phase(phase)
+        reports.step(step, torch.ones(2, 1, dtype=torch.float64), 1.0, batch, 0.1)
+
+
+def save_in_the_middle(world: Any, folder: str) -> list[tuple[list[int], bool, list[int]]]:
+    from megacode.train.loop import Trainer, _save
+    from megacode.train.report_steps import StepReports
+
+    synced: dict[int, int] = {}
+    fsync = os.fsync
+
+    def recorded(handle: int) -> None:
+        fsync(handle)
+        synced[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+
+    os.fsync = recorded
+    plan, run = two_phases(), Path(folder)
+    checkpoints: Any = Checkpoints(run, synced)
+    with StepReports.open(plan, run, world, first_step=0, vocab_size=10) as reports:
+        steps(reports, plan, 0, 2)
+        _save(Trainer(plan, world, [], None, checkpoints, None, reports), 2)
+    return checkpoints.found
+
+
+def test_metrics_are_synced_before_a_checkpoint_is_saved(tmp_path: Path) -> None:
+    """Also those of steps that `logging.every` would still have kept back."""
+    ((found,),) = run_on(1, save_in_the_middle, str(tmp_path))
+    assert found == ([1, 2], True, [1, 2])
+
+
+def resume_at_the_boundary(world: Any, folder: str) -> None:
+    from megacode.train.report_steps import StepReports
+
+    plan, run = two_phases(), Path(folder)
+    for first, end in ((0, 4), (3, 4), (3, 6)):  # killed twice in step 4; the checkpoint is the one of the boundary
+        with StepReports.open(plan, run, world, first_step=first, vocab_size=10) as reports:
+            if first:
+                reports.resumed(run / "checkpoints/step_00000003", first)
+            steps(reports, plan, first, end)
+
+
+def test_a_phase_begins_once_also_when_resumed_at_its_start(tmp_path: Path) -> None:
+    run_on(1, resume_at_the_boundary, str(tmp_path))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    phases = [(record["step"], record["phase"]) for record in records if record.get("event") == "phase"]
+    assert phases == [(1, "first"), (4, "second")]
+    assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records if record.get("event") == "resume"] == [3, 3]

@@ -27,7 +27,6 @@ from megacode.data.files import replace_file
 from megacode.data.preprocess.counts import Counts, Group
 from megacode.data.preprocess.parts import Part
 
-
 _WRITE = 1 << 17
 """Bytes a system call: with a megabyte, Linux was measured to write new files at 0.5 GB/s, with this at 3.5."""
 

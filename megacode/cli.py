@@ -13,7 +13,7 @@ from megacode.errors import UserError
 # verb -> (module with add_arguments, run and EXAMPLE; one line of help)
 VERBS: dict[str, tuple[str, str]] = {
     "plan": ("megacode.recipe.plan_command", "print the whole run as tables before it starts"),
-    "preprocess": ("megacode.data.preprocess_command", "tokenize text and code into indexed datasets"),
+    "preprocess": ("megacode.data.preprocess.command", "tokenize text and code into indexed datasets"),
     "inspect": ("megacode.data.inspect_command", "what is in a dataset, and whether it is whole"),
     "tokenizer": ("megacode.data.tokenizer_training", "train a SentencePiece tokenizer"),
     "train": ("megacode.train.command", "train a recipe, or go on with a run"),

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from megacode.data.files import replace_file, write_json
 from megacode.data.preprocess import Request
-from megacode.data.preprocess_command import available_cores, preprocess_visibly
+from megacode.data.preprocess.command import available_cores, preprocess_visibly
 from megacode.data.prose import docstring_prose, package_description, paragraphs
 from megacode.data.tokenizer_training import train_tokenizer
 from megacode.errors import UserError

@@ -15,7 +15,9 @@ sequence a document. The .bin is every document's tokens, one after another. The
 
 from __future__ import annotations
 
+import glob
 import json
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +30,7 @@ from megacode.errors import UserError
 
 _CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
 _CHUNK = 1 << 20
+_SHARD = re.compile(r"-\d{5,}")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -65,10 +68,35 @@ class TokenFile:
         self.tokens += len(ids)
 
 
+ENDINGS = (".json", ".idx", ".bin", ".records.npy")
+
+
 def remove_dataset(prefix: Path) -> None:
-    """Take a dataset away, never leaving an index without its data or a manifest without its dataset."""
-    for ending in (".json", ".idx", ".bin"):
-        with_ending(prefix, ending).unlink(missing_ok=True)
+    """Take a dataset with all its shards away, never leaving an index without its data or a manifest without its
+    dataset."""
+    shards = [p.with_suffix("") for p in prefix.parent.glob(f"{glob.escape(prefix.name)}-[0-9]*.bin")]
+    with_ending(prefix, ".json").unlink(missing_ok=True)
+    for one in (prefix, *(shard for shard in shards if _SHARD.fullmatch(shard.name[len(prefix.name) :]))):
+        for ending in ENDINGS:
+            with_ending(one, ending).unlink(missing_ok=True)
+
+
+def listed_shards(prefix: Path) -> list[Path]:
+    """The shards that the manifest of a dataset lists, in order; none if it is one shard, or no manifest is there."""
+    try:
+        manifest = json.loads(with_ending(prefix, ".json").read_text(encoding="utf-8"))
+        return [prefix.with_name(name) for name in manifest.get("shards", [])]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
+
+
+def is_complete(prefix: Path) -> bool:
+    """Whether a dataset of this tool, with all its shards, is there."""
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        return False
+    prefixes = listed_shards(prefix) or [prefix]
+    return all(with_ending(one, ending).exists() for one in prefixes for ending in ENDINGS)
 
 
 def with_ending(prefix: Path, ending: str) -> Path:
@@ -88,7 +116,7 @@ def read_manifest(prefix: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["kind"] != "megacode dataset":
+        if manifest["kind"] not in ("megacode dataset", "megacode corpus"):
             raise KeyError
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: in the way: not the manifest of a dataset; choose another output prefix") from None

@@ -29,15 +29,23 @@ class InputFile:
     size: int
     """Bytes on disk."""
     modified_ns: int
+    base: Path = Path()
+    """The input it was found through: its folder, or the file's own."""
 
 
-def find_inputs(inputs: Sequence[str | Path], format: str = "auto", include: Sequence[str] = ()) -> list[InputFile]:
+def find_inputs(
+    inputs: Sequence[str | Path],
+    format: str = "auto",
+    include: Sequence[str] = (),
+    every: tuple[int, int] = (0, 1),
+) -> list[InputFile]:
     """Files of the inputs in the order given; inside a folder or a glob sorted by path; each file once.
 
     `auto` goes by endings. A folder whose bytes are mostly JSONL or parquet is read for those only (dataset downloads
     come with a README); any other is a tree of plain files, each one document. Hidden files, links that lead nowhere
     and empty folders are passed over. `include`: shell patterns on the name or on the path in the folder (`*.py`).
-    Raises UserError for an input that is not there, and for none at all.
+    `every` (i, n): of the files found, number i, i + n, i + 2n ... (from 0). Raises UserError for an input that is not
+    there, and for none at all.
     """
     found: dict[Path, InputFile] = {}
     for given in map(str, inputs):
@@ -45,12 +53,16 @@ def find_inputs(inputs: Sequence[str | Path], format: str = "auto", include: Seq
         if path.is_dir():
             files = _folder(path, format, include)
         elif path.is_file():
-            files = [_file(path, format, explicit=True)]
+            files = [_file(path, path.parent, format, explicit=True)]
         else:
             matches = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(given) else []
             files = []
             for match in map(Path, matches):
-                files += _folder(match, format, include) if match.is_dir() else [_file(match, format, explicit=True)]
+                files += (
+                    _folder(match, format, include)
+                    if match.is_dir()
+                    else [_file(match, match.parent, format, explicit=True)]
+                )
         if not files:
             what = "matches no file" if glob.has_magic(given) else "no such file or folder"
             if path.is_dir():
@@ -60,14 +72,18 @@ def find_inputs(inputs: Sequence[str | Path], format: str = "auto", include: Seq
             found.setdefault(file.path, file)
     if not found:
         raise UserError("no input; give JSONL, parquet or plain files, folders of them, or globs")
-    return list(found.values())
+    first, step = every
+    chosen = list(found.values())[first::step]
+    if not chosen:
+        raise UserError(f"--files {first}/{step}: there are only {len(found)} files, so no number {first}")
+    return chosen
 
 
 def _folder(folder: Path, format: str, include: Sequence[str]) -> list[InputFile]:
     paths = [p for p in _walk(folder) if not include or _included(p, folder, include)]
     if format == "files":
-        return [_file(p, "files") for p in paths]
-    records = [_file(p, format) for p in paths if _form(p) not in ("file", None)]
+        return [_file(p, folder, "files") for p in paths]
+    records = [_file(p, folder, format) for p in paths if _form(p) not in ("file", None)]
     if format in ("jsonl", "parquet"):
         return [file for file in records if file.form == format]
     # Plain .json is as often one pretty-printed value as JSON lines: it does not make a folder a folder of records.
@@ -75,7 +91,7 @@ def _folder(folder: Path, format: str, include: Sequence[str]) -> list[InputFile
     whole = sum(os.path.getsize(p) for p in paths)
     if 2 * sum(file.size for file in records) > whole:
         return records
-    return [_file(p, "files") for p in paths]
+    return [_file(p, folder, "files") for p in paths]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -97,7 +113,7 @@ def _form(path: Path) -> Form:
     return _FORMS.get(plain.suffix.lower(), "file")
 
 
-def _file(path: Path, format: str, explicit: bool = False) -> InputFile:
+def _file(path: Path, base: Path, format: str, explicit: bool = False) -> InputFile:
     form: Form = _form(path)
     if format == "files":
         form = "file"
@@ -105,4 +121,4 @@ def _file(path: Path, format: str, explicit: bool = False) -> InputFile:
         form = "jsonl" if format == "jsonl" else "parquet"
     compression = _COMPRESSIONS.get(path.suffix) if form != "parquet" else None
     status = path.stat()
-    return InputFile(path, form, compression, status.st_size, status.st_mtime_ns)  # type: ignore[arg-type]
+    return InputFile(path, form, compression, status.st_size, status.st_mtime_ns, base)  # type: ignore[arg-type]

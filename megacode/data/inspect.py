@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megacode.data.indexed import with_ending
+from megacode.data.indexed import listed_shards, with_ending
+from megacode.data.lengths import length_histogram
 from megacode.data.shard import Shard, open_shard
 from megacode.data.tokenizer import Tokenizer, load_tokenizer
 from megacode.errors import UserError
 from megacode.recipe import schema
-from megacode.report.document_lengths import length_histogram
 
 BEYOND = (2048, 4096, 8192)
 """Statistics say how many documents are longer than each of these."""
@@ -94,7 +94,7 @@ def datasets_at(prefix: Path) -> list[Path]:
 
 def shards_at(prefix: Path) -> list[Path]:
     """The prefix of each .bin/.idx pair of a dataset, in order."""
-    return [prefix.with_name(name) for name in (manifest_of(prefix) or {}).get("shards", [prefix.name])]
+    return listed_shards(prefix) or [prefix]
 
 
 def open_dataset(prefix: Path) -> Dataset:
@@ -200,7 +200,7 @@ def document_lengths(shard: Shard) -> Iterator[NDArray[Any]]:
 class Statistics:
     """Of all documents of a dataset, exact. A percentile is the length of a document: the shortest one such that this
     share of the documents is no longer. `beyond` counts documents longer than each of BEYOND. `histogram` is
-    `megacode.report.document_lengths.length_histogram`."""
+    `megacode.data.lengths.length_histogram`."""
 
     documents: int
     sequences: int

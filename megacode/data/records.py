@@ -1,8 +1,9 @@
 """Which input file and record a document of a dataset was made from, where the dataset says so.
 
 `PREFIX.records.npy` is int64 [documents, 2]: number of the input file, number of the record in it. The files are the list
-"input files" of the manifest (`path`, `bytes`, `sha256` each), or, where there are very many, lines of `PREFIX.files.tsv`
-(the same three, separated by tabs). `megacode preprocess` writes both; datasets of other tools have neither.
+"input files" of the manifest (`path`, `bytes`, checksums), or, where there are very many, lines of the table that it
+names (the same, separated by tabs). A shard's are those of the whole dataset. `megacode preprocess` writes all of this;
+datasets of other tools have none of it.
 """
 
 from __future__ import annotations
@@ -60,9 +61,12 @@ def read_records(prefix: Path) -> InputRecords | None:
 
 
 def _files(prefix: Path) -> tuple[str, ...]:
-    listing = with_ending(prefix, ".files.tsv")
-    if listing.exists():
-        lines = listing.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-        return tuple(line.split("\t")[0] for line in lines if line)
+    """Input files of a dataset, or of the dataset that a shard belongs to."""
     manifest = json.loads(with_ending(prefix, ".json").read_text(encoding="utf-8"))
+    if "dataset" in manifest:
+        manifest = json.loads(with_ending(prefix.with_name(manifest["dataset"]), ".json").read_text(encoding="utf-8"))
+    if "input files table" in manifest:
+        table = prefix.parent / manifest["input files table"]
+        lines = table.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        return tuple(line.split("\t")[0] for line in lines if line)
     return tuple(str(file["path"]) for file in manifest["input files"])

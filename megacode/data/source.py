@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megacode.data.indexed import listed_shards
 from megacode.data.packs import SourcePacks, open_packs
 from megacode.data.shard import Shard, open_shard
 from megacode.errors import UserError
@@ -180,7 +181,8 @@ class TokenSource:
 def open_source(name: str, paths: Sequence[str], base: Path = Path(), key: str = "path") -> TokenSource:
     """Open the shards that `paths` name, reading headers only.
 
-    Prefixes with or without .bin, or globs of them (matches in sorted order), relative to `base`. UserError, naming
+    Prefixes with or without .bin, of one shard or of a dataset in several, or globs of them (matches in sorted order),
+    relative to `base`. UserError, naming
     `sources.NAME.KEY`, if one is missing or damaged, or if all are empty.
     """
     label = f"sources.{name}.{key}"
@@ -252,10 +254,13 @@ def _bare(path: str) -> str:
 
 
 def _matches(path: str, base: Path) -> list[Path]:
-    """Prefixes that `path` names and of which at least one file is there; a glob's in sorted order."""
+    """Prefixes that `path` names and of which at least one file is there: itself, the shards that its manifest lists, or
+    a glob's in sorted order."""
     prefix = _bare(str(base / path))
     if os.path.exists(prefix + ".bin") or os.path.exists(prefix + ".idx"):
         return [Path(prefix)]
+    if shards := listed_shards(Path(prefix)):
+        return shards
     if not glob.has_magic(prefix):
         return []
     found = glob.glob(prefix + ".bin", recursive=True) + glob.glob(prefix + ".idx", recursive=True)

@@ -12,49 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megacode.data.lengths import EDGES, log_edges
 from megacode.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-PER_OCTAVE = 8
-
-
-def log_edges(per_octave: int) -> NDArray[np.int64]:
-    """0, then the whole numbers at or above 2^(k / per_octave) from 1 to 2^31, each once: edges of half-open bins.
-
-    Every bin holds a whole number: below 8 or so there is one bin for each length. Edges of a divisor of
-    `per_octave` are among those of `per_octave`.
-    """
-    powers = np.ceil(2.0 ** (np.arange(31 * per_octave + 1) / per_octave) - 1e-6).astype(np.int64)
-    return np.append(0, np.unique(powers))
-
-
-EDGES = log_edges(PER_OCTAVE)
-"""Bin i of a length histogram holds lengths from EDGES[i] to EDGES[i + 1] - 1; bin 0 the empty documents, and the last
-one all that is longer."""
-BINS = len(EDGES) - 1
-
-
-def length_histogram(lengths: NDArray[Any], times: NDArray[Any] | None = None) -> NDArray[np.int64]:
-    """Documents (row 0) and their tokens (row 1) by length; histograms of shards add up.
-
-    Args:
-        lengths: tokens of each document, whole numbers >= 0, [n].
-        times: how many documents have each length, [n] (1).
-
-    Returns:
-        int64 [2, BINS].
-    """
-    lengths = np.asarray(lengths, dtype=np.int64)
-    times = np.ones(1, dtype=np.int64) if times is None else np.asarray(times, dtype=np.int64)
-    times = np.broadcast_to(times, lengths.shape)
-    bins = np.minimum(np.searchsorted(EDGES, lengths, side="right") - 1, BINS - 1)
-    out = np.zeros((2, BINS), dtype=np.int64)
-    np.add.at(out[0], bins, times)
-    np.add.at(out[1], bins, times * lengths)
-    return out
 
 
 def merged(histogram: NDArray[np.int64], edges: NDArray[np.int64]) -> NDArray[np.int64]:

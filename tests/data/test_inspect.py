@@ -19,11 +19,11 @@ from megacode.cli import main
 from megacode.data import inspect, verify
 from megacode.data.indexed import write_manifest
 from megacode.data.inspect import open_dataset, parse_documents, statistics
+from megacode.data.lengths import length_histogram
 from megacode.data.tokenizer import Tokenizer, load_tokenizer
 from megacode.data.tokenizer_training import train_tokenizer
 from megacode.errors import UserError
 from megacode.recipe import schema
-from megacode.report.document_lengths import length_histogram
 from tests.data.conftest import EOD, write_shard
 
 TEXTS = [f"def f_{n}(x):\n\treturn x * {n}  # naïve </s> \x1b[31m\n" * (1 + n % 5) for n in range(60)]

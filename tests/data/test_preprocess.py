@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -18,13 +19,16 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
+import xxhash
 
 from megacode.data import indexed
 from megacode.data.files import replace_file
 from megacode.data.inputs import find_inputs
 from megacode.data.preprocess import Request, Result, preprocess
-from megacode.data.preprocess_command import add_arguments, parse_share, run
-from megacode.data.preprocess_part import in_validation, plan_parts
+from megacode.data.preprocess.command import add_arguments, parse_share, run
+from megacode.data.preprocess.counts import Group
+from megacode.data.preprocess.part import in_validation
+from megacode.data.preprocess.parts import plan_units
 from megacode.data.tokenizer_training import train_tokenizer
 from megacode.data.workers import run_tasks
 from megacode.errors import UserError
@@ -132,7 +136,7 @@ def test_every_document_in_order_with_sentencepieces_ids(model: Path, corpus: Pa
     reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
     expected = [*DOCUMENTS[:3000], *DOCUMENTS[:3000], *DOCUMENTS[3000:]]
     assert read(tmp_path / "out") == [[1, *reference.encode(text), 2] for text in expected]
-    numbers = result.counts.splits["train"]
+    numbers = result.counts.groups[Group("train")]
     assert (numbers.documents, numbers.bytes) == (7000, sum(len(text.encode()) for text in expected))
     assert result.parts > 1
 
@@ -143,7 +147,7 @@ def test_any_number_of_workers_gives_the_same_bytes(model: Path, corpus: Path, t
         preprocess(request(model, corpus, tmp_path / name / "out", validation=0.1), workers)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     assert set(contents(tmp_path / "one")) == {
-        f"{prefix}.{ending}" for prefix in ("out", "out_validation") for ending in ("bin", "idx", "json")
+        f"{prefix}.{ending}" for prefix in ("out", "out_validation") for ending in ("bin", "idx", "json", "records.npy")
     }
 
 
@@ -163,23 +167,34 @@ def test_the_manifest_says_what_is_there(model: Path, corpus: Path, tmp_path: Pa
     tokens = np.fromfile(tmp_path / "out.bin", dtype=np.uint16)
     assert manifest["tokens"] == len(tokens)
     assert manifest["vocab_size"] == 362
-    assert manifest["sha256 of .bin"] == hashlib.sha256((tmp_path / "out.bin").read_bytes()).hexdigest()
-    inputs = {row["path"]: (row["bytes"], row["sha256"]) for row in manifest["input files"]}
-    expected = {str(p): (p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()) for p in corpus.iterdir()}
-    assert inputs == expected
+    data, done = (tmp_path / "out.bin").read_bytes(), 0
+    for size, digest in manifest["checksums"]["bin"]:
+        assert xxhash.xxh3_128_hexdigest(data[done : done + size]) == digest
+        done += size
+    assert done == len(data)
+    assert xxhash.xxh3_128_hexdigest((tmp_path / "out.idx").read_bytes()) == manifest["checksums"]["idx"]
+    for row in manifest["input files"]:
+        contents_of_file, done = Path(row["path"]).read_bytes(), 0
+        assert row["bytes"] == len(contents_of_file)
+        for size, digest in row["xxh3_128"]:
+            assert xxhash.xxh3_128_hexdigest(contents_of_file[done : done + size]) == digest
+            done += size
+        assert done == len(contents_of_file)
+    assert [row["path"] for row in manifest["input files"]] == [str(p) for p in sorted(corpus.iterdir())]
     assert manifest["documents"] + json.loads((tmp_path / "out_validation.json").read_text())["documents"] == 7000
 
 
-def test_parts_tile_the_corpus(corpus: Path) -> None:
+def test_units_tile_the_corpus(corpus: Path) -> None:
     files = find_inputs([corpus])
-    parts = plan_parts(files)
-    covered = {
-        n: sum(p.span[1] - p.span[0] if p.span else files[n].size for p in parts if n in p.files) for n in range(3)
-    }
+    units = plan_units(files)
+    covered = dict.fromkeys(range(3), 0)
+    for unit in units:
+        for n in unit.part.files:
+            span = unit.part.span
+            covered[n] += span[1] - span[0] if span else files[n].size
     assert covered == {n: file.size for n, file in enumerate(files)}
-    assert [p.index for p in parts] == list(range(len(parts)))
-    hashed = [n for p in parts if p.hash_files for n in p.files]
-    assert sorted(hashed) == [0, 1, 2]
+    assert [unit.part.unit for unit in units] == list(range(len(units)))
+    assert sum(unit.size for unit in units) == sum(file.size for file in files)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -197,7 +212,7 @@ def test_bad_records_are_set_aside_and_the_good_ones_are_all_there(model: Path, 
     assert result.counts.bad.total() == 8
     assert result.counts.passed_over == {"empty text": 4}
     assert result.counts.repaired == 4
-    assert result.counts.splits["train"].documents == len(DOCUMENTS) + 4
+    assert result.counts.total.documents == len(DOCUMENTS) + 4
     assert result.parts > 1
     quarantined = [json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()]
     assert len(quarantined) == 12
@@ -251,7 +266,7 @@ def test_a_finished_output_is_kept_and_another_one_is_not_overwritten(
     stamps = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
     again = preprocess(request(model, corpus, tmp_path / "out", validation=0.1), workers=2)
     assert (first.kept, again.kept) == (False, True)
-    assert (again.counts.splits, again.outputs) == (first.counts.splits, first.outputs)
+    assert (again.counts, again.outputs) == (first.counts, first.outputs)
     assert [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())] == stamps
     with pytest.raises(UserError, match=r"already there.*\(bos differ\).*--overwrite"):
         preprocess(request(model, corpus, tmp_path / "out", validation=0.1, bos=True))
@@ -292,39 +307,44 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(model: Path, co
     assert contents(killed) == contents(alone)
 
 
-def test_kill_9_and_run_again(model: Path, corpus: Path, tmp_path: Path) -> None:
-    """A real process with workers, killed while parts are half done; its workers go with it."""
+def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(model: Path, corpus: Path, tmp_path: Path) -> None:
+    """A real process with workers, kill -9, again and again; its workers go with it."""
     alone, killed = tmp_path / "alone" / "out", tmp_path / "killed" / "out"
-    preprocess(request(model, corpus, alone, validation=0.1))
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, argparse\nfrom megacode.data.preprocess_command import add_arguments, run\n"
-        "if __name__ == '__main__':\n"
-        "    parser = argparse.ArgumentParser()\n    add_arguments(parser)\n    run(parser.parse_args())\n"
-    )
+    options = dict(validation=0.1, deduplicate=True, shuffle=3)
+    preprocess(request(model, corpus, alone, **options))
     command = [
-        sys.executable, str(script), str(corpus), "--tokenizer", str(model), "--added-tokens", "crystal",
-        "--output", str(killed), "--validation", "0.1", "--workers", "2",
+        sys.executable, "-m", "megacode.cli", "preprocess", str(corpus), "--tokenizer", str(model),
+        "--added-tokens", "crystal", "--output", str(killed), "--validation", "0.1", "--deduplicate", "--shuffle", "3",
+        "--workers", "2", "--max-bad", "100%",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    parts = killed.with_name("out.parts")
-    deadline = time.monotonic() + 30
-    while not list(parts.glob("0*.json")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    folder = killed.with_name("out.parts")
+    choose = random.Random(5)
+    kills = 0
+    for _ in range(20):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        seen = set(folder.glob("*")) if folder.exists() else set()
+        while process.poll() is None and not (folder.exists() and set(folder.glob("*")) - seen):
+            time.sleep(0.005)  # until it has begun to work
+        time.sleep(choose.random() * 0.3)
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.wait()
+    assert kills >= 2
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-    assert contents(killed.parent) == contents(alone.parent)
+    made = contents(killed.parent)
+    assert made.pop("out.lengths.png")
+    assert made == contents(alone.parent)
 
 
 def test_two_runs_do_not_write_one_output(model: Path, corpus: Path, tmp_path: Path) -> None:
     mine = request(model, corpus, tmp_path / "out")
 
-    def meanwhile(total: int, done: int) -> None:
+    def meanwhile(stage: str, total: int, done: int) -> None:
         with pytest.raises(UserError, match="another run is writing"):
             preprocess(mine)
 
-    assert not preprocess(mine, on_start=meanwhile).kept
+    assert not preprocess(mine, on_stage=meanwhile).kept
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes

@@ -47,7 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = [{"path": f"in/{name}.jsonl", "bytes": 1, "sha256": "0"} for name in "ab"]
     (folder / "code0.json").write_text(json.dumps({"kind": "megacode dataset", "input files": files}))
     np.save(folder / "text.records.npy", np.array([[n, 0] for n in range(25)]))
-    (folder / "text.files.tsv").write_text("".join(f"plain/{n} x.txt\t1\t0\n" for n in range(25)))
+    (folder / "table.tsv").write_text("".join(f"plain/{n} x.txt\t1\t0\n" for n in range(25)))
+    (folder / "text.json").write_text(json.dumps({"kind": "megacode dataset", "input files table": "table.tsv"}))
     sources = {"code": {"path": str(folder / "code?")}, "text": {"path": str(folder / "text")}}
     mixed = {"sources": {"code": {"weight": 1, "fim_rate": 0.9}, "text": 1}}
     recipe = recipe_of(
@@ -154,7 +155,7 @@ def test_tables_of_another_dataset_are_one_sentence(folder: Path, tmp_path: Path
     np.save(tmp_path / "d.records.npy", np.array([[0, 1], [5, 1]]))
     with pytest.raises(UserError, match=r"d\.records\.npy: cannot be read"):
         read_records(prefix)  # no manifest
-    (tmp_path / "d.files.tsv").write_text("a\t1\t0\n")
+    (tmp_path / "d.json").write_text(json.dumps({"input files": [{"path": "a", "bytes": 1}]}))
     records = read_records(prefix)
     assert records is not None and records.origin(0) == ("a", 1)
     for document, sentence in ((1, "names input file 5 of 1"), (2, "has 2 documents and number 2 was asked for")):

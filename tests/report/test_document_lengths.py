@@ -12,16 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import StepPatch
 
+from megacode.data.lengths import BINS, EDGES, length_histogram, log_edges
 from megacode.errors import UserError
-from megacode.report.document_lengths import (
-    BINS,
-    EDGES,
-    _paint,
-    length_histogram,
-    log_edges,
-    merged,
-    plot_lengths,
-)
+from megacode.report.document_lengths import _paint, merged, plot_lengths
 
 
 def lengths(seed: int, count: int = 5000) -> np.ndarray:

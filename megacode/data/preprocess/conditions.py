@@ -1,0 +1,102 @@
+"""`--where`: an expression over a record's fields that says whether it is wanted.
+
+The grammar is Python's, cut down to comparisons, `and`, `or`, `not`, `in`, constants, lists, and the functions below.
+A name is a field, dots reach into nested ones: `meta.stars >= 10 and license in ("mit", "apache-2.0")`. A record that
+lacks a field has None there; a comparison that makes no sense (None >= 10) is false.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
+
+from megacode.errors import UserError
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "len": len,
+    "lower": lambda text: text.lower(),
+    "startswith": lambda text, start: text.startswith(start),
+    "endswith": lambda text, end: text.endswith(end),
+    "matches": lambda text, pattern: re.search(pattern, text) is not None,
+}
+_ALLOWED = (
+    *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.cmpop),
+    *(ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Load),
+)
+
+
+@dataclass(frozen=True)
+class Condition:
+    text: str
+    fields: tuple[str, ...]
+    """What has to be looked up in a record, with dots."""
+    _code: CodeType = field(repr=False, compare=False)
+
+    def __call__(self, values: Mapping[str, Any]) -> bool:
+        """Whether a record with these values (by field, dots and all) is wanted."""
+        names = {"__builtins__": {}, "_functions": _FUNCTIONS, "_sensible": _sensible, "_values": values}
+        return _sensible(lambda: eval(self._code, names))
+
+
+def _sensible(test: Callable[[], Any]) -> bool:
+    try:
+        return bool(test())
+    except (TypeError, AttributeError):  # None >= 10, lower(3)
+        return False
+
+
+def parse_condition(text: str) -> Condition:
+    """UserError, with the part that is not understood, for anything but the grammar above."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise UserError(f"--where {text!r}: {reason}; expected for example: stars >= 10 and license == 'mit'") from None
+    fields: dict[str, None] = {}
+    rewritten = ast.fix_missing_locations(ast.Expression(_rewrite(tree.body, text, fields)))
+    if not fields:
+        raise UserError(f"--where {text!r}: names no field; expected for example: stars >= 10 and license == 'mit'")
+    return Condition(text.strip(), tuple(fields), compile(rewritten, "--where", "eval"))
+
+
+def _rewrite(node: ast.expr, text: str, fields: dict[str, None]) -> ast.expr:
+    """Fields become look-ups in `_values`, functions in `_functions`; anything that is not allowed is refused."""
+    name = _dotted(node)
+    if name:
+        fields[name] = None
+        return _item("_values", name)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        if node.func.id not in _FUNCTIONS:
+            raise UserError(f"--where {text!r}: no function {node.func.id}; there are {', '.join(_FUNCTIONS)}")
+        given = [_rewrite(argument, text, fields) for argument in node.args]
+        return ast.Call(_item("_functions", node.func.id), given, [])
+    if not isinstance(node, _ALLOWED):
+        raise UserError(
+            f"--where {text!r}: {ast.unparse(node)!r} is not understood; use fields, constants, comparisons, in, and, or, not"
+        )
+    for key, value in ast.iter_fields(node):
+        if isinstance(value, ast.expr):
+            setattr(node, key, _rewrite(value, text, fields))
+        elif isinstance(value, list):
+            setattr(node, key, [_rewrite(v, text, fields) if isinstance(v, ast.expr) else v for v in value])
+    if isinstance(node, ast.Compare):
+        nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
+        return ast.Call(ast.Name("_sensible", ast.Load()), [ast.Lambda(nothing, node)], [])
+    return node
+
+
+def _dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        start = _dotted(node.value)
+        return f"{start}.{node.attr}" if start else ""
+    return ""
+
+
+def _item(mapping: str, key: str) -> ast.expr:
+    return ast.Subscript(ast.Name(mapping, ast.Load()), ast.Constant(key), ast.Load())

@@ -1,0 +1,85 @@
+"""The folder of parts: made for one set of settings, and held against other runs."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from megacode.data.files import write_json
+from megacode.errors import UserError
+
+_PATIENCE = 20.0
+"""Seconds in which another machine has prepared the folder."""
+
+
+@contextmanager
+def open_folder(folder: Path, settings: dict[str, Any], share: tuple[int, int] | None) -> Iterator[Callable[[], bool]]:
+    """The folder of parts, made for these settings and held against other runs; locks go with their process.
+
+    A run of its own holds it alone. Shares hold it together, each its own number alone. Gives a function that says
+    whether this process now holds the folder alone, and so may write the datasets.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as lock:
+        alone = _lock(lock, fcntl.LOCK_EX)
+        if not alone and (share is None or not _lock(lock, fcntl.LOCK_SH, _PATIENCE)):
+            raise UserError(f"{folder}: another run is writing this output; wait for it, or choose another --output")
+        if alone:
+            _prepare(folder, settings)
+        elif not _same_settings(folder, settings):
+            raise UserError(
+                f"{folder}: other machines are writing this output from other settings or files; give each --shard the "
+                "same command, or choose another --output"
+            )
+        if share is None:
+            yield lambda: True
+            return
+        _lock(lock, fcntl.LOCK_SH, _PATIENCE)
+        with open(folder / f"lock-{share[0]}-of-{share[1]}", "a") as mine:
+            if not _lock(mine, fcntl.LOCK_EX):
+                raise UserError(f"{folder}: --shard {share[0]}/{share[1]} is already running; give another number")
+
+            def whole() -> bool:
+                _lock(lock, fcntl.LOCK_UN)
+                return _lock(lock, fcntl.LOCK_EX)
+
+            yield whole
+
+
+def _lock(file: IO[str], how: int, patience: float = 0.0) -> bool:
+    """Take the lock, or take it in another way, within `patience` seconds; the old one is lost meanwhile."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.05)
+
+
+def _same_settings(folder: Path, settings: dict[str, Any]) -> bool:
+    try:
+        return bool(json.loads((folder / "settings.json").read_text(encoding="utf-8")) == settings)
+    except (OSError, ValueError):
+        return False
+
+
+def _prepare(folder: Path, settings: dict[str, Any]) -> None:
+    """Keep the parts of an interrupted run with these settings; throw away those of any other."""
+    if not _same_settings(folder, settings):
+        for old in folder.iterdir():
+            if old.is_dir():
+                shutil.rmtree(old)
+            elif not old.name.startswith("lock"):
+                old.unlink()
+        write_json(folder / "settings.json", settings)
+    for left_over in (*folder.glob(".*.partial"), *folder.glob("*.chunk")):  # of a run that was killed
+        left_over.unlink()

@@ -1,0 +1,286 @@
+"""The order of the steps: what was made before, parts on worker processes, then the datasets and their manifests.
+
+Finished parts lie in OUTPUT.parts/ until the datasets are whole; killed at any moment, the next run takes them as they
+are. Several machines that share the folder each do a share of the parts; the last one to finish puts them together.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megacode.data import indexed
+from megacode.data.inputs import InputFile, find_inputs
+from megacode.data.preprocess.assemble import Dataset, write_dataset
+from megacode.data.preprocess.checks import check_fields, check_tokens
+from megacode.data.preprocess.counts import Counts, Group
+from megacode.data.preprocess.folder import open_folder
+from megacode.data.preprocess.manifest import write_manifests, write_quarantine
+from megacode.data.preprocess.order import (
+    Block,
+    Parts,
+    Repositories,
+    blocks_as_read,
+    by_repository,
+    find_duplicates,
+    shuffled,
+)
+from megacode.data.preprocess.part import Job, Progress, part_worker
+from megacode.data.preprocess.part_files import Finished, finished_part, part_file, undamaged
+from megacode.data.preprocess.parts import Part, Unit, plan_units, unit_parts, unpack
+from megacode.data.preprocess.request import Request, Result
+from megacode.data.tokenizer import Tokenizer, load_tokenizer
+from megacode.data.workers import readable, run_tasks
+from megacode.errors import UserError
+
+FORMAT = 2
+"""Of the output: raised when equal settings would give other bytes."""
+
+
+def preprocess(
+    request: Request,
+    workers: int = 1,
+    share: tuple[int, int] | None = None,
+    on_stage: Callable[[str, int, int], None] = lambda stage, total, done: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Result:
+    """Make the datasets, or find them made. UserError on mistakes; bad records are set aside and counted, never raised.
+
+    `share` (i, n): do only the i-th of n shares of the work (from 0); whoever does the last missing part also writes the
+    datasets. `on_stage` hears what begins ("tokenizing", "writing"), of how many bytes, and how many are done already.
+    """
+    tokenizer = load_tokenizer(request.tokenizer)
+    check_tokens(request, tokenizer)
+    files = find_inputs(request.inputs, request.format, request.include, request.every)
+    settings = _settings(request, tokenizer, files)
+    made = _made_before(request, settings)
+    if made:
+        return made
+    job = Job(
+        files=tuple(files),
+        tokenizer=request.tokenizer,
+        text_field=request.text_field,
+        validation=request.validation,
+        folder=indexed.with_ending(request.name, ".parts"),
+        where=request.where,
+        split_by=request.split_by,
+        deduplicate=request.deduplicate,
+        repository=request.repository,
+        path=request.path,
+        max_document=request.max_document,
+        exact=request.exact,
+    )
+    check_fields(files, request.text_field, job.columns)
+    units = plan_units(files)
+    try:
+        with open_folder(job.folder, settings, share) as whole:
+            kept = _tokenize(job, units, workers, share, on_stage, on_progress)
+            parts = _all_finished(job.folder, units)
+            if parts is None or not whole():
+                return Result({}, Counts(), False, len(units), kept, None)
+            made = _write(request, settings, tokenizer, job, parts, on_stage, on_progress)
+            shutil.rmtree(job.folder)
+    except OSError as error:
+        raise readable(error) from None
+    return Result(*made, False, len(parts), kept, _quarantine_of(request))
+
+
+def _tokenize(
+    job: Job,
+    units: Sequence[Unit],
+    workers: int,
+    share: tuple[int, int] | None,
+    on_stage: Callable[[str, int, int], None],
+    on_progress: Callable[[Progress], None],
+) -> int:
+    """Do what is missing of this share of the units. How many parts were there before."""
+    number, of = share or (0, 1)
+    kept = 0
+
+    def finished(part: Part) -> bool:
+        nonlocal kept
+        there = finished_part(job.folder, part)
+        if there is None:
+            return False
+        if undamaged(job.folder, part, there):
+            kept += 1
+            return True
+        part_file(job.folder, part, "json").unlink()
+        return False
+
+    mine = units[number::of]
+    waiting = []
+    for unit in mine:
+        parts = unit_parts(job.folder, unit)
+        if parts is None or not all(finished(part) for part in parts):
+            waiting.append(unit)
+    on_stage("tokenizing", sum(u.size for u in mine), sum(u.size for u in mine) - sum(u.size for u in waiting))
+
+    def tasks() -> Iterator[Part]:
+        for unit in waiting:
+            if unit.chunk_size:
+                yield from unpack(job.folder, unit, job.files[unit.part.files[0]], finished)
+            else:
+                yield unit.part
+
+    most = len(waiting) if not any(unit.chunk_size for unit in waiting) else workers
+    for progress in run_tasks(part_worker, job, tasks(), max(1, min(workers, most))):
+        on_progress(progress)
+    return kept
+
+
+def _all_finished(folder: Path, units: Sequence[Unit]) -> list[tuple[Part, Finished]] | None:
+    """Every part in the order of the input; None while some are missing."""
+    found = []
+    for unit in units:
+        for part in unit_parts(folder, unit) or [None]:
+            finished = finished_part(folder, part) if part else None
+            if part is None or finished is None:
+                return None
+            found.append((part, finished))
+    return found
+
+
+# ------------------------------------------------------------------------------------------- what was there before
+
+
+def _settings(request: Request, tokenizer: Tokenizer, files: Sequence[InputFile]) -> dict[str, Any]:
+    """Everything that decides the output, as JSON; input files by path, size and time of change."""
+    listing = json.dumps([[str(f.path.resolve()), f.form, f.size, f.modified_ns] for f in files])
+    validation_output = request.validation_output.name if request.validation_output else None
+    return {
+        "format": FORMAT,
+        "input files": xxhash.xxh3_128_hexdigest(listing.encode(errors="surrogateescape")),
+        "input format": request.format,
+        "include": list(request.include),
+        "text field": request.text_field,
+        "where": request.where,
+        "split by": request.split_by,
+        "deduplicate": request.deduplicate,
+        "shuffle": request.shuffle,
+        "repository": request.repository,
+        "path": request.path,
+        "tokenizer": tokenizer.fingerprint(),
+        "bos": request.tokenizer.bos,
+        "eod": request.tokenizer.eod,
+        "validation": request.validation,
+        "validation output": validation_output if request.validation else None,
+        "shard size": request.shard_size,
+        "max document": request.max_document,
+    }
+
+
+def _made_before(request: Request, settings: dict[str, Any]) -> Result | None:
+    folder = indexed.with_ending(request.name, ".parts")
+    manifest = indexed.read_manifest(request.name)
+    if manifest is None:
+        data = indexed.with_ending(request.name, ".bin")
+        if data.exists() and not request.overwrite and not folder.exists():
+            raise UserError(
+                f"{data}: already there, not made by this tool; choose another --output or give --overwrite"
+            )
+        return None
+    if "run" not in manifest:
+        raise UserError(
+            f"{request.name}: already there, as one dataset of a larger run; choose another --output or remove it"
+        )
+    made = manifest["run"]
+    different = [key for key in settings if settings[key] != made["settings"].get(key)]
+    outputs = {Group.parse(name): request.name.parent / path for name, path in made["datasets"].items()}
+    if different:
+        if request.overwrite:
+            return None
+        raise UserError(
+            f"{request.name}: already there, made from other settings ({', '.join(different)} differ); "
+            "choose another --output or give --overwrite"
+        )
+    if any(not indexed.is_complete(prefix) for prefix in outputs.values()):
+        return None
+    if folder.exists():  # a run was killed while it cleaned up
+        with open_folder(folder, settings, None):
+            shutil.rmtree(folder)
+    return Result(outputs, Counts.from_json(made["counts"]), True, 0, 0, _quarantine_of(request))
+
+
+def _quarantine_of(request: Request) -> Path | None:
+    path = indexed.with_ending(request.name, ".quarantine.jsonl")
+    return path if path.exists() else None
+
+
+# ------------------------------------------------------------------------------------------------------- the output
+
+
+def _write(
+    request: Request,
+    settings: dict[str, Any],
+    tokenizer: Tokenizer,
+    job: Job,
+    parts: Parts,
+    on_stage: Callable[[str, int, int], None],
+    on_progress: Callable[[Progress], None],
+) -> tuple[dict[Group, Path], Counts]:
+    """Lay the parts end to end. A dataset that was there goes first, whole: never an old index beside new data."""
+    counts = Counts()
+    for _, finished in parts:
+        counts.add(finished.counts)
+    _check_documents(request, counts)
+    dtype = indexed.token_dtype(tokenizer.vocab_size)
+    size = {group: n.tokens * dtype.itemsize for group, n in counts.groups.items()}
+    on_stage("writing", sum(size.values()), 0)
+    _remove_old(request, list(counts.groups))
+    duplicates = find_duplicates(job.folder, parts) if request.deduplicate else None
+    if duplicates:
+        counts.passed_over["duplicate"] = sum(int(marks.sum()) for marks in duplicates.values())
+    datasets: dict[Group, Dataset] = {}
+
+    def on_bytes(count: int) -> None:
+        on_progress(Progress(input_bytes=count))
+
+    for group in sorted(counts.groups):
+        blocks: Iterator[Block] = blocks_as_read(job.folder, parts, group, dtype, duplicates)
+        if request.repository:
+            how = Repositories(tokenizer, request.tokenizer.bos, request.tokenizer.eod)
+            blocks = by_repository(blocks, how, job.folder, size[group], dtype, request.shuffle or 0)
+        elif request.shuffle is not None:
+            blocks = shuffled(blocks, job.folder, size[group], dtype, request.shuffle)
+        dataset = write_dataset(request.prefix(group), blocks, dtype, request.shard_size, on_bytes)
+        if dataset.counts.documents:
+            datasets[group] = dataset
+    counts.groups = {group: dataset.counts for group, dataset in datasets.items()}
+    write_quarantine(request, job, parts, counts)
+    write_manifests(request, settings, tokenizer, job, parts, counts, datasets)
+    return {group: request.prefix(group) for group in datasets}, counts
+
+
+def _check_documents(request: Request, counts: Counts) -> None:
+    if not counts.of("train").documents:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in (counts.bad + counts.passed_over).most_common(3))
+        shutil.rmtree(indexed.with_ending(request.name, ".parts"))
+        raise UserError(f"{', '.join(request.inputs)}: no document for {request.output} ({reasons or 'no records'})")
+    names: dict[Path, Group] = {}
+    for group in sorted(counts.groups):
+        other = names.setdefault(request.prefix(group), group)
+        if other != group:
+            raise UserError(
+                f"--split-by {request.split_by}: {other.value!r} and {group.value!r} would both be written to "
+                f"{request.prefix(group)}; rename one in the corpus"
+            )
+
+
+def _remove_old(request: Request, groups: Sequence[Group]) -> None:
+    """Datasets of these names, of an earlier run or of one that was killed while it wrote them."""
+    prefixes = {request.name, *(request.prefix(group) for group in groups)}
+    old = indexed.read_manifest(request.name)
+    if old and "run" in old:
+        prefixes |= {request.name.parent / path for path in old["run"]["datasets"].values()}
+    for prefix in sorted(prefixes):
+        indexed.remove_dataset(prefix)
+        name = glob.escape(prefix.name)
+        for left_over in (*prefix.parent.glob(f".{name}.*.partial"), *prefix.parent.glob(f".{name}-[0-9]*.partial")):
+            left_over.unlink()

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,6 +41,10 @@ _STALE = 60.0
 """Seconds without a sign of life after which another process takes over the making of an index."""
 
 
+_MANY = 5_000_000
+"""Documents that take seconds, which a line on stderr explains."""
+
+
 @dataclass(frozen=True)
 class Identity:
     """Everything that a shard's packs depend on."""
@@ -51,13 +56,13 @@ class Identity:
     index_time: int
     """Modification time of the .idx in nanoseconds."""
     index_digest: str
-    """Of the header and 64 stretches of the .idx: another tokenization is another index, even of the same size."""
+    """Of 16 stretches of the .idx, the header among them: another tokenization is another index, even of the same size."""
 
     @classmethod
     def of(cls, shard: Shard, sequence_length: int) -> Identity:
         status, digest = os.stat(shard.idx_path), hashlib.blake2b(digest_size=16)
         with open(shard.idx_path, "rb") as file:
-            for at in np.linspace(0, max(status.st_size - 1024, 0), 64).astype(int).tolist():
+            for at in np.linspace(0, max(status.st_size - 1024, 0), 16).astype(int).tolist():
                 file.seek(at)
                 digest.update(file.read(1024))
         return cls(sequence_length, ALGORITHM, BLOCK, status.st_size, status.st_mtime_ns, digest.hexdigest())
@@ -110,6 +115,10 @@ def open_pack_index(shard: Shard, sequence_length: int, cache: Path | None = Non
         with _only_one(path.with_name(f"{path.name}.building")) as sign_of_life:
             if found := _read(path, identity):  # made while this process waited
                 return found
+            if shard.documents > _MANY:
+                print(
+                    f"packing {shard.documents:,} documents of {shard.prefix} into {path}", file=sys.stderr, flush=True
+                )
             with replace_file(path) as file:
                 for part in _contents(shard, identity, sign_of_life):
                     file.write(part)

@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacode.data.permute import make_key, permute
+from megacode.recipe.windows import PACKING_ALGORITHM
 
-ALGORITHM = 1
-"""Raised when the same documents would be packed otherwise."""
+ALGORITHM = PACKING_ALGORITHM
 
 BLOCK = 1 << 18
-"""Documents packed together."""
+"""Documents packed together. Another number is another algorithm."""
 
 Ints = NDArray[np.int64]
 

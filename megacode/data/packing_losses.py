@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megacode.data.fim_document import MAX_WINDOWS
 from megacode.data.packing import pack_documents
 from megacode.data.source import TokenSource, has_data, open_source
-from megacode.recipe.plan import Plan
+from megacode.recipe.plan import Plan, StreamPlan
 from megacode.recipe.schema import Packing
 
 MEASURED = 1 << 18
@@ -31,6 +32,8 @@ class PackingLosses:
         cut: share of the documents that no sample shows whole, by way of packing.
         lost: share of tokens that no sample shows (`concatenate`: the rest behind the last window).
         padding: share of padding in the samples of `best_fit`.
+        giant: share of tokens in documents that document-level fill-in-the-middle leaves as they are; None where no phase
+            uses it.
     """
 
     source: str
@@ -41,23 +44,25 @@ class PackingLosses:
     cut: dict[Packing, float]
     lost: float
     padding: float
+    giant: float | None
 
 
 def packing_losses(plan: Plan, base: Path = Path()) -> list[PackingLosses]:
     """For every source of a plan whose data is there, and every sequence length it is read at."""
     losses = {}
+    by_document = {s.source for phase in plan.phases for s in phase.streams if s.fim_rate and s.fim_level == "document"}
     for phase in plan.phases:
         for stream in phase.streams:
             key, given = (stream.source, phase.sequence_length), plan.recipe.sources[stream.source]
             if key not in losses and has_data(given, base):
                 source = open_source(stream.source, given.paths, base)
-                losses[key] = _measure(source, phase.sequence_length, stream.packing, stream.window)
+                losses[key] = _measure(source, stream, stream.source in by_document)
     return list(losses.values())
 
 
-def _measure(source: TokenSource, length: int, packing: Packing, window: int) -> PackingLosses:
-    stretches = _documents(source)
-    whole = cut = longer = tokens = packs = 0
+def _measure(source: TokenSource, stream: StreamPlan, by_document: bool) -> PackingLosses:
+    length, stretches = stream.sequence_length, _documents(source)
+    whole = cut = longer = tokens = packs = giant = 0
     for start, size in stretches:
         shown, end = size > 0, start + size
         whole += int(shown.sum())
@@ -65,16 +70,18 @@ def _measure(source: TokenSource, length: int, packing: Packing, window: int) ->
         longer += int((size > length + 1).sum())
         tokens += int(size.sum())
         packs += len(pack_documents(start, size, length + 1))
-    unit = window if packing == "concatenate" else length
+        giant += int(size[size > MAX_WINDOWS * length].sum())
+    unit = stream.window if stream.packing == "concatenate" else length
     return PackingLosses(
         source=source.name,
         sequence_length=length,
-        packing=packing,
+        packing=stream.packing,
         documents=source.documents,
         measured=sum(len(size) for _, size in stretches),
         cut={"concatenate": cut / max(whole, 1), "best_fit": longer / max(whole, 1)},
         lost=((source.tokens - 1) % unit) / source.tokens,
         padding=1 - tokens / max(packs * (length + 1), 1),
+        giant=giant / max(tokens, 1) if by_document else None,
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from megacode.recipe.plan import PhasePlan, Plan
 from megacode.recipe.quota import CHUNK
+from megacode.recipe.windows import PACKING_ALGORITHM
 
 
 def fingerprint(plan: Plan, step: int) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def _phase(phase: PhasePlan, stop: int) -> dict[str, Any]:
             "samples": counts[column],
             # Absent where they are what they were before there was a choice: older checkpoints go on.
             **({"fim_level": stream.fim_level} if stream.fim_rate and stream.fim_level != "context" else {}),
-            **({"packing": stream.packing} if stream.packing != "concatenate" else {}),
+            **({"packing": f"{stream.packing} {PACKING_ALGORITHM}"} if stream.packing != "concatenate" else {}),
         }
         for column, stream in enumerate(phase.streams)
     }

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from megacode.recipe.plan import Plan
 
@@ -30,6 +31,8 @@ class Losses(Protocol):
     def lost(self) -> float: ...
     @property
     def padding(self) -> float: ...
+    @property
+    def giant(self) -> float | None: ...
 
 
 def packing_table(plan: Plan, losses: Sequence[Losses]) -> Table | None:
@@ -44,7 +47,7 @@ def packing_table(plan: Plan, losses: Sequence[Losses]) -> Table | None:
     for one in losses:
         partly = one.measured < one.documents
         table.add_row(
-            one.source,
+            Text(one.source),
             f"{one.sequence_length:,}",
             f"{one.documents:,}" + (f" ({one.measured:,} measured)" if partly else ""),
             *(f"{100 * share:.3g} %" for share in (one.cut["concatenate"], one.lost, one.cut["best_fit"], one.padding)),

@@ -11,6 +11,9 @@ from megacode.errors import UserError
 from megacode.recipe.mixtures import Entry, mixture_entries
 from megacode.recipe.schema import Packing, Phase, Recipe
 
+PACKING_ALGORITHM = 1
+"""Of `megacode.data.packing`: raised when the same documents would be packed otherwise."""
+
 
 @dataclass(frozen=True)
 class Windows:

@@ -72,6 +72,7 @@ def test_real_code_has_the_tokens_of_encoding_all_of_it(fim: Fim, monkeypatch: p
         return original(self, texts)  # type: ignore[arg-type]
 
     documents = [fim.tokenizer.encode(file.read_text(errors="replace")) for file in files]
+    assert fim.texts.word.any()  # the table is there: making it encodes a text too
     monkeypatch.setattr(type(fim.tokenizer), "encode_batch", counted)
     equal = []
     for number, ids in enumerate(documents):

@@ -141,7 +141,7 @@ def test_another_packing_is_another_past(make: Make) -> None:
     sources = {**recipe.sources, "p": recipe.sources["p"].model_copy(update={"packing": None})}
     plain = make_plan(recipe.model_copy(update={"sources": sources}), {"p": TOKENS})
     changes = differences(fingerprint(mixture.plan, 5), fingerprint(plain, 5))
-    assert any("packing: 'best_fit' before, absent now" in change for change in changes)
+    assert any("packing: 'best_fit 1' before, absent now" in change for change in changes)
 
 
 def test_packs_that_changed_since_the_plan_are_one_sentence(make: Make) -> None:

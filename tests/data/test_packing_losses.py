@@ -70,6 +70,15 @@ def test_large_sources_are_measured_in_part_and_it_is_said(recipe: Recipe, monke
     assert part.cut["concatenate"] == pytest.approx(exact.cut["concatenate"], abs=0.1)
 
 
+def test_what_document_level_fim_leaves_alone_is_counted(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measured(recipe).giant is None
+    monkeypatch.setattr(losses_module, "MAX_WINDOWS", 1)
+    phase = recipe.phases[0].model_copy(update={"fim_rate": 0.5, "fim_level": "document"})
+    sizes = np.concatenate([s.spans(0, s.documents)[1] for s in open_source("s", recipe.sources["s"].paths).shards])
+    found = measured(recipe.model_copy(update={"phases": [phase]})).giant
+    assert found == pytest.approx(sizes[sizes > LENGTH].sum() / sizes.sum())
+
+
 def test_the_plan_and_the_start_of_a_run_say_both(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,11 @@ def test_paths_come_back_absolute_from_the_file_they_stand_in(write, tmp_path, g
     assert recipe.tokenizer.path == str(tmp_path / "base/tok.model")
 
 
+def test_the_pack_cache_is_relative_to_the_recipe_too(write, tmp_path, good):
+    recipe = load_recipe(write(good + "data: {packing: best_fit, pack_cache: ../packs}\n", "sub/recipe.yaml"))
+    assert recipe.data.pack_cache == str(tmp_path / "packs") and recipe.packing("python") == "best_fit"
+
+
 def test_an_override_path_is_relative_to_the_working_directory(write, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     path = write()

@@ -35,7 +35,7 @@ FRAGMENTS = [
     *("\u2581", "\u2581\u2581", "\0", "\r\n", "\n", "\t", " ", "  ", " " * 17, "\u200b", "\u200d", "\ufeff", "\ufffd", "\xa0"),
     *("e\u0301", "\u0323\u0301", "\u212b", "\u1100\u1161", "ſ", "'s", "'LL", "'ſ", "123", "٣", "½", "ª", "İ", "ß", "ǅ"),
     *("===", "----", "....", "aaaaaaa", "abab", "日本語", "\u3000", "\u2028", "\x85", "\x1c", "\u180e", "𝔘", "👨", "\u0378"),
-    *("\u088f", "\U00010940", "\U000323b0", "\U0010ffff", "the ", "return", "self.", "x = 12\n", "()", "A", "Bc"),
+    *("\u088f", "\U00010940", "\U000323b0", "\U0010ffff", "the ", "return", " unreachable", "self.", "x = 12\n", "()", "A", "Bc"),
 ]  # fmt: skip
 TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"])),
@@ -87,6 +87,12 @@ def with_added(contents: dict[str, Any], name: str, **flags: bool) -> dict[str, 
 
 def with_model(contents: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {**contents, "model": {**contents["model"], **changes}}
+
+
+def with_word(contents: dict[str, Any]) -> dict[str, Any]:
+    """The same with a word that no merges lead to."""
+    vocab = contents["model"]["vocab"]
+    return with_model(contents, vocab={**vocab, "\u0120unreachable": max(vocab.values()) + 1})
 
 
 def metaspace(scheme: str, split: bool) -> dict[str, Any]:
@@ -157,7 +163,7 @@ TAKEN = {
     "o200k": lambda path: write_json(path / "t.json", byte_level_json(fast_tokenizer._O200K)),
     "nemotron": lambda path: write_json(path / "t.json", byte_level_json(fast_tokenizer._NEMOTRON)),
     "ignored merges": lambda path: write_json(
-        path / "t.json", with_model(byte_level_json(fast_tokenizer._LLAMA3), ignore_merges=True)
+        path / "t.json", with_model(with_word(byte_level_json(fast_tokenizer._LLAMA3)), ignore_merges=True)
     ),
     "added tokens in text": lambda path: write_json(
         path / "t.json",

@@ -1,16 +1,18 @@
 """Which input file and record a document of a dataset was made from, where the dataset says so.
 
-`PREFIX.records.npy` is int64 [documents, 2]: number of the input file, number of the record in it. The files are the list
-"input files" of the manifest (`path`, `bytes`, checksums), or, where there are very many, lines of the table that it
-names (the same, separated by tabs). A shard's are those of the whole dataset. `megacode preprocess` writes all of this;
-datasets of other tools have none of it.
+`PREFIX.records.npy` is int64 [documents, 2]: number of the input file from 0, number of the record in it from 1 (of a
+JSONL file: the line). The files are the list "input files" of the dataset's manifest (`path` of each), or, where there are
+very many, lines of the file that its "input files table" names (path, and more after a tab). The manifest of a shard names
+its "dataset". `megacode preprocess` writes all of it; datasets of other tools have none.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,12 +63,20 @@ def read_records(prefix: Path) -> InputRecords | None:
 
 
 def _files(prefix: Path) -> tuple[str, ...]:
-    """Input files of a dataset, or of the dataset that a shard belongs to."""
-    manifest = json.loads(with_ending(prefix, ".json").read_text(encoding="utf-8"))
+    manifest = _manifest(prefix)
     if "dataset" in manifest:
-        manifest = json.loads(with_ending(prefix.with_name(manifest["dataset"]), ".json").read_text(encoding="utf-8"))
+        prefix = prefix.parent / manifest["dataset"]
+        manifest = _manifest(prefix)
     if "input files table" in manifest:
-        table = prefix.parent / manifest["input files table"]
-        lines = table.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-        return tuple(line.split("\t")[0] for line in lines if line)
+        return _table(prefix.parent / manifest["input files table"])
     return tuple(str(file["path"]) for file in manifest["input files"])
+
+
+def _manifest(prefix: Path) -> dict[str, Any]:
+    return dict(json.loads(with_ending(prefix, ".json").read_text(encoding="utf-8")))
+
+
+@lru_cache(maxsize=4)
+def _table(path: Path) -> tuple[str, ...]:
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    return tuple(line.split("\t")[0] for line in lines if line)

@@ -166,6 +166,36 @@ def test_tables_of_another_dataset_are_one_sentence(folder: Path, tmp_path: Path
         read_records(prefix)
 
 
+def test_it_reads_what_preprocess_writes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in range(2):
+        records = [{"text": f"file {file} record {n} " + "word " * (5 + n)} for n in range(40)]
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    command = [
+        "preprocess",
+        str(tmp_path / "*.jsonl"),
+        "--tokenizer",
+        str(folder / "t.model"),
+        "--added-tokens",
+        "crystal",
+    ]
+    for name, more in (("whole", []), ("cut", ["--shard-size", "4kB"])):
+        assert main([*command, "--output", str(tmp_path / name), *more, "--workers", "1"]) == 0
+        capsys.readouterr()
+        change = ("--set", f"sources.text.path={tmp_path / name}")
+        seen = set()
+        for step in range(1, 7):
+            found = traced(capsys, folder, "--step", step, "--text", *change)
+            for part in (
+                p for s in found["samples"] if s["source"] == "text" for p in s["documents"] if not p["first"]
+            ):
+                assert part["file"].endswith(".jsonl")
+                file, record = Path(part["file"]).stem, part["record"]
+                expected = f"file {file} record {record - 1} "
+                assert part["text"][: len(expected)] == expected[: len(part["text"])]
+                seen.add(file)
+        assert seen == {"0", "1"}
+
+
 def test_it_prints_for_people_without_torch_and_without_escapes(folder: Path) -> None:
     code = (
         "import sys\nfrom megacode.cli import main\n"

@@ -62,7 +62,8 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
     """Megatron-Core's configuration for a recipe, on this machine.
 
     Raises:
-        UserError: FP8 without Transformer Engine, or a combination that Megatron-Core refuses (with its own words).
+        UserError: FP8 or context parallelism without Transformer Engine, or a combination that Megatron-Core refuses (with its
+            own words).
     """
     model, parallel, precision = recipe.model, recipe.parallel, recipe.precision
     engine = transformer_engine_available()
@@ -72,6 +73,12 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
             "precision: fp8 needs a CUDA device with Transformer Engine, and this machine "
             f"{'has no Transformer Engine' if cuda else 'shows no CUDA device'}; use `precision: bf16` or install it "
             "(`megacode doctor` says how)"
+        )
+    if parallel.context > 1 and not engine:
+        raise UserError(
+            f"parallel.context: {parallel.context} needs Transformer Engine's attention on CUDA devices, and this machine "
+            f"{'has no Transformer Engine' if cuda else 'shows no CUDA device'}; set it to 1 (parallel.tensor or "
+            "parallel.pipeline split a model too) or install it (`megacode doctor` says how)"
         )
     half = precision.compute in ("bf16", "fp8")
     dtype = torch.bfloat16 if half else torch.float32
@@ -167,9 +174,7 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=TENorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    return TransformerBlockSubmodules(
-        layer_specs=[_with_own_norm(layer, config.qk_layernorm)] * count, layer_norm=Norm
-    )
+    return TransformerBlockSubmodules(layer_specs=[_with_own_norm(layer, config.qk_layernorm)] * count, layer_norm=Norm)
 
 
 def build_model(recipe: Recipe, vocab_size: int, config: TransformerConfig | None = None) -> list[GPTModel]:
@@ -199,7 +204,9 @@ def build_model(recipe: Recipe, vocab_size: int, config: TransformerConfig | Non
                     model.position_embedding
                 ],
                 rotary_percent=model.rotary_fraction,
-                rotary_base=int(model.rotary_base) if model.rotary_base == int(model.rotary_base) else model.rotary_base,
+                rotary_base=int(model.rotary_base)
+                if model.rotary_base == int(model.rotary_base)
+                else model.rotary_base,
                 vp_stage=vp_stage,
             )
         if torch.cuda.is_available():
@@ -265,5 +272,3 @@ def global_parameter_names(chunks: list[Any]) -> dict[str, torch.nn.Parameter]:
             whole = offsets[prefix] + path[len(prefix) :] if prefix else path
             names[whole.replace("module.", "")] = parameter
     return names
-
-

@@ -1,5 +1,5 @@
 """On CUDA: Transformer Engine's layers are the same model as the local ones, checkpoints cross between CPU and CUDA, FP8
-trains. Skipped without a CUDA device."""
+trains; on two devices, layouts agree over NCCL. Skipped without a CUDA device, or without a second one."""
 
 from __future__ import annotations
 
@@ -161,3 +161,108 @@ def test_document_boundaries_as_packed_sequences_equal_the_mask(tmp_path: Path) 
     ((packed, masked, plain),) = run_on(1, packed_and_masked, str(tmp_path))
     np.testing.assert_allclose(packed, masked, rtol=1e-2)
     assert np.abs(np.subtract(packed, masked)).max() < np.abs(np.subtract(plain, masked)).max()
+
+
+# ------------------------------------------------------------------------------------------------------- two devices
+
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+SIZES = ("model.hidden_size=128", "model.vocab_size=304", "model.ffn_size=256")
+PHASES = ("phases.first", "phases.second")
+# At a high rate any two ways to round part after a few steps.
+LOW_RATE = tuple(f"{phase}.learning_rate.peak=3e-4" for phase in PHASES)
+
+
+def train_on_two(recipe_path: Path, run: Path, *changes: str) -> None:
+    megacode("train", recipe_path, "--run", run, "--processes", 2, *(p for c in changes for p in ("--set", c)))
+
+
+def one_device_and(recipe_path: Path, folder: Path, *changes: str) -> list[str]:
+    """Train on one device, from initial weights that a run of two steps at rate ~0 left; the changes of a run to compare."""
+    still = [f"{phase}.{key}" for phase in PHASES for key in ("steps=1", "learning_rate.peak=1e-30")]
+    train(recipe_path, folder / "start", *changes, *still, "optimizer.weight_decay=0")
+    shared = [*changes, f"initialize_from={folder / 'start'}"]
+    train(recipe_path, folder / "one", *shared)
+    return shared
+
+
+@two_devices
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.tensor=2"],
+        ["parallel.tensor=2", "parallel.sequence=true"],
+        ["parallel.pipeline=2"],
+        [],
+        ["parallel.distributed_optimizer=false"],
+    ],
+    ids=["tp2", "sequence parallel", "pp2", "dp2 distributed optimizer", "dp2"],
+)
+def test_layouts_on_two_devices_agree_with_one(layout: list[str], recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    shared = one_device_and(recipe, tmp_path, *SIZES, *LOW_RATE)
+    train_on_two(recipe, tmp_path / "two", *shared, *layout)
+    one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
+    assert two.batches == one.batches
+    assert len(two.losses) == 20 and two.losses[-1] < 0.99 * two.losses[0], "the model does not learn"
+    # fp32, but Transformer Engine multiplies fp32 in TF32 where the shapes of the parts differ from those of the whole.
+    np.testing.assert_allclose(two.losses, one.losses, rtol=1e-3)
+    np.testing.assert_allclose(two.norms, one.norms, rtol=2e-2)
+
+
+@two_devices
+def test_context_parallel_trains_as_one_device_does(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    """In bf16: Transformer Engine's context parallel attention is flash or fused attention, which know no fp32."""
+    engine_or_skip()
+    lengths = [f"{phase}.sequence_length=128" for phase in PHASES]
+    shared = one_device_and(recipe, tmp_path, *SIZES, *LOW_RATE, *lengths, "precision=bf16")
+    train_on_two(recipe, tmp_path / "two", *shared, "parallel.context=2")
+    one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
+    assert two.batches == one.batches
+    assert len(two.losses) == 20 and two.losses[-1] < 0.99 * two.losses[0], "the model does not learn"
+    np.testing.assert_allclose(two.losses, one.losses, rtol=1e-3)
+    np.testing.assert_allclose(two.norms, one.norms, rtol=2e-2)
+
+
+def losses_by_sample(world, folder: str) -> tuple[list[float], list[float], list[float]]:
+    """Loss sums and label counts of four samples, over all context-parallel ranks, from the checkpoint in `folder` (made where
+    there is none); and the sums once more with the first half of every sample changed."""
+    from megacode.data.batch import make_batch
+    from megacode.model.gpt import build_model
+    from megacode.recipe.schema import Checkpoints
+    from megacode.train.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
+    from megacode.train.step import forward_backward
+
+    strong = MODELS["llama"].model_copy(update={"init_std": 0.2})  # so that what a token may look at matters
+    settings = small(strong, Precision(compute="bf16"))
+    settings = settings.model_copy(update={"parallel": Parallel(context=world.context_size, micro_batch_size=4)})
+    chunks = build_model(settings, VOCAB)
+    if (Path(folder) / "latest").exists():
+        load_checkpoint(find_checkpoint(folder), chunks, None)
+    else:
+        Checkpointer(Path(folder), Checkpoints(asynchronous=False)).save(0, chunks, None, {}, "")
+    windows = torch.randint(3, VOCAB, (4, LENGTH + 1), generator=torch.Generator().manual_seed(3)).numpy()
+    changed = windows.copy()
+    changed[:, : LENGTH // 2] = windows[::-1, : LENGTH // 2]
+    out = []
+    for rows in (windows, changed):
+        # The loss of the second half only: there, both ranks have a quarter that looks back at the other one's keys.
+        batch = make_batch(rows, np.arange(4, dtype=np.int32), np.arange(4))
+        batch.loss_mask[:, : LENGTH // 2] = 0
+        with torch.no_grad():
+            sums = forward_backward(chunks, [batch], 4, settings, world, forward_only=True)
+        torch.distributed.all_reduce(sums)
+        out.append(sums.tolist())
+    return out[0][0], out[0][1], out[1][0]
+
+
+@two_devices
+def test_context_parallel_attention_looks_at_the_whole_sample(tmp_path: Path) -> None:
+    engine_or_skip()
+    ((one, counts, changed),) = run_on(1, losses_by_sample, str(tmp_path))
+    first, second = run_on(2, losses_by_sample, str(tmp_path), parallel=Parallel(context=2))
+    assert first == second and first[1] == counts == [LENGTH / 2] * 4
+    np.testing.assert_allclose(first[0], one, rtol=1e-2)
+    np.testing.assert_allclose(first[2], changed, rtol=1e-2)
+    off = np.abs(np.subtract(first[0], one)).max()
+    assert off < 0.2 * np.abs(np.subtract(changed, one)).max(), (
+        "what stands in the other half must matter more than rounding"
+    )

@@ -93,11 +93,11 @@ def _documents(source: TokenSource) -> Sequence[tuple[NDArray[np.int64], NDArray
         ranges = [(number, 0, shard.documents) for number, shard in enumerate(source.shards)]
     else:
         ranges = []
-        size = MEASURED // _STRETCHES
-        for first in np.linspace(0, total - size, _STRETCHES).astype(int).tolist():
+        stretch = MEASURED // _STRETCHES
+        for first in np.linspace(0, total - stretch, _STRETCHES).astype(int).tolist():
             shard = int(np.searchsorted(ends, first, side="right"))
             low = first - (int(ends[shard]) - source.shards[shard].documents)
-            ranges.append((shard, low, min(low + size, source.shards[shard].documents)))
+            ranges.append((shard, low, min(low + stretch, source.shards[shard].documents)))
     before = np.cumsum([0, *(shard.tokens for shard in source.shards)])
     out = []
     for shard, low, high in ranges:

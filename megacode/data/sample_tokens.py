@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megacode.data import fim
+from megacode.data.fim import Fim, make_fim, rearrange
 from megacode.data.fim_document import rearrange_documents
 from megacode.data.mixture import Mixture, StepSamples, sample_parts, stream_key
 from megacode.data.permute import uniform_bits
@@ -32,7 +32,7 @@ class SampleReader:
     mixture: Mixture
     vocab_size: int | None
     pad: int
-    fim: fim.Fim | None
+    fim: Fim | None
     keys: tuple[NDArray[np.uint64], ...]
     rates: tuple[NDArray[np.float64], ...]
 
@@ -44,7 +44,7 @@ class SampleReader:
         if any(stream.fim_rate > 0 for phase in phases for stream in phase.streams):
             if tokenizer is None:
                 raise UserError("tokenizer: the control tokens of fill-in-the-middle need one; name it in the recipe")
-            settings = fim.make_fim(recipe.data.fim, tokenizer)
+            settings = make_fim(recipe.data.fim, tokenizer)
         return cls(
             mixture,
             tokenizer.vocab_size if tokenizer is not None else recipe.model.vocab_size,
@@ -96,14 +96,14 @@ class SampleReader:
         return out, np.array(real, dtype=np.int64)
 
     def _rearranged(
-        self, settings: fim.Fim, samples: StepSamples, windows: NDArray[np.int64], lengths: NDArray[np.int64] | None
+        self, settings: Fim, samples: StepSamples, windows: NDArray[np.int64], lengths: NDArray[np.int64] | None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         streams = samples.phase.streams
         rates = self.rates[samples.phase.index][samples.stream]
         keys = uniform_bits(self.keys[samples.phase.index][samples.stream], samples.epoch)
         packed = np.array([streams[index].packing == "best_fit" for index in samples.stream])
         whole = np.array([streams[index].fim_level == "document" for index in samples.stream]) & (rates > 0)
-        windows, lengths = fim.rearrange(
+        windows, lengths = rearrange(
             settings, windows, uniform_bits(keys, samples.start), np.where(whole, 0.0, rates), lengths, packed
         )
         rows = np.flatnonzero(whole)

@@ -121,6 +121,24 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     return Launch(rank=0, world_size=1, local_rank=0, address="127.0.0.1", port=0, launcher="single process")
 
 
+def _reachable(launch: Launch, env: Mapping[str, str]) -> str:
+    """The launch's address, or, where a cluster's node names mean nothing to the network, the one that srun knows.
+
+    Raises:
+        UserError: neither leads anywhere; torch would try for minutes and then say something else.
+    """
+    try:
+        socket.getaddrinfo(launch.address, launch.port or None)
+        return launch.address
+    except OSError:
+        if launch.launcher == "slurm" and env.get("SLURM_LAUNCH_NODE_IPADDR"):  # srun in a job script: the first node
+            return env["SLURM_LAUNCH_NODE_IPADDR"]
+    raise UserError(
+        f"environment: rank {launch.rank} cannot find the first node, {launch.address!r}, on the network; set MASTER_ADDR to "
+        "an address of it that all nodes reach"
+    )
+
+
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
     """A launcher's variable as a number; empty counts as not set where there is a default."""
     text = env.get(name, "")
@@ -185,7 +203,7 @@ def initialize(parallel: Parallel, seed: int, launch: Launch | None = None) -> W
 
     port = launch.port or free_port()
     # torch's own rendezvous reads the environment (and with torchrun shares the agent's store, which holds that port).
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = launch.address, str(port)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _reachable(launch, os.environ), str(port)
     torch.distributed.init_process_group(
         backend="nccl" if cuda else "gloo",
         init_method="env://",

@@ -172,7 +172,9 @@ if __name__ == "__main__":
     LocalPipelineExecutor(
         pipeline=[
             JsonlReader(source),
-            DocumentTokenizer(output, tokenizer_name_or_path=tokenizer, eos_token="</s>", shuffle_documents=False),
+            DocumentTokenizer(
+                output, tokenizer_name_or_path=tokenizer, eos_token="</s>", shuffle_documents=False, batch_size=1000
+            ),
         ],
         tasks=int(tasks), workers=int(tasks), logging_dir=output + "-logs",
     ).run()
@@ -180,7 +182,8 @@ if __name__ == "__main__":
 
 
 def datatrove(corpus: Path, model: Path, folder: Path, workers: int) -> Result:
-    """It cuts work by files: the corpus is given as one file a task."""
+    """It cuts work by files: the corpus is given as one file a task. With its own batches of 10,000 documents it needed
+    more than 11 GB a task on source files; it gets 1,000."""
     tokenizer = folder / "tokenizer.json"
     huggingface_form(model).save(str(tokenizer))
     source = folder / "datatrove-in"

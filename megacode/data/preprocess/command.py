@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,17 +173,24 @@ def preprocess_visibly(
     """`preprocess` with a progress bar (a line now and then where there is no terminal), a table and a plot after it."""
     started = time.monotonic()
     name = request.name
-    with _progress(console, title or name.name) as (on_stage, on_progress):
+    with _progress(console, title or name.name) as (show_stage, on_progress):
+
+        def on_stage(stage: str, total_bytes: int, done_bytes: int) -> None:
+            show_stage(stage, total_bytes, done_bytes)
+            if plot and stage == "writing":  # the disk is busy and this process is not: what the plot will need
+                threading.Thread(target=lambda: importlib.import_module("matplotlib.figure"), daemon=True).start()
+
         result = preprocess(request, workers, share, on_stage, on_progress)
     seconds = time.monotonic() - started
     if result.kept:
-        console.print(f"{name}: kept; already made from these files with these settings")
+        console.print(f"{name}: kept; already made from these files with these settings", soft_wrap=True)
     elif result.parts_kept:
         console.print(f"{name}: {result.parts_kept} of {result.parts} parts were done before and kept")
     if not result.outputs:
         assert share
         console.print(
-            f"{name}: --shard {share[0]}/{share[1]} is done; the last shard to finish puts the datasets together"
+            f"{name}: --shard {share[0]}/{share[1]} is done; the last shard to finish puts the datasets together",
+            soft_wrap=True,
         )
         return result
     picture = indexed.with_ending(name, ".lengths.png")
@@ -191,7 +200,7 @@ def preprocess_visibly(
 
         made = result.outputs.values()
         plot_lengths({_shown(prefix): statistics(open_dataset(prefix)).histogram for prefix in made}, picture)
-    console.print(results_table(result, None if result.kept else seconds))
+    console.print(results_table(result, None if result.kept or share else seconds))
     if plot:
         console.print(f"document lengths: {_shown(picture)}")
     return result

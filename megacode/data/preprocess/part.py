@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -27,7 +30,9 @@ from megacode.data.tokenizer import Tokenizer, load_tokenizer
 from megacode.errors import UserError
 from megacode.recipe import schema
 
-BATCH_BYTES, BATCH_DOCUMENTS = 2 << 20, 4096
+BATCH_BYTES, BATCH_DOCUMENTS = 16 << 20, 1 << 16
+"""Tokenized at a time. The fast backend begins each batch with an empty cache: a sixth slower with 2 MiB."""
+EXACT_BATCH_BYTES = 1 << 20
 CHECKED_SHARE = 1 / 1000
 """Of the documents whose ids are compared with the reference library's; it costs about a hundredth of the time."""
 _LONGEST_CHECKED = 1 << 17
@@ -85,11 +90,26 @@ class Progress:
 
 def part_worker(job: Job) -> Callable[[Part], Iterator[Progress]]:
     """Loads the tokenizer; the function it gives tokenizes one part and writes its files."""
+    alone = multiprocessing.parent_process() is not None
+    if alone:
+        _keep_memory()
     tokenizer = load_tokenizer(job.tokenizer)
     fast = "asked for (--exact)" if job.exact else load_fast(tokenizer)
     encoder = _Encoder(tokenizer, None, fast) if isinstance(fast, str) else _Encoder(tokenizer, fast)
     condition = parse_condition(job.where) if job.where else None
+    if alone:  # thousands of records at a time, none of them in a cycle: looking for cycles is wasted
+        gc.freeze()
+        gc.disable()
     return lambda part: tokenize_part(job, encoder, condition, part)
+
+
+def _keep_memory() -> None:
+    """Ask the C library to keep buffers of tens of MB that batches use again and again, instead of giving them back to
+    the kernel each time, which then clears their pages anew: 5 to 10 % of the time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
+    if mallopt:
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
+        mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD
 
 
 @dataclass(frozen=True)
@@ -147,7 +167,7 @@ def tokenize_part(job: Job, encoder: _Encoder, condition: Condition | None, part
                         counts.repaired += item.repaired
                         yield number, item
 
-        for documents in _batches(good()):
+        for documents in _batches(good(), BATCH_BYTES if encoder.fast else EXACT_BATCH_BYTES):
             batch = _encode(job, encoder, documents)
             if encoder.fast:
                 counts.checked += _check(job, tokenizer, batch, choose)
@@ -174,6 +194,7 @@ def tokenize_part(job: Job, encoder: _Encoder, condition: Condition | None, part
         chunk_path(job.folder, part).unlink(missing_ok=True)
         read_bytes = part.chunk_bytes
     yield Progress(input_bytes=read_bytes, bad=bad_records)
+    gc.collect()
 
 
 def _input_checksums(job: Job, part: Part) -> list[tuple[int, int, str]]:
@@ -221,13 +242,13 @@ def _place(job: Job, file: InputFile, document: Document) -> tuple[str, str]:
     return str(repository) if repository is not None else alone, str(path) if path is not None else ""
 
 
-def _batches(items: Iterator[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
+def _batches(items: Iterator[tuple[int, Document]], limit: int) -> Iterator[list[tuple[int, Document]]]:
     batch: list[tuple[int, Document]] = []
     size = 0
     for item in items:
         batch.append(item)
         size += len(item[1].raw)
-        if size >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
+        if size >= limit or len(batch) == BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
     if batch:

@@ -20,7 +20,6 @@ from megacode.data.files import replace_file
 from megacode.data.inputs import InputFile
 from megacode.data.readers import BrokenStream, decompressed
 
-_SMALLEST, _LARGEST = 1 << 20, 64 << 20
 _PIECE = 1 << 20
 
 
@@ -56,8 +55,10 @@ class Unit:
 
 
 def plan_units(files: Sequence[InputFile]) -> list[Unit]:
-    """Cut a corpus into units of about a 64th of it, 1 to 64 MB on disk. Depends on the files only."""
-    size = min(max(sum(file.size for file in files) // 64, _SMALLEST), _LARGEST)
+    """Cut a corpus into units of about a 64th of it, 16 to 64 MiB on disk; of a small corpus, an eighth of it but no less
+    than 1 MiB. Depends on the files only."""
+    total = sum(file.size for file in files)
+    size = max(min(max(total // 64, 16 << 20), total // 8, 64 << 20), 1 << 20)
     units: list[Unit] = []
     together: list[int] = []
     held = 0

@@ -10,7 +10,7 @@ the model as a tokenizer.json made from it.
 
 Rates are text (UTF-8 of the documents) over wall time from the start of the command to its end, so they include starting
 Python; those of sentencepiece and of the backend alone are over documents already in memory. Memory is the highest sum
-of proportional set sizes of a side's processes, sampled ten times a second. At the end, the tokens of Megatron-LM's
+of proportional set sizes of a side's processes, sampled twice a second. At the end, the tokens of Megatron-LM's
 dataset and megacode's are compared, document for document.
 """
 
@@ -96,10 +96,12 @@ def measured(name: str, command: list[str], tokens: Callable[[], int], **more: o
     log = tempfile.TemporaryFile()  # noqa: SIM115 - read after the process has ended
     started = time.perf_counter()
     process = psutil.Popen(command, stdout=log, stderr=log, **more)
-    peak = 0
+    peak, looked = 0, started
     while process.poll() is None:
-        peak = max(peak, _memory(process))
-        time.sleep(0.1)
+        time.sleep(0.02)
+        if time.perf_counter() > looked + 0.5:  # adding up the pages of a process takes a core for milliseconds
+            looked = time.perf_counter()
+            peak = max(peak, _memory(process))
     seconds = time.perf_counter() - started
     if process.returncode:
         log.seek(0)

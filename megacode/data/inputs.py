@@ -39,7 +39,8 @@ def find_inputs(
     include: Sequence[str] = (),
     every: tuple[int, int] = (0, 1),
 ) -> list[InputFile]:
-    """Files of the inputs in the order given; inside a folder or a glob sorted by path; each file once.
+    """Files of the inputs in the order given; inside a folder or a glob sorted by path; each file once. `@FILE` stands for
+    the inputs that FILE lists, one a line.
 
     `auto` goes by endings. A folder whose bytes are mostly JSONL or parquet is read for those only (dataset downloads
     come with a README); any other is a tree of plain files, each one document. Hidden files, links that lead nowhere
@@ -48,7 +49,7 @@ def find_inputs(
     there, and for none at all.
     """
     found: dict[Path, InputFile] = {}
-    for given in map(str, inputs):
+    for given in _listed(inputs):
         path = Path(given).expanduser()
         if path.is_dir():
             files = _folder(path, format, include)
@@ -77,6 +78,21 @@ def find_inputs(
     if not chosen:
         raise UserError(f"--files {first}/{step}: there are only {len(found)} files, so no number {first}")
     return chosen
+
+
+def _listed(inputs: Sequence[str | Path]) -> Iterator[str]:
+    """The inputs, with `@FILE` as the lines of FILE; relative to the working directory, as on the command line."""
+    for given in map(str, inputs):
+        if not given.startswith("@") or os.path.exists(given):
+            yield given
+            continue
+        try:
+            lines = Path(given[1:]).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{given}: cannot read this list of inputs ({error}); give a text file, one input a line"
+            ) from None
+        yield from (line.strip() for line in lines if line.strip())
 
 
 def _folder(folder: Path, format: str, include: Sequence[str]) -> list[InputFile]:

@@ -246,3 +246,13 @@ def test_no_files_is_a_sentence(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=expected):
             find_inputs([f"{tmp_path}/{given_path}"])
+
+
+def test_a_list_of_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c.txt"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "list").write_text("b.jsonl\n\n  [a-c].jsonl\nc.txt\n")
+    monkeypatch.chdir(tmp_path)
+    assert [file.path.name for file in find_inputs(["@list"])] == ["b.jsonl", "a.jsonl", "c.txt"]
+    with pytest.raises(UserError, match="@nothing: cannot read this list of inputs"):
+        find_inputs(["@nothing"])

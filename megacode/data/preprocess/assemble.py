@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +105,11 @@ class _Shard:
     def __init__(self, prefix: Path, dtype: np.dtype[Any], stack: ExitStack) -> None:
         self.prefix, self.dtype = prefix, dtype
         self.bin: BinaryIO = stack.enter_context(replace_file(indexed.with_ending(prefix, ".bin")))
-        self.lengths: BinaryIO = stack.enter_context(replace_file(_side(prefix, "lengths"), durable=False))
-        self.records: BinaryIO = stack.enter_context(replace_file(_side(prefix, "records"), durable=False))
+        self.lengths: BinaryIO = stack.enter_context(open(_side(prefix, "lengths"), "wb"))  # noqa: SIM115
+        self.records: BinaryIO = stack.enter_context(open(_side(prefix, "records"), "wb"))  # noqa: SIM115
         self.size = self.documents = 0
+        self.pool = stack.enter_context(ThreadPoolExecutor(2))
+        self.copies: list[Future[None]] = []
         self.pieces: list[tuple[int, str]] = []
         self.open_piece, self.open_bytes = xxhash.xxh3_128(), 0
 
@@ -113,8 +117,11 @@ class _Shard:
         if block.file:
             self._end_piece()
             self.bin.flush()
-            _copy(block.file, self.bin, size)
+            self.copies.append(self.pool.submit(_copy, block.file, self.bin.fileno(), self.size, size))
+            self.bin.seek(size, os.SEEK_CUR)
             self.pieces.append((size, block.checksum))
+            if len(self.copies) > 64:
+                self._wait()
         else:
             assert block.tokens is not None
             data = np.ascontiguousarray(block.tokens).data
@@ -128,6 +135,11 @@ class _Shard:
         self.size += size
         self.documents += len(block.lengths)
 
+    def _wait(self) -> None:
+        for copy in self.copies:
+            copy.result()
+        self.copies.clear()
+
     def _end_piece(self) -> None:
         if self.open_bytes:
             self.pieces.append((self.open_bytes, self.open_piece.hexdigest()))
@@ -135,6 +147,7 @@ class _Shard:
 
     def close(self) -> Shard:
         self._end_piece()
+        self._wait()
         checksums = {"algorithm": "xxh3_128", "bin": [list(piece) for piece in self.pieces]}
         return Shard(self.prefix, self.documents, self.size // self.dtype.itemsize, checksums)
 
@@ -151,32 +164,28 @@ def _write_index(prefix: Path, dtype: np.dtype[Any]) -> None:
         header = {"descr": "<i8", "fortran_order": False, "shape": (len(lengths), 2)}
         np.lib.format.write_array_header_1_0(out, header)
         out.flush()
-        _copy(_side(prefix, "records"), out, 16 * len(lengths))
+        _copy(_side(prefix, "records"), out.fileno(), out.tell(), 16 * len(lengths))
     del lengths
     for name in ("lengths", "records"):
         _side(prefix, name).unlink()
 
 
-def _copy(source: Path, out: BinaryIO, size: int) -> None:
-    """Append a whole file, in the kernel where it can (some file systems then share the blocks)."""
+def _copy(source: Path, out: int, offset: int, size: int) -> None:
+    """Copy a whole file to a place in an open one, in the kernel where it can (some file systems share the blocks)."""
     with open(source, "rb", buffering=0) as file:
-        left = size
+        done = 0
         try:
-            while left and hasattr(os, "copy_file_range"):
-                copied = os.copy_file_range(file.fileno(), out.fileno(), left)
+            while done < size and hasattr(os, "copy_file_range"):
+                copied = os.copy_file_range(file.fileno(), out, size - done, done, offset + done)
                 if not copied:
                     break
-                left -= copied
+                done += copied
         except OSError as error:
-            if left != size or error.errno in (28, 122):  # a full disk, a full quota
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
-        if left:
-            out.seek(0, os.SEEK_END)
-            file.seek(size - left)
-            while chunk := file.read(min(1 << 22, left)):
-                out.write(chunk)
-                left -= len(chunk)
-        else:
-            out.seek(0, os.SEEK_END)
-    if left:
-        raise OSError(f"{source}: ends {left} bytes too early")
+        file.seek(done)
+        while done < size and (chunk := file.read(min(1 << 17, size - done))):
+            done += os.pwrite(out, chunk, offset + done)
+            file.seek(done)
+    if done < size:
+        raise OSError(f"{source}: ends {size - done} bytes too early")

@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     yes_no = argparse.BooleanOptionalAction
 
     what = parser.add_argument_group("what is read")
-    what.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or globs, read in the order given")
+    what.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="files, folders, globs, @FILE (a list of them), in the order given"
+    )
     what.add_argument("--text-field", default="text", metavar="NAME", help="field of the text; a.b for nested (text)")
     what.add_argument("--format", choices=FORMATS, default="auto", help="what the inputs are (auto: by their endings)")
     what.add_argument("--include", action="append", default=[], metavar="GLOB", help="in folders: only names like this")

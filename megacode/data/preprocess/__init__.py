@@ -6,6 +6,7 @@ The path, one file a step:
     run.py         the order of the steps, and what was made before; folder.py holds off other runs
     parts.py       cut the input files into parts by their sizes alone
     part.py        one part -> part_files.py (the work of a process), with quarantine.py for what is bad
+    layout.py      parts laid end to end meanwhile
     order.py       duplicates, shuffling, repositories: which documents follow which
     assemble.py    parts -> shards of datasets; manifest.py says what they are
     fields.py      metadata of records, and conditions.py: which of them are wanted (`--where`)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from megacode.data import indexed
-from megacode.data.files import replace_file
+from megacode.data.files import replace_file, sync_folder
+from megacode.data.preprocess.copying import copy_range
 from megacode.data.preprocess.counts import GroupCounts
 from megacode.data.preprocess.order import Block
 from megacode.data.preprocess.part_files import file_checksum
@@ -49,8 +49,12 @@ def write_dataset(
     dtype: np.dtype[Any],
     shard_size: int | None,
     on_bytes: Callable[[int], None],
+    laid: Path | None = None,
 ) -> Dataset:
-    """Write PREFIX, or shards PREFIX-00000, PREFIX-00001, ... of at most `shard_size` bytes (or one document) each."""
+    """Write PREFIX, or shards PREFIX-00000, PREFIX-00001, ... of at most `shard_size` bytes (or one document) each.
+
+    `laid`: a file on the same disk that holds the blocks' tokens already, one after another; it becomes the only shard's.
+    """
     shards: list[Shard] = []
     counts = GroupCounts()
     with ExitStack() as stack:
@@ -62,7 +66,7 @@ def write_dataset(
             while first < len(ends):
                 if current is None:
                     name = prefix if shard_size is None else indexed.with_ending(prefix, f"-{len(shards):05d}")
-                    current = _Shard(name, dtype, stack)
+                    current = _Shard(name, dtype, stack, laid)
                 done = int(ends[first - 1]) if first else 0
                 last = len(ends)
                 if shard_size is not None:
@@ -89,22 +93,18 @@ def _documents(block: Block, first: int, last: int, ends: NDArray[np.int64], dty
     """Documents [first, last) of a block; `ends` in bytes."""
     if (first, last) == (0, len(ends)):
         return block
-    begin = int(ends[first - 1]) if first else 0
-    if block.file:
-        count = (int(ends[last - 1]) - begin) // dtype.itemsize
-        tokens = np.fromfile(block.file, dtype=dtype, offset=begin, count=count)
-    else:
-        assert block.tokens is not None
-        tokens = block.tokens[begin // dtype.itemsize : int(ends[last - 1]) // dtype.itemsize]
+    begin = int(ends[first - 1]) // dtype.itemsize if first else 0
+    tokens = block.load(dtype, begin, int(ends[last - 1]) // dtype.itemsize - begin)
     return Block(block.lengths[first:last], block.records[first:last], 0, tokens)
 
 
 class _Shard:
     """One open shard. Lengths and records are kept beside it on disk until the index is written."""
 
-    def __init__(self, prefix: Path, dtype: np.dtype[Any], stack: ExitStack) -> None:
-        self.prefix, self.dtype = prefix, dtype
-        self.bin: BinaryIO = stack.enter_context(replace_file(indexed.with_ending(prefix, ".bin")))
+    def __init__(self, prefix: Path, dtype: np.dtype[Any], stack: ExitStack, laid: Path | None = None) -> None:
+        self.prefix, self.dtype, self.laid = prefix, dtype, laid
+        if laid is None:
+            self.bin: BinaryIO = stack.enter_context(replace_file(indexed.with_ending(prefix, ".bin")))
         self.lengths: BinaryIO = stack.enter_context(open(_side(prefix, "lengths"), "wb"))  # noqa: SIM115
         self.records: BinaryIO = stack.enter_context(open(_side(prefix, "records"), "wb"))  # noqa: SIM115
         self.size = self.documents = 0
@@ -116,9 +116,12 @@ class _Shard:
     def add(self, block: Block, size: int) -> None:
         if block.file:
             self._end_piece()
-            self.bin.flush()
-            self.copies.append(self.pool.submit(_copy, block.file, self.bin.fileno(), self.size, size))
-            self.bin.seek(size, os.SEEK_CUR)
+            if self.laid is None:
+                self.bin.flush()
+                self.copies.append(
+                    self.pool.submit(copy_range, block.file, block.start, self.bin.fileno(), self.size, size)
+                )
+                self.bin.seek(size, os.SEEK_CUR)
             self.pieces.append((size, block.checksum))
             if len(self.copies) > 64:
                 self._wait()
@@ -148,8 +151,24 @@ class _Shard:
     def close(self) -> Shard:
         self._end_piece()
         self._wait()
+        if self.laid is not None:
+            _adopt(self.laid, indexed.with_ending(self.prefix, ".bin"))
         checksums = {"algorithm": "xxh3_128", "bin": [list(piece) for piece in self.pieces]}
         return Shard(self.prefix, self.documents, self.size // self.dtype.itemsize, checksums)
+
+
+def _adopt(laid: Path, target: Path) -> None:
+    """Give a file its final name, whole and there after a power cut; the old name stays until the run is over."""
+    with open(laid, "rb") as file:
+        os.fsync(file.fileno())
+    partial = target.with_name(f".{target.name}.laid.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(laid, partial)
+    except OSError:  # a file system without hard links
+        os.replace(laid, partial)
+    os.replace(partial, target)
+    sync_folder(target.parent)
 
 
 def _side(prefix: Path, name: str) -> Path:
@@ -164,28 +183,7 @@ def _write_index(prefix: Path, dtype: np.dtype[Any]) -> None:
         header = {"descr": "<i8", "fortran_order": False, "shape": (len(lengths), 2)}
         np.lib.format.write_array_header_1_0(out, header)
         out.flush()
-        _copy(_side(prefix, "records"), out.fileno(), out.tell(), 16 * len(lengths))
+        copy_range(_side(prefix, "records"), 0, out.fileno(), out.tell(), 16 * len(lengths))
     del lengths
     for name in ("lengths", "records"):
         _side(prefix, name).unlink()
-
-
-def _copy(source: Path, out: int, offset: int, size: int) -> None:
-    """Copy a whole file to a place in an open one, in the kernel where it can (some file systems share the blocks)."""
-    with open(source, "rb", buffering=0) as file:
-        done = 0
-        try:
-            while done < size and hasattr(os, "copy_file_range"):
-                copied = os.copy_file_range(file.fileno(), out, size - done, done, offset + done)
-                if not copied:
-                    break
-                done += copied
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-        file.seek(done)
-        while done < size and (chunk := file.read(min(1 << 17, size - done))):
-            done += os.pwrite(out, chunk, offset + done)
-            file.seek(done)
-    if done < size:
-        raise OSError(f"{source}: ends {size - done} bytes too early")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from megacode.data.permute import make_key, uniform_bits
 from megacode.data.preprocess.counts import Group
+from megacode.data.preprocess.layout import Layout
 from megacode.data.preprocess.part_files import Finished, part_file
 from megacode.data.preprocess.parts import Part
 from megacode.data.tokenizer import Tokenizer
@@ -36,7 +37,7 @@ Parts = Sequence[tuple[Part, Finished]]
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive documents. Their tokens: an array, or the whole of a file whose checksum is known."""
+    """Consecutive documents. Their tokens: an array, or a stretch of a file whose checksum is known."""
 
     lengths: NDArray[np.integer[Any]]
     """Tokens of each document [n]."""
@@ -46,9 +47,19 @@ class Block:
     """Of UTF-8 text."""
     tokens: NDArray[Any] | None = None
     file: Path | None = None
+    start: int = 0
+    """In the file, bytes."""
     checksum: str = ""
     places: Sequence[tuple[str, str]] = ()
     """Repository and path of each document, where they are to be put together."""
+
+    def load(self, dtype: np.dtype[Any], first: int = 0, count: int | None = None) -> NDArray[Any]:
+        """`count` of the block's tokens from number `first` on; without, all of them."""
+        count = int(self.lengths.sum()) - first if count is None else count
+        if self.file:
+            return np.fromfile(self.file, dtype=dtype, offset=self.start + first * dtype.itemsize, count=count)
+        assert self.tokens is not None
+        return self.tokens[first : first + count]
 
 
 @dataclass(frozen=True)
@@ -75,16 +86,17 @@ def lines_before(parts: Parts) -> dict[str, int]:
 
 
 def blocks_as_read(
-    folder: Path, parts: Parts, group: Group, dtype: np.dtype[Any], duplicates: Mapping[str, NDArray[np.bool_]] | None
+    layout: Layout, parts: Parts, group: Group, dtype: np.dtype[Any], duplicates: Mapping[str, NDArray[np.bool_]] | None
 ) -> Iterator[Block]:
     """A group's documents in the order of the input, but for `duplicates` (by part and number of the group)."""
     before = lines_before(parts)
+    folder = layout.folder
     for part, finished in parts:
         if group not in finished.groups:
             continue
         here = finished.groups[group]
         number = here["number"]
-        path = part_file(folder, part, f"{number}.bin")
+        path, start = layout.place(part, finished, group)
         lengths = np.fromfile(part_file(folder, part, f"{number}.lengths"), dtype="<i4")
         records = np.fromfile(part_file(folder, part, f"{number}.records"), dtype="<i8").reshape(-1, 2)
         records[:, 1] += before.get(part.name, 0)
@@ -92,12 +104,14 @@ def blocks_as_read(
         places = _places(part_file(folder, part, f"{number}.places"))
         dropped = None if duplicates is None else duplicates[f"{part.name}.{number}"]
         if dropped is None or not dropped.any():
-            yield Block(lengths, records, size, file=path, checksum=here["checksums"]["bin"], places=places)
+            yield Block(
+                lengths, records, size, file=path, start=start, checksum=here["checksums"]["bin"], places=places
+            )
             continue
         kept = ~dropped
         if not kept.any():
             continue
-        tokens = np.fromfile(path, dtype=dtype)[np.repeat(kept, lengths)]
+        tokens = np.fromfile(path, dtype=dtype, offset=start, count=int(lengths.sum()))[np.repeat(kept, lengths)]
         sizes = _hashes(folder, part, number)["size"]
         places = [place for place, keep in zip(places, kept, strict=True) if keep] if places else []
         yield Block(lengths[kept], records[kept], int(sizes[kept].sum()), tokens, places=places)
@@ -247,8 +261,7 @@ def _buckets(
     text_bytes = 0
     for block in blocks:
         text_bytes += block.bytes
-        tokens = np.fromfile(block.file, dtype=dtype) if block.file else block.tokens
-        assert tokens is not None
+        tokens = block.load(dtype)
         documents = np.empty(len(block.lengths), dtype=_DOCUMENT)
         documents["key"], documents["length"] = keys(block), block.lengths
         documents["file"], documents["record"] = block.records.T

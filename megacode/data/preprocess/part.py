@@ -83,6 +83,7 @@ class Progress:
     tokens: int = 0
     documents: int = 0
     bad: int = 0
+    part_done: bool = False
 
 
 # --------------------------------------------------------------------------------------------------------- the worker
@@ -193,7 +194,7 @@ def tokenize_part(job: Job, encoder: _Encoder, condition: Condition | None, part
     if part.chunk is not None:
         chunk_path(job.folder, part).unlink(missing_ok=True)
         read_bytes = part.chunk_bytes
-    yield Progress(input_bytes=read_bytes, bad=bad_records)
+    yield Progress(input_bytes=read_bytes, bad=bad_records, part_done=True)
     gc.collect()
 
 

@@ -57,18 +57,6 @@ def finished_part(folder: Path, part: Part) -> Finished | None:
     return Finished(Counts.from_json(value["counts"]), value["lines"], groups, value["inputs"])
 
 
-def undamaged(folder: Path, part: Part, finished: Finished) -> bool:
-    """Whether the part's tokens are what its checksums say; they need not be after a power cut."""
-    try:
-        for group in finished.groups.values():
-            for ending, digest in group["checksums"].items():
-                if file_checksum(part_file(folder, part, f"{group['number']}.{ending}")) != digest:
-                    return False
-    except OSError:
-        return False
-    return True
-
-
 def file_checksum(path: Path, start: int = 0, size: int | None = None) -> str:
     """XXH3-128 of a file or of `size` bytes of it, hex."""
     digest = xxhash.xxh3_128()

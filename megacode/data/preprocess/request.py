@@ -49,6 +49,11 @@ class Request:
     """Replace a dataset of that name that was made otherwise."""
 
     @property
+    def as_read(self) -> bool:
+        """Whether the tokens of a dataset are those of the parts, one after another, in one file."""
+        return self.shuffle is None and not (self.repository or self.deduplicate or self.shard_size)
+
+    @property
     def name(self) -> Path:
         """Prefix of what belongs to the run as a whole: parts, quarantine and, with `split_by`, its manifest."""
         if not self.split_by:

@@ -21,6 +21,7 @@ from megacode.data.preprocess.assemble import Dataset, write_dataset
 from megacode.data.preprocess.checks import check_fields, check_tokens
 from megacode.data.preprocess.counts import Counts, Group
 from megacode.data.preprocess.folder import open_folder
+from megacode.data.preprocess.layout import Layout
 from megacode.data.preprocess.manifest import write_manifests, write_quarantine
 from megacode.data.preprocess.order import (
     Block,
@@ -32,7 +33,7 @@ from megacode.data.preprocess.order import (
     shuffled,
 )
 from megacode.data.preprocess.part import Job, Progress, part_worker
-from megacode.data.preprocess.part_files import Finished, finished_part, part_file, undamaged
+from megacode.data.preprocess.part_files import Finished, finished_part
 from megacode.data.preprocess.parts import Part, Unit, plan_units, unit_parts, unpack
 from megacode.data.preprocess.request import Request, Result
 from megacode.data.tokenizer import Tokenizer, load_tokenizer
@@ -80,11 +81,12 @@ def preprocess(
     units = plan_units(files)
     try:
         with open_folder(job.folder, settings, share) as whole:
-            kept = _tokenize(job, units, workers, share, on_stage, on_progress)
+            layout = Layout(job.folder, units)
+            kept = _tokenize(job, layout, request.as_read, workers, share, on_stage, on_progress)
             parts = _all_finished(job.folder, units)
             if parts is None or not whole():
                 return Result({}, Counts(), False, len(units), kept, None)
-            made = _write(request, settings, tokenizer, job, parts, on_stage, on_progress)
+            made = _write(request, settings, tokenizer, job, layout, parts, on_stage, on_progress)
             shutil.rmtree(job.folder)
     except OSError as error:
         raise readable(error) from None
@@ -93,7 +95,8 @@ def preprocess(
 
 def _tokenize(
     job: Job,
-    units: Sequence[Unit],
+    layout: Layout,
+    lay: bool,
     workers: int,
     share: tuple[int, int] | None,
     on_stage: Callable[[str, int, int], None],
@@ -108,13 +111,13 @@ def _tokenize(
         there = finished_part(job.folder, part)
         if there is None:
             return False
-        if undamaged(job.folder, part, there):
+        if layout.undamaged(part, there):
             kept += 1
             return True
-        part_file(job.folder, part, "json").unlink()
+        layout.forget(part)
         return False
 
-    mine = units[number::of]
+    mine = layout.units[number::of]
     waiting = []
     for unit in mine:
         parts = unit_parts(job.folder, unit)
@@ -132,6 +135,8 @@ def _tokenize(
     most = len(waiting) if not any(unit.chunk_size for unit in waiting) else workers
     for progress in run_tasks(part_worker, job, tasks(), max(1, min(workers, most))):
         on_progress(progress)
+        if lay and progress.part_done and share is None:
+            layout.advance()
     return kept
 
 
@@ -221,6 +226,7 @@ def _write(
     settings: dict[str, Any],
     tokenizer: Tokenizer,
     job: Job,
+    layout: Layout,
     parts: Parts,
     on_stage: Callable[[str, int, int], None],
     on_progress: Callable[[Progress], None],
@@ -243,19 +249,26 @@ def _write(
         on_progress(Progress(input_bytes=count))
 
     for group in sorted(counts.groups):
-        blocks: Iterator[Block] = blocks_as_read(job.folder, parts, group, dtype, duplicates)
+        blocks: Iterator[Block] = blocks_as_read(layout, parts, group, dtype, duplicates)
+        prefix = request.prefix(group)
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        laid = layout.whole(parts, group) if request.as_read and _one_disk(job.folder, prefix.parent) else None
         if request.repository:
             how = Repositories(tokenizer, request.tokenizer.bos, request.tokenizer.eod)
             blocks = by_repository(blocks, how, job.folder, size[group], dtype, request.shuffle or 0)
         elif request.shuffle is not None:
             blocks = shuffled(blocks, job.folder, size[group], dtype, request.shuffle)
-        dataset = write_dataset(request.prefix(group), blocks, dtype, request.shard_size, on_bytes)
+        dataset = write_dataset(prefix, blocks, dtype, request.shard_size, on_bytes, laid)
         if dataset.counts.documents:
             datasets[group] = dataset
     counts.groups = {group: dataset.counts for group, dataset in datasets.items()}
     write_quarantine(request, job, parts, counts)
     write_manifests(request, settings, tokenizer, job, parts, counts, datasets)
     return {group: request.prefix(group) for group in datasets}, counts
+
+
+def _one_disk(*folders: Path) -> bool:
+    return len({folder.stat().st_dev for folder in folders}) == 1
 
 
 def _check_documents(request: Request, counts: Counts) -> None:

@@ -136,5 +136,3 @@ def bare(m: dict[str, Any], batches: np.ndarray) -> list[float]:
         seconds.append(time.perf_counter() - started)
     torch.distributed.destroy_process_group()
     return seconds
-
-

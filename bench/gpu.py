@@ -56,7 +56,12 @@ def recipe_of(shape: str, precision: str) -> Recipe:
     )  # fmt: skip
     compute = Precision(compute="bf16") if precision == "bf16" else Precision(compute="fp8", fp8_recipe=precision)
     return Recipe(
-        name="bench", model=model, sources={}, phases=[phase], precision=compute, parallel=Parallel(micro_batch_size=micro)
+        name="bench",
+        model=model,
+        sources={},
+        phases=[phase],
+        precision=compute,
+        parallel=Parallel(micro_batch_size=micro),
     )
 
 
@@ -103,7 +108,11 @@ def measure(side: str, shape: str, precision: str, steps: int) -> dict[str, Any]
     recipe = recipe_of(shape, precision)
     windows = synthetic(recipe, steps)
     seconds = ours(recipe, windows) if side == "megacode" else bare(settings_of(recipe, VOCAB), windows)
-    return {"seconds": seconds, "memory": torch.cuda.max_memory_allocated() / 2**30, "device": torch.cuda.get_device_name()}
+    return {
+        "seconds": seconds,
+        "memory": torch.cuda.max_memory_allocated() / 2**30,
+        "device": torch.cuda.get_device_name(),
+    }
 
 
 def main() -> None:

@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
     console.rule("4  Report")
     _megacode("report", str(folder))
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    console.print(f"All in {minutes} min {seconds} s. Next: open {folder / 'report.html'}, or change the recipe.", soft_wrap=True)
+    console.print(
+        f"All in {minutes} min {seconds} s. Next: open {folder / 'report.html'}, or change the recipe.", soft_wrap=True
+    )
     return 0
 
 

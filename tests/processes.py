@@ -42,7 +42,10 @@ def run_on(size: int, function: Callable[..., Any], *arguments: Any, parallel: P
     with TemporaryDirectory() as folder:
         try:
             mp.spawn(
-                _worker, (size, free_port(), folder, parallel or Parallel(), function, arguments), nprocs=size, join=True
+                _worker,
+                (size, free_port(), folder, parallel or Parallel(), function, arguments),
+                nprocs=size,
+                join=True,
             )
         except Exception as error:
             errors = [path.read_text() for path in sorted(Path(folder).glob("*.error"))]

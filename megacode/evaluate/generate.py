@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=64, help="how many tokens to write at most (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that hold this much probability")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens that hold this much probability"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
 
 
@@ -144,7 +146,8 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     console = Console(highlight=False, soft_wrap=True)
     prompts = [
-        (text, "", [*([tokenizer.bos_id] if recipe.tokenizer.bos else []), *tokenizer.encode(text)]) for text in args.prompt
+        (text, "", [*([tokenizer.bos_id] if recipe.tokenizer.bos else []), *tokenizer.encode(text)])
+        for text in args.prompt
     ]
     if infill:
         before, after = args.prefix or "", args.suffix or ""
@@ -152,7 +155,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         for before, after, tokens in prompts:
             if not tokens:
-                raise UserError("--prompt: is empty and the tokenizer's recipe has no begin-of-sequence token to start from")
+                raise UserError(
+                    "--prompt: is empty and the tokenizer's recipe has no begin-of-sequence token to start from"
+                )
             stop = tokenizer.eod_id if recipe.tokenizer.eod else None
             written = list(continue_tokens(model, tokens, args.tokens, stop, sampling, tokenizer.vocab_size))
             console.print(Text(before, "dim") + Text(tokenizer.decode(written), "bold") + Text(after, "dim"))

@@ -83,4 +83,6 @@ def _wait(children: list[subprocess.Popen[bytes]], grace_seconds: float) -> int:
                 if other.poll() is None:
                     other.kill()
         time.sleep(0.05)
-    return failed or next((c.returncode if c.returncode > 0 else 128 - c.returncode for c in children if c.returncode), 0)
+    return failed or next(
+        (c.returncode if c.returncode > 0 else 128 - c.returncode for c in children if c.returncode), 0
+    )

@@ -106,7 +106,9 @@ def megacode(*arguments: object, check: bool = True, **environment: str) -> subp
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment},
     )  # fmt: skip
     if check and done.returncode:
-        raise AssertionError(f"megacode {' '.join(map(str, arguments))} -> {done.returncode}\n{done.stdout}\n{done.stderr}")
+        raise AssertionError(
+            f"megacode {' '.join(map(str, arguments))} -> {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
     return done
 
 

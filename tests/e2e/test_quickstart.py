@@ -42,7 +42,15 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_quickstart_leaves_a_run_that_explains_itself(checkout: Path) -> None:
     kept = {path.name for path in (checkout / "runs/crystal-tiny").iterdir()}
-    assert {"recipe.yaml", "plan.json", "environment.json", "metrics.jsonl", "log.txt", "report.html", "samples.txt"} <= kept
+    assert {
+        "recipe.yaml",
+        "plan.json",
+        "environment.json",
+        "metrics.jsonl",
+        "log.txt",
+        "report.html",
+        "samples.txt",
+    } <= kept
 
 
 @pytest.mark.slow
@@ -53,7 +61,15 @@ def test_quickstart_again_says_that_it_goes_on(checkout: Path) -> None:
 @pytest.mark.slow
 def test_the_readme_commands_run(checkout: Path) -> None:
     commands = readme_commands()
-    assert {c.split()[1] for c in commands} >= {"plan", "preprocess", "train", "evaluate", "generate", "report", "doctor"}
+    assert {c.split()[1] for c in commands} >= {
+        "plan",
+        "preprocess",
+        "train",
+        "evaluate",
+        "generate",
+        "report",
+        "doctor",
+    }
     my = checkout / "my"
     my.mkdir()
     import zstandard

@@ -35,10 +35,18 @@ def llama_like(config_class, model_class, model: Model, weights: dict, **config)
     """The transformers model with Megatron's weights: fused tensors taken apart by the layout Megatron documents."""
     hf = model_class(
         config_class(
-            vocab_size=VOCAB, hidden_size=model.hidden_size, intermediate_size=model.resolved_ffn_size,
-            num_hidden_layers=model.layers, num_attention_heads=model.heads, num_key_value_heads=model.resolved_kv_heads,
-            rms_norm_eps=model.norm_epsilon, rope_theta=model.rotary_base, tie_word_embeddings=model.tie_embeddings,
-            max_position_embeddings=LENGTH, head_dim=model.resolved_head_dim, **config,
+            vocab_size=VOCAB,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.resolved_ffn_size,
+            num_hidden_layers=model.layers,
+            num_attention_heads=model.heads,
+            num_key_value_heads=model.resolved_kv_heads,
+            rms_norm_eps=model.norm_epsilon,
+            rope_theta=model.rotary_base,
+            tie_word_embeddings=model.tie_embeddings,
+            max_position_embeddings=LENGTH,
+            head_dim=model.resolved_head_dim,
+            **config,
         )  # fmt: skip
     ).eval()
     state = {
@@ -60,14 +68,19 @@ def llama_like(config_class, model_class, model: Model, weights: dict, **config)
         state[theirs + "self_attn.o_proj.weight"] = weights[ours + "self_attention.linear_proj.weight"]
         for norm in ("q", "k"):
             if model.qk_norm:
-                state[theirs + f"self_attn.{norm}_norm.weight"] = weights[ours + f"self_attention.{norm}_layernorm.weight"]
+                state[theirs + f"self_attn.{norm}_norm.weight"] = weights[
+                    ours + f"self_attention.{norm}_layernorm.weight"
+                ]
         gate, up = weights[ours + "mlp.linear_fc1.weight"].chunk(2)
         state[theirs + "mlp.gate_proj.weight"], state[theirs + "mlp.up_proj.weight"] = gate, up
         state[theirs + "mlp.down_proj.weight"] = weights[ours + "mlp.linear_fc2.weight"]
         state[theirs + "input_layernorm.weight"] = weights[ours + "input_layernorm.weight"]
         state[theirs + "post_attention_layernorm.weight"] = weights[ours + "pre_mlp_layernorm.weight"]
     missing, unexpected = hf.load_state_dict(state, strict=False)
-    assert not unexpected and not [m for m in missing if "rotary" not in m and "lm_head" not in m], (missing, unexpected)
+    assert not unexpected and not [m for m in missing if "rotary" not in m and "lm_head" not in m], (
+        missing,
+        unexpected,
+    )
     return hf
 
 

@@ -139,6 +139,7 @@ def test_every_document_in_order_with_sentencepieces_ids(model: Path, corpus: Pa
     numbers = result.counts.groups[Group("train")]
     assert (numbers.documents, numbers.bytes) == (7000, sum(len(text.encode()) for text in expected))
     assert result.parts > 1
+    assert result.counts.checked >= result.parts
 
 
 def test_any_number_of_workers_gives_the_same_bytes(model: Path, corpus: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ import pytest
 import zstandard
 
 from megacode.data import indexed
-from megacode.data.preprocess import Request, order, preprocess
+from megacode.data.fast_tokenizer import FastEncoder
+from megacode.data.preprocess import Request, order, part, preprocess
 from megacode.data.preprocess.conditions import parse_condition
 from megacode.data.preprocess.counts import Group
 from megacode.data.records import read_records
@@ -510,3 +511,22 @@ def test_tokens_laid_end_to_end_are_checked_when_a_run_goes_on(model: Path, corp
         assert sorted(p.name for p in folder.iterdir()) == sorted(
             p.name.replace("alone", "out") for p in tmp_path.glob("alone*")
         )
+
+
+def test_a_fast_backend_that_is_wrong_ends_the_run(
+    model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = FastEncoder.encode_documents
+    encoder = part.load_fast(load_tokenizer(schema.Tokenizer(path=str(model), added_tokens="crystal")))
+    assert isinstance(encoder, FastEncoder)
+
+    def wrong(self: FastEncoder, texts: Any) -> Any:
+        ids, offsets = right(self, texts)
+        return ids + 1, offsets
+
+    monkeypatch.setattr(FastEncoder, "encode_documents", wrong)
+    monkeypatch.setattr(part, "load_fast", lambda tokenizer: encoder)
+    with pytest.raises(UserError, match=r"in\.jsonl, record \d+: the fast tokenizer's ids differ"):
+        make(model, corpus, tmp_path / "out")
+    assert not (tmp_path / "out.bin").exists()
+    assert make(model, corpus, tmp_path / "exact", exact=True).counts.exact == "asked for (--exact)"

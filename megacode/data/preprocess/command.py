@@ -179,8 +179,8 @@ def preprocess_visibly(
 
         def on_stage(stage: str, total_bytes: int, done_bytes: int) -> None:
             show_stage(stage, total_bytes, done_bytes)
-            if plot and stage == "writing":  # the disk is busy and this process is not: what the plot will need
-                threading.Thread(target=lambda: importlib.import_module("matplotlib.figure"), daemon=True).start()
+            if plot and stage == "tokenizing":  # workers are busy and this process is not: what the plot will need
+                threading.Thread(target=_import_plotting, daemon=True).start()
 
         result = preprocess(request, workers, share, on_stage, on_progress)
     seconds = time.monotonic() - started
@@ -206,6 +206,11 @@ def preprocess_visibly(
     if plot:
         console.print(f"document lengths: {_shown(picture)}")
     return result
+
+
+def _import_plotting() -> None:
+    for module in ("matplotlib.backends.backend_agg", "megacode.report.drawing"):
+        importlib.import_module(module)
 
 
 def results_table(result: Result, seconds: float | None) -> Table:

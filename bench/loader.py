@@ -117,7 +117,7 @@ def python_corpus(folder: Path) -> Any:
 
 
 def main() -> None:
-    from megacode.recipe.schema import parse_count
+    from megacode.recipe.section import parse_count
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="200M")

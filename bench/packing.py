@@ -30,7 +30,8 @@ from megacode.data.packing_losses import packing_losses
 from megacode.data.planning import plan_with_data
 from megacode.data.shard import open_shard
 from megacode.data.source import open_sources
-from megacode.recipe.schema import Recipe, parse_count
+from megacode.recipe.schema import Recipe
+from megacode.recipe.section import parse_count
 
 BATCH, STEPS_A_ROUND, READ_TOKENS = 64, 12, 200_000_000
 

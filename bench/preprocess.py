@@ -242,7 +242,9 @@ def fast_sides(corpus: Path, model: Path, folder: Path, workers: int) -> Iterato
         whole = megacode(corpus, model, output, workers)
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             done = pool.map(_backend_worker, shares, chunksize=1)
-            rounds.append([whole, Result(PROCESSES, max(s for _, s in done), sum(n for n, _ in done)), _threads(model, texts)])
+            rounds.append(
+                [whole, Result(PROCESSES, max(s for _, s in done), sum(n for n, _ in done)), _threads(model, texts)]
+            )
         if number:
             shutil.rmtree(output)
     for results in zip(*rounds, strict=True):

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     """`megacode tokenizer train`; UserError on mistakes."""
     from rich.console import Console
 
-    from megacode.recipe.schema import parse_count
+    from megacode.recipe.section import parse_count
 
     console = Console()
     if args.output.suffix != ".model":

@@ -7,7 +7,6 @@ installed) and Megatron-Core's local ones.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +24,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megacode.errors import UserError
+from megacode.model.initialize import initialize_weights
+from megacode.model.mup import apply_scales, scale_fields
 from megacode.model.norm import Norm
 from megacode.recipe.schema import Recipe
 
@@ -46,12 +47,6 @@ def transformer_engine_available() -> bool:
     except (ImportError, OSError):
         return False
     return True
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """Vocabulary rows as stored: a multiple of 128, with each tensor-parallel share a multiple of 16 (FP8 GEMMs)."""
-    multiple = math.lcm(128, 16 * tensor_parallel)
-    return -(-vocab_size // multiple) * multiple
 
 
 def _normal(std: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -88,7 +83,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         num_attention_heads=model.heads,
         num_query_groups=model.resolved_kv_heads,
         kv_channels=model.resolved_head_dim,
-        ffn_hidden_size=model.resolved_ffn_size,
+        ffn_hidden_size=model.stored_ffn_size(parallel.tensor),
         normalization={"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[model.normalization],
         layernorm_epsilon=model.norm_epsilon,
         qk_layernorm=model.qk_norm,
@@ -99,11 +94,12 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         rotary_interleaved=model.rotary_interleaved,
         hidden_dropout=model.dropout,
         attention_dropout=model.attention_dropout,
-        softmax_scale=model.softmax_scale,
-        init_method_std=model.init_std,
-        init_method=_normal(model.init_std),
-        output_layer_init_method=_normal(model.output_init_std or model.init_std / math.sqrt(2 * model.layers)),
-        embedding_init_method=_normal(model.embedding_init_std or model.init_std),
+        softmax_scale=model.resolved_softmax_scale,
+        # For what `initialize_weights` does not know; it draws the rest anew.
+        init_method_std=model.hidden_init_std,
+        init_method=_normal(model.hidden_init_std),
+        output_layer_init_method=_normal(model.residual_init_std),
+        embedding_init_method=_normal(model.resolved_embedding_init_std),
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
@@ -128,6 +124,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         cross_entropy_fusion_impl="te" if engine else "native",
         gradient_accumulation_fusion=cuda and tensor_parallel_layers._grad_accum_fusion_available,
     )
+    fields |= scale_fields(model)
     if parallel.recompute.granularity == "selective":
         fields |= dict(recompute_granularity="selective")
     elif parallel.recompute.granularity == "full":
@@ -181,12 +178,13 @@ def build_model(recipe: Recipe, vocab_size: int, config: TransformerConfig | Non
     """This rank's model chunks (one, or `virtual_pipeline` of them), on its device, in the recipe's precision.
 
     Args:
-        vocab_size: of the tokenizer, unpadded. The rows of padding are zero, take no probability and get no gradient.
+        vocab_size: of the tokenizer, unpadded. The rows of padding are zero, take no probability and get no gradient; nor
+            does the padding of the feed-forward.
     """
     model = recipe.model
     config = config or transformer_config(recipe)
     length = model.context_length or max(phase.sequence_length for phase in recipe.phases)
-    padded = padded_vocab_size(vocab_size, recipe.parallel.tensor)
+    padded = model.stored(vocab_size, recipe.parallel.tensor)
     stages: list[int | None] = list(range(recipe.parallel.virtual_pipeline or 0)) or [None]
     chunks = []
     for vp_stage in stages:
@@ -213,7 +211,10 @@ def build_model(recipe: Recipe, vocab_size: int, config: TransformerConfig | Non
             chunk.cuda(torch.cuda.current_device())
         if config.bf16:
             chunk.bfloat16()
-        _neutralise_padding(chunk, vocab_size, padded)
+        names = global_parameter_names([chunk])
+        initialize_weights(names, model, recipe.seed, vocab_size, config.ffn_hidden_size, padded)
+        apply_scales(chunk, model)
+        _mask_padding(chunk, vocab_size, padded)
         chunks.append(chunk)
     return chunks
 
@@ -229,33 +230,25 @@ def _fp8_parameters(recipe: Recipe) -> Iterator[None]:
         yield
 
 
-def _neutralise_padding(chunk: GPTModel, vocab_size: int, padded: int) -> None:
-    """Zero the padding rows of this rank's share of the vocabulary and give their logits no probability.
+def _mask_padding(chunk: GPTModel, vocab_size: int, padded: int) -> None:
+    """Give the logits of padding rows no probability.
 
-    So the loss is that of the unpadded vocabulary, the rows' gradients are zero, and zeros stay zero under weight decay.
+    The rows are zero; so the loss is that of the unpadded vocabulary, their gradients are zero, and zeros stay zero under
+    weight decay.
     """
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     share = padded // size
     valid = min(max(vocab_size - rank * share, 0), share)
-    if valid == share:
+    if valid == share or not chunk.post_process:
         return
-    weights = []
-    if hasattr(chunk, "embedding"):
-        weights.append(chunk.embedding.word_embeddings.weight)
-    if chunk.post_process and getattr(chunk.output_layer, "weight", None) is not None:
-        weights.append(chunk.output_layer.weight)
-    with torch.no_grad():
-        for weight in weights:
-            weight[valid:].zero_()
-    if chunk.post_process:
 
-        def mask_padding(module: torch.nn.Module, args: Any, output: Any) -> Any:
-            # Behind autograd's back, which would copy the whole gradient: that of a logit without probability is zero.
-            logits = output[0].detach()
-            logits[..., valid:] = torch.finfo(logits.dtype).min / 2
-            return output
+    def mask(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        # Behind autograd's back, which would copy the whole gradient: that of a logit without probability is zero.
+        logits = output[0].detach()
+        logits[..., valid:] = torch.finfo(logits.dtype).min / 2
+        return output
 
-        chunk.output_layer.register_forward_hook(mask_padding)
+    chunk.output_layer.register_forward_hook(mask)
 
 
 def global_parameter_names(chunks: list[Any]) -> dict[str, torch.nn.Parameter]:

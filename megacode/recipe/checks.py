@@ -164,14 +164,6 @@ def _parallel(recipe: Recipe) -> Iterator[Problem]:
             "parallel.tensor",
             f"{tensor} is neither a divisor nor a multiple of model.kv_heads {kv_heads}; change one of them",
         )
-    if model.resolved_ffn_size % tensor:
-        lower = model.resolved_ffn_size // tensor * tensor
-        yield Problem(
-            "model.ffn_size",
-            f"{model.resolved_ffn_size} cannot be split over parallel.tensor {tensor}; use {lower} or "
-            f"{lower + tensor}, or "
-            "another tensor",
-        )
     chunks = pipeline * (virtual or 1) if pipeline > 1 else 1
     if model.layers % chunks and not any("pipeline" in key for key in model.megatron):
         product = f"pipeline {pipeline}" + (f" x virtual_pipeline {virtual} = {chunks}" if virtual else "")
@@ -239,17 +231,17 @@ def _precision(recipe: Recipe) -> Iterator[Problem]:
     tensor = recipe.parallel.tensor
     sizes = {
         "hidden_size": model.hidden_size,
-        "ffn_size": model.resolved_ffn_size / tensor,
+        "ffn_size": model.stored_ffn_size(tensor) / tensor,
         "heads": model.heads * model.resolved_head_dim / tensor,
     }
     for key, size in sizes.items():
         if size % 16:
             what = "x head_dim " if key == "heads" else ""
+            remedy = f"set model.pad_multiple to {16 * tensor}" if key == "ffn_size" else "change it"
             yield Problem(
                 f"model.{key}",
-                f"{what}gives FP8 matrices a side of {size:g} on each tensor-parallel rank, and they need multiples of "
-                "16; change it "
-                "or use `precision: bf16`",
+                f"{what}gives FP8 matrices a side of {size:g} on each tensor-parallel rank, and they need multiples of 16; "
+                f"{remedy} or use `precision: bf16`",
             )
     edges = precision.bf16_first_layers, precision.bf16_last_layers
     if any(edges) and precision.fp8_recipe == "delayed":

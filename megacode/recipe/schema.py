@@ -11,122 +11,17 @@ Counts accept `4_000`, `4k`, `1.2M`, `344.8B` and `1.4T`.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-_COUNT = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+]?[0-9]+)?)\s*([kKmMbBtT]?)\s*$")
+from megacode.recipe.schema_model import Model, Mup, Tokenizer
+from megacode.recipe.section import Count, CountOrZero, Fraction, Section
 
+__all__ = ["Model", "Mup", "Section", "Tokenizer"]  # read from here, with what follows
 
-def parse_count(value: Any) -> Any:
-    """`'344.8B'` -> 344_800_000_000. Integers pass; anything else is left for the type check to refuse."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if not isinstance(value, str):
-        return value
-    match = _COUNT.match(value)
-    if not match:
-        raise ValueError(f"expected a count such as 4000, 120k, 1.5M, 344.8B or 1.4T, not {value!r}")
-    number = float(match[1].replace("_", "")) * _SUFFIXES[match[2].lower()]
-    return round(number)
-
-
-Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
-CountOrZero = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Packing = Literal["concatenate", "best_fit"]
 FimLevel = Literal["context", "document"]
-
-
-class Section(BaseModel):
-    """Base of every part of a recipe: immutable, strict about types, and without unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-# ---------------------------------------------------------------------------------------------------------- model
-
-
-class Model(Section):
-    """The GPT family, in the field's words. `megatron` reaches every other field of Megatron-Core's TransformerConfig.
-
-    The vocabulary is the tokenizer's; `vocab_size` states it where no tokenizer is at hand (planning) and must then agree.
-    """
-
-    layers: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    kv_heads: int | None = Field(default=None, gt=0)
-    """Key/value heads (grouped-query attention); default: as many as `heads`."""
-    head_dim: int | None = Field(default=None, gt=0)
-    """Default: hidden_size / heads."""
-    ffn_size: int | None = Field(default=None, gt=0)
-    """Inner size of the feed-forward layer; default: 4 x hidden_size, or 8/3 of it rounded up to 64 for gated ones."""
-    vocab_size: Count | None = None
-    context_length: Count | None = None
-    """Longest sequence the model is for (rotary tables, export); default: the longest phase's sequence length."""
-    normalization: Literal["layernorm", "rmsnorm"] = "rmsnorm"
-    norm_epsilon: float = Field(default=1e-5, gt=0)
-    qk_norm: bool = False
-    activation: Literal["swiglu", "geglu", "gelu", "relu", "squared-relu"] = "swiglu"
-    linear_bias: bool = False
-    """Biases on every linear layer (query/key/value, attention output, feed-forward)."""
-    qkv_bias: bool = False
-    """Biases on query/key/value only (Qwen2)."""
-    position_embedding: Literal["rotary", "learned", "none"] = "rotary"
-    rotary_base: float = Field(default=10000.0, gt=0)
-    rotary_fraction: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Share of each head's dimensions that is rotated."""
-    rotary_interleaved: bool = False
-    """Pairs (x0, x1), (x2, x3) ... (GPT-J, Crystal) instead of halves (Llama)."""
-    tie_embeddings: bool = False
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    init_std: float = Field(default=0.02, gt=0)
-    embedding_init_std: float | None = Field(default=None, gt=0)
-    output_init_std: float | None = Field(default=None, gt=0)
-    """Standard deviation of attention-out and FFN-down; default: init_std / sqrt(2 x layers)."""
-    softmax_scale: float | None = Field(default=None, gt=0)
-    """Factor on attention scores; default: 1 / sqrt(head_dim)."""
-    megatron: dict[str, Any] = Field(default_factory=dict)
-    """Further TransformerConfig fields by their own names; names and plain types are checked against the installed one."""
-
-    @property
-    def resolved_kv_heads(self) -> int:
-        return self.kv_heads or self.heads
-
-    @property
-    def resolved_head_dim(self) -> int:
-        return self.head_dim or self.hidden_size // self.heads
-
-    @property
-    def gated(self) -> bool:
-        return self.activation in ("swiglu", "geglu")
-
-    @property
-    def resolved_ffn_size(self) -> int:
-        if self.ffn_size:
-            return self.ffn_size
-        return -(-self.hidden_size * 8 // 3 // 64) * 64 if self.gated else 4 * self.hidden_size
-
-
-# ------------------------------------------------------------------------------------------------------- tokenizer
-
-
-class Tokenizer(Section):
-    """Which tokenizer made the corpora. `path` is a SentencePiece .model, a tokenizer.json or a tiktoken vocabulary."""
-
-    path: str
-    kind: Literal["sentencepiece", "huggingface", "tiktoken"] | None = None
-    """Default: by the file's ending."""
-    added_tokens: Literal["none", "crystal"] | list[str] = "none"
-    """Control tokens after the base vocabulary; `crystal` is the published list (fim, starcoder, chat, reserved)."""
-    bos: bool = False
-    """Put the begin-of-sequence token before each document."""
-    eod: bool = True
-    """Put the end-of-document token after each document."""
 
 
 # --------------------------------------------------------------------------------------------------------- sources

@@ -39,6 +39,7 @@ class Trainer:
     checkpointer: Checkpointer
     validation: Validation | None
     reports: StepReports
+    vocab_size: int
 
 
 def train(plan: Plan, run: Path, world: World, tokenizer: Tokenizer | None, vocab_size: int) -> int:
@@ -73,6 +74,7 @@ def train(plan: Plan, run: Path, world: World, tokenizer: Tokenizer | None, voca
         ),
         validation=Validation.open(plan, world, tokenizer),
         reports=reports,
+        vocab_size=vocab_size,
     )
     first = _restore(trainer, resume)
     mixture = Mixture(plan, open_sources(plan))
@@ -159,6 +161,7 @@ def _save(trainer: Trainer, done: int) -> None:
         "phase": plan.phase_at(done - 1).name,
         "tokens": plan.tokens_before(done),
         "facts": fingerprint(plan, done),
+        "vocab_size": trainer.vocab_size,
         "distributed_optimizer": recipe.parallel.distributed_optimizer,
         "layout": {
             "tensor": recipe.parallel.tensor,

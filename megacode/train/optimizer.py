@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megacode.errors import UserError
 from megacode.model.gpt import global_parameter_names
+from megacode.model.mup import rate_multiplier
 from megacode.recipe.schema import Optimizer, Recipe
 
 
@@ -49,13 +50,16 @@ def wrap_data_parallel(
     return wrapped
 
 
-def multipliers(settings: Optimizer, name: str, parameter: torch.nn.Parameter) -> tuple[float, float]:
-    """(learning-rate, weight-decay) multipliers of a parameter by its Megatron-Core name; biases and norms do not decay."""
+def multipliers(recipe: Recipe, name: str, parameter: torch.nn.Parameter) -> tuple[float, float]:
+    """(learning-rate, weight-decay) multipliers of a parameter by its Megatron-Core name; biases and norms do not decay.
+
+    The rate's is that of the last group that matches, times muP's.
+    """
     rate, decay = 1.0, 0.0 if parameter.ndim == 1 or name.endswith(".bias") else 1.0
-    for group in settings.groups:
+    for group in recipe.optimizer.groups:
         if fnmatch.fnmatchcase(name, group.match):
             rate, decay = group.lr_mult, decay * group.weight_decay_mult
-    return rate, decay
+    return rate * rate_multiplier(recipe.model, name, parameter), decay
 
 
 def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> Any:
@@ -87,7 +91,7 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> An
     except (AssertionError, ValueError, TypeError) as error:
         raise UserError(f"optimizer.megatron: Megatron-Core refuses this: {error}") from error
 
-    wanted = {id(p): multipliers(settings, name, p) for name, p in global_parameter_names(chunks).items()}
+    wanted = {id(p): multipliers(recipe, name, p) for name, p in global_parameter_names(chunks).items()}
     _refuse_idle_groups(settings, global_parameter_names(chunks))
     overrides = {
         ParamKey(

@@ -1,0 +1,111 @@
+"""Initial weights as a function of (seed, parameter name, shape): the same in every parallel layout and with any padding.
+
+Megatron-Core draws from a generator whose state depends on the order of the layers and on the layout. Here each matrix of the
+dense GPT has a generator of its own, the whole unpadded matrix is drawn on the parameter's device, and each rank keeps its
+share; what is padding is zero. CPU and CUDA draw different numbers. Matrices that only pass-through fields bring (experts,
+multi-token prediction) keep Megatron-Core's start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megacode.recipe.schema import Model
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A weight of the whole model: `[parts, rows, columns]` before padding, and where it is cut and padded.
+
+    Attributes:
+        name: under which its numbers are drawn.
+        parts: matrices stacked in one (gate and up).
+        split: dimension that tensor parallelism cuts (1 rows, 2 columns), None for none.
+        padded: size of that dimension with padding.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    std: float
+    split: int | None
+    padded: int = 0
+
+
+def initialize_weights(
+    names: dict[str, torch.nn.Parameter], model: Model, seed: int, vocab_size: int, ffn_size: int, padded_vocab: int
+) -> None:
+    """Fill this rank's parameters in place.
+
+    Args:
+        names: parameters by their names in the whole model (`gpt.global_parameter_names`).
+        vocab_size: unpadded; `padded_vocab` as stored.
+        ffn_size: as stored.
+    """
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in names.items():
+        matrix = _matrix(name, tuple(parameter.shape), model, vocab_size, ffn_size, padded_vocab)
+        if matrix is None:
+            continue
+        share = _share(_draw(matrix, model, seed, parameter.device), matrix, rank, size)
+        with torch.no_grad():
+            parameter.copy_(share.reshape(parameter.shape))
+        if hasattr(parameter, "_high_precision_init_val"):  # FP8 parameters: master weights start from this one
+            parameter._high_precision_init_val = share.reshape(parameter.shape).cpu()
+
+
+def _matrix(
+    name: str, local: tuple[int, ...], model: Model, vocab_size: int, ffn_size: int, padded_vocab: int
+) -> _Matrix | None:
+    hidden, inner = model.hidden_size, model.resolved_ffn_size
+    attention = model.heads * model.resolved_head_dim
+    qkv = attention + 2 * model.resolved_kv_heads * model.resolved_head_dim
+    embedding, std = "embedding.word_embeddings.weight", model.resolved_embedding_init_std
+    if name == embedding or (name == "output_layer.weight" and model.tie_embeddings):
+        return _Matrix(embedding, (1, vocab_size, hidden), std, 1, padded_vocab)
+    if name == "output_layer.weight":
+        return _Matrix(name, (1, vocab_size, hidden), model.head_init_std, 1, padded_vocab)
+    if name == "embedding.position_embeddings.weight":
+        return _Matrix(name, (1, *local), std, None)  # type: ignore[arg-type]
+    if name.endswith(".self_attention.linear_qkv.weight"):
+        return _Matrix(name, (1, qkv, hidden), model.hidden_init_std, 1, qkv)
+    if name.endswith(".self_attention.linear_proj.weight"):
+        return _Matrix(name, (1, hidden, attention), model.residual_init_std, 2, attention)
+    if name.endswith(".mlp.linear_fc1.weight"):
+        return _Matrix(name, (2 if model.gated else 1, inner, hidden), model.hidden_init_std, 1, ffn_size)
+    if name.endswith(".mlp.linear_fc2.weight"):
+        return _Matrix(name, (1, hidden, inner), model.residual_init_std, 2, ffn_size)
+    return None
+
+
+def _draw(matrix: _Matrix, model: Model, seed: int, device: torch.device) -> Tensor:
+    """float32 `[parts, rows, columns]`, without padding."""
+    key = blake2b(f"{seed} {matrix.name}".encode(), digest_size=8).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little") % 2**63)
+    whole = torch.empty(matrix.shape, dtype=torch.float32, device=device)
+    std = matrix.std
+    if model.init_distribution == "truncated_normal":
+        return torch.nn.init.trunc_normal_(whole, 0.0, std, -2 * std, 2 * std, generator=generator)
+    return whole.normal_(0.0, std, generator=generator)
+
+
+def _share(whole: Tensor, matrix: _Matrix, rank: int, size: int) -> Tensor:
+    """This tensor-parallel rank's slice of every part, with zeros where it is padding."""
+    if matrix.split is None:
+        return whole
+    each = matrix.padded // size
+    there = whole.shape[matrix.split]
+    first, last = min(rank * each, there), min((rank + 1) * each, there)
+    share = whole.narrow(matrix.split, first, last - first)
+    if last - first == each:
+        return share
+    shape: list[Any] = list(whole.shape)
+    shape[matrix.split] = each
+    out = whole.new_zeros(shape)
+    out.narrow(matrix.split, 0, last - first).copy_(share)
+    return out

@@ -1,0 +1,35 @@
+"""What every part of a recipe is made of: an immutable section without unknown keys, counts, shares."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_COUNT = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+]?[0-9]+)?)\s*([kKmMbBtT]?)\s*$")
+
+
+def parse_count(value: Any) -> Any:
+    """`'344.8B'` -> 344_800_000_000. Integers pass; anything else is left for the type check to refuse."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
+        return value
+    match = _COUNT.match(value)
+    if not match:
+        raise ValueError(f"expected a count such as 4000, 120k, 1.5M, 344.8B or 1.4T, not {value!r}")
+    number = float(match[1].replace("_", "")) * _SUFFIXES[match[2].lower()]
+    return round(number)
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+CountOrZero = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: immutable, strict about types, and without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

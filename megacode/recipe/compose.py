@@ -1,6 +1,6 @@
 """One tree from several: `extends`, overrides, and the rules by which one recipe changes another.
 
-Mappings merge key by key; anything else replaces what was there. On top of that:
+Mappings merge key by key, `KEY: !replace {...}` and anything else replace what was there. On top of that:
 
 * `phases` may be a mapping in a recipe that extends another: `NAME: {...}` changes the phase of that name, `NAME: null`
   drops it, and `+: [...]` adds phases at the end. A list replaces all phases.
@@ -103,7 +103,7 @@ def _expanded(node: Node, path: tuple[str, ...]) -> Node:
 def _merge(base: Node, over: Node, path: tuple[str, ...]) -> Node:
     if path == ("phases",) and isinstance(base.value, list) and isinstance(over.value, dict):
         return _merge_phases(base, over)
-    if not isinstance(base.value, dict) or not isinstance(over.value, dict):
+    if over.replaces or not isinstance(base.value, dict) or not isinstance(over.value, dict):
         return over
     if "shape" in over.value and "shape" in base.value:
         return over

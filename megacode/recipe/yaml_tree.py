@@ -2,7 +2,7 @@
 
 The dialect is the plain one people mean: `true`/`false` are the only booleans (`yes`, `no`, `on`, `off` are words),
 `1e-4` and `3E-4` are numbers, there are no dates, octals or base-60 numbers, a key given twice is an error, and tags
-are refused.
+are refused, but for `!replace` before a mapping (see `compose`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import yaml
 from megacode.errors import UserError
 
 _MAX_NODES = 500_000
+_REPLACE = "!replace"
 _CONTAINERS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 _RESOLVERS = (
     ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -57,12 +58,14 @@ class Node:
         origin: the file, or the override, for messages.
         line: 1-based, of the key that holds the value; None for an override.
         folder: what relative paths in it are relative to.
+        replaces: a mapping that takes the place of the one it would be merged into.
     """
 
     value: Any
     origin: str
     line: int | None
     folder: Path
+    replaces: bool = False
 
     @property
     def where(self) -> str:
@@ -77,7 +80,7 @@ class Node:
         return self.value
 
     def with_value(self, value: Any) -> Node:
-        return Node(value, self.origin, self.line, self.folder)
+        return Node(value, self.origin, self.line, self.folder, self.replaces)
 
 
 def read_yaml(path: Path) -> Node:
@@ -132,7 +135,8 @@ class _Builder:
         if id(node) in above or self.built > _MAX_NODES:
             what = "an alias that contains itself" if id(node) in above else f"more than {_MAX_NODES:,} values"
             raise UserError(f"{self.origin}:{line + 1}: {what} cannot be read; write the values out")
-        if not isinstance(node, yaml.ScalarNode) and node.tag not in _CONTAINERS:
+        replaces = node.tag == _REPLACE and isinstance(node, yaml.MappingNode)
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in _CONTAINERS and not replaces:
             raise UserError(f"{self.origin}:{line + 1}: the tag {node.tag!r} cannot be read; take it out")
         if isinstance(node, yaml.MappingNode):
             value: Any = self._mapping(node, (*above, id(node)))
@@ -140,7 +144,7 @@ class _Builder:
             value = [self.build(item, item.start_mark.line, (*above, id(node))) for item in node.value]
         else:
             value = self._scalar(node)
-        return Node(value, self.origin, line + 1 if self.numbered else None, self.folder)
+        return Node(value, self.origin, line + 1 if self.numbered else None, self.folder, replaces)
 
     def _mapping(self, node: yaml.MappingNode, above: tuple[int, ...]) -> dict[str, Node]:
         out: dict[str, Node] = {}

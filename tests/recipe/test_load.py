@@ -61,6 +61,21 @@ def test_extends_merges_mappings_and_replaces_lists(write, good):
     assert (recipe.name, recipe.model.hidden_size, recipe.model.layers) == ("child", 128, 4)
 
 
+def test_a_mapping_can_take_the_place_of_another(write, good):
+    write(good, "base.yaml")
+    child = """\
+        extends: base.yaml
+        sources: !replace
+          other: {path: data/other}
+        phases: {first: {mixture: !replace {sources: {other: 1}}}, second: null}
+    """
+    recipe = load_recipe(write(child, "child.yaml"))
+    assert list(recipe.sources) == ["other"]
+    assert list(recipe.phases[0].mixture.sources) == ["other"]
+    with pytest.raises(UserError, match="tag '!replace' cannot be read"):
+        load_recipe(write(good.replace("phases:\n", "phases: !replace\n", 1), "list.yaml"))
+
+
 def test_phases_change_by_name_are_dropped_and_added(write, good):
     write(good, "base.yaml")
     child = """\

@@ -20,11 +20,11 @@ def settings_of(recipe: Any, vocab_size: int) -> dict[str, Any]:
     model, precision = recipe.model, recipe.precision
     return dict(
         layers=model.layers, hidden_size=model.hidden_size, heads=model.heads, kv_heads=model.resolved_kv_heads,
-        head_dim=model.resolved_head_dim, ffn_size=model.resolved_ffn_size, linear_bias=model.linear_bias,
+        head_dim=model.resolved_head_dim, ffn_size=model.stored_ffn_size(1), linear_bias=model.linear_bias,
         normalization={"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[model.normalization], gated=model.gated,
         rotary_interleaved=model.rotary_interleaved, rotary_fraction=model.rotary_fraction, tied=model.tie_embeddings,
         half=precision.compute != "fp32", fp8=precision.fp8_recipe if precision.compute == "fp8" else None,
-        fp8_format=precision.fp8_format, fp8_history=precision.fp8_amax_history, vocab=-(-vocab_size // 128) * 128,
+        fp8_format=precision.fp8_format, fp8_history=precision.fp8_amax_history, vocab=model.stored(vocab_size, 1),
         length=recipe.phases[0].sequence_length, micro_batch_size=recipe.parallel.micro_batch_size, port=free_port(),
     )  # fmt: skip
 

@@ -4,7 +4,7 @@
 
 The bare side, bench/bare.py, is written against Megatron-Core alone. The other side is `megacode train` as a user runs it:
 reading and shuffling data, losses by source, metrics.jsonl, TensorBoard. Sides take turns, each in a fresh process; what counts
-is the median time of a step.
+is the median time of a step. muP is off, because Megatron-Core alone does not know it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
     later = [p.name for p in load_recipe(args.recipe, args.overrides).phases[1:]]
     changes = [
         *args.overrides, f"phases.0.steps={args.steps}", *(f"phases.{name}.steps=1" for name in later),
-        "phases.0.fim_rate=0", "evaluation.at_phase_end=false", "checkpoints.keep_phase_ends=false", "logging.every=10",
+        "phases.0.fim_rate=0", "model.mup=null", "evaluation.at_phase_end=false", "checkpoints.keep_phase_ends=false", "logging.every=10",
     ]  # fmt: skip
     sides: dict[str, list[float]] = {"bare Megatron-Core": [], "megacode": []}
     with tempfile.TemporaryDirectory() as temporary:

@@ -31,15 +31,15 @@ VOCAB = 32032
 SHAPES: dict[str, tuple[Model, int, int, int]] = {
     # name: (model, sequence length, micro-batch size, sequences in a step)
     "crystal-7b": (
-        Model(layers=32, hidden_size=4096, heads=32, ffn_size=10944, normalization="layernorm", linear_bias=True,
+        Model(layers=32, hidden_size=4096, heads=32, ffn_size=10922, normalization="layernorm", linear_bias=True,
               rotary_fraction=0.25, rotary_interleaved=True, tie_embeddings=True, vocab_size=VOCAB), 2048, 2, 32,
     ),
     "crystal-7b-8k": (
-        Model(layers=32, hidden_size=4096, heads=32, ffn_size=10944, normalization="layernorm", linear_bias=True,
+        Model(layers=32, hidden_size=4096, heads=32, ffn_size=10922, normalization="layernorm", linear_bias=True,
               rotary_fraction=0.25, rotary_interleaved=True, tie_embeddings=True, vocab_size=VOCAB), 8192, 1, 4,
     ),
     "crystal-7b-24-layers": (
-        Model(layers=24, hidden_size=4096, heads=32, ffn_size=10944, normalization="layernorm", linear_bias=True,
+        Model(layers=24, hidden_size=4096, heads=32, ffn_size=10922, normalization="layernorm", linear_bias=True,
               rotary_fraction=0.25, rotary_interleaved=True, tie_embeddings=True, vocab_size=VOCAB), 2048, 2, 32,
     ),
     "llama-8b-16-layers": (

@@ -78,7 +78,8 @@ def main() -> None:
     later = [p.name for p in load_recipe(args.recipe, args.overrides).phases[1:]]
     changes = [
         *args.overrides, f"phases.0.steps={args.steps}", *(f"phases.{name}.steps=1" for name in later),
-        "phases.0.fim_rate=0", "model.mup=null", "evaluation.at_phase_end=false", "checkpoints.keep_phase_ends=false", "logging.every=10",
+        "phases.0.fim_rate=0", "model.mup=null", "evaluation.at_phase_end=false", "checkpoints.keep_phase_ends=false",
+        "logging.every=10",
     ]  # fmt: skip
     sides: dict[str, list[float]] = {"bare Megatron-Core": [], "megacode": []}
     with tempfile.TemporaryDirectory() as temporary:

@@ -157,7 +157,8 @@ def report_coordinates(args: argparse.Namespace) -> None:
                 ax.set_xlabel("width")
             if column == 0:
                 ax.set_ylabel(f"{side}\nRMS")
-    axes[0, -1].legend(fontsize=7)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=args.steps)
     figure.savefig(args.output / "mup-coordinates.png", dpi=130)
 
 

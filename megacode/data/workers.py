@@ -1,7 +1,8 @@
 """Tasks on several processes, first come first served, with messages on the way.
 
-Processes are spawned, not forked: the parent draws a progress bar from a thread, and may hold a library's locks. A
-worker that dies (killed for memory, say) ends the whole with a sentence; a parent that dies ends its workers.
+Workers are not forked from this process, which draws a progress bar from a thread and may hold a library's locks, but from
+a server that has imported what they need (`prepare_workers`), or spawned. A worker that dies (killed for memory, say) ends
+the whole with a sentence; a parent that dies ends its workers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import errno
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -20,6 +22,18 @@ Message = TypeVar("Message")
 Task = TypeVar("Task")
 Context = TypeVar("Context")
 Make = Callable[[Context], Callable[[Task], Iterator[Message]]]
+
+
+def prepare_workers(modules: Sequence[str]) -> None:
+    """Start a process that imports `modules` while this one goes on; workers are then copies of it, there at once."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        multiprocessing.set_forkserver_preload(list(modules))
+        forkserver.ensure_running()
+
+
+def _context() -> Any:
+    server = getattr(forkserver, "_forkserver", None)
+    return multiprocessing.get_context("forkserver" if getattr(server, "_forkserver_pid", None) else "spawn")
 
 
 def run_tasks(
@@ -33,13 +47,13 @@ def run_tasks(
     if workers == 1:
         yield from _here(make, context, tasks)
         return
-    spawn = multiprocessing.get_context("spawn")
+    start = _context()
     waiting = iter(tasks)
     processes: dict[Connection, Any] = {}
     try:
         for _, task in zip(range(workers), waiting, strict=False):  # in this order zip takes no task it does not give
-            here, there = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(there, make, context), daemon=True)
+            here, there = start.Pipe()
+            process = start.Process(target=_serve, args=(there, make, context), daemon=True)
             process.start()
             there.close()
             here.send(task)

@@ -17,11 +17,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from rich.table import Table
 
 from megacode.data import indexed
+from megacode.data.fast_tokenizer import FAST_MODULES
 from megacode.data.inputs import FORMATS
 from megacode.data.preprocess import part
 from megacode.data.preprocess.conditions import parse_condition
 from megacode.data.preprocess.request import Request, Result
 from megacode.data.preprocess.run import preprocess
+from megacode.data.workers import prepare_workers
 from megacode.errors import UserError
 from megacode.recipe import schema
 
@@ -119,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: expected 1 or more")
+    if args.workers > 1:
+        prepare_workers(["megacode.data.preprocess.part", *FAST_MODULES])
     if args.where:
         parse_condition(args.where)
     if args.shuffle is not None and args.shuffle < 0:

@@ -31,7 +31,7 @@ from megacode.errors import UserError
 from megacode.recipe import schema
 
 BATCH_BYTES, BATCH_DOCUMENTS = 8 << 20, 1 << 16
-"""Tokenized at a time. The fast backend begins each batch with an empty cache: with 2 MiB it is a sixth slower, with 16 no faster."""
+"""Tokenized at a time. The fast backend begins each batch with an empty cache: with 2 MiB a sixth slower, with 16 no faster."""
 EXACT_BATCH_BYTES = 1 << 20
 CHECKED_SHARE = 1 / 1000
 """Of the documents, and at least one in a batch, whose ids are compared with the reference library's; it costs about a

@@ -156,6 +156,8 @@ class Plan:
 
     recipe: Recipe
     phases: tuple[PhasePlan, ...]
+    token_counts: Mapping[str, int] = field(default_factory=dict, compare=False)
+    """Tokens of every source that a phase reads."""
 
     @property
     def total_steps(self) -> int:
@@ -279,7 +281,7 @@ def make_plan(
         first_step += steps
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
-    return Plan(recipe, tuple(phases))
+    return Plan(recipe, tuple(phases), dict(token_counts))
 
 
 def _stream(

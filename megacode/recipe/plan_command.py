@@ -7,6 +7,9 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from megacode.errors import UserError
 from megacode.recipe.checks import check_layout
@@ -15,8 +18,14 @@ from megacode.recipe.load import load_recipe
 from megacode.recipe.plan import Plan
 from megacode.recipe.schema import Recipe
 
+if TYPE_CHECKING:
+    from megacode.recipe.show_costs import Machine
+
 HELP = "print the whole run as tables before it starts"
-EXAMPLE = "megacode plan recipes/crystal-7b.yaml --gpus 64 --device h100 --mfu 0.45"
+EXAMPLE = """examples:
+  megacode plan recipes/crystal-7b.yaml --gpus 64 --device h100 --mfu 0.45 --price 2.5
+  megacode plan recipes/crystal-7b.yaml --gpus 64 --suggest
+  megacode plan recipes/crystal-7b.yaml --plot plan.png --checkpoints"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=sorted(DEVICES), default="h100", metavar="NAME", help="h100 (default), a100, b200 ..."
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw shares, rate and batch size (.png, .svg)")
+    parser.add_argument("--price", type=_price, metavar="X", help="of a device hour, for the whole run's")
+    parser.add_argument("--checkpoints", action="store_true", help="list every checkpoint")
+    parser.add_argument(
+        "--suggest", action="store_true", help="propose parallel layouts for --gpus and --device, fastest first"
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=_positive, default=8, metavar="N", help="for --suggest: devices that NVLink joins (8)"
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON instead")
 
 
@@ -44,13 +61,16 @@ def run(args: argparse.Namespace) -> int:
     from megacode.data.planning import plan_with_data
 
     recipe = load_recipe(args.recipe, args.overrides)
+    vocab_size = vocabulary(recipe)
+    if args.suggest:
+        return _suggest(recipe, vocab_size, args)
     if args.gpus:
         check_layout(recipe, args.gpus, args.recipe)
     plan = plan_with_data(recipe, args.recipe)
-    vocab_size = vocabulary(recipe)
     if args.plot:
         _draw(plan, args.plot)
     from megacode.recipe.show import plan_as_dict, print_plan
+    from megacode.recipe.show_costs import print_costs
     from megacode.recipe.show_packing import packing_table
 
     losses = packing_losses(plan)
@@ -58,16 +78,47 @@ def run(args: argparse.Namespace) -> int:
         packing = [dataclasses.asdict(one) for one in losses]
         print(json.dumps({**plan_as_dict(plan, vocab_size), "packing": packing}, indent=1))
         return 0
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a file or a pipe has no width of its own
-        console = Console(highlight=False, width=140)
-    print_plan(plan, vocab_size, console, args.gpus, args.device, args.mfu)
+    console = _console()
+    print_plan(plan, vocab_size, console)
+    print_costs(plan, vocab_size, _machine(args), console, args.checkpoints)
     if table := packing_table(plan, losses):
         console.print(table)
     if args.plot:
         console.print(f"drawn: {args.plot}")
+    return 0
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=140)  # a pipe has no width of its own
+
+
+def _machine(args: argparse.Namespace) -> Machine:
+    from megacode.recipe.show_costs import Machine
+
+    return Machine(args.gpus, args.device, args.mfu, args.price)
+
+
+def _suggest(recipe: Recipe, vocab_size: int | None, args: argparse.Namespace) -> int:
+    from megacode.recipe.show_costs import print_suggestions
+    from megacode.recipe.suggest import suggest
+
+    if not args.gpus:
+        raise UserError("--suggest: give the number of devices, --gpus N")
+    if vocab_size is None:
+        raise UserError(
+            f"{args.recipe}: model.vocab_size: --suggest needs it where the tokenizer is not there; add the key"
+        )
+    machine = _machine(args)
+    proposals = suggest(recipe, vocab_size, args.gpus, machine.peak, args.gpus_per_node)
+    if args.json:
+        rows = [
+            {"settings": p.settings(), "data": p.data, "memory": p.memory.total, "seconds": p.seconds}
+            for p in proposals
+        ]
+        print(json.dumps(rows, indent=1))
+    else:
+        print_suggestions(proposals, machine, str(args.recipe), _console())
     return 0
 
 
@@ -83,7 +134,7 @@ def vocabulary(recipe: Recipe) -> int | None:
 
 
 def _draw(plan: Plan, path: Path) -> None:
-    from megacode.recipe.show import plot_plan
+    from megacode.recipe.plot import plot_plan
 
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
@@ -98,6 +149,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("expected 1 or more")
+    return number
+
+
+def _price(text: str) -> float:
+    number = float(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("expected 0 or more")
     return number
 
 

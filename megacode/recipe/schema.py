@@ -15,10 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megacode.recipe.schema_model import Model, Mup, Tokenizer
+from megacode.recipe.schema_model import Model, Mup, Tokenizer  # noqa: F401 - all classes are read from here
 from megacode.recipe.section import Count, CountOrZero, Fraction, Section
-
-__all__ = ["Model", "Mup", "Section", "Tokenizer"]  # read from here, with what follows
 
 Packing = Literal["concatenate", "best_fit"]
 FimLevel = Literal["context", "document"]

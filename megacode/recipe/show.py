@@ -1,8 +1,7 @@
-"""A plan as tables for people, as plain data for programs, and as a picture."""
+"""A plan as tables for people and as plain data for programs."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from megacode.recipe import estimate
-from megacode.recipe.devices import DEVICES
 from megacode.recipe.plan import PhasePlan, Plan, StreamPlan
 
 
@@ -37,7 +35,7 @@ def duration(days: float) -> str:
     return f"{days * 1440:.1f} minutes"
 
 
-def _table(title: str, *columns: str, left: int = 1) -> Table:
+def table_of(title: str, *columns: str, left: int = 1) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, header_style="dim")
     table.show_header = any(columns)
     for number, column in enumerate(columns):
@@ -48,13 +46,11 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
 # ---------------------------------------------------------------------------------------------------------- tables
 
 
-def print_plan(plan: Plan, vocab_size: int | None, console: Console, gpus: int | None, device: str, mfu: float) -> None:
-    """The whole run as tables.
+def print_plan(plan: Plan, vocab_size: int | None, console: Console) -> None:
+    """The whole run as tables; what it costs is in `show_costs`.
 
     Args:
         vocab_size: None where neither the recipe nor a tokenizer says: then what depends on it is left out.
-        gpus: devices for the estimate of memory and time; None leaves them out.
-        mfu: assumed share of the device's peak.
     """
     recipe = plan.recipe
     console.print(Text(recipe.name, style="bold"), Text(recipe.description, style="dim"))
@@ -66,14 +62,11 @@ def print_plan(plan: Plan, vocab_size: int | None, console: Console, gpus: int |
     console.print(_phase_table(plan))
     for phase in plan.phases:
         console.print(_stream_table(phase))
-    console.print(_checkpoint_line(plan))
-    if vocab_size is not None:
-        console.print(_estimate_table(plan, vocab_size, gpus, device, mfu))
 
 
 def _model_table(plan: Plan, vocab_size: int | None) -> Table:
     model = plan.recipe.model
-    table = _table("Model", "", "", left=2)
+    table = table_of("Model", "", "", left=2)
     kv = f" ({model.kv_heads} for keys and values)" if model.kv_heads not in (None, model.heads) else ""
     heads = f"{model.heads} heads{kv} of {model.resolved_head_dim}"
     table.add_row("shape", f"{model.layers} layers x {model.hidden_size}, {heads}")
@@ -86,6 +79,13 @@ def _model_table(plan: Plan, vocab_size: int | None) -> Table:
     else:
         table.add_row("vocabulary", f"{vocab_size:,}{', tied' if model.tie_embeddings else ''}")
         table.add_row("parameters", f"{estimate.parameter_count(model, vocab_size, length):,}")
+    if model.mup:
+        table.add_row(
+            "muP",
+            f"width {model.hidden_size} from {model.mup.base_hidden_size}: matrices at {model.width_ratio:g} of the rate and "
+            f"std {model.hidden_init_std:.6g} (residual {model.residual_init_std:.6g}), embeddings x {model.embedding_scale:g}, "
+            f"logits x {model.logit_scale:g}, scores x {model.resolved_softmax_scale:.4g}",
+        )
     parallel = plan.recipe.parallel
     table.add_row(
         "layout",
@@ -105,11 +105,12 @@ def _phase_table(plan: Plan) -> Table:
         "tokens",
         "batch",
         "length",
+        "warm-up",
         "rate: first, peak, last",
         "schedule",
         "Adam",
     )
-    table = _table("Phases", *columns)
+    table = table_of("Phases", *columns)
     for phase in plan.phases:
         first, last = phase.batch_size(phase.first_step), phase.batch_size(phase.last_step)
         rates = (phase.learning_rate(phase.first_step), phase.rate.peak, phase.learning_rate(phase.last_step))
@@ -120,6 +121,7 @@ def _phase_table(plan: Plan) -> Table:
             count(phase.tokens),
             f"{first:,}" if first == last else f"{first:,} → {last:,}",
             f"{phase.sequence_length:,}",
+            f"{phase.rate.warmup:,}",
             ", ".join(f"{rate:.4g}" for rate in rates),
             phase.rate.schedule,
             "fresh" if phase.fresh_optimizer and phase.index else "kept" if phase.index else "",
@@ -129,7 +131,7 @@ def _phase_table(plan: Plan) -> Table:
 
 def _stream_table(phase: PhasePlan) -> Table:
     given, total = given_weights(phase)
-    table = _table(
+    table = table_of(
         f"{phase.name}: what it reads",
         *("source", "domain", "weight", "share", "samples", "tokens", "epochs", "so far", "FIM"),
         left=2,
@@ -180,47 +182,6 @@ def domain_shares(phase: PhasePlan) -> dict[str, float]:
     for stream in phase.streams:
         shares[stream.domain] = shares.get(stream.domain, 0.0) + stream.samples / max(phase.samples, 1)
     return shares
-
-
-def _checkpoint_line(plan: Plan) -> Text:
-    saves, ends = np.array(plan.checkpoints()), plan.phase_ends()
-    parts = []
-    start = 0
-    for phase, end in zip(plan.phases, ends, strict=True):
-        parts.append(f"{phase.name} {int(((saves > start) & (saves <= end)).sum())}")
-        start = end
-    kept, last = len(plan.kept_checkpoints()), plan.recipe.checkpoints.keep_last
-    text = Text("Checkpoints  ", style="bold")
-    line = f"{len(saves)} saves ({', '.join(parts)}); {kept} kept for good, and the last {last} of the others\n"
-    text.append(line, style="not bold")
-    return text
-
-
-def _estimate_table(plan: Plan, vocab_size: int, gpus: int | None, device: str, mfu: float) -> Table:
-    flops = estimate.run_flops(plan, vocab_size)
-    table = _table("Estimate", "", "", left=2)
-    table.add_row("compute", f"{flops:.4g} FLOPs, forward and backward; causal attention counted in full")
-    parallel = plan.recipe.parallel
-    replica = parallel.tensor * parallel.pipeline * parallel.context
-    world = gpus or replica
-    memory = estimate.memory_per_rank(plan.recipe, vocab_size, world)
-    table.add_row(
-        "memory a rank",
-        f"{gigabytes(memory.total)} on the fullest of {world}: weights {gigabytes(memory.weights)}, gradients "
-        f"{gigabytes(memory.gradients)}, optimizer {gigabytes(memory.optimizer)}, activations "
-        f"{gigabytes(memory.activations)}",
-    )
-    if gpus:
-        peak = DEVICES[device][1].sixteen_bit * 1e12
-        days = estimate.days(flops, gpus, peak, mfu)
-        table.add_row(
-            "time",
-            f"{duration(days)} on {gpus:,} {device} at MFU {mfu:g} of {peak / 1e12:,.0f} TFLOP/s (dense, 16 bit); "
-            f"{days * 24 * gpus:,.0f} device hours",
-        )
-    else:
-        table.add_row("time", "give --gpus N (and --device, --mfu)")
-    return table
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -284,42 +245,3 @@ def _stream_as_dict(stream: StreamPlan, first: float, last: float) -> dict[str, 
         "first_window": stream.first_window,
         "windows": stream.windows,
     }
-
-
-# --------------------------------------------------------------------------------------------------------- picture
-
-
-def plot_plan(plan: Plan, path: Path) -> None:
-    """Share of each domain, learning rate and batch size over the run, as an image (the format by the file's "
-    "ending)."""
-    from matplotlib.figure import Figure  # no pyplot: no global state, and half the import
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1])
-    domains = list(dict.fromkeys(stream.domain for phase in plan.phases for stream in phase.streams))
-    for phase in plan.phases:
-        points = min(phase.steps, 600)
-        steps = np.unique(np.linspace(phase.first_step, phase.last_step, points).astype(np.int64))
-        weights = phase.weights_at(steps)
-        edges = np.append(steps, phase.last_step + 1)
-        bands = [
-            sum((weights[:, n] for n, s in enumerate(phase.streams) if s.domain == domain), np.zeros(len(steps)))
-            for domain in domains
-        ]
-        bands = [np.append(band, band[-1]) for band in bands]
-        colours = [f"C{number}" for number in range(len(domains))]
-        top.stackplot(edges, bands, colors=colours, labels=domains if phase.index == 0 else (), alpha=0.85, step="post")
-        middle.plot(steps, [phase.learning_rate(int(step)) for step in steps], color="black", linewidth=1)
-        sizes = phase.quota.batch.at(steps - phase.first_step)
-        bottom.plot(edges, np.append(sizes, sizes[-1]), color="black", linewidth=1, drawstyle="steps-post")
-        for axes in (top, middle, bottom):
-            axes.axvline(phase.first_step, color="grey", linewidth=0.6, linestyle=":")
-        top.text(phase.first_step, 1.02, f" {phase.name}", fontsize=8, color="grey")
-    top.set(ylabel="share of sequences", ylim=(0, 1), xlim=(0, plan.total_steps))
-    top.legend(loc="lower left", fontsize=8)
-    middle.set(ylabel="learning rate")
-    middle.set_ylim(bottom=0)
-    bottom.set(ylabel="batch", xlabel="step")
-    bottom.set_ylim(bottom=0)
-    figure.suptitle(plan.recipe.name)
-    figure.savefig(path, dpi=130)

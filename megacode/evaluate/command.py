@@ -31,8 +31,12 @@ def run(args: argparse.Namespace) -> int:
     from megacode.train.checkpoint import find_checkpoint, read_info
 
     if args.samples:
+        each = {"samples": args.samples}
         recipe = recipe.model_copy(
-            update={"evaluation": recipe.evaluation.model_copy(update={"samples": args.samples})}
+            update={
+                "evaluation": recipe.evaluation.model_copy(update=each),
+                "sources": {k: v.model_copy(update={"validation_samples": None}) for k, v in recipe.sources.items()},
+            }
         )
     checkpoint = find_checkpoint(args.checkpoint)
     plan = plan_with_data(recipe, checkpoint / "recipe.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from megacode.recipe.plan import Plan
 from megacode.recipe.schema import Recipe
 from megacode.runtime.distributed import World
 from megacode.train.step import forward_backward
+
+_AT_ONCE = 32
+"""Micro-batches for each pipeline stage that go through the model in one go."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +60,24 @@ def validate(
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
-        for index, source in enumerate(validation.sources.values()):
-            micro_batches = list(
-                validation_batches(
-                    source,
-                    phase.sequence_length,
-                    recipe.evaluation.samples,
-                    rank=world.data_rank,
-                    world=world.data_size,
-                    micro_batch_size=recipe.parallel.micro_batch_size,
-                    eod_id=validation.eod,
-                    reset_at_eod=phase.reset_at_eod,
-                    mask_eod_loss=recipe.data.mask_eod_loss,
-                    vocab_size=validation.vocab_size,
-                )
+        for index, (name, source) in enumerate(validation.sources.items()):
+            every = validation_batches(
+                source,
+                phase.sequence_length,
+                recipe.sources[name].validation_samples or recipe.evaluation.samples,
+                rank=world.data_rank,
+                world=world.data_size,
+                micro_batch_size=recipe.parallel.micro_batch_size,
+                eod_id=validation.eod,
+                reset_at_eod=phase.reset_at_eod,
+                mask_eod_loss=recipe.data.mask_eod_loss,
+                vocab_size=validation.vocab_size,
             )
-            if recipe.parallel.virtual_pipeline:
-                _fill_up(micro_batches, recipe.parallel.pipeline)
-            totals[index] = forward_backward(chunks, micro_batches, 1, recipe, world, forward_only=True)[:, 0]
+            # A few at a time, so that a set of any size takes the same memory.
+            while micro_batches := list(itertools.islice(every, recipe.parallel.pipeline * _AT_ONCE)):
+                if recipe.parallel.virtual_pipeline:
+                    _fill_up(micro_batches, recipe.parallel.pipeline)
+                totals[index] += forward_backward(chunks, micro_batches, 1, recipe, world, forward_only=True)[:, 0]
     for chunk in chunks:
         chunk.train()
     if world.tensor_rank:

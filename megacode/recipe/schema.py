@@ -39,6 +39,8 @@ class Source(Section):
     """Shuffle unit in tokens; default: the sequence length of the first phase that reads the source."""
     validation: str | list[str] | None = None
     """Prefixes of held-out data for this source."""
+    validation_samples: Count | None = None
+    """Sequences of it in an evaluation, the first ones; default: `evaluation.samples`."""
     packing: Packing | None = None
     """How its documents become samples; default: the recipe's `data.packing`."""
 
@@ -354,7 +356,7 @@ class Evaluation(Section):
     every: Count | None = None
     at_phase_end: bool = True
     samples: Count = 64
-    """Sequences per source, the first of its validation set."""
+    """Sequences per source, the first of its validation set; a source's own `validation_samples` go first."""
 
 
 class Logging(Section):

@@ -91,9 +91,7 @@ def test_activations_follow_the_published_formula(write):
     assert layer(flash=True) == layer("parallel.recompute=selective") == sbh * 34
 
 
-@pytest.mark.parametrize(
-    ("layers", "precision", "gib"), [(24, "bf16", 96.1), (24, "fp8", 103.8), (32, "bf16", 127.2)]
-)
+@pytest.mark.parametrize(("layers", "precision", "gib"), [(24, "bf16", 96.1), (24, "fp8", 103.8), (32, "bf16", 127.2)])
 def test_memory_is_what_an_h200_measured(layers, precision, gib):
     """Highest allocation of docs/results/gpu-nvidia-h200.md: Crystal's shape with a feed-forward of 10,944, two sequences of
     2048 a micro-batch, one device."""
@@ -106,7 +104,7 @@ def test_memory_is_what_an_h200_measured(layers, precision, gib):
 
 
 def test_both_ends_of_a_pipeline_hold_the_tied_embedding():
-    recipe = load_recipe(ROOT / "recipes/crystal-7b.yaml", ["parallel.tensor=1", "parallel.sequence=false"])
+    recipe = load_recipe(ROOT / "recipes/crystal-7b.yaml")
     first, middle, last = (stage_memory(recipe, 32032, 4, stage).parameters for stage in (0, 1, 3))
     assert first == last == middle + 32128 * 4096
 

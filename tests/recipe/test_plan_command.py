@@ -57,7 +57,7 @@ def test_the_picture_is_drawn(tmp_path, capsys):
 
 def test_ranks_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="7 ranks cannot hold tensor 2 x pipeline 4"):
-        run(ROOT / "recipes/crystal-7b.yaml", "--gpus", "7")
+        run(ROOT / "recipes/crystal-7b.yaml", "--gpus", "7", "--set", "parallel={tensor: 2, pipeline: 4}")
 
 
 @pytest.mark.parametrize("wrong", [["--mfu", "2"], ["--gpus", "0"], ["--device", "abacus"]])

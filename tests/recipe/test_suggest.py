@@ -34,7 +34,8 @@ def test_every_proposal_can_be_taken(devices, device):
 
 def test_more_memory_never_makes_it_slower():
     best = [
-        suggest(load_recipe(CRYSTAL), 32032, 8, Peak(67, 989, 1979, memory=memory))[0].seconds for memory in (40, 80, 160)
+        suggest(load_recipe(CRYSTAL), 32032, 8, Peak(67, 989, 1979, memory=memory))[0].seconds
+        for memory in (40, 80, 160)
     ]
     assert best == sorted(best, reverse=True)
 
@@ -42,7 +43,9 @@ def test_more_memory_never_makes_it_slower():
 def test_a_model_that_does_not_fit_is_split_or_recomputed():
     small = suggest(load_recipe(CRYSTAL), 32032, 4, Peak(67, 989, 1979, memory=40))
     assert all(p.parallel.tensor * p.parallel.pipeline > 1 for p in small)
-    (only,) = {p.parallel.recompute.granularity for p in suggest(load_recipe(CRYSTAL), 32032, 1, Peak(67, 989, memory=122))}
+    (only,) = {
+        p.parallel.recompute.granularity for p in suggest(load_recipe(CRYSTAL), 32032, 1, Peak(67, 989, memory=122))
+    }
     assert only == "full"
 
 

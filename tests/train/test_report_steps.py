@@ -79,7 +79,7 @@ def save_in_the_middle(world: Any, folder: str) -> list[tuple[list[int], bool, l
     checkpoints: Any = Checkpoints(run, synced)
     with StepReports.open(plan, run, world, first_step=0, vocab_size=10) as reports:
         steps(reports, plan, 0, 2)
-        _save(Trainer(plan, world, [], None, checkpoints, None, reports), 2)
+        _save(Trainer(plan, world, [], None, checkpoints, None, reports, vocab_size=10), 2)
     return checkpoints.found
 
 

@@ -23,9 +23,8 @@ def test_totals_are_the_published_ones():
     plan = plan_of("crystal-7b")
     assert [phase.steps for phase in plan.phases] == [79_721, 214_387, 27_728]
     assert [round(phase.tokens / 1e9, 1) for phase in plan.phases] == [344.8, 927.3, 119.9]
-    assert (
-        plan.phases[2].tokens == 119_933_865_984 - 2_002_944 * 1
-    )  # 27,728 x 2112 x 2048; the authors count 119,931,863,040
+    # The authors' file says 119,931,863,040: half a step less.
+    assert plan.phases[2].tokens == 27_728 * 2112 * 2048 == 119_931_863_040 + 2112 * 2048 // 2
     assert plan.total_steps == 321_836
     assert parameter_count(plan.recipe.model, 32_032) == 6_575_278_720
     assert plan.phases[0].learning_rate(79_720) == pytest.approx(0.008787, abs=5e-7)

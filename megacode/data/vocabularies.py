@@ -17,7 +17,7 @@ from typing import Any
 from megacode.errors import UserError
 
 
-def _library(name: str, extra: str, path: Path) -> Any:
+def library(name: str, extra: str, path: Path) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -52,7 +52,7 @@ class SentencePieceVocabulary(_Ids):
 
 def load_sentencepiece(path: Path, control: Sequence[str]) -> SentencePieceVocabulary:
     """A .model file. SentencePiece finds its user-defined symbols in text, so they are `literal`, not control."""
-    sentencepiece = _library("sentencepiece", "sentencepiece", path)
+    sentencepiece = library("sentencepiece", "sentencepiece", path)
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.load_from_serialized_proto(path.read_bytes())
@@ -107,7 +107,7 @@ def load_huggingface(path: Path, control: Sequence[str]) -> HuggingFaceVocabular
     Those spelt `<|...|>`, and every one in `control`, are made special here, so that `encode_special_tokens` covers
     them.
     """
-    tokenizers = _library("tokenizers", "huggingface", path)
+    tokenizers = library("tokenizers", "huggingface", path)
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
         added = contents.get("added_tokens") or []
@@ -171,7 +171,7 @@ def load_tiktoken(path: Path, control: Sequence[str]) -> TiktokenVocabulary:
     """A .tiktoken file of ranks. The file does not hold the splitting pattern: it comes from `FILE.json` beside it,
     `{"pattern": ..., "special_tokens": {name: id}}`, or from the installed tiktoken if it knows the file by its hash.
     """
-    tiktoken = _library("tiktoken", "tiktoken", path)
+    tiktoken = library("tiktoken", "tiktoken", path)
     from tiktoken.load import load_tiktoken_bpe
 
     try:
@@ -220,7 +220,7 @@ def _known_encoding(path: Path, ranks: Mapping[bytes, int]) -> tuple[str, dict[s
         seen.append(expected_hash)
         return ranks
 
-    published = _library("tiktoken_ext.openai_public", "tiktoken", path)
+    published = library("tiktoken_ext.openai_public", "tiktoken", path)
     names = dict(vars(published))
     names["load_tiktoken_bpe"] = loader
     names["data_gym_to_mergeable_bpe_ranks"] = lambda **_: ranks

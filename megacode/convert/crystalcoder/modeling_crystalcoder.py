@@ -220,7 +220,7 @@ class CrystalCoderModel(CrystalCoderPreTrainedModel):
         past = int(cache.get_seq_length()) if cache is not None else 0
 
         hidden = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, length = hidden.shape[:2]
+        length = hidden.shape[1]
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=hidden.device)[None]
         if self.wpe is not None:

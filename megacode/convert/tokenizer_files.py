@@ -133,6 +133,8 @@ def _different(tokenizer: Tokenizer, text: str, expected: list[int], found: list
 def _sample(tokenizer: Tokenizer) -> Iterator[str]:
     """`SAMPLE`, the names of control tokens within text, and texts put together from the vocabulary's own pieces."""
     yield from SAMPLE
+    for character in "=-# *_.0a\n\t":  # runs, which can be split in many ways
+        yield from (character * length for length in (2, 3, 5, 6, 7, 9, 11, 15, 17, 21, 31, 33, 63, 77, 127))
     for name in (*tokenizer.control_tokens, *tokenizer.base.literal):
         yield f" a  {name}  b{name}"
     draw = random.Random(1)

@@ -34,8 +34,9 @@ def own_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def spm(folder: Path, **keys: Any) -> Path:
     usual: dict[str, Any] = dict(vocab_size=700, model_type="bpe", byte_fallback=True, hard_vocab_limit=False)
     usual |= dict(normalization_rule_name="identity", minloglevel=2, max_sentence_length=10**6)
+    texts = keys.pop("texts", [*CORPUS, SOURCE])
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*CORPUS, SOURCE]), model_prefix=str(folder / "m"), **(usual | keys)
+        sentence_iterator=iter(texts), model_prefix=str(folder / "m"), **(usual | keys)
     )
     return folder / "m.model"
 
@@ -106,7 +107,8 @@ def test_own_sentencepiece_with_crystals_tokens(own_model: Path, tmp_path: Path,
         {"add_dummy_prefix": True, "remove_extra_whitespaces": True},
         {"add_dummy_prefix": False, "remove_extra_whitespaces": True, "byte_fallback": False},
         {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "user_defined_symbols": ["<ud>", "x y"]},
-        {"model_type": "unigram", "add_dummy_prefix": True, "remove_extra_whitespaces": False, "pad_id": 3},
+        {"model_type": "unigram", "add_dummy_prefix": True, "remove_extra_whitespaces": False, "pad_id": 3}
+        | {"texts": [line.strip("=- ") for line in SOURCE.splitlines() if "==" not in line], "vocab_size": 400},
     ],
     ids=["llama", "trimmed", "no-bytes", "user-defined", "unigram"],
 )
@@ -129,6 +131,11 @@ def test_the_proof_refuses_what_differs(own_model: Path, tmp_path: Path) -> None
         with pytest.raises(UserError, match=r"t\.model: cannot be said"):
             prove(tokenizer, json.dumps(spoilt), bos=False)
     folder = tmp_path / "out"
+    with pytest.raises(UserError, match="cannot be said exactly"):  # of equally likely pieces each library takes others
+        model = spm(
+            tmp_path, model_type="unigram", remove_extra_whitespaces=False, texts=["=" * 16 + " a b", "==="] * 9
+        )
+        write_tokenizer(schema.Tokenizer(path=str(model)), folder, 2000)
     with pytest.raises(UserError, match="cannot be said exactly"):  # its normaliser works on other units of text
         model = spm(tmp_path, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=False)
         write_tokenizer(schema.Tokenizer(path=str(model)), folder, 2000)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from megacode.errors import UserError
+from megacode.recipe.compose import did_you_mean
 from megacode.recipe.mixtures import Entry, mixture_entries, mixture_weights
 from megacode.recipe.quota import ONE, Quota
 from megacode.recipe.schedules import BatchSizes, Floats, Ints, learning_rate
@@ -197,6 +198,19 @@ class Plan:
     def phase_ends(self) -> tuple[int, ...]:
         """Finished steps at the end of each phase."""
         return tuple(phase.first_step + phase.steps for phase in self.phases)
+
+    def phase_end(self, name: str | None) -> int:
+        """Finished steps at the end of the phase of that name; None: at the end of the run.
+
+        Raises:
+            UserError: there is no such phase.
+        """
+        if name is None:
+            return self.total_steps
+        names = [phase.name for phase in self.phases]
+        if name not in names:
+            raise UserError(f"--until-phase: the recipe has no phase {name!r}{did_you_mean(name, names)}")
+        return self.phase_ends()[names.index(name)]
 
     def checkpoints(self) -> tuple[int, ...]:
         """Finished steps after which the run saves: the cadence, the ends of phases (`keep_phase_ends`), the end of the

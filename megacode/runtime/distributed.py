@@ -121,7 +121,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     return Launch(rank=0, world_size=1, local_rank=0, address="127.0.0.1", port=0, launcher="single process")
 
 
-def _reachable(launch: Launch, env: Mapping[str, str]) -> str:
+def reachable(launch: Launch, env: Mapping[str, str]) -> str:
     """The launch's address, or, where a cluster's node names mean nothing to the network, the one that srun knows.
 
     Raises:
@@ -190,20 +190,15 @@ def initialize(parallel: Parallel, seed: int, launch: Launch | None = None) -> W
     if cuda:
         # One hardware queue keeps collectives ahead of the kernels that overlap with them (Megatron-Core asks for it).
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        if launch.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"rank {launch.rank}: local process {launch.local_rank} has no GPU of its own, this machine shows "
-                f"{torch.cuda.device_count()}; start one process a GPU"
-            )
-        torch.cuda.set_device(launch.local_rank)
-        device = torch.device("cuda", launch.local_rank)
+        device = torch.device("cuda", local_device(launch, torch.cuda.device_count(), os.environ))
+        torch.cuda.set_device(device)
     else:
         cpu.install()
         device = torch.device("cpu")
 
     port = launch.port or free_port()
     # torch's own rendezvous reads the environment (and with torchrun shares the agent's store, which holds that port).
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _reachable(launch, os.environ), str(port)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = reachable(launch, os.environ), str(port)
     torch.distributed.init_process_group(
         backend="nccl" if cuda else "gloo",
         init_method="env://",
@@ -230,6 +225,23 @@ def initialize(parallel: Parallel, seed: int, launch: Launch | None = None) -> W
     # Only so that Megatron-Core's random tracker knows its generators; every step seeds them anew where dropout is on.
     tensor_parallel.model_parallel_cuda_manual_seed(seed % 2**31)
     return current_world()
+
+
+def local_device(launch: Launch, devices: int, env: Mapping[str, str]) -> int:
+    """Number of this process's GPU among the `devices` that it sees.
+
+    Raises:
+        UserError: there are fewer than local processes.
+    """
+    if launch.local_rank < devices:
+        return launch.local_rank
+    # Slurm's --gpus-per-task=1 (or --gpu-bind=single:1): each task sees the one that is its own.
+    if devices == 1 and launch.launcher == "slurm" and env.get("CUDA_VISIBLE_DEVICES"):
+        return 0
+    raise UserError(
+        f"rank {launch.rank}: local process {launch.local_rank} has no GPU of its own, this machine shows {devices}; start one "
+        "process a GPU"
+    )
 
 
 def current_world() -> World:

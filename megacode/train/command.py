@@ -9,13 +9,16 @@ import time
 from pathlib import Path
 
 from megacode.errors import UserError
+from megacode.runtime.launch import STOPPED, Rendezvous, launch
 
 EXAMPLE = """examples:
   megacode train recipes/crystal-tiny.yaml --processes 2
   torchrun --nproc-per-node 8 -m megacode.cli train recipes/crystal-7b.yaml --run runs/crystal
   srun megacode train recipes/crystal-7b.yaml --set parallel.tensor=2 --run runs/crystal
 
-Run again with the same --run, it goes on from the latest checkpoint, in whatever parallel layout you give it."""
+Run again with the same --run, it goes on from the latest checkpoint, in whatever parallel layout you give it.
+Exit codes: 0 all is done; 75 stopped by a signal (SIGTERM, SIGINT, SIGUSR1) and saved, run again to go on; 2 a mistake that
+the message names. docs/slurm.md has the way from one job to the next."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,42 +29,84 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--run", type=Path, help="run folder (default: runs/NAME of the recipe)")
     parser.add_argument("--restart", action="store_true", help="start over: an earlier run in the folder is put aside")
-    parser.add_argument("--processes", type=int, help="start this many processes here (without torchrun or srun)")
+    parser.add_argument(
+        "--until-phase", metavar="NAME", help="end with that phase; if it is past, do nothing and exit with 0"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        help="start this many processes here, without torchrun; in a task of srun: of each task",
+    )
+    parser.add_argument(
+        "--logs", type=Path, metavar="FOLDER", help="what ranks other than 0 say goes to FOLDER/rank-N.log"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from megacode.data.planning import plan_with_data
     from megacode.recipe.checks import check_files, check_layout
     from megacode.recipe.load import load_recipe
+    from megacode.train.run_folder import nothing_to_do
 
-    launched = "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
+    rank = _rank(args.processes)
+    if args.logs and rank:
+        _speak_into(args.logs / f"rank-{rank}.log")
     recipe = load_recipe(args.recipe, args.overrides)
     folder = args.run or Path("runs") / recipe.name
     check_files(recipe, Path(args.recipe))
     plan = plan_with_data(recipe, Path(args.recipe))
-    if args.processes and not launched:
-        from megacode.runtime.launch import launch
-
-        check_layout(recipe, args.processes, Path(args.recipe))
-        if args.restart:
-            _put_aside(folder)
-        arguments = ["train", str(args.recipe), "--run", str(folder)]
-        for override in args.overrides:
-            arguments += ["--set", override]
-        return launch(arguments, args.processes)
-
-    return _train(plan, folder, args.restart)
-
-
-def _put_aside(folder: Path) -> None:
-    from megacode.train.run_folder import start_over
-
-    aside = start_over(folder)
-    if aside:
-        print(f"starting over; the earlier run is kept as {aside}")
+    until = plan.phase_end(args.until_phase)
+    # A job that Slurm starts again goes on with what its first start began.
+    restart = args.restart and not int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    if not restart and (line := nothing_to_do(folder, plan, args.until_phase)):
+        if not rank:
+            print(line, flush=True)
+        return 0
+    if rank is None and args.processes:
+        among = _rendezvous()
+        check_layout(recipe, args.processes * (among.launchers if among else 1), Path(args.recipe))
+        return _launch(args, folder, among)
+    return _train(plan, folder, restart, until)
 
 
-def _train(plan, folder: Path, restart: bool) -> int:  # type: ignore[no-untyped-def]  # Plan, imported lazily
+def _rank(processes: int | None) -> int | None:
+    """This process's rank as its launcher told it; None for one that no launcher started, or that is to be a launcher."""
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"]) if os.environ["RANK"].isdigit() else 0  # `read_launch` says what is wrong
+    if "SLURM_STEP_ID" in os.environ and (processes or 1) == 1:
+        return int(os.environ.get("SLURM_PROCID") or 0)
+    return None
+
+
+def _speak_into(path: Path) -> None:
+    """Let everything that this process and its children say from now on go to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def _rendezvous() -> Rendezvous | None:
+    """Where the launchers of a Slurm step meet, one task a node; None outside of one."""
+    if "SLURM_STEP_ID" not in os.environ:
+        return None
+    from megacode.runtime.distributed import reachable, read_launch
+
+    task = read_launch()
+    return Rendezvous(reachable(task, os.environ), task.port, task.rank, task.world_size)
+
+
+def _launch(args: argparse.Namespace, folder: Path, among: Rendezvous | None) -> int:
+    arguments = ["train", str(args.recipe), "--run", str(folder)]
+    for override in args.overrides:
+        arguments += ["--set", override]
+    arguments += ["--until-phase", args.until_phase] if args.until_phase else []
+    arguments += ["--logs", str(args.logs)] if args.logs else []
+    arguments += ["--restart"] if args.restart else []
+    return launch(arguments, args.processes, among=among)
+
+
+def _train(plan, folder: Path, restart: bool, until: int) -> int:  # type: ignore[no-untyped-def]  # Plan, imported lazily
     import torch
 
     from megacode.runtime import cpu
@@ -71,35 +116,55 @@ def _train(plan, folder: Path, restart: bool) -> int:  # type: ignore[no-untyped
         cpu.install()
     from megacode.recipe.checks import check_layout
     from megacode.runtime.distributed import initialize, read_launch, shutdown
+    from megacode.train import lock
 
     recipe = plan.recipe
     place = read_launch()
     check_layout(recipe, place.world_size)
-    world = initialize(recipe.parallel, recipe.seed, place)
+    held = lock.take(folder) if place.rank == 0 else None
     try:
+        if restart and held:
+            _put_aside(folder)
+        world = initialize(recipe.parallel, recipe.seed, place)
         from megacode.data.packing_losses import packing_line, packing_losses
         from megacode.data.tokenizer import load_tokenizer
         from megacode.train.loop import train
 
-        if restart:
-            if world.is_main:
-                _put_aside(folder)
-            torch.distributed.barrier()
         tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
         if world.is_main:
             print(packing_line(packing_losses(plan)), flush=True)
-        return train(plan, folder, world, tokenizer, vocab_size(recipe, tokenizer))
+        vocabulary = vocab_size(recipe, tokenizer)
+        code = train(plan, folder, world, tokenizer, vocabulary, until, held.check if held else lambda: None)
     except UserError as error:
         # Peers may wait in a collective for this rank, so it leaves without the usual goodbyes.
         # The main rank's exit ends the others while they wait; a mistake that only they see is told by them.
-        if not world.is_main:
+        if place.rank:
             time.sleep(3)
-        place_of = "" if world.is_main else f"rank {world.rank}: "
+        place_of = f"rank {place.rank}: " if place.rank else ""
         print(f"megacode train: {place_of}{error}", file=sys.stderr, flush=True)
+        if held:
+            held.release()
         os._exit(2)
     finally:
         if not sys.exc_info()[0]:
             shutdown()
+        if held:
+            held.release()
+    if code != STOPPED:
+        return code
+    if place.rank:
+        return 0  # one rank says it
+    if "SLURM_STEP_ID" in os.environ:
+        time.sleep(3)  # srun ends the other tasks as soon as one leaves with a code, so this one leaves last
+    return STOPPED
+
+
+def _put_aside(folder: Path) -> None:
+    from megacode.train.run_folder import start_over
+
+    aside = start_over(folder)
+    if aside:
+        print(f"starting over; the earlier run is kept as {aside}")
 
 
 def vocab_size(recipe, tokenizer) -> int:  # type: ignore[no-untyped-def]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from megacode.recipe.fingerprint import fingerprint
 from megacode.recipe.load import dump_recipe
 from megacode.recipe.plan import Plan
 from megacode.runtime.distributed import World, seed_step
-from megacode.train.checkpoint import Checkpointer, find_checkpoint, load_checkpoint, remove_unfinished
+from megacode.runtime.launch import STOPPED
+from megacode.train.checkpoint import Checkpointer, load_checkpoint
+from megacode.train.checkpoint_files import find_checkpoint, remove_unfinished
 from megacode.train.guard import StopRequest
 from megacode.train.optimizer import build_optimizer, forget_state, set_rates, wrap_data_parallel
 from megacode.train.report_steps import StepReports
@@ -42,11 +44,23 @@ class Trainer:
     vocab_size: int
 
 
-def train(plan: Plan, run: Path, world: World, tokenizer: Tokenizer | None, vocab_size: int) -> int:
+def train(
+    plan: Plan,
+    run: Path,
+    world: World,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    until: int | None = None,
+    may_write: Callable[[], None] = lambda: None,
+) -> int:
     """Train `plan` in the folder `run`, from its latest checkpoint if it has one.
 
+    Args:
+        until: finished steps to end at; default: the plan's. A checkpoint is there afterwards.
+        may_write: called on rank 0 before a checkpoint becomes one; raises if another process has the run by now.
+
     Returns:
-        0 when the plan is finished or a stop was asked for (state saved); errors are raised.
+        0 when all is done, `STOPPED` when a signal asked to stop before (state saved); errors are raised.
     """
     recipe = plan.recipe
     resume = checkpoint_to_resume(run, plan)
@@ -71,6 +85,7 @@ def train(plan: Plan, run: Path, world: World, tokenizer: Tokenizer | None, voca
             recipe.checkpoints,
             kept=plan.kept_checkpoints(),
             announce=reports.checkpoint,
+            may_write=may_write,
         ),
         validation=Validation.open(plan, world, tokenizer),
         reports=reports,
@@ -80,14 +95,14 @@ def train(plan: Plan, run: Path, world: World, tokenizer: Tokenizer | None, voca
     mixture = Mixture(plan, open_sources(plan))
     stream = batches(mixture, rank=world.data_rank, world=world.data_size, first_step=first, tokenizer=tokenizer)
     with contextlib.closing(stream), StopRequest() as stop, reports:
-        return _loop(trainer, stream, first, stop)
+        return _loop(trainer, stream, first, plan.total_steps if until is None else until, stop)
 
 
-def _loop(trainer: Trainer, stream: Iterator[StepBatch], first: int, stop: StopRequest) -> int:
+def _loop(trainer: Trainer, stream: Iterator[StepBatch], first: int, until: int, stop: StopRequest) -> int:
     plan, recipe, world = trainer.plan, trainer.plan.recipe, trainer.world
     saves, last_saved = set(plan.checkpoints()), first
     clock = time.perf_counter()
-    for step in range(first, plan.total_steps):
+    for step in range(first, until):
         phase = plan.phase_at(step)
         if step == phase.first_step:
             trainer.reports.phase(phase)
@@ -110,7 +125,7 @@ def _loop(trainer: Trainer, stream: Iterator[StepBatch], first: int, stop: StopR
         if _due(done, recipe.evaluation.every) or (at_phase_end and recipe.evaluation.at_phase_end):
             _evaluate(trainer, done)
             clock = time.perf_counter()
-        stopping = stop.agreed()
+        stopping = stop.agreed() if done < until else 0
         if done in saves or stopping:
             _save(trainer, done)
             last_saved = done
@@ -118,11 +133,14 @@ def _loop(trainer: Trainer, stream: Iterator[StepBatch], first: int, stop: StopR
         if stopping:
             trainer.checkpointer.wait()
             trainer.reports.stopped(done, stopping)
-            return 0
-    if last_saved < plan.total_steps:
-        _save(trainer, plan.total_steps)
+            return STOPPED
+    if last_saved < until:
+        _save(trainer, until)
     trainer.checkpointer.wait()
-    trainer.reports.finished()
+    if until < plan.total_steps:
+        trainer.reports.paused(until)
+    else:
+        trainer.reports.finished()
     return 0
 
 

@@ -171,12 +171,7 @@ class StepReports:
         self._event(0, "initialize", f"weights from {checkpoint}", checkpoint=str(checkpoint))
 
     def resumed(self, checkpoint: Path, step: int) -> None:
-        left = self.plan.total_steps - step
-        line = (
-            f"continuing from {checkpoint}: step {step:,} of {self.plan.total_steps:,}"
-            if left
-            else f"nothing to do: {checkpoint} is the end of this run (step {step:,}); --restart starts over"
-        )
+        line = f"continuing from {checkpoint}: step {step:,} of {self.plan.total_steps:,}"
         self._event(step, "resume", line, checkpoint=str(checkpoint), world_size=self.world.size)
 
     def phase(self, phase: PhasePlan) -> None:
@@ -204,6 +199,13 @@ class StepReports:
     def stopped(self, done: int, signal_number: int) -> None:
         self.flush()
         self._event(done, "stop", f"stopped by signal {signal_number} after step {done:,}; saved, run again to go on")
+
+    def paused(self, done: int) -> None:
+        """Trained as far as was asked."""
+        self.flush()
+        phase = self.plan.phase_at(done - 1).name
+        line = f"{phase} is finished: step {done:,} of {self.plan.total_steps:,}"
+        self._event(done, "phase end", line, phase=phase, at=time.time())
 
     def finished(self) -> None:
         self.flush()

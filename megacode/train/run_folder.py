@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import socket
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megacode import __version__
 from megacode.data.files import write_text
@@ -19,8 +18,11 @@ from megacode.errors import UserError
 from megacode.recipe.fingerprint import differences, fingerprint
 from megacode.recipe.load import dump_recipe
 from megacode.recipe.plan import Plan
-from megacode.runtime.distributed import World
-from megacode.train.checkpoint import latest_checkpoint, read_info
+from megacode.train.checkpoint_files import latest_checkpoint, read_info
+from megacode.train.lock import FILE as LOCK
+
+if TYPE_CHECKING:
+    from megacode.runtime.distributed import World
 
 _VERSIONS = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "sentencepiece", "tokenizers", "tiktoken")
 
@@ -79,14 +81,39 @@ def checkpoint_to_resume(run: Path, plan: Plan) -> tuple[Path, dict[str, Any]] |
 
 
 def start_over(run: Path) -> Path | None:
-    """Put an earlier run in this folder aside as `RUN.before-N`, and say where; nothing is deleted."""
-    if not run.exists():
+    """Put an earlier run in this folder aside as `RUN.before-N`, and say where; nothing is deleted.
+
+    The caller holds the folder's lock, which stays in place.
+    """
+    if not any(path.name not in (LOCK, "logs") for path in run.iterdir()):
         return None
     number = 1
     while (aside := run.with_name(f"{run.name}.before-{number}")).exists():
         number += 1
-    shutil.move(str(run), str(aside))
+    os.rename(run, aside)
+    run.mkdir()
+    try:
+        os.link(aside / LOCK, run / LOCK)
+    except FileExistsError:
+        raise UserError(f"{run}: another process began here while the earlier run was put aside as {aside}") from None
+    (aside / LOCK).unlink()
     return aside
+
+
+def nothing_to_do(run: Path, plan: Plan, phase: str | None = None) -> str | None:
+    """A line that says so if the run, or its part up to the end of `phase`, is finished. Reads a few small files.
+
+    Raises:
+        UserError: as `checkpoint_to_resume`.
+    """
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    end = plan.phase_end(phase)
+    if checkpoint is None or int(read_info(checkpoint)["step"]) < end:
+        return None
+    checkpoint_to_resume(run, plan)
+    if end == plan.total_steps:
+        return f"nothing to do: {checkpoint} is the end of this run (step {end:,}); --restart starts over"
+    return f"nothing to do: {phase} ends at step {end:,}, and {checkpoint} is there or further"
 
 
 def write_start(run: Path, plan: Plan, world: World, vocab_size: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megacode.runtime.launch import STOPPED
 from tests.e2e.conftest import ROOT, megacode, steps_of
 
 LAYOUT = ("--processes", "2", "--set", "parallel.tensor=2")
@@ -111,7 +112,7 @@ def test_a_stop_signal_saves_and_a_longer_run_keeps_its_past(forty: Path, straig
         assert child.poll() is None
         time.sleep(0.005)
     child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=120) == 0
+    assert child.wait(timeout=120) == STOPPED
     stopped = json.loads((next(run.glob("checkpoints/step_*")) / "megacode.json").read_text())["step"]
     assert 3 <= stopped < 40
     # A third phase after them, and the first 40 steps stay as they were.

@@ -111,11 +111,11 @@ def test_node_names_that_the_network_does_not_know(monkeypatch: pytest.MonkeyPat
     def unknown(*_: object) -> None:
         raise OSError("Name or service not known")
 
-    known = distributed._reachable(read_launch({**SLURM, "MASTER_ADDR": "127.0.0.1"}), SLURM)
+    known = distributed.reachable(read_launch({**SLURM, "MASTER_ADDR": "127.0.0.1"}), SLURM)
     assert known == "127.0.0.1"
     monkeypatch.setattr(distributed.socket, "getaddrinfo", unknown)
-    found = distributed._reachable(read_launch(SLURM), {**SLURM, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"})
+    found = distributed.reachable(read_launch(SLURM), {**SLURM, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"})
     assert found == "10.0.0.7"
     for environment in (SLURM, TORCHRUN):
         with pytest.raises(UserError, match=r"cannot find the first node, '(gpu003|node1)'.*set MASTER_ADDR"):
-            distributed._reachable(read_launch(environment), environment)
+            distributed.reachable(read_launch(environment), environment)

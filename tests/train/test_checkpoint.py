@@ -17,6 +17,7 @@ if not torch.cuda.is_available(): cpu.install()
 from megacode.errors import UserError
 from megacode.recipe.schema import Checkpoints
 from megacode.train.checkpoint import *
+from megacode.train.checkpoint_files import *
 folder = Path(sys.argv[1])
 def made(*steps):
     for step in steps:

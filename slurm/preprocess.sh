@@ -9,13 +9,9 @@
 #SBATCH --output=%x-%A-%a.log
 # Tokenizes a corpus on several machines with a common disk. Everything after the script's name goes to the tool:
 #   sbatch slurm/preprocess.sh 'corpus/*.jsonl.zst' --tokenizer tokenizer.model --output data/corpus --validation 0.01
-# The last job to finish puts the dataset together. For your cluster, edit the lines above (account, partition) and the
-# next one (a venv, a module, or a container).
-set -euo pipefail
-activate() { source "${SLURM_SUBMIT_DIR:-.}/.venv/bin/activate"; }
-
-[ $# -gt 0 ] || { echo "usage: sbatch slurm/preprocess.sh INPUT... --tokenizer FILE --output PREFIX [...]" >&2; exit 2; }
-activate
+# The last job to finish puts the dataset together. Your cluster: slurm/cluster.sh.
+source "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/slurm/job.sh"
+[ $# -gt 0 ] || { echo "usage: sbatch slurm/preprocess.sh INPUT... --tokenizer FILE --output PREFIX [...]" >&2 && exit 2; }
 first=${SLURM_ARRAY_TASK_MIN:-0}
 exec python -m megacode.cli preprocess "$@" --workers "${SLURM_CPUS_PER_TASK:-1}" \
     --shard "$((${SLURM_ARRAY_TASK_ID:-0} - first))/${SLURM_ARRAY_TASK_COUNT:-1}"

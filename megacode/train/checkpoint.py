@@ -43,6 +43,7 @@ from megacode.train.checkpoint_files import (
     read_info,
     remove_unfinished,
 )
+from megacode.train.guard import children_spared
 from megacode.train.optimizer import load_optimizer_state
 
 __all__ = [
@@ -153,9 +154,10 @@ class Checkpointer:
             parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
         state = _sharded_state(chunks, optimizer, loading=False)
-        request = dist_checkpointing.save(
-            state, str(temporary), strategy, async_sharded_save=True, content_metadata=_content_metadata()
-        )
+        with children_spared():
+            request = dist_checkpointing.save(
+                state, str(temporary), strategy, async_sharded_save=True, content_metadata=_content_metadata()
+            )
 
         def finish() -> None:
             if main:
@@ -174,7 +176,8 @@ class Checkpointer:
 
         request.finalize_fns.append(finish)
         if self.settings.asynchronous:
-            self._queue.schedule_async_request(request)
+            with children_spared():
+                self._queue.schedule_async_request(request)
         else:
             request.execute_sync()
 

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=phase3
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8        # one task a GPU; or 1, and each task starts its node's processes
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300        # five minutes before the limit: save, and start again by itself
+#SBATCH --requeue                  # a node failed: start again, from the last checkpoint
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+# A run's third phase, after slurm/phase2.sh:  sbatch slurm/phase3.sh [RECIPE [RUN [--set KEY=VALUE ...]]]
+source "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/slurm/job.sh"
+train "${1:-recipes/crystal-7b.yaml}" "${2:-runs/crystal-7b}" --until-phase phase3 "${@:3}"

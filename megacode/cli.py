@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "inspect": ("megacode.data.inspect_command", "what is in a dataset, and whether it is whole"),
     "tokenizer": ("megacode.data.tokenizer_training", "train a SentencePiece tokenizer"),
     "train": ("megacode.train.command", "train a recipe, or go on with a run"),
+    "fork": ("megacode.train.fork", "a new run that shares another's first steps"),
     "evaluate": ("megacode.evaluate.command", "validation loss of a checkpoint, by source and domain"),
     "generate": ("megacode.evaluate.generate", "continue a prompt with a checkpoint"),
     "report": ("megacode.report.command", "write a run's page of plots"),

@@ -36,6 +36,8 @@ train() {
     done
 
     trap - USR1 TERM
+    # srun's code is the largest of all tasks', and those that it ended itself count.
+    [ ! -e "$logs/mistake" ] || code=2
     case $code in
         0) exit 0 ;;
         2) exit 2 ;; # a mistake, told above; starting again would not mend it

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from megacode.errors import UserError
 from megacode.recipe import megatron_fields
 from megacode.recipe.compose import did_you_mean
 from megacode.recipe.mixtures import mixture_entries, mixture_weights
-from megacode.recipe.schedules import BatchSizes
+from megacode.recipe.schedules import BatchSizes, Weights
 from megacode.recipe.schema import Phase, Recipe, Schedule
 
 _MOST_SEQUENCES = 1 << 22
@@ -184,6 +184,12 @@ def _parallel(recipe: Recipe) -> Iterator[Problem]:
             "it",
         )
     for phase in recipe.phases:
+        resets = recipe.data.reset_at_eod if phase.reset_at_eod is None else phase.reset_at_eod
+        if parallel.context > 1 and resets:
+            yield Problem(
+                f"phases.{phase.name}.reset_at_eod",
+                f"parallel.context {parallel.context} would cut a sequence across its documents; set one of the two otherwise",
+            )
         pieces = (tensor if parallel.sequence else 1) * (2 * parallel.context if parallel.context > 1 else 1)
         if phase.sequence_length % pieces:
             why = [f"parallel.tensor {tensor} (sequence parallel)"] if parallel.sequence else []
@@ -343,11 +349,12 @@ def _weights(recipe: Recipe, phase: Phase, key: str) -> Iterator[Problem]:
     """Weights that leave a step, or a domain in a step, without any source; FIM without a tokenizer."""
     entries = mixture_entries(recipe, phase)
     steps = phase.steps or 1 << 40
-    weights = mixture_weights(phase, entries, dict.fromkeys(recipe.sources, 1), min(steps, 1 << 40))
+    first, length = phase.placed("mixture", steps)
+    weights = replace(mixture_weights(phase, entries, dict.fromkeys(recipe.sources, 1), length), first=first)
     where = f"{key}.mixture"
     # Between two such steps every schedule is constant or positive, so a sum that is zero anywhere is zero at one of
     # them.
-    corners = _corners(weights.ratios, weights.inner, steps)
+    corners = _corners(weights, steps)
     totals = weights.at(corners).sum(axis=1)
     if (totals <= 0).any():
         step = int(corners[np.flatnonzero(totals <= 0)[0]])
@@ -355,7 +362,7 @@ def _weights(recipe: Recipe, phase: Phase, key: str) -> Iterator[Problem]:
         yield Problem(where, f"{at}; every step needs at least one source with a weight above zero")
     for group, (domain, _) in enumerate((phase.mixture.domains or {}).items()):
         inside = [inner for inner in weights.inner if inner[0] == group]
-        alone = type(weights)((1.0,), tuple((0, weight) for _, weight in inside), weights.steps)
+        alone = replace(weights, ratios=(1.0,), inner=tuple((0, weight) for _, weight in inside))
         if (alone.at(corners).sum(axis=1) <= 0).any():
             yield Problem(
                 f"{where}.domains.{domain}",
@@ -372,13 +379,14 @@ def _weights(recipe: Recipe, phase: Phase, key: str) -> Iterator[Problem]:
                 break
 
 
-def _corners(ratios: tuple, inner: tuple, steps: int) -> np.ndarray:
+def _corners(weights: Weights, steps: int) -> np.ndarray:
+    """Steps of the phase at which a schedule begins, ends or jumps, and those beside them."""
     corners = {0, steps - 1}
-    for weight in (*ratios, *(weight for _, weight in inner)):
+    for weight in (*weights.ratios, *(weight for _, weight in weights.inner)):
         if isinstance(weight, Schedule):
-            over = weight.over or steps
+            over = weight.over or weights.steps
             parts = len(weight.values or [0])
             for part in range(parts + 1):
-                edge = -(-part * over // parts)
+                edge = -(-part * over // parts) - weights.first
                 corners.update((edge - 1, edge, edge + 1))
     return np.array(sorted(step for step in corners if 0 <= step < steps), dtype=np.int64)

@@ -19,7 +19,7 @@ import numpy as np
 from megacode.errors import UserError
 from megacode.recipe.compose import did_you_mean
 from megacode.recipe.mixtures import Entry, mixture_entries, mixture_weights
-from megacode.recipe.quota import ONE, Quota
+from megacode.recipe.quota import ONE, Quota, QuotaFrom, phase_quota
 from megacode.recipe.schedules import BatchSizes, Floats, Ints, learning_rate
 from megacode.recipe.schema import FimLevel, LearningRate, Packing, Phase, Recipe, Schedule
 from megacode.recipe.windows import Windows, shuffle_units, windows_of
@@ -104,8 +104,10 @@ class PhasePlan:
     reset_at_eod: bool
     fresh_optimizer: bool
     streams: tuple[StreamPlan, ...]
-    quota: Quota = field(compare=False)
+    quota: Quota | QuotaFrom = field(compare=False)
     rate: LearningRate
+    rate_place: tuple[int, int]
+    """The rate's step at the phase's first step, and how many steps it is made for."""
 
     @property
     def last_step(self) -> int:
@@ -148,7 +150,8 @@ class PhasePlan:
         return self.quota.shares(steps - self.first_step) / ONE
 
     def learning_rate(self, step: int) -> float:
-        return learning_rate(self.rate, step - self.first_step, self.steps)
+        first, steps = self.rate_place
+        return learning_rate(self.rate, step - self.first_step + first, steps)
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,9 @@ class Plan:
         for given, phase in zip(self.recipe.phases, self.phases, strict=True):
             end = phase.first_step + phase.steps
             if given.checkpoint_every:
-                steps.update(range(phase.first_step + given.checkpoint_every, end + 1, given.checkpoint_every))
+                begins = phase.first_step - given.begun
+                saves = range(begins + given.checkpoint_every, end + 1, given.checkpoint_every)
+                steps.update(step for step in saves if step > phase.first_step)
             elif every := self.recipe.checkpoints.every:
                 steps.update(range((phase.first_step // every + 1) * every, end + 1, every))
         return tuple(sorted(steps))
@@ -262,10 +267,12 @@ def make_plan(
     problems: list[str] = []
     first_step = 0
     for index, phase in enumerate(recipe.phases):
-        batch = BatchSizes.of(phase.batch_size)
-        steps = phase_steps(phase, batch)
+        batch, batch_first = BatchSizes.of(phase.batch_size), phase.placed("batch_size", 0)[0]
+        steps = phase_steps(phase, batch.after(batch_first))
         entries = mixture_entries(recipe, phase)
-        quota = Quota(mixture_weights(phase, entries, token_counts, steps), batch)
+        mixture_first, mixture_steps = phase.placed("mixture", steps)
+        weights = mixture_weights(phase, entries, token_counts, mixture_steps)
+        quota = phase_quota(weights, batch, mixture_first, batch_first)
         streams = []
         for column, (entry, samples) in enumerate(zip(entries, quota.before(steps).tolist(), strict=True)):
             try:
@@ -290,6 +297,7 @@ def make_plan(
                 streams=tuple(streams),
                 quota=quota,
                 rate=phase.learning_rate,
+                rate_place=phase.placed("learning_rate", steps),
             )
         )
         first_step += steps
@@ -345,7 +353,7 @@ def phase_steps(phase: Phase, batch: BatchSizes) -> int:
     return int(batch.steps_for(np.array([-(-phase.tokens // phase.sequence_length)]))[0])
 
 
-def _too_many_epochs(entry: Entry, stream: StreamPlan, quota: Quota, index: int, steps: int) -> str:
+def _too_many_epochs(entry: Entry, stream: StreamPlan, quota: Quota | QuotaFrom, index: int, steps: int) -> str:
     cap = entry.given.max_epochs
     assert cap is not None
     allowed = int(Fraction(str(cap)) * stream.epoch_tokens - stream.tokens_before) // stream.sequence_length

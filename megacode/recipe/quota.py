@@ -25,7 +25,7 @@ in 2^-40. Nothing is rounded after that, and nothing looks at the phase's length
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -268,6 +268,40 @@ class Quota:
         start = self.batch.before(np.array([self._tail]))
         formula = self._due_by_formula(start, self._anchor(last)[1], self._final_shares())
         return np.where(due < 0, formula, due)
+
+
+@dataclass(frozen=True, eq=False)
+class QuotaFrom:
+    """A quota from its step `first` on, as that of a piece of a phase: what was taken before is not counted, what was due
+    before is."""
+
+    whole: Quota
+    first: int
+
+    @property
+    def weights(self) -> Weights:
+        return replace(self.whole.weights, first=self.whole.weights.first + self.first)
+
+    @property
+    def batch(self) -> BatchSizes:
+        return self.whole.batch.after(self.first)
+
+    def shares(self, steps: Ints) -> Ints:
+        return self.whole.shares(steps + self.first)
+
+    def before(self, step: int) -> Ints:
+        return self.whole.before(step + self.first) - self.whole.before(self.first)
+
+    def range(self, start: int, stop: int) -> Ints:
+        return self.whole.range(start + self.first, stop + self.first) - self.whole.before(self.first)
+
+
+def phase_quota(weights: Weights, batch: BatchSizes, mixture_first: int, batch_first: int) -> Quota | QuotaFrom:
+    """The quota of a phase whose mixture and batch size began that many steps before it: its counts began with the later
+    of the two."""
+    counted = min(mixture_first, batch_first)
+    whole = Quota(replace(weights, first=mixture_first - counted), batch.after(batch_first - counted))
+    return QuotaFrom(whole, counted) if counted else whole
 
 
 def _round(whole: Ints, fraction: Ints) -> Ints:

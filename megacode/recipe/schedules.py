@@ -62,25 +62,27 @@ class Weights:
     Attributes:
         ratios: one per group.
         inner: per stream (group, weight within the group).
-        steps: of the phase: the length of schedules that have no `over`.
+        steps: the length of schedules that have no `over`: the phase's.
+        first: step of the schedules at the phase's first step; not 0 for a piece of a longer phase.
     """
 
     ratios: tuple[float | Schedule, ...]
     inner: tuple[tuple[int, float | Schedule], ...]
     steps: int
+    first: int = 0
 
     @property
     def settled(self) -> int:
         """First step of the phase from which the weights no longer move."""
         moving = [w for w in (*self.ratios, *(w for _, w in self.inner)) if isinstance(w, Schedule)]
-        return max((schedule.over or self.steps for schedule in moving), default=0)
+        return max((max((schedule.over or self.steps) - self.first, 0) for schedule in moving), default=0)
 
     def at(self, steps: Ints) -> Floats:
         """float64 [len(steps), streams], not normalised."""
 
         def values(weight: float | Schedule) -> Floats:
             over = (weight.over or self.steps) if isinstance(weight, Schedule) else 1
-            return schedule_values(weight, steps, over)
+            return schedule_values(weight, steps + self.first, over)
 
         ratios = [values(ratio) for ratio in self.ratios]
         within = [values(weight) for _, weight in self.inner]
@@ -121,8 +123,13 @@ class BatchSizes:
             starts, sizes = starts[last], sizes[last]
         else:
             starts, sizes = np.zeros(1, dtype=np.int64), np.array([batch_size], dtype=np.int64)
-        totals = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.diff(starts) * sizes[:-1])])
-        return BatchSizes(starts, sizes, totals)
+        return BatchSizes(starts, sizes, _totals(starts, sizes))
+
+    def after(self, first: int) -> BatchSizes:
+        """The same stairs, with step `first` as step 0."""
+        stair = int(np.searchsorted(self.starts, first, side="right")) - 1
+        starts, sizes = np.maximum(self.starts[stair:] - first, 0), self.sizes[stair:]
+        return BatchSizes(starts, sizes, _totals(starts, sizes))
 
     def at(self, steps: Ints) -> Ints:
         """Sequences in each of `steps`."""
@@ -137,6 +144,10 @@ class BatchSizes:
         """The fewest steps that hold at least `samples` sequences."""
         stair = np.maximum(np.searchsorted(self.totals, samples, side="left") - 1, 0)
         return self.starts[stair] - (self.totals[stair] - samples) // self.sizes[stair]
+
+
+def _totals(starts: Ints, sizes: Ints) -> Ints:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.diff(starts) * sizes[:-1])])
 
 
 def learning_rate(rate: LearningRate, step: int, steps: int) -> float:

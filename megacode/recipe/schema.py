@@ -210,6 +210,30 @@ class BatchRamp(Section):
         return self
 
 
+class Part(Section):
+    """Where a piece begins in a schedule of `steps` steps: at its step `first`."""
+
+    first: CountOrZero
+    steps: Count
+
+    @model_validator(mode="after")
+    def _begins_inside(self) -> Part:
+        if self.first >= self.steps:
+            raise ValueError(
+                f"`first` counts from 0 and is {self.first}, in a schedule of {self.steps} steps; lower it"
+            )
+        return self
+
+
+class Within(Section):
+    """Makes a phase a piece of a longer one (`megacode fork` writes it): what is named here goes on as there, schedules
+    without a length of their own included; what is not begins with the piece."""
+
+    learning_rate: Part | None = None
+    batch_size: Part | None = None
+    mixture: Part | None = None
+
+
 class Phase(Section):
     """A stretch of steps with one mixture (whose shares may move) and one rate schedule."""
 
@@ -231,6 +255,18 @@ class Phase(Section):
     """Attention and positions reset at end-of-document; default: the recipe's `data.reset_at_eod`."""
     checkpoint_every: Count | None = None
     """Steps of this phase between checkpoints, counted from its start; default: `checkpoints.every`."""
+    within: Within | None = None
+
+    @property
+    def begun(self) -> int:
+        """Steps of the longer phase before this piece of it; 0 for a phase of its own."""
+        parts = (self.within.learning_rate, self.within.batch_size, self.within.mixture) if self.within else ()
+        return max((part.first for part in parts if part), default=0)
+
+    def placed(self, schedule: Literal["learning_rate", "batch_size", "mixture"], steps: int) -> tuple[int, int]:
+        """(first step, length) of one of the phase's schedules, which has `steps` unless `within` says otherwise."""
+        part: Part | None = getattr(self.within, schedule, None)
+        return (part.first, part.steps) if part else (0, steps)
 
 
 # ------------------------------------------------------------------------------------------------------------ data

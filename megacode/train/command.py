@@ -43,6 +43,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    try:
+        return _run(args)
+    except UserError as error:
+        _note(args.logs, error)
+        raise
+
+
+def _note(logs: Path | None, error: UserError) -> None:
+    """Leave word for a job script, which learns of a step's largest exit code only: `LOGS/mistake`."""
+    if logs:
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / "mistake").write_text(f"{error}\n")
+
+
+def _run(args: argparse.Namespace) -> int:
     from megacode.data.planning import plan_with_data
     from megacode.recipe.checks import check_files, check_layout
     from megacode.recipe.load import load_recipe
@@ -66,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         among = _rendezvous()
         check_layout(recipe, args.processes * (among.launchers if among else 1), Path(args.recipe))
         return _launch(args, folder, among)
-    return _train(plan, folder, restart, until)
+    return _train(plan, folder, restart, until, args.logs)
 
 
 def _rank(processes: int | None) -> int | None:
@@ -106,7 +121,7 @@ def _launch(args: argparse.Namespace, folder: Path, among: Rendezvous | None) ->
     return launch(arguments, args.processes, among=among)
 
 
-def _train(plan, folder: Path, restart: bool, until: int) -> int:  # type: ignore[no-untyped-def]  # Plan, imported lazily
+def _train(plan, folder: Path, restart: bool, until: int, logs: Path | None) -> int:  # type: ignore[no-untyped-def]  # Plan
     import torch
 
     from megacode.runtime import cpu
@@ -142,6 +157,7 @@ def _train(plan, folder: Path, restart: bool, until: int) -> int:  # type: ignor
             time.sleep(3)
         place_of = f"rank {place.rank}: " if place.rank else ""
         print(f"megacode train: {place_of}{error}", file=sys.stderr, flush=True)
+        _note(logs, error)
         if held:
             held.release()
         os._exit(2)

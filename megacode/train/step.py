@@ -14,7 +14,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megacode.data.batch import Batch
-from megacode.errors import UserError
 from megacode.model.gpt import transformer_engine_available
 from megacode.recipe.schema import Recipe
 from megacode.runtime.distributed import World
@@ -79,16 +78,10 @@ def this_context_rank(batch: DeviceBatch, world: World) -> DeviceBatch:
     """This context-parallel rank's two slices of every sequence (the first and last of 2 x size are paired, so that
     every rank has the same causal work). Without context parallelism: the batch itself.
 
-    Raises:
-        UserError: the batch has document boundaries; packed rows would be cut across documents.
+    Document boundaries do not go with it; `megacode.recipe.checks` refuses them.
     """
     if world.context_size == 1:
         return batch
-    if batch.packed is not None or batch.mask is not None:
-        raise UserError(
-            f"parallel.context: {world.context_size} does not go with document boundaries (`reset_at_eod: true`); set one of the "
-            "two otherwise"
-        )
     from megatron.core.utils import get_batch_on_this_cp_rank
 
     cut = get_batch_on_this_cp_rank(

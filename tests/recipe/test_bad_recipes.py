@@ -135,6 +135,8 @@ def test_a_mistake_in_an_override_names_the_override(write, override):
         (["parallel.pipeline=3"], "model.layers", ["multiple of 3"]),
         (["parallel.pipeline=2", "parallel.virtual_pipeline=3"], "model.layers", ["= 6", "multiple of 6"]),
         (["parallel.context=3"], "phases.first.sequence_length", ["2 x parallel.context 3", "multiple of 6"]),
+        (["parallel.context=2", "data.reset_at_eod=true", "phases.second.reset_at_eod=false"], "phases.first.reset_at_eod",
+         ["parallel.context 2", "set one of the two otherwise"]),
         (["parallel.tensor=4", "parallel.sequence=true", "phases.first.sequence_length=130"], "phases.first.sequence_length",
          ["sequence parallel", "multiple of 4"]),
         (["model.hidden_size=66"], "model.heads", ["hidden_size 66", "set head_dim"]),

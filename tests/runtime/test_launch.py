@@ -119,3 +119,13 @@ def test_node_names_that_the_network_does_not_know(monkeypatch: pytest.MonkeyPat
     for environment in (SLURM, TORCHRUN):
         with pytest.raises(UserError, match=r"cannot find the first node, '(gpu003|node1)'.*set MASTER_ADDR"):
             distributed.reachable(read_launch(environment), environment)
+
+
+def test_each_process_has_a_gpu_of_its_own() -> None:
+    torchrun, task = read_launch(TORCHRUN), read_launch(SLURM)
+    assert distributed.local_device(torchrun, 8, {}) == 1 and distributed.local_device(task, 8, {}) == 1
+    # Slurm's --gpus-per-task=1: the second task of a node sees its own GPU, alone.
+    assert distributed.local_device(task, 1, {"CUDA_VISIBLE_DEVICES": "1"}) == 0
+    for launch, visible in ((torchrun, "0"), (task, "")):
+        with pytest.raises(UserError, match="local process 1 has no GPU of its own, this machine shows 1"):
+            distributed.local_device(launch, 1, {"CUDA_VISIBLE_DEVICES": visible})

@@ -1,0 +1,44 @@
+"""`megacode fork`: one that changes nothing is the run, bit for bit, also where it splits a phase; any shares the past."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import megacode, steps_of
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 steps; the checkpoint after step 10 is inside the second phase, whose ratios and rate move."""
+    run = tmp_path_factory.mktemp("fork") / "run"
+    megacode("train", recipe, "--run", run, "--processes", "2")
+    return run
+
+
+def test_an_unchanged_fork_is_the_run(run: Path) -> None:
+    new = run.with_name("same")
+    told = megacode("fork", run, "--at", 10, "--to", new, "--set", "phases.second.checkpoint_every=5").stdout
+    assert "second-fork: steps 11 to 20; learning rate, batch size, mixture go on" in told
+    assert f"megacode train {new}/recipe.yaml --run {new}" in told
+    before = [json.loads(line) for line in (new / "metrics.jsonl").read_text().splitlines()]
+    assert max(record["step"] for record in before) == 10 and before[-1]["event"] == "fork"
+    shards = sorted((new / "checkpoints/step_00000010").glob("*.distcp"))
+    assert shards and all(path.stat().st_nlink == 2 for path in shards), "a checkpoint is linked, not copied"
+    done = megacode("train", new / "recipe.yaml", "--run", new, "--processes", "2")
+    assert "step 10 of 20" in done.stdout
+    assert steps_of(new) == steps_of(run)
+
+
+def test_a_changed_fork_shares_the_past_and_nothing_else(run: Path) -> None:
+    new = Path(f"{run}-at-10")
+    megacode("fork", run, "--at", 10, "--set", "phases.second.mixture.domains.code.ratio=0.9")
+    megacode("train", new / "recipe.yaml", "--run", new, "--processes", "2")
+    old, got = steps_of(run), steps_of(new)
+    assert got.batches[:10] == old.batches[:10] and got.losses[:10] == old.losses[:10]
+    assert len(got.losses) == 20 and not set(got.batches[10:]) & set(old.batches[10:])
+    assert json.loads((new / "fork.json").read_text())["step"] == 10

@@ -48,9 +48,9 @@ train() {
         echo "cancelled: not started again"
     elif [ "$(latest "$run")" = "$before" ]; then
         echo "not started again: this start brought the run no further than ${before:-its beginning}"
-    elif scontrol requeue "$SLURM_JOB_ID"; then
+    else
         echo "the job starts again and goes on from $(latest "$run")"
-        sleep 60 # Slurm ends this script
+        scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script
     fi
     exit "$code"
 }

@@ -9,7 +9,6 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 # Adapts a trained model to another mixture: a recipe with `initialize_from`, or a fork (`megacode fork --help`).
-#   sbatch slurm/adaptation.sh RECIPE RUN [--set KEY=VALUE ...]
+#   sbatch slurm/adaptation.sh [RECIPE [RUN [--set KEY=VALUE ...]]]
 source "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/slurm/job.sh"
-[ $# -ge 2 ] || { echo "usage: sbatch slurm/adaptation.sh RECIPE RUN [--set KEY=VALUE ...]" >&2 && exit 2; }
-train "$@"
+train "${1:-recipes/crystal-adaptation.yaml}" "${2:-runs/crystal-adaptation}" "${@:3}"

@@ -26,7 +26,7 @@ train() {
 
     trap 'signal=1; kill -USR1 $step' USR1 # srun hands it on to every task: save and stop
     trap 'signal=1; cancelled=1' TERM      # scancel: Slurm has told the tasks itself
-    srun --kill-on-bad-exit=1 --wait=60 "${srun_flags[@]}" python -m megacode.cli train "$recipe" --run "$run" \
+    srun --kill-on-bad-exit=1 --wait=20 "${srun_flags[@]}" python -m megacode.cli train "$recipe" --run "$run" \
         --processes "$((processes > 1 ? processes : 1))" --logs "$logs" "${@:3}" &
     step=$!
     while :; do

@@ -81,6 +81,7 @@ def test_the_readme_commands_run(checkout: Path) -> None:
     for command in commands:
         words = shlex.split(command)
         words = [w for word in words for w in (map(str, sorted(checkout.glob(word))) if "*" in word else [word])]
+        words = ["3" if word == "110" else word for word in words]  # where the first phase ends
         extra = SHORT if words[1] == "train" else []
         assert re.match(r"\w", words[1])
         run(checkout, sys.executable, "-m", "megacode.cli", *words[1:], *extra)

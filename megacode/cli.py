@@ -20,6 +20,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "fork": ("megacode.train.fork", "a new run that shares another's first steps"),
     "evaluate": ("megacode.evaluate.command", "validation loss of a checkpoint, by source and domain"),
     "generate": ("megacode.evaluate.generate", "continue a prompt with a checkpoint"),
+    "export": ("megacode.convert.export_command", "a checkpoint as a Hugging Face folder"),
+    "import": ("megacode.convert.import_command", "a Hugging Face model as a checkpoint to start from"),
     "report": ("megacode.report.command", "write a run's page of plots"),
     "trace": ("megacode.data.trace_command", "which documents were in step N"),
     "doctor": ("megacode.doctor", "what is installed, what is missing, and how to get it"),

@@ -7,6 +7,7 @@ installed) and Megatron-Core's local ones.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +34,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "swiglu": torch.nn.functional.silu,
     "geglu": torch.nn.functional.gelu,
     "gelu": torch.nn.functional.gelu,
+    "gelu-tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
     "relu": torch.nn.functional.relu,
     "squared-relu": lambda x: torch.nn.functional.relu(x).square(),
 }
@@ -118,7 +120,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         persist_layer_norm=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=cuda,
-        bias_activation_fusion=cuda and model.activation in ("swiglu", "gelu"),
+        bias_activation_fusion=cuda and model.activation == "swiglu",  # the fused GELU is the approximate one
         apply_rope_fusion=engine and model.position_embedding == "rotary",
         cross_entropy_loss_fusion=engine,
         cross_entropy_fusion_impl="te" if engine else "native",

@@ -46,7 +46,8 @@ class Model(Section):
     normalization: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_epsilon: float = Field(default=1e-5, gt=0)
     qk_norm: bool = False
-    activation: Literal["swiglu", "geglu", "gelu", "relu", "squared-relu"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "gelu", "gelu-tanh", "relu", "squared-relu"] = "swiglu"
+    """`gelu-tanh` is GELU's usual approximation by a hyperbolic tangent."""
     linear_bias: bool = False
     """Biases on every linear layer (query/key/value, attention output, feed-forward)."""
     qkv_bias: bool = False

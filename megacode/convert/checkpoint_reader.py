@@ -1,0 +1,144 @@
+"""Tensors out of a Megatron-Core distributed checkpoint, one at a time, without a model, a GPU or process groups.
+
+A checkpoint folder holds `.metadata` (a pickle of torch.distributed.checkpoint's own classes: which chunk of which tensor lies
+where) and `.distcp` files in which every chunk is a tensor as torch.save writes it. A chunk is read by its own bytes only.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megacode.convert.layout import LAYER
+from megacode.errors import UserError
+
+_EXPECTED = "give a checkpoint that was written whole"
+
+
+@dataclass(frozen=True)
+class CheckpointReader:
+    """An open checkpoint."""
+
+    folder: Path
+    metadata: Any  # torch.distributed.checkpoint.metadata.Metadata
+    places: dict[tuple[str, tuple[int, ...]], Any]
+    """(name, offsets of the chunk) -> where it lies."""
+
+    @classmethod
+    def open(cls, folder: Path) -> CheckpointReader:
+        """UserError: there is no readable checkpoint of Megatron-Core's distributed format."""
+        try:
+            with open(folder / ".metadata", "rb") as file:
+                metadata = pickle.load(file)
+            places = {(index.fqn, tuple(index.offset or ())): place for index, place in metadata.storage_data.items()}
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder}: has no .metadata file; {_EXPECTED} (Megatron-Core's distributed format)"
+            ) from None
+        except (OSError, pickle.UnpicklingError, AttributeError, EOFError, ImportError, ValueError) as error:
+            raise UserError(f"{folder / '.metadata'}: cannot be read ({error}); {_EXPECTED}") from error
+        missing = sorted({p.relative_path for p in places.values() if not (folder / p.relative_path).is_file()})
+        if missing:
+            raise UserError(
+                f"{folder}: the file {missing[0]} is missing; copy it here from where the run was, or {_EXPECTED}"
+            )
+        return cls(folder, metadata, places)
+
+    def _stored(self, key: str, layer: int | None) -> tuple[str, int | None]:
+        """Name and place in the stack; a checkpoint of layers that differ numbers them in the name instead."""
+        tensors = self.metadata.state_dict_metadata
+        if key in tensors:
+            return key, layer
+        numbered = f"{LAYER}{layer}.{key.removeprefix(LAYER)}"
+        if numbered in tensors:
+            return numbered, None
+        raise UserError(f"{self.folder}: holds no {key}; its recipe.yaml describes another model")
+
+    def shape(self, key: str, layer: int | None = None) -> tuple[int, ...]:
+        """As stored, padding included; of one layer."""
+        name, layer = self._stored(key, layer)
+        size = tuple(self.metadata.state_dict_metadata[name].size)
+        return size if layer is None else size[1:]
+
+    def has(self, key: str) -> bool:
+        return key in self.metadata.state_dict_metadata
+
+    def dtype(self, key: str, layer: int | None = None) -> torch.dtype:
+        return self.metadata.state_dict_metadata[self._stored(key, layer)[0]].properties.dtype
+
+    def tensor(self, key: str, layer: int | None = None) -> Tensor:
+        """The whole tensor, or one layer's of a stack; holds it once and a chunk of it besides.
+
+        Raises:
+            UserError: a chunk is damaged, cut short or missing.
+        """
+        name, layer = self._stored(key, layer)
+        stored = self.metadata.state_dict_metadata[name]
+        size = tuple(stored.size)
+        wanted = [c for c in stored.chunks if layer is None or c.offsets[0] <= layer < c.offsets[0] + c.sizes[0]]
+        if len(wanted) == 1 and tuple(wanted[0].sizes) == (size if layer is None else (1, *size[1:])):
+            whole = self._chunk(name, wanted[0])
+            return whole if layer is None else whole[0]
+        out = torch.empty(size if layer is None else size[1:], dtype=stored.properties.dtype)
+        filled = 0
+        for chunk in wanted:
+            offsets, sizes, part = list(chunk.offsets), list(chunk.sizes), self._chunk(name, chunk)
+            if layer is not None:
+                part, offsets, sizes = part[layer - offsets[0]], offsets[1:], sizes[1:]
+            out[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] = part
+            filled += part.numel()
+        if filled != out.numel():
+            raise UserError(f"{self.folder}: {name} is not whole ({filled:,} of {out.numel():,} numbers); {_EXPECTED}")
+        return out
+
+    def _chunk(self, name: str, chunk: Any) -> Tensor:
+        place = self.places[name, tuple(chunk.offsets)]
+        path = self.folder / place.relative_path
+        try:
+            with open(path, "rb") as file:
+                tensor = torch.load(_Part(file, place.offset, place.length), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            raise UserError(f"{path}: {name} cannot be read, the file is damaged or cut short; {_EXPECTED}") from error
+        if tuple(tensor.shape) != tuple(chunk.sizes):
+            raise UserError(
+                f"{path}: {name} has shape {tuple(tensor.shape)} instead of {tuple(chunk.sizes)}; {_EXPECTED}"
+            )
+        return tensor
+
+
+class _Part(io.RawIOBase):
+    """`length` bytes of a file, from `offset` on, as a file of its own."""
+
+    def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = file.raw, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        self._at = position + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(self._length - self._at, 0)]
+        done = 0
+        self._file.seek(self._offset + self._at)
+        while done < len(view):
+            count = self._file.readinto(view[done:])
+            if not count:
+                break
+            done += count
+        self._at += done
+        return done

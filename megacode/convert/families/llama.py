@@ -1,0 +1,154 @@
+"""Llama and what is built like it: Mistral (the same weights), Qwen2 (biases on queries, keys and values), Qwen3 (norms on
+queries and keys)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megacode.convert.family import (
+    Context,
+    Family,
+    common_reasons,
+    ends,
+    first_reason,
+    layer_slots,
+    norm_rows,
+    refuse,
+    rope_keys,
+    rotary_base,
+    value,
+    with_biases,
+    within_window,
+)
+from megacode.convert.layout import GATE_UP, HEAD_NORM, QKV, SAME, Slot
+from megacode.errors import UserError
+from megacode.recipe.schema import Model
+
+
+def _fits(model: Model, name: str) -> str | None:
+    qwen2, qwen3 = name == "qwen2", name == "qwen3"
+    return first_reason(
+        [
+            *common_reasons(model),
+            (model.normalization != "rmsnorm", f"model.normalization is {model.normalization}, not rmsnorm"),
+            (model.activation != "swiglu", f"model.activation is {model.activation}, not swiglu"),
+            (model.rotary_fraction != 1.0, f"model.rotary_fraction is {model.rotary_fraction:g}, not 1"),
+            (model.linear_bias and name != "llama", "model.linear_bias gives biases to every linear layer"),
+            (
+                model.qkv_bias and not model.linear_bias and not qwen2,
+                "model.qkv_bias gives biases to queries, keys and values",
+            ),
+            (qwen2 and not model.qkv_bias, "model.qkv_bias is false"),
+            (model.qk_norm and not qwen3, "model.qk_norm normalises queries and keys"),
+            (qwen3 and not model.qk_norm, "model.qk_norm is false"),
+            (
+                name in ("mistral", "qwen2") and model.resolved_head_dim * model.heads != model.hidden_size,
+                f"model.head_dim is {model.resolved_head_dim}, not hidden_size / heads",
+            ),
+        ]
+    )
+
+
+def _config(model: Model, context: Context, name: str) -> dict[str, Any]:
+    out = {
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.resolved_ffn_size,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.resolved_kv_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_epsilon,
+        "initializer_range": model.init_std,
+        "attention_dropout": model.attention_dropout,
+        **rope_keys(model, context),
+    }
+    if name in ("llama", "qwen3", "mistral"):
+        out["head_dim"] = model.resolved_head_dim
+    if name == "llama":
+        out |= {"attention_bias": model.linear_bias, "mlp_bias": model.linear_bias}
+    if name == "qwen3":
+        out["attention_bias"] = False
+    if name == "mistral":
+        out["sliding_window"] = None
+    if name in ("qwen2", "qwen3"):
+        out["use_sliding_window"] = False
+    return out
+
+
+def _model_section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    refuse(config, "hidden_act", "silu", "the feed-forward is SwiGLU")
+    refuse(config, "pretraining_tp", 1, "matrix products are not cut")
+    attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    if name in ("llama", "qwen3") and attention_bias != mlp_bias and (name == "llama" or attention_bias):
+        raise UserError(
+            f"config.json: attention_bias is {attention_bias} and mlp_bias {mlp_bias}; a recipe has biases on all linear layers "
+            "or none"
+        )
+    length = int(value(config, "max_position_embeddings", 2048))
+    heads = int(value(config, "num_attention_heads"))
+    section: dict[str, Any] = {
+        "layers": int(value(config, "num_hidden_layers")),
+        "hidden_size": int(value(config, "hidden_size")),
+        "heads": heads,
+        "kv_heads": int(config.get("num_key_value_heads") or heads),
+        "ffn_size": int(value(config, "intermediate_size")),
+        "normalization": "rmsnorm",
+        "norm_epsilon": float(value(config, "rms_norm_eps", 1e-6)),
+        "activation": "swiglu",
+        "rotary_base": rotary_base(config),
+        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "context_length": within_window(config, length) if name != "llama" else length,
+        "linear_bias": attention_bias and mlp_bias,
+    }
+    if name == "qwen2":
+        section["qkv_bias"] = True
+        section["context_length"] = length if not config.get("use_sliding_window") else section["context_length"]
+    if name == "qwen3":
+        section["qk_norm"] = True
+        section["context_length"] = length if not config.get("use_sliding_window") else section["context_length"]
+    if config.get("head_dim") or name == "qwen3":
+        section["head_dim"] = int(config.get("head_dim") or 128)
+    return section
+
+
+def _slots(model: Model) -> Iterator[Slot]:
+    first, last = ends(model, "model.embed_tokens.weight", "model.norm", "lm_head.weight")
+    attention, mlp = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
+    bias = model.linear_bias
+    rows = [
+        *norm_rows(model, "self_attention.linear_qkv", "model.layers.{i}.input_layernorm"),
+        *with_biases(
+            "self_attention.linear_qkv",
+            QKV,
+            tuple(attention + f"{part}_proj" for part in "qkv"),
+            bias or model.qkv_bias,
+        ),
+        *with_biases("self_attention.linear_proj", SAME, (attention + "o_proj",), bias),
+        *norm_rows(model, "mlp.linear_fc1", "model.layers.{i}.post_attention_layernorm"),
+        *with_biases("mlp.linear_fc1", GATE_UP, (mlp + "gate_proj", mlp + "up_proj"), bias),
+        *with_biases("mlp.linear_fc2", SAME, (mlp + "down_proj",), bias),
+    ]
+    if model.qk_norm:
+        rows += [(f"self_attention.{p}_layernorm.weight", HEAD_NORM, (attention + f"{p}_norm.weight",)) for p in "qk"]
+    yield from first
+    yield from layer_slots(model, rows)
+    yield from last
+
+
+def _family(name: str, architecture: str) -> Family:
+    return Family(
+        name=name,
+        architecture=architecture,
+        model_type=name,
+        fits=lambda model: _fits(model, name),
+        config=lambda model, context: _config(model, context, name),
+        model_section=lambda config: _model_section(config, name),
+        slots=_slots,
+    )
+
+
+LLAMA = _family("llama", "LlamaForCausalLM")
+MISTRAL = _family("mistral", "MistralForCausalLM")
+QWEN2 = _family("qwen2", "Qwen2ForCausalLM")
+QWEN3 = _family("qwen3", "Qwen3ForCausalLM")

@@ -1,0 +1,105 @@
+"""StableLM: LayerNorm with biases, SwiGLU, rotary on a part of each head, biases on queries, keys and values or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megacode.convert.family import (
+    Context,
+    Family,
+    common_reasons,
+    ends,
+    first_reason,
+    layer_slots,
+    norm_rows,
+    refuse,
+    rope_keys,
+    rotary_base,
+    rotary_fraction,
+    value,
+    with_biases,
+)
+from megacode.convert.layout import GATE_UP, QKV, SAME, Slot
+from megacode.recipe.schema import Model
+
+
+def _fits(model: Model) -> str | None:
+    return first_reason(
+        [
+            *common_reasons(model),
+            (model.normalization != "layernorm", f"model.normalization is {model.normalization}, not layernorm"),
+            (model.activation != "swiglu", f"model.activation is {model.activation}, not swiglu"),
+            (model.linear_bias, "model.linear_bias gives biases to every linear layer"),
+            (model.qk_norm, "model.qk_norm normalises queries and keys with weights that all heads share"),
+            (
+                model.resolved_head_dim * model.heads != model.hidden_size,
+                f"model.head_dim is {model.resolved_head_dim}, not hidden_size / heads",
+            ),
+        ]
+    )
+
+
+def _config(model: Model, context: Context) -> dict[str, Any]:
+    return {
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.resolved_ffn_size,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.resolved_kv_heads,
+        "hidden_act": "silu",
+        "layer_norm_eps": model.norm_epsilon,
+        "use_qkv_bias": model.qkv_bias,
+        "qk_layernorm": False,
+        "use_parallel_residual": False,
+        "partial_rotary_factor": model.rotary_fraction,
+        "initializer_range": model.init_std,
+        "attention_dropout": model.attention_dropout,
+        "hidden_dropout": model.dropout,
+        **rope_keys(model, context),
+    }
+
+
+def _model_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    refuse(config, "hidden_act", "silu", "the feed-forward is SwiGLU")
+    refuse(config, "qk_layernorm", False, "its norms have weights for each head")
+    refuse(config, "use_parallel_residual", False, "attention and feed-forward run one after the other")
+    heads = int(value(config, "num_attention_heads"))
+    return {
+        "layers": int(value(config, "num_hidden_layers")),
+        "hidden_size": int(value(config, "hidden_size")),
+        "heads": heads,
+        "kv_heads": int(config.get("num_key_value_heads") or heads),
+        "ffn_size": int(value(config, "intermediate_size")),
+        "normalization": "layernorm",
+        "norm_epsilon": float(value(config, "layer_norm_eps", 1e-5)),
+        "activation": "swiglu",
+        "qkv_bias": bool(config.get("use_qkv_bias", False)),
+        "rotary_base": rotary_base(config),
+        "rotary_fraction": rotary_fraction(config, "partial_rotary_factor", 0.25),
+        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "context_length": int(value(config, "max_position_embeddings", 4096)),
+    }
+
+
+def _slots(model: Model) -> Iterator[Slot]:
+    first, last = ends(model, "model.embed_tokens.weight", "model.norm", "lm_head.weight")
+    attention, mlp = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
+    yield from first
+    yield from layer_slots(
+        model,
+        [
+            *norm_rows(model, "self_attention.linear_qkv", "model.layers.{i}.input_layernorm"),
+            *with_biases(
+                "self_attention.linear_qkv", QKV, tuple(attention + f"{p}_proj" for p in "qkv"), model.qkv_bias
+            ),
+            *with_biases("self_attention.linear_proj", SAME, (attention + "o_proj",), False),
+            *norm_rows(model, "mlp.linear_fc1", "model.layers.{i}.post_attention_layernorm"),
+            *with_biases("mlp.linear_fc1", GATE_UP, (mlp + "gate_proj", mlp + "up_proj"), False),
+            *with_biases("mlp.linear_fc2", SAME, (mlp + "down_proj",), False),
+        ],
+    )
+    yield from last
+
+
+STABLELM = Family("stablelm", "StableLmForCausalLM", "stablelm", _fits, _config, _model_section, _slots)

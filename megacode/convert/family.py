@@ -1,0 +1,169 @@
+"""What a family of Hugging Face models is to conversion, and what families have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megacode.convert.layout import EMBEDDING, LAYER, OUTPUT, SAME, Form, Slot
+from megacode.errors import UserError
+from megacode.recipe.schema import Model
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a config.json needs beside the model: sizes and the tokenizer's own ids."""
+
+    vocab_size: int
+    length: int
+    """Longest sequence the model is for."""
+    tokens: Mapping[str, Any]
+    """bos_token_id, eos_token_id ... as far as they are known."""
+    dtype: str
+    """`bfloat16`, `float16` or `float32`."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family.
+
+    Attributes:
+        name: what `--format` takes.
+        architecture: the class that transformers loads.
+        fits: None where a model can be expressed exactly, else which field is in the way.
+        config: config.json of a model that fits.
+        model_section: the recipe's `model` keys of a config.json; UserError where they cannot express it.
+        slots: every tensor of a model.
+        remote_code: files of Python shipped beside the weights.
+    """
+
+    name: str
+    architecture: str
+    model_type: str
+    fits: Callable[[Model], str | None]
+    config: Callable[[Model, Context], dict[str, Any]]
+    model_section: Callable[[Mapping[str, Any]], dict[str, Any]]
+    slots: Callable[[Model], Iterator[Slot]]
+    remote_code: tuple[str, ...] = ()
+
+
+# ------------------------------------------------------------------------------------------------------------- fitting
+
+_HARMLESS = (
+    "fusion",
+    "recompute",
+    "cpu_offload",
+    "overlap",
+    "cuda_graph",
+    "deterministic",
+    "deallocate",
+    "tp_comm",
+    "p2p",
+    "moe_per_layer",
+)
+
+
+def first_reason(checks: Iterable[tuple[bool, str]]) -> str | None:
+    """The sentence of the first check that is true."""
+    return next((text for wrong, text in checks if wrong), None)
+
+
+def common_reasons(model: Model) -> list[tuple[bool, str]]:
+    """What stands in the way of every family that has neither muP's factors nor foreign parts."""
+    other = [name for name in model.megatron if not any(part in name for part in _HARMLESS)]
+    default_scale = abs(model.resolved_softmax_scale * model.resolved_head_dim**0.5 - 1) < 1e-9
+    return [
+        (bool(other), f"model.megatron.{other[0] if other else ''} may change what is computed"),
+        (model.embedding_scale != 1.0, f"model.mup.embedding_scale is {model.embedding_scale:g}, not 1"),
+        (model.logit_scale != 1.0, f"muP multiplies logits by {model.logit_scale:g}"),
+        (not default_scale, "attention scores are not divided by the root of head_dim (muP, or model.softmax_scale)"),
+        (model.position_embedding != "rotary", f"model.position_embedding is {model.position_embedding}, not rotary"),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- reading config.json
+
+
+def value(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """A key of config.json; UserError where it is missing and has no default."""
+    found = config.get(key, default)
+    if found is None and default is None:
+        raise UserError(f"config.json: {key} is missing; give a Hugging Face model's whole folder")
+    return found
+
+
+def refuse(config: Mapping[str, Any], key: str, wanted: Any, why: str) -> None:
+    """UserError where a key is there with another value than `wanted` (or None)."""
+    found = config.get(key)
+    if found is not None and found != wanted:
+        raise UserError(f"config.json: {key} is {found!r}, and only {wanted!r} can be imported exactly: {why}")
+
+
+def rotary_base(config: Mapping[str, Any], key: str = "rope_theta") -> float:
+    """rope_theta, from where transformers before and since version 5 keep it. UserError: positions are scaled."""
+    parameters = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or parameters
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind != "default":
+        raise UserError(
+            f"config.json: rope_scaling is of type {kind!r}, and Megatron-Core's rotary positions here are not scaled; a model "
+            "without it can be imported"
+        )
+    return float(config.get(key) or parameters.get("rope_theta") or 10000.0)
+
+
+def rotary_fraction(config: Mapping[str, Any], key: str, default: float) -> float:
+    parameters = config.get("rope_parameters") or {}
+    found = config.get(key, parameters.get("partial_rotary_factor"))
+    return default if found is None else float(found)
+
+
+def within_window(config: Mapping[str, Any], length: int) -> int:
+    """The longest sequence at which a sliding window hides nothing."""
+    window = config.get("sliding_window")
+    return min(length, int(window)) if window and config.get("use_sliding_window", True) else length
+
+
+def rope_keys(model: Model, context: Context) -> dict[str, Any]:
+    """Keys of rotary positions as every version of transformers reads them."""
+    base = int(model.rotary_base) if model.rotary_base == int(model.rotary_base) else model.rotary_base
+    return {"max_position_embeddings": context.length, "rope_theta": base}
+
+
+# --------------------------------------------------------------------------------------------------------------- slots
+
+
+def layer_slots(model: Model, table: Iterable[tuple[str, Form, tuple[str, ...]]]) -> Iterator[Slot]:
+    """A layer's tensors for every layer: (Megatron-Core's name in the layer, form, Hugging Face names with {i})."""
+    rows = list(table)
+    for i in range(model.layers):
+        for key, form, names in rows:
+            yield Slot(LAYER + key, i, tuple(name.format(i=i) for name in names), form)
+
+
+def ends(model: Model, embedding: str, norm: str, head: str | None) -> tuple[list[Slot], list[Slot]]:
+    """Slots before and after the layers; `head` None where it is tied and not written."""
+    first = [Slot(EMBEDDING, None, (embedding,), SAME)]
+    last = [Slot("decoder.final_layernorm.weight", None, (f"{norm}.weight",), SAME)]
+    if model.normalization == "layernorm":
+        last.append(Slot("decoder.final_layernorm.bias", None, (f"{norm}.bias",), SAME))
+    if head and not model.tie_embeddings:
+        last.append(Slot(OUTPUT, None, (head,), SAME))
+    return first, last
+
+
+def with_biases(key: str, form: Form, names: tuple[str, ...], bias: bool) -> list[tuple[str, Form, tuple[str, ...]]]:
+    """Rows of `layer_slots` for a linear layer or a norm: `key` and `names` without `.weight` and `.bias`."""
+    rows = [(f"{key}.weight", form, tuple(f"{name}.weight" for name in names))]
+    if bias:
+        rows.append((f"{key}.bias", form, tuple(f"{name}.bias" for name in names)))
+    return rows
+
+
+def norm_rows(model: Model, key: str, name: str) -> list[tuple[str, Form, tuple[str, ...]]]:
+    """Rows for a norm that Megatron-Core's checkpoints name after the linear layer behind it."""
+    rows = [(f"{key}.layer_norm_weight", SAME, (f"{name}.weight",))]
+    if model.normalization == "layernorm":
+        rows.append((f"{key}.layer_norm_bias", SAME, (f"{name}.bias",)))
+    return rows

@@ -1,0 +1,150 @@
+"""A Hugging Face folder -> a checkpoint that a run starts from, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megacode.convert.checkpoint_writer import CheckpointWriter
+from megacode.convert.families import by_architecture
+from megacode.convert.family import Family
+from megacode.convert.layout import Slot, padded, shape
+from megacode.convert.safetensors_files import HuggingFaceWeights
+from megacode.errors import UserError
+from megacode.recipe.checks import check_recipe
+from megacode.recipe.load import dump_recipe
+from megacode.recipe.schema import LearningRate, Mixture, Model, Phase, Recipe, Source, Tokenizer
+from megacode.train.checkpoint_files import INFO
+
+_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|attention\.(bias|masked_bias)|attn\.(bias|masked_bias))$")
+"""Tensors of older files that are no weights."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A Hugging Face folder that can be imported."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    family: Family
+    model: Model
+    vocab_size: int
+    weights: HuggingFaceWeights
+
+    @classmethod
+    def open(cls, folder: Path) -> Found:
+        """UserError: no config.json, another architecture, something that cannot be expressed, weights missing."""
+        path = folder / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{folder}: has no config.json; give a Hugging Face model's folder") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); download the file again") from error
+        family = by_architecture(config.get("architectures") or [], config.get("model_type", ""), str(path))
+        try:
+            section = family.model_section(config)
+            model = Model(**section, vocab_size=int(config["vocab_size"]))
+        except UserError as error:
+            raise UserError(str(error).replace("config.json", str(path), 1)) from None
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{path}: {str(error).splitlines()[0]}; give a Hugging Face model's whole folder"
+            ) from error
+        found = cls(folder, config, family, model, int(config["vocab_size"]), HuggingFaceWeights.open(folder))
+        for problem in check_recipe(starting_recipe(found, None, torch.float32)):
+            raise UserError(f"{path}: describes a model that cannot be built: {problem}")
+        found._check_names()
+        return found
+
+    def slots(self) -> list[Slot]:
+        return list(self.family.slots(self.model))
+
+    def _check_names(self) -> None:
+        """Every weight has a place and every place a weight, before anything is written."""
+        wanted = {name for slot in self.slots() for name in slot.names}
+        missing = sorted(wanted - self.weights.files.keys())
+        if missing:
+            raise UserError(
+                f"{self.folder}: has no tensor {missing[0]}; its files and its config.json belong to different models"
+            )
+        tied = {"lm_head.weight", "embed_out.weight"} if self.model.tie_embeddings else set()
+        left = sorted(n for n in self.weights.files.keys() - wanted - tied if not _BUFFERS.search(n))
+        if left:
+            raise UserError(
+                f"{self.folder}: the tensor {left[0]} has no place in a {self.family.name} model as config.json describes it"
+                + (f" (and {len(left) - 1} more)" if len(left) > 1 else "")
+            )
+
+    def tensor(self, slot: Slot) -> torch.Tensor:
+        """The Megatron-Core tensor of a slot, without padding. UserError: a shape is wrong."""
+        parts = [self.weights.tensor(name) for name in slot.names]
+        empty = torch.empty(shape(self.model, self.vocab_size, slot.key, self.model.context_length or 0), device="meta")
+        for name, part, wanted in zip(slot.names, parts, slot.form.split(self.model, empty), strict=True):
+            if part.shape != wanted.shape:
+                raise UserError(
+                    f"{self.folder}: {name} has shape {tuple(part.shape)}, and config.json asks for {tuple(wanted.shape)}; they "
+                    "belong to different models"
+                )
+        return slot.form.join(self.model, parts)
+
+
+def import_model(
+    found: Found, out: Path, tokenizer: Tokenizer | None, on_bytes: Callable[[int], None] = lambda count: None
+) -> Recipe:
+    """Write the checkpoint folder, whole or not at all, with a recipe to start from beside the weights.
+
+    Returns:
+        that recipe: the model, the tokenizer if there is one, and a phase of continued pre-training to be filled in.
+    """
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        writer = CheckpointWriter(temporary, found.model.layers)
+        dtype = torch.float32
+        for slot in found.slots():
+            tensor = padded(found.model, slot.key, found.tensor(slot))
+            dtype = tensor.dtype
+            writer.add(slot.key, slot.layer, tensor)
+            on_bytes(tensor.nbytes)
+        writer.finish()
+        recipe = starting_recipe(found, tokenizer, dtype)
+        (temporary / "recipe.yaml").write_text(dump_recipe(recipe))
+        info = {
+            "step": 0, "recipe": recipe.name, "phase": None, "tokens": 0, "vocab_size": found.vocab_size,
+            "imported_from": found.folder.name, "family": found.family.name,
+        }  # fmt: skip
+        (temporary / INFO).write_text(json.dumps(info, indent=1))
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return recipe
+
+
+def starting_recipe(found: Found, tokenizer: Tokenizer | None, dtype: torch.dtype) -> Recipe:
+    """Continued pre-training on a corpus to be named: what one extends."""
+    length = min(found.model.context_length or 2048, 4096)
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", found.folder.resolve().name).lstrip("_.-") or "imported"
+    return Recipe(
+        name=name,
+        description=f"continued pre-training of {name}",
+        tokenizer=tokenizer,
+        model=found.model,
+        sources={"corpus": Source(path="data/corpus", tokens=1_000_000_000)},
+        phases=[
+            Phase(
+                name="continue", steps=1000, batch_size=64, sequence_length=length, mixture=Mixture(sources={"corpus": 1.0}),
+                learning_rate=LearningRate(schedule="cosine", peak=2e-5, final=2e-6, warmup=50),
+            )
+        ],
+        precision="fp32" if dtype == torch.float32 else "bf16",
+    )  # fmt: skip

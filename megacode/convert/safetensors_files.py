@@ -1,0 +1,158 @@
+"""Safetensors files, written and read one tensor at a time.
+
+The format (github.com/huggingface/safetensors): 8 bytes of header length, a JSON header with type, shape and place of every
+tensor, then the tensors. Names, types and shapes are known before the first tensor is, so files are written from front to end
+and nothing is held; the library itself writes whole dictionaries only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megacode.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        return torch.Size(self.shape).numel() * dtype.itemsize
+
+
+def write_files(
+    folder: Path, groups: Sequence[Sequence[Planned]], read: Callable[[int], Sequence[Tensor]], dtype: torch.dtype,
+    shard_bytes: int, on_bytes: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Write groups of tensors into as many files as it takes, and the index where there is more than one.
+
+    Args:
+        groups: tensors that come together, in the order of writing.
+        read: the tensors of a group by its number, converted to `dtype` here.
+        on_bytes: told how much has been written.
+
+    Raises:
+        UserError: a tensor does not have the planned shape.
+    """
+    shards: list[list[int]] = [[]]
+    held = 0
+    for number, group in enumerate(groups):
+        size = sum(planned.nbytes(dtype) for planned in group)
+        if shards[-1] and held + size > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(number)
+        held += size
+    weight_map: dict[str, str] = {}
+    for place, numbers in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{place:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= {planned.name: name for number in numbers for planned in groups[number]}
+        _write_one(folder / name, [(groups[n], n) for n in numbers], read, dtype, on_bytes)
+    if len(shards) > 1:
+        total = sum(planned.nbytes(dtype) for group in groups for planned in group)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_one(
+    path: Path, groups: Sequence[tuple[Sequence[Planned], int]], read: Callable[[int], Sequence[Tensor]],
+    dtype: torch.dtype, on_bytes: Callable[[int], None],
+) -> None:  # fmt: skip
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for group, _ in groups:
+        for planned in group:
+            start, end = end, end + planned.nbytes(dtype)
+            header[planned.name] = {"dtype": _NAMES[dtype], "shape": list(planned.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb", buffering=0) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for group, number in groups:
+            for planned, tensor in zip(group, read(number), strict=True):
+                if tuple(tensor.shape) != planned.shape:
+                    raise UserError(
+                        f"{planned.name}: has shape {tuple(tensor.shape)} in the checkpoint and {planned.shape} by its recipe"
+                    )
+                data = tensor.to(dtype).contiguous().view(torch.uint8).numpy().reshape(-1).data
+                done = 0
+                while done < len(data):
+                    done += file.write(data[done : done + (1 << 26)])
+                on_bytes(len(data))
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class HuggingFaceWeights:
+    """Tensors of a Hugging Face folder by name; files are opened when a tensor is asked for."""
+
+    folder: Path
+    files: dict[str, Path]
+
+    @classmethod
+    def open(cls, folder: Path) -> HuggingFaceWeights:
+        """UserError: no weights, or files missing that the index names."""
+        for index, single in ((INDEX, "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin")):
+            if (folder / index).is_file():
+                try:
+                    weight_map = json.loads((folder / index).read_text())["weight_map"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UserError(f"{folder / index}: cannot be read ({error!r}); download the file again") from error
+                missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
+                if missing:
+                    raise UserError(f"{folder}: the file {missing[0]}, which {index} names, is missing; download it")
+                return cls(folder, {name: folder / file for name, file in weight_map.items()})
+            if (folder / single).is_file():
+                return cls(folder, dict.fromkeys(_names_in(folder / single), folder / single))
+        raise UserError(
+            f"{folder}: has neither model.safetensors nor an index of several; give a Hugging Face model's folder"
+        )
+
+    def has(self, name: str) -> bool:
+        return name in self.files
+
+    def tensor(self, name: str) -> Tensor:
+        """UserError: there is no such tensor, or its file is damaged."""
+        if name not in self.files:
+            raise UserError(f"{self.folder}: has no tensor {name}; its config.json describes another model")
+        path = self.files[name]
+        try:
+            if path.suffix == ".safetensors":
+                from safetensors import safe_open
+
+                with safe_open(path, "pt") as file:
+                    return file.get_tensor(name)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[name].clone()
+        except Exception as error:
+            raise UserError(
+                f"{path}: {name} cannot be read ({str(error).splitlines()[0][:200]}); download the file again"
+            ) from error
+
+
+def _names_in(path: Path) -> list[str]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, "pt") as file:
+                return list(file.keys())
+        return list(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception as error:
+        raise UserError(
+            f"{path}: cannot be read ({str(error).splitlines()[0][:200]}); download the file again"
+        ) from error

@@ -1,0 +1,88 @@
+"""Models as transformers' own classes write them, with the keys of published ones at small sizes, run here with equal logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megacode.convert.importing import Found, import_model
+from megacode.errors import UserError
+from megacode.recipe.schema import Parallel
+from tests.convert.models import VOCAB, save_and_run, tokens_to_try
+from tests.processes import run_on
+
+SMALL = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4)
+PUBLISHED = {
+    # class, keys as published
+    "Llama-2-7b": ("Llama", dict(num_key_value_heads=4, rms_norm_eps=1e-5, max_position_embeddings=4096)),
+    "Llama-3-8B": ("Llama", dict(num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=500000.0, max_position_embeddings=8192)),
+    "deepseek-coder-1.3b": ("Llama", dict(rms_norm_eps=1e-6, rope_theta=100000, max_position_embeddings=16384)),
+    "SmolLM-135M": ("Llama", dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "Mistral-7B-v0.1": ("Mistral", dict(num_key_value_heads=2, sliding_window=4096, max_position_embeddings=32768)),
+    "Mistral-7B-v0.3": ("Mistral", dict(num_key_value_heads=2, sliding_window=None, rope_theta=1e6)),
+    "Qwen2.5-Coder-0.5B": ("Qwen2", dict(num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1e6)),
+    "Qwen3-0.6B": ("Qwen3", dict(num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, rope_theta=1e6)),
+    "stablelm-2-1_6b": ("StableLm", dict(num_key_value_heads=4, use_qkv_bias=True, partial_rotary_factor=0.25)),
+    "stablelm-3b-4e1t": ("StableLm", dict(num_key_value_heads=4, use_qkv_bias=False, partial_rotary_factor=0.25)),
+    "starcoder2-3b": ("Starcoder2", dict(num_key_value_heads=2, use_bias=True, rope_theta=999999.4, sliding_window=4096,
+                                         max_position_embeddings=16384, hidden_act="gelu_pytorch_tanh")),
+    "neox without parallel residual": ("GPTNeoX", dict(use_parallel_residual=False, rotary_pct=0.25, hidden_act="gelu")),
+}  # fmt: skip
+
+
+def build(name: str, folder: Path, **more: object):
+    import transformers
+
+    family, keys = PUBLISHED[name]
+    config = getattr(transformers, f"{family}Config")(**(SMALL | keys | more))
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) * (1 if parameter.ndim == 1 else 0.5))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.slow
+def test_published_models_run_here(tmp_path: Path) -> None:
+    models, expected = {}, {}
+    for name in PUBLISHED:
+        hugging_face = build(name, tmp_path / "hf" / name)
+        found = Found.open(tmp_path / "hf" / name)
+        key = name.replace(" ", "-").replace(",", "")
+        import_model(found, tmp_path / "imported" / key, None)
+        models[name] = found.model
+        with torch.no_grad():
+            expected[name] = hugging_face(tokens_to_try()).logits
+    (got,) = run_on(1, save_and_run, str(tmp_path / "imported"), models, Parallel(), False)
+    for name, theirs in expected.items():
+        ours = got[name][..., :VOCAB]
+        assert float((ours - theirs).abs().max()) < 1e-4, name
+        assert bool((ours.argmax(-1) == theirs.argmax(-1)).all()), name
+    assert models["Mistral-7B-v0.1"].context_length == 4096, "beyond its window the model attends otherwise"
+    assert models["starcoder2-3b"].context_length == 4096
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "words"),
+    [
+        ("neox without parallel residual", dict(use_parallel_residual=True), "use_parallel_residual is true"),
+        ("stablelm-2-1_6b", dict(qk_layernorm=True), "qk_layernorm is True"),
+        ("stablelm-2-1_6b", dict(num_key_value_heads=32), "model.kv_heads: 32 does not divide heads 4"),
+        ("Llama-2-7b", dict(attention_bias=True), "attention_bias is True and mlp_bias False"),
+        (
+            "Llama-3-8B",
+            dict(rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                               "original_max_position_embeddings": 4096}),
+            "rope_scaling is of type 'llama3'",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_expressed_is_told(name, more, words, tmp_path) -> None:
+    build(name, tmp_path / "hf", **more)
+    with pytest.raises(UserError) as caught:
+        Found.open(tmp_path / "hf")
+    assert words in str(caught.value) and str(tmp_path / "hf" / "config.json") in str(caught.value)

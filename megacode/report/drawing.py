@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megacode.recipe.show import count
 from megacode.report.curves import thin
-from megacode.report.palette import BAND, FAINT, GRID, INK, PAPER, with_variables
+from megacode.report.palette import BAND, FAINT, GRID, INK, PAPER, light, with_variables
 from megacode.report.run_data import Floats
 
 _STYLE: dict[str, Any] = {
@@ -89,6 +89,22 @@ def draw(width: float, height: float, paint: Callable[[Figure], None], descripti
     )
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     return with_variables(svg)
+
+
+def draw_png(width: float, height: float, paint: Callable[[Figure], None], description: str) -> bytes:
+    """The same picture as a PNG on white, for pages that show no SVG; 160 dots per inch."""
+    with rc_context({key: light(value) for key, value in _STYLE.items()}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        paint(figure)
+        figure.canvas.draw()  # ticks come into being
+        for artist in figure.findobj():
+            for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
+                get, put = getattr(artist, f"get_{name}", None), getattr(artist, f"set_{name}", None)
+                if get and put:
+                    put(light(get()))
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=160, metadata={"Description": description, "Software": None})
+    return out.getvalue()
 
 
 def _attribute(text: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -60,8 +62,8 @@ def validation_points(run: Run, key: str, name: str) -> tuple[Floats, Floats]:
     return points[:, 0], points[:, 1]
 
 
-def loss_by_domain(run: Run, hue: dict[str, int]) -> str | None:
-    """Training loss of every domain, raw and smoothed, with validation losses as points."""
+def loss_by_domain(run: Run, hue: dict[str, int], draw: Callable[..., Any] = draw) -> Any:
+    """Training loss of every domain, raw and smoothed, with validation losses as points; `draw_png` gives a PNG."""
     train = run.train
     if not train.loss_by_domain:
         return None
@@ -132,8 +134,8 @@ def loss_by_source(run: Run, hue: dict[str, int]) -> str | None:
     return draw(_WIDTH, 3.1, paint, f"Loss of {run.label} by source over steps")
 
 
-def mixture(run: Run, hue: dict[str, int]) -> str | None:
-    """Consumed shares of sequences as areas, planned ones as lines."""
+def mixture(run: Run, hue: dict[str, int], draw: Callable[..., Any] = draw) -> Any:
+    """Consumed shares of sequences as areas, planned ones as lines; `draw_png` gives a PNG."""
     train = run.train
     names = [name for name in run.domains if name in train.ratio_by_domain]
     if not names:

@@ -7,6 +7,10 @@ variables, so one SVG serves both colour schemes.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import is_color_like, to_hex, to_rgba_array
 
 # CSS variable -> (placeholder in pictures, light, dark)
 INK = "#010101"
@@ -63,3 +67,16 @@ def with_variables(svg: str) -> str:
     for index in range(len(_HUES)):
         svg = svg.replace(placeholder(index), f"var(--hue{index})")
     return svg
+
+
+def light(colour: Any) -> Any:
+    """A placeholder colour, in any of matplotlib's forms, as the light scheme's colour; anything else unchanged."""
+    if isinstance(colour, np.ndarray) and colour.ndim == 2:
+        return np.array([light(row) for row in colour]).reshape(-1, 4)
+    if (isinstance(colour, str) and not colour.startswith("#")) or not is_color_like(colour):
+        return colour
+    row = to_rgba_array(colour)[0]
+    page = {mark: shown for mark, shown, _ in _PAGE.values()}
+    page |= {placeholder(index): shown for index, (shown, _) in enumerate(_HUES)}
+    found = page.get(to_hex(row[:3]))
+    return colour if found is None else (*to_rgba_array(found)[0][:3], row[3])

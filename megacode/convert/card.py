@@ -1,0 +1,211 @@
+"""The model card of an export: what was trained on what, how far, how well, and how to load it.
+
+Everything comes from the checkpoint (its recipe and `megacode.json`) and, where it is at hand, from the run's folder.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from megacode import __version__
+from megacode.data.files import replace_file, write_text
+from megacode.errors import UserError
+from megacode.recipe.estimate import parameter_count
+from megacode.recipe.schema import Recipe
+from megacode.recipe.show import count
+from megacode.report import figures, palette, tables
+from megacode.report.drawing import draw_png
+from megacode.report.run_data import Run, Series, read_run
+from megacode.train.checkpoint import read_info
+
+_WINDOW = 100
+"""Steps whose training losses are averaged."""
+
+
+def write_card(folder: Path, recipe: Recipe, checkpoint: Path, run: Path | None, family: str) -> None:
+    """Write README.md, and loss.png and mixture.png where the run has metrics, into an export.
+
+    Args:
+        folder: the export; whether it holds a tokenizer and remote code is seen from its files.
+        checkpoint: the checkpoint that was exported; its step bounds what the card tells of the run.
+        run: the run's folder; None, or a folder without metrics, leaves training and losses out.
+        family: of the export, such as `llama` or `crystalcoder`.
+    """
+    info = read_info(checkpoint)
+    step = int(info["step"])
+    past = _past(run, step)
+    pictures = _pictures(past, folder) if past else []
+    tokens = info.get("tokens") or (past.tokens_at(step) if past else None)
+    fim = recipe.data.fim if any(stream["fim_rate"] for phase in _phases(past) for stream in phase["streams"]) else None
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    text = environment.get_template("card.md.j2").render(
+        name=recipe.name,
+        recipe_name=recipe.name,
+        description=recipe.description,
+        family=family,
+        tags=sorted({source.domain for source in recipe.sources.values()} & {"code", "text", "math"}),
+        lead=_lead(recipe, info, tokens),
+        model=_model_rows(recipe, info),
+        phases=tables.phases(past) if past else None,
+        current=info.get("phase"),
+        progress=_progress(past, info, tokens),
+        step=f"{step:,}",
+        window=min(_WINDOW, len(past.train)) if past else 0,
+        validated=f"{past.validations[-1]['step']:,}" if past and past.validations else None,
+        losses=_losses(past) if past else [],
+        pictures=pictures,
+        folder=folder.name,
+        remote_code=any(folder.glob("modeling_*.py")),
+        tokenizer=(folder / "tokenizer.json").is_file(),
+        fim=fim,
+        version=__version__,
+        seed=recipe.seed,
+        checkpoint=checkpoint.name,
+        origin=_origin(past),
+    )
+    write_text(folder / "README.md", text)
+
+
+def _past(run: Path | None, step: int) -> Run | None:
+    """The run up to `step` finished steps; None where there is nothing to tell."""
+    if run is None:
+        return None
+    try:
+        whole = read_run(run)
+    except UserError:  # a checkpoint that was moved away from its run is still a model
+        return None
+    kept = whole.train["step"] <= step
+    if not kept.any():
+        return None
+
+    def cut(columns: dict[str, Any]) -> dict[str, Any]:
+        return {name: values[kept] for name, values in columns.items()}
+
+    train = whole.train
+    series = Series(
+        numbers=cut(train.numbers),
+        phase=train.phase[kept],
+        loss_by_source=cut(train.loss_by_source),
+        loss_by_domain=cut(train.loss_by_domain),
+        ratio_by_domain=cut(train.ratio_by_domain),
+        tokens_by_source=cut(train.tokens_by_source),
+    )
+    validations = [record for record in whole.validations if record["step"] <= step]
+    return replace(whole, train=series, validations=validations)
+
+
+def _phases(past: Run | None) -> list[dict[str, Any]]:
+    return past.phases if past else []
+
+
+def _pictures(past: Run, folder: Path) -> list[tuple[str, str]]:
+    """Draw what there is to draw; (file name, title)."""
+    hue = palette.hues(past.domains)
+    drawn = [
+        ("loss.png", "Loss by domain over steps", figures.loss_by_domain(past, hue, draw=draw_png)),
+        ("mixture.png", "Share of sequences by domain over steps", figures.mixture(past, hue, draw=draw_png)),
+    ]
+    for name, _, picture in drawn:
+        if picture is not None:
+            with replace_file(folder / name) as file:
+                file.write(picture)
+    return [(name, title) for name, title, picture in drawn if picture is not None]
+
+
+def _lead(recipe: Recipe, info: dict[str, Any], tokens: float | None) -> str:
+    vocabulary = info.get("vocab_size") or recipe.model.vocab_size
+    parameters = (
+        f"{count(parameter_count(recipe.model, vocabulary, _context(recipe)))} parameters" if vocabulary else ""
+    )
+    seen = f"{count(tokens)} tokens seen" if tokens else ""
+    facts = ", ".join(part for part in (parameters, f"after {int(info['step']):,} steps", seen) if part)
+    return f"A causal language model: {facts}."
+
+
+def _context(recipe: Recipe) -> int:
+    return recipe.model.context_length or max(phase.sequence_length for phase in recipe.phases)
+
+
+def _model_rows(recipe: Recipe, info: dict[str, Any]) -> list[tuple[str, str]]:
+    model = recipe.model
+    vocabulary = info.get("vocab_size") or model.vocab_size
+    heads = f"{model.heads}, {model.resolved_head_dim} wide"
+    if model.resolved_kv_heads != model.heads:
+        heads += f", {model.resolved_kv_heads} for keys and values"
+    positions: str = model.position_embedding
+    if positions == "rotary":
+        rotated = "all" if model.rotary_fraction == 1 else f"{model.rotary_fraction:.0%}"
+        pairs = "neighbouring pairs" if model.rotary_interleaved else "halves"
+        positions = f"rotary on {rotated} of each head in {pairs}, base {model.rotary_base:,g}"
+    where = "every linear layer" if model.linear_bias else "queries, keys and values" if model.qkv_bias else "none"
+    norm = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[model.normalization]
+    rows = [
+        ("parameters", f"{parameter_count(model, vocabulary, _context(recipe)):,}" if vocabulary else "–"),
+        ("layers", str(model.layers)),
+        ("hidden size", f"{model.hidden_size:,}"),
+        ("heads", heads),
+        ("feed-forward", f"{model.activation}, {model.resolved_ffn_size:,} wide"),
+        ("norm", f"{norm}, epsilon {model.norm_epsilon:g}" + (", also on queries and keys" if model.qk_norm else "")),
+        ("biases", where),
+        ("positions", positions),
+        ("context", f"{_context(recipe):,} tokens"),
+        ("vocabulary", f"{vocabulary:,}" if vocabulary else "–"),
+        ("embeddings", "shared by input and output" if model.tie_embeddings else "separate for input and output"),
+    ]
+    if model.mup:
+        factors = f"embeddings × {model.embedding_scale:g}, logits × {model.logit_scale:g}"
+        rows.append(("muP", f"{factors}, attention scores × {model.resolved_softmax_scale:g}"))
+    return rows
+
+
+def _progress(past: Run | None, info: dict[str, Any], tokens: float | None) -> str:
+    if past is None:
+        return ""
+    planned = (past.plan or {}).get("steps")
+    text = f"{int(info['step']):,}" + (f" of {planned:,}" if planned else "") + " steps"
+    whole = sum(phase["tokens"] for phase in past.phases)
+    if tokens:
+        text += f", {count(tokens)}" + (f" of {count(whole)}" if whole else "") + " tokens"
+    sources = ", ".join(
+        f"{name} ({source.domain})" for name, source in past.recipe.sources.items() if _read(past, name)
+    )
+    return f"{text}. Sources: {sources}."
+
+
+def _read(past: Run, source: str) -> bool:
+    return any(stream["source"] == source for phase in past.phases for stream in phase["streams"])
+
+
+def _losses(past: Run) -> list[tuple[str, str, str]]:
+    """(domain, training loss, validation loss) at the end."""
+    train, rows = past.train, []
+    valid = (past.validations[-1].get("loss_by_domain") or {}) if past.validations else {}
+    for domain in past.domains:
+        losses = train.loss_by_domain.get(domain, np.array([np.nan]))[-_WINDOW:]
+        weights = train.ratio_by_domain.get(domain, np.ones_like(losses))[-_WINDOW:]
+        known = np.isfinite(losses) & (weights > 0)
+        mean = float(np.average(losses[known], weights=weights[known])) if known.any() else math.nan
+        rows.append((domain, _number(mean), _number(valid.get(domain))))
+    return [row for row in rows if row[1:] != ("–", "–")]
+
+
+def _number(value: float | None) -> str:
+    return f"{value:.4f}" if value is not None and math.isfinite(value) else "–"
+
+
+def _origin(past: Run | None) -> list[str]:
+    versions = (past.environment.get("versions") or {}) if past else {}
+    named = [
+        f"{name} {versions[name]}" for name in ("torch", "megatron-core", "transformer-engine") if versions.get(name)
+    ]
+    return [f"Versions: {', '.join(named)}."] if named else []

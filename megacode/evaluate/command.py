@@ -1,4 +1,4 @@
-"""The verb `evaluate`: validation loss of a checkpoint, by source and domain."""
+"""The verb `evaluate`: validation loss of a checkpoint, by source and domain; or tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -8,16 +8,27 @@ from pathlib import Path
 
 EXAMPLE = """examples:
   megacode evaluate runs/crystal-tiny
-  megacode evaluate runs/crystal-tiny/checkpoints/step_00000100 --samples 500 --json"""
+  megacode evaluate runs/crystal-tiny/checkpoints/step_00000100 --samples 500 --json
+  megacode evaluate runs/crystal-tiny --harness arc_easy,hellaswag --limit 200
+  megacode evaluate exports/crystal-tiny --harness my_task --harness-tasks tasks/"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="run folder or checkpoint folder")
+    parser.add_argument(
+        "checkpoint", type=Path, help="run folder or checkpoint folder; with --harness a Hugging Face folder, too"
+    )
     parser.add_argument("--samples", type=int, help="sequences per source (default: the recipe's)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--harness", metavar="TASKS", help="tasks of lm-evaluation-harness, with commas between them")
+    parser.add_argument("--harness-tasks", type=Path, metavar="FOLDER", help="further tasks as YAML files; no network")
+    parser.add_argument("--shots", type=int, metavar="N", help="examples before each question (default: the task's)")
+    parser.add_argument("--limit", type=int, metavar="N", help="questions of each task (default: all)")
+    parser.add_argument("--batch-size", type=int, metavar="N", default=8, help="texts in a forward pass (default: 8)")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.harness is not None:
+        return _run_harness(args)
     from megacode.errors import UserError
     from megacode.evaluate.generate import open_for_inference
 
@@ -63,6 +74,29 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     _print_table(recipe, info, losses, domains)
+    return 0
+
+
+def _run_harness(args: argparse.Namespace) -> int:
+    from megacode.errors import UserError
+    from megacode.evaluate.harness import TaskSettings, print_results, run_tasks
+
+    tasks = [name.strip() for name in args.harness.split(",") if name.strip()]
+    if not tasks:
+        raise UserError("--harness: names no task; give at least one, such as --harness arc_easy")
+    for option, value, least in (
+        ("shots", args.shots, 0),
+        ("limit", args.limit, 1),
+        ("batch-size", args.batch_size, 1),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"--{option}: expected {least} or more, not {value}")
+    settings = TaskSettings(tasks, args.harness_tasks, args.shots, args.limit, args.batch_size)
+    results = run_tasks(args.checkpoint, settings)
+    if args.json:
+        print(json.dumps(results))
+    else:
+        print_results(str(args.checkpoint), results)
     return 0
 
 

@@ -22,7 +22,7 @@ from megacode.recipe.show import count
 from megacode.report import figures, palette, tables
 from megacode.report.drawing import draw_png
 from megacode.report.run_data import Run, Series, read_run
-from megacode.train.checkpoint import read_info
+from megacode.train.checkpoint_files import read_info
 
 _WINDOW = 100
 """Steps whose training losses are averaged."""

@@ -69,12 +69,17 @@ def first_reason(checks: Iterable[tuple[bool, str]]) -> str | None:
     return next((text for wrong, text in checks if wrong), None)
 
 
+def foreign_fields(model: Model) -> list[tuple[bool, str]]:
+    """What stands in the way of every family."""
+    other = [name for name in model.megatron if not any(part in name for part in _HARMLESS)]
+    return [(bool(other), f"model.megatron.{other[0] if other else ''} may change what is computed")]
+
+
 def common_reasons(model: Model) -> list[tuple[bool, str]]:
     """What stands in the way of every family that has neither muP's factors nor foreign parts."""
-    other = [name for name in model.megatron if not any(part in name for part in _HARMLESS)]
     default_scale = abs(model.resolved_softmax_scale * model.resolved_head_dim**0.5 - 1) < 1e-9
     return [
-        (bool(other), f"model.megatron.{other[0] if other else ''} may change what is computed"),
+        *foreign_fields(model),
         (model.embedding_scale != 1.0, f"model.mup.embedding_scale is {model.embedding_scale:g}, not 1"),
         (model.logit_scale != 1.0, f"muP multiplies logits by {model.logit_scale:g}"),
         (not default_scale, "attention scores are not divided by the root of head_dim (muP, or model.softmax_scale)"),

@@ -113,7 +113,7 @@ def _one(model: Model, tensor: Tensor) -> list[Tensor]:
 
 
 SAME = Form(_one, lambda model, tensors: tensors[0])
-TRANSPOSED = Form(lambda model, tensor: [tensor.T], lambda model, tensors: tensors[0].T)
+TRANSPOSED = Form(lambda model, tensor: [tensor.t()], lambda model, tensors: tensors[0].t())
 
 
 def _split_gate(model: Model, tensor: Tensor) -> list[Tensor]:

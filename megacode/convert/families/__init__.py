@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megacode.convert.families import gpt_neox, llama, stablelm, starcoder2
+from megacode.convert.families import crystalcoder, gpt_neox, llama, stablelm, starcoder2
 from megacode.convert.family import Family
 from megacode.errors import UserError
 from megacode.recipe.schema import Model
@@ -17,6 +17,7 @@ FAMILIES: dict[str, Family] = {
         stablelm.STABLELM,
         starcoder2.STARCODER2,
         gpt_neox.GPT_NEOX,
+        crystalcoder.CRYSTALCODER,
     )
 }
 

@@ -1,11 +1,12 @@
 """Does muP hold here? Scales of activations over widths, and the best learning rate over widths, with muP and without.
 
     python bench/mup.py coordinates [--widths 64 128 256 512 1024] [--steps 10] [--output docs/results]
-    python bench/mup.py sweep       [--widths 64 128 256 512] [--steps 80] [--rates ...] [--output docs/results]
+    python bench/mup.py sweep       [--widths 64 128 256 512] [--steps 80] [--output docs/results]
 
 Both train recipes/crystal-tiny.yaml's model (two layers, heads of 32, no other change but the width) on its corpora, which
-tools/quickstart makes: half code, half text, the same batches for every width, rate and side. "muP" is Crystal's own
-parametrisation, base width 256; "standard" is Megatron-Core's usual one: init 0.02, scores over sqrt(d), one rate for all.
+tools/quickstart makes: half code, half text, the same batches for every width, rate and side. "muP" is Crystal's
+parametrisation from a base width of 64 (its 0.073 at width 256 is 0.146 there); "standard" is Megatron-Core's usual one:
+init 0.02, scores over sqrt(d), one rate for all.
 
 `coordinates` prints the root mean square of activations before each of the first steps, and how it grows with the width
 (slope of its logarithm: 0 is flat). `sweep` prints the mean loss of the last ten steps for every width and rate, and the best
@@ -33,8 +34,9 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "crystal-tiny.yaml"
 STANDARD = [
     "model.mup=null", "model.init_std=0.02", "model.embedding_init_std=null", "model.init_distribution=normal",
 ]  # fmt: skip
-SIDES = {"muP": [], "standard": STANDARD}
-RATES = {"muP": [2.0**-k for k in range(10, 2, -1)], "standard": [2.0**-k for k in range(12, 4, -1)]}
+MUP = ["model.mup={base_hidden_size: 64, embedding_scale: 14.6, output_alpha: 1.0}", "model.init_std=0.146"]
+SIDES = {"muP": MUP, "standard": STANDARD}
+RATES = {"muP": [2.0**-k for k in range(10, 4, -1)], "standard": [2.0**-k for k in range(12, 4, -1)]}
 console = Console(highlight=False)
 
 

@@ -108,10 +108,8 @@ def main() -> None:
             lines.append(
                 f"| {side} | {rates[side]:.2f} | {max(p for _, p in runs):.2f} GB | {rates[side] / rates['cp']:.2f} |"
             )
-        lines += [
-            "", f"{args.recipe.name}: {size / 1e9:.1f} GB of bf16 weights, {args.rounds} rounds, median.", f"{date.today()}, {machine_line()}",
-            f"    {' '.join(sys.argv)}",
-        ]  # fmt: skip
+        lines += ["", f"{args.recipe.name}: {size / 1e9:.1f} GB of bf16 weights, {args.rounds} rounds, median."]
+        lines += [f"{date.today()}, {machine_line()}", f"    {' '.join(sys.argv)}"]
         text = "\n".join(lines)
         console.print(text, markup=False)
         if args.table:

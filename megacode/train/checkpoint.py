@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -33,6 +34,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from megacode.data.files import sync_folder, write_text
 from megacode.errors import UserError
 from megacode.recipe.schema import Checkpoints
+from megacode.runtime.apart import shared_queue
 from megacode.train.checkpoint_files import (
     INFO,
     LATEST,
@@ -43,7 +45,6 @@ from megacode.train.checkpoint_files import (
     read_info,
     remove_unfinished,
 )
-from megacode.train.guard import children_spared
 from megacode.train.optimizer import load_optimizer_state
 
 __all__ = [
@@ -154,10 +155,10 @@ class Checkpointer:
             parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
         state = _sharded_state(chunks, optimizer, loading=False)
-        with children_spared():
-            request = dist_checkpointing.save(
-                state, str(temporary), strategy, async_sharded_save=True, content_metadata=_content_metadata()
-            )
+        _results_outlive_signals()
+        request = dist_checkpointing.save(
+            state, str(temporary), strategy, async_sharded_save=True, content_metadata=_content_metadata()
+        )
 
         def finish() -> None:
             if main:
@@ -176,8 +177,7 @@ class Checkpointer:
 
         request.finalize_fns.append(finish)
         if self.settings.asynchronous:
-            with children_spared():
-                self._queue.schedule_async_request(request)
+            self._queue.schedule_async_request(request)
         else:
             request.execute_sync()
 
@@ -219,6 +219,13 @@ def _sync_small_files(folder: Path) -> None:
         if path.suffix != ".distcp":
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
+
+
+def _results_outlive_signals() -> None:
+    """Give Megatron-Core's writers a queue for their results that outlives a signal to the whole job: the one it would make
+    itself ends with it, and the save that the signal asked for fails."""
+    if getattr(filesystem_async, "_results_queue", "unknown") is None:
+        filesystem_async._results_queue = shared_queue()
 
 
 def _agreed(text: str) -> str:

@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
 import torch
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-@contextmanager
-def children_spared() -> Iterator[None]:
-    """Processes started inside never get the stopping signals: Slurm sends them to every process of a step and a terminal
-    to every process of a job, and a checkpoint's writers have to finish."""
-    resource_tracker.ensure_running()  # starting it later, within `multiprocessing`, would lift the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopRequest:
@@ -46,6 +31,8 @@ class StopRequest:
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        # What was asked for is done: a time limit's warning that comes late must not make a failure of it.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:

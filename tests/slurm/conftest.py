@@ -189,8 +189,8 @@ def checkout(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "slurm", folder / "slurm")
     sets = {
-        "code": documents(1, 300, 10, 140), "code_valid": documents(2, 40, 10, 140),
-        "text": documents(3, 300, 140, 300), "text_valid": documents(4, 40, 140, 300),
+        "code": documents(1, 300, 10, 140), "code_valid": documents(2, 500, 10, 140),
+        "text": documents(3, 300, 140, 300), "text_valid": documents(4, 500, 140, 300),
     }  # fmt: skip
     build_corpora(folder, sets)
     words = (" ".join(f"{name}{number}" for name in ("ab", "cd", "ef")) for number in range(500))

@@ -28,7 +28,9 @@ _WINDOW = 100
 """Steps whose training losses are averaged."""
 
 
-def write_card(folder: Path, recipe: Recipe, checkpoint: Path, run: Path | None, family: str) -> None:
+def write_card(
+    folder: Path, recipe: Recipe, checkpoint: Path, run: Path | None, family: str, name: str | None = None
+) -> None:
     """Write README.md, and loss.png and mixture.png where the run has metrics, into an export.
 
     Args:
@@ -36,6 +38,7 @@ def write_card(folder: Path, recipe: Recipe, checkpoint: Path, run: Path | None,
         checkpoint: the checkpoint that was exported; its step bounds what the card tells of the run.
         run: the run's folder; None, or a folder without metrics, leaves training and losses out.
         family: of the export, such as `llama` or `crystalcoder`.
+        name: by which the folder will be loaded; default: its own.
     """
     info = read_info(checkpoint)
     step = int(info["step"])
@@ -64,7 +67,7 @@ def write_card(folder: Path, recipe: Recipe, checkpoint: Path, run: Path | None,
         validated=f"{past.validations[-1]['step']:,}" if past and past.validations else None,
         losses=_losses(past) if past else [],
         pictures=pictures,
-        folder=folder.name,
+        folder=name or folder.name,
         remote_code=any(folder.glob("modeling_*.py")),
         tokenizer=(folder / "tokenizer.json").is_file(),
         fim=fim,

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megacode.errors import UserError
+
+if TYPE_CHECKING:
+    from megacode.recipe.schema import Tokenizer
 
 EXAMPLE = """examples:
   megacode import ~/models/Llama-2-7b imported/llama-2-7b
@@ -26,10 +30,24 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.output}: already there; choose another folder, or remove it")
     found = Found.open(args.folder)
     total = sum(path.stat().st_size for path in set(found.weights.files.values()))
+    tokenizer, note = _tokenizer(args.folder, found.vocab_size)
     with byte_bar(f"{args.folder.name} ({found.family.name})", total) as on_bytes:
-        recipe = import_model(found, args.output, None, on_bytes)
+        recipe = import_model(found, args.output, tokenizer, on_bytes)
     print(f"{args.output}: a checkpoint of {recipe.name}, {found.family.architecture}, vocabulary {found.vocab_size:,}")
     print(
         f"A recipe goes on from it with `extends: {args.output / 'recipe.yaml'}` and `initialize_from: {args.output}`."
     )
+    if note:
+        print(f"note: {note}")
     return 0
+
+
+def _tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, str | None]:
+    """The folder's tokenizer for the recipe, and what the user should know about it."""
+    from megacode.convert.tokenizer_files import read_tokenizer
+    from megacode.recipe.schema import Tokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None, f"{folder}: has no tokenizer.json or tokenizer.model; give the recipe's `tokenizer.path` yourself"
+    found = read_tokenizer(folder.resolve(), vocab_size)
+    return Tokenizer(**found.section), found.note

@@ -47,14 +47,18 @@ SAMPLE: tuple[str, ...] = (
 # -------------------------------------------------------------------------------------------------------------- export
 
 
-def write_tokenizer(section: schema.Tokenizer, folder: Path, vocab_size: int) -> dict[str, Any]:
+def token_ids(section: schema.Tokenizer) -> dict[str, int | None]:
+    """`bos_token_id`, `eos_token_id`, `pad_token_id` for config.json; None where there is none."""
+    tokenizer = load_tokenizer(section)
+    ids = {"bos": tokenizer.base.bos_id, "eos": tokenizer.base.eod_id, "pad": tokenizer.pad_id}
+    return {f"{key}_token_id": token for key, token in ids.items()}
+
+
+def write_tokenizer(section: schema.Tokenizer, folder: Path, vocab_size: int) -> None:
     """Write the tokenizer files of `FILES` into `folder`.
 
     Args:
         vocab_size: of the model (without padding); the tokenizer's may not be larger.
-
-    Returns:
-        `bos_token_id`, `eos_token_id`, `pad_token_id` (None where there is none) for config.json.
 
     Raises:
         UserError: the tokenizer does not fit the vocabulary, or cannot be said exactly in a tokenizer.json; nothing is
@@ -69,8 +73,7 @@ def write_tokenizer(section: schema.Tokenizer, folder: Path, vocab_size: int) ->
     contents = json.dumps(tokenizer_json(tokenizer, section.bos), ensure_ascii=False, indent=1)
     prove(tokenizer, contents, section.bos)
     names = {token: name for name, token in tokenizer.control_tokens.items()}
-    ids = {"bos": tokenizer.base.bos_id, "eos": tokenizer.base.eod_id, "pad": tokenizer.pad_id}
-    special = {f"{key}_token": names[token] for key, token in ids.items() if token is not None}
+    special = {key.removesuffix("_id"): names[token] for key, token in token_ids(section).items() if token is not None}
     unknown = [name for name in ("<unk>", "[UNK]", "<|unk|>") if name in names.values()]
     if unknown:
         special["unk_token"] = unknown[0]
@@ -90,7 +93,6 @@ def write_tokenizer(section: schema.Tokenizer, folder: Path, vocab_size: int) ->
     }
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", special | {"additional_special_tokens": others})
-    return {f"{key}_token_id": token for key, token in ids.items()}
 
 
 def prove(tokenizer: Tokenizer, contents: str, bos: bool) -> None:

@@ -12,7 +12,15 @@ import sentencepiece
 
 transformers = pytest.importorskip("transformers")
 
-from megacode.convert.tokenizer_files import FILES, SAMPLE, loads_differently, prove, read_tokenizer, write_tokenizer  # noqa: E402
+from megacode.convert.tokenizer_files import (  # noqa: E402
+    FILES,
+    SAMPLE,
+    loads_differently,
+    prove,
+    read_tokenizer,
+    token_ids,
+    write_tokenizer,
+)
 from megacode.convert.tokenizer_json import tokenizer_json  # noqa: E402
 from megacode.data.tokenizer import CRYSTAL_TOKENS, Tokenizer, load_tokenizer  # noqa: E402
 from megacode.data.tokenizer_training import train_tokenizer  # noqa: E402
@@ -72,7 +80,8 @@ def tiktoken_file(folder: Path, pattern: str = r"\p{L}+|\p{N}{1,3}|\s+|[^\s\p{L}
 def check(section: schema.Tokenizer, folder: Path) -> tuple[Tokenizer, Any]:
     """Write, load with AutoTokenizer, and compare every text; returns both tokenizers."""
     tokenizer = load_tokenizer(section)
-    ids = write_tokenizer(section, folder, tokenizer.vocab_size)
+    write_tokenizer(section, folder, tokenizer.vocab_size)
+    ids = token_ids(section)
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
     start = [tokenizer.bos_id] if section.bos else []
     for text in TEXTS:

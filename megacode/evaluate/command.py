@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
 def _run_harness(args: argparse.Namespace) -> int:
     from megacode.errors import UserError
     from megacode.evaluate.harness import TaskSettings, print_results, run_tasks
+    from megacode.runtime.distributed import shutdown
 
     tasks = [name.strip() for name in args.harness.split(",") if name.strip()]
     if not tasks:
@@ -92,7 +93,10 @@ def _run_harness(args: argparse.Namespace) -> int:
         if value is not None and value < least:
             raise UserError(f"--{option}: expected {least} or more, not {value}")
     settings = TaskSettings(tasks, args.harness_tasks, args.shots, args.limit, args.batch_size)
-    results = run_tasks(args.checkpoint, settings)
+    try:
+        results = run_tasks(args.checkpoint, settings)
+    finally:
+        shutdown()
     if args.json:
         print(json.dumps(results))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,11 @@ def run(args: argparse.Namespace) -> int:
                 )
             stop = tokenizer.eod_id if recipe.tokenizer.eod else None
             written = list(continue_tokens(model, tokens, args.tokens, stop, sampling, tokenizer.vocab_size))
-            console.print(Text(before, "dim") + Text(tokenizer.decode(written), "bold") + Text(after, "dim"))
+            text = tokenizer.decode(written)
+            if console.is_terminal:
+                console.print(Text(before, "dim") + Text(text, "bold") + Text(after, "dim"))
+            else:  # as it is: rich leaves carriage returns and other control characters out
+                sys.stdout.write(before + text + after + "\n")
     finally:
         shutdown()
     return 0

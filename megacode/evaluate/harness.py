@@ -65,10 +65,9 @@ def run_tasks(target: Path, settings: TaskSettings) -> dict[str, dict[str, float
             )
         names += [name for name in matched if name not in names]
     try:
-        loaded = manager.load(names)
+        manager.load(names)
     except Exception as error:  # whatever the task's data set or its YAML raises
         raise UserError(f"--harness {', '.join(names)}: cannot be loaded: {_first_line(error)}") from error
-    del loaded
     model = _model(target, settings.batch_size)
     results = lm_eval.simple_evaluate(
         model=model,
@@ -89,8 +88,12 @@ def _model(target: Path, batch_size: int) -> Any:
         from megacode.evaluate.harness_model import MegatronLM
 
         return MegatronLM(*open_for_inference(target), batch_size)
-    from lm_eval.models.huggingface import HFLM
-
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise UserError(
+            f"--harness on a Hugging Face folder: `import {error.name}` fails: pip install 'megacode[harness]'"
+        ) from None
     says = target / "tokenizer_config.json"
     config = json.loads(says.read_text(encoding="utf-8")) if says.is_file() else {}
     device = "cuda" if _cuda() else "cpu"

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megacode.data.tokenizer_training import train_tokenizer
 from megacode.recipe.load import dump_recipe
 from megacode.recipe.plan import make_plan
@@ -57,6 +59,12 @@ def save(world: Any, run: str, recipe: Recipe, steps: tuple[int, ...], vocab_siz
     for step in steps:
         chunks = build_model(recipe.model_copy(update={"seed": step}), vocab_size)
         randomise(chunks)
+        with torch.no_grad():  # else a tied embedding says its own token again and again
+            for name, parameter in chunks[0].named_parameters():
+                if parameter.ndim == 2 and "layers" in name:
+                    parameter.mul_(20)
+                if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+                    parameter[3:259] = 0  # and no bytes, which libraries show in their own ways where they are no UTF-8
         place = Path(run, "checkpoints", f"step_{step:08d}")
         place.mkdir(parents=True)
         dist_checkpointing.save(_sharded_state(chunks, None, loading=False), str(place))

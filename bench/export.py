@@ -93,6 +93,7 @@ def main() -> None:
                 "export",
                 str(work / "checkpoint"),
                 str(work / "out"),
+                "--no-tokenizer",
             ],
         }
         for _ in range(args.rounds):

@@ -76,8 +76,8 @@ def _bpe(vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]], **key
 def _splits(ordered: Iterable[str], pieces: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Every split of each piece into two pieces; of one piece those with the longer left half first.
 
-    Both libraries take the leftmost of equal merges, and in a run of equal characters that is the one whose left half
-    has already grown.
+    The libraries that are copied take the leftmost of all splits of a piece, which no order of pairs says in every case:
+    what a vocabulary makes of runs is part of the proof.
     """
     for piece in ordered:
         for cut in range(len(piece) - 1, 0, -1):

@@ -46,14 +46,6 @@ LAYOUT = Parallel(tensor=2, pipeline=2)
 
 
 @pytest.fixture(scope="module")
-def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    patch = pytest.MonkeyPatch()
-    patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-    yield
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, module_cache: None) -> tuple[Path, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("saved")
     results = run_on(4, save_and_run, str(folder), MODELS, LAYOUT, True, parallel=LAYOUT)

@@ -126,17 +126,6 @@ def load(folder: Path, **keys: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **keys).eval()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Transformers copies remote code into a cache; one of this test's own."""
-    patch = pytest.MonkeyPatch()
-    cache = str(tmp_path_factory.mktemp("modules"))
-    patch.setattr("transformers.utils.hub.HF_MODULES_CACHE", cache, raising=False)
-    patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
-    yield
-    patch.undo()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"), CONFIG, weights(CONFIG))

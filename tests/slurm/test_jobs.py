@@ -35,11 +35,13 @@ def exit_code(job: int) -> int:
 def wait_for_steps(checkout: Checkout, run: Path, steps: int, job: int) -> None:
     metrics = run / "metrics.jsonl"
     wait_for(
-        lambda: metrics.exists() and metrics.read_text().count('"kind":"train"') >= steps, 60, lambda: checkout.log(job)
+        lambda: metrics.exists() and metrics.read_text().count('"kind":"train"') >= steps,
+        150,
+        lambda: checkout.log(job),
     )
 
 
-def wait_for_end(checkout: Checkout, job: int, seconds: float = 90) -> str:
+def wait_for_end(checkout: Checkout, job: int, seconds: float = 200) -> str:
     ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "GONE")
     wait_for(lambda: state(job) in ended, seconds, lambda: f"{state(job)}\n{checkout.log(job)}")
     return state(job)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +74,11 @@ class CheckpointReader:
     def dtype(self, key: str, layer: int | None = None) -> torch.dtype:
         return self.metadata.state_dict_metadata[self._stored(key, layer)[0]].properties.dtype
 
-    def tensor(self, key: str, layer: int | None = None) -> Tensor:
+    def tensor(self, key: str, layer: int | None = None, scratch: Scratch | None = None) -> Tensor:
         """The whole tensor, or one layer's of a stack; holds it once and a chunk of it besides.
+
+        Args:
+            scratch: memory to read into; what was read into it before is gone then.
 
         Raises:
             UserError: a chunk is damaged, cut short or missing.
@@ -83,12 +88,16 @@ class CheckpointReader:
         size = tuple(stored.size)
         wanted = [c for c in stored.chunks if layer is None or c.offsets[0] <= layer < c.offsets[0] + c.sizes[0]]
         if len(wanted) == 1 and tuple(wanted[0].sizes) == (size if layer is None else (1, *size[1:])):
-            whole = self._chunk(name, wanted[0])
+            whole = self._chunk(name, wanted[0], stored.properties.dtype, scratch)
             return whole if layer is None else whole[0]
         out = torch.empty(size if layer is None else size[1:], dtype=stored.properties.dtype)
         filled = 0
         for chunk in wanted:
-            offsets, sizes, part = list(chunk.offsets), list(chunk.sizes), self._chunk(name, chunk)
+            offsets, sizes, part = (
+                list(chunk.offsets),
+                list(chunk.sizes),
+                self._chunk(name, chunk, stored.properties.dtype, scratch),
+            )
             if layer is not None:
                 part, offsets, sizes = part[layer - offsets[0]], offsets[1:], sizes[1:]
             out[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] = part
@@ -97,19 +106,55 @@ class CheckpointReader:
             raise UserError(f"{self.folder}: {name} is not whole ({filled:,} of {out.numel():,} numbers); {_EXPECTED}")
         return out
 
-    def _chunk(self, name: str, chunk: Any) -> Tensor:
+    def _chunk(self, name: str, chunk: Any, dtype: torch.dtype, scratch: Scratch | None) -> Tensor:
         place = self.places[name, tuple(chunk.offsets)]
         path = self.folder / place.relative_path
         try:
             with open(path, "rb") as file:
-                tensor = torch.load(_Part(file, place.offset, place.length), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+                part = _Part(file, place.offset, place.length)
+                tensor = _numbers(part, torch.Size(chunk.sizes), dtype, scratch or Scratch())
+                if tensor is None:
+                    tensor = torch.load(part, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: {name} cannot be read, the file is damaged or cut short; {_EXPECTED}") from error
         if tuple(tensor.shape) != tuple(chunk.sizes):
             raise UserError(
                 f"{path}: {name} has shape {tuple(tensor.shape)} instead of {tuple(chunk.sizes)}; {_EXPECTED}"
             )
         return tensor
+
+
+class Scratch:
+    """Memory that is used again: on many machines fresh memory costs as much as a copy into it."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, size: int) -> Tensor:
+        """uint8 `[size]`; the same memory as last time."""
+        if self._bytes.numel() < size:
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes[:size]
+
+
+def _numbers(part: _Part, sizes: torch.Size, dtype: torch.dtype, scratch: Scratch) -> Tensor | None:
+    """The tensor of a torch.save archive (a zip file without compression), read straight into `scratch`; None where its
+    numbers are not simply all there in order, as of a slice."""
+    with zipfile.ZipFile(part) as archive:
+        found = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
+        order = [entry for entry in archive.infolist() if entry.filename.endswith("/byteorder")]
+        if len(found) != 1 or found[0].compress_type or found[0].file_size != sizes.numel() * dtype.itemsize:
+            return None
+        if any(archive.read(entry) != b"little" for entry in order):
+            return None
+    # A local header: 30 bytes, of which the last four are the lengths of the name and of what else follows.
+    part.seek(found[0].header_offset + 26)
+    name, more = struct.unpack("<HH", part.read(4))
+    part.seek(name + more, io.SEEK_CUR)
+    data = scratch.of(found[0].file_size)
+    if part.readinto(data.numpy().data) != found[0].file_size:
+        raise EOFError
+    return data.view(dtype).view(sizes) if data.numel() else torch.empty(sizes, dtype=dtype)
 
 
 class _Part(io.RawIOBase):

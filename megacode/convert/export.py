@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacode.convert.checkpoint_reader import CheckpointReader
+from megacode.convert.checkpoint_reader import CheckpointReader, Scratch
 from megacode.convert.families import choose
 from megacode.convert.family import Context, Family
 from megacode.convert.layout import EMBEDDING, Slot, shape, unpadded
@@ -66,9 +66,9 @@ class Source:
     def length(self) -> int:
         return self.model.context_length or max(phase.sequence_length for phase in self.recipe.phases)
 
-    def tensors(self, slot: Slot) -> list[Tensor]:
-        """The Hugging Face tensors of a slot."""
-        stored = self.reader.tensor(slot.key, slot.layer)
+    def tensors(self, slot: Slot, scratch: Scratch | None = None) -> list[Tensor]:
+        """The Hugging Face tensors of a slot; they may lie in `scratch`."""
+        stored = self.reader.tensor(slot.key, slot.layer, scratch)
         return slot.form.split(self.model, unpadded(self.model, self.vocab_size, slot.key, stored))
 
     def planned(self, slot: Slot) -> list[Planned]:
@@ -109,10 +109,11 @@ def export(
     try:
         slots = list(family.slots(source.model))
         _check_shapes(source, slots)
+        scratch = Scratch()
         write_files(
             temporary,
             [source.planned(slot) for slot in slots],
-            lambda n: source.tensors(slots[n]),
+            lambda n: source.tensors(slots[n], scratch),
             dtype,
             shard_bytes,
             on_bytes,

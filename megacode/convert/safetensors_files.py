@@ -8,7 +8,8 @@ and nothing is held; the library itself writes whole dictionaries only.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megacode.convert.checkpoint_reader import Scratch
 from megacode.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -81,17 +83,55 @@ def _write_one(
     text += b" " * (-len(text) % 8)
     with open(path, "wb", buffering=0) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for group, number in groups:
-            for planned, tensor in zip(group, read(number), strict=True):
-                if tuple(tensor.shape) != planned.shape:
-                    raise UserError(
-                        f"{planned.name}: has shape {tuple(tensor.shape)} in the checkpoint and {planned.shape} by its recipe"
-                    )
-                data = tensor.to(dtype).contiguous().view(torch.uint8).numpy().reshape(-1).data
+        buffers = [Scratch(), Scratch()]  # one is filled while the other is written
+
+        def make(at: int) -> list[memoryview]:
+            return _bytes_of(*groups[at], read, dtype, buffers[at % 2])
+
+        for data in _one_ahead(make, len(groups)):
+            for tensor in data:
                 done = 0
-                while done < len(data):
-                    done += file.write(data[done : done + (1 << 26)])
-                on_bytes(len(data))
+                while done < len(tensor):
+                    done += file.write(tensor[done : done + (1 << 26)])
+                on_bytes(len(tensor))
+
+
+def _bytes_of(
+    group: Sequence[Planned],
+    number: int,
+    read: Callable[[int], Sequence[Tensor]],
+    dtype: torch.dtype,
+    buffer: Scratch,
+) -> list[memoryview]:
+    """A group's tensors as they stand in a file, in `buffer`."""
+    parts = buffer.of(sum(planned.nbytes(dtype) for planned in group)).split([p.nbytes(dtype) for p in group])
+    for planned, tensor, part in zip(group, read(number), parts, strict=True):
+        if tuple(tensor.shape) != planned.shape:
+            raise UserError(
+                f"{planned.name}: has shape {tuple(tensor.shape)} in the checkpoint and {planned.shape} by its recipe"
+            )
+        _copy(tensor, part.view(dtype).view(planned.shape))
+    return [part.numpy().data for part in parts]
+
+
+def _copy(tensor: Tensor, out: Tensor) -> None:
+    """`out.copy_(tensor)`; a transposed matrix in strips that fit the caches, which is several times faster."""
+    if tensor.ndim == 2 and tensor.stride(0) == 1:
+        for begin in range(0, tensor.shape[1], 256):
+            out[:, begin : begin + 256].copy_(tensor[:, begin : begin + 256])
+    else:
+        out.copy_(tensor)
+
+
+def _one_ahead(make: Callable[[int], list[memoryview]], count: int) -> Iterator[list[memoryview]]:
+    """`make(0)`, `make(1)` ...: each is made by a thread while the one before it is used (and not later)."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make, 0) if count else None
+        for number in range(count):
+            assert coming is not None
+            made = coming.result()
+            coming = pool.submit(make, number + 1) if number + 1 < count else None
+            yield made
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -1,22 +1,27 @@
-"""Training speed on one CUDA device: megacode's step against a bare Megatron-Core loop, bf16 and every FP8 recipe.
+"""Training speed on one CUDA device: `megacode train` against a bare Megatron-Core loop, bf16 and every FP8 recipe.
 
-    python bench/gpu.py [--cases crystal-7b,crystal-7b-24-layers] [--precisions bf16,delayed,tensorwise,blockwise] [--steps 12]
+    python bench/gpu.py [--cases crystal-7b,llama-8b-16-layers] [--precisions bf16,delayed,tensorwise,blockwise] [--steps 16]
 
-Each measurement is a fresh process. Both sides build the same model and take the same synthetic batches; what counts is
-the median step after warm-up. TFLOP/s count 6 FLOPs for every weight of a matrix product and token, plus attention with the
-causal half counted in full (PaLM's convention, see megacode.recipe.estimate); MFU is against the dense bf16 peak, also for
-FP8.
+Each measurement is a fresh process. `bare` is GPTModel, DistributedDataParallel, optimizer and schedule of Megatron-Core
+with batches ready in memory; `megacode` is the command line on a tokenized corpus: loader, metrics and log included, from the
+end of one step to the end of the next. `unfused` is the same with fusion.gradient_accumulation off, which a bare loop without
+Apex cannot have. Same model, same batch shape; what counts is the median step after warm-up.
 
-Writes docs/results/gpu-DEVICE.md.
+TFLOP/s count 6 FLOPs for every weight of a matrix product and token, plus attention with the causal half counted in full
+(PaLM's convention, see megacode.recipe.estimate); MFU is against the dense bf16 peak, also for FP8.
+
+Writes docs/results/gpu-DEVICE.md after every measurement, so that a visit that ends early leaves what it measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,119 +30,184 @@ import numpy as np
 from bare import bare, settings_of
 
 from megacode.recipe.estimate import flops_per_token
-from megacode.recipe.schema import LearningRate, Mixture, Model, Parallel, Phase, Precision, Recipe
+from megacode.recipe.load import dump_recipe
+from megacode.recipe.schema import (
+    Checkpoints,
+    Fusion,
+    LearningRate,
+    Logging,
+    Mixture,
+    Model,
+    Parallel,
+    Phase,
+    Precision,
+    Recipe,
+    Source,
+)
 
 VOCAB = 32032
+WARM_UP = 5
+PRECISIONS = ("bf16", "delayed", "tensorwise", "blockwise", "mxfp8")
+SIDES = ("bare", "unfused", "megacode")
+
+
+def _crystal(layers: int) -> Model:
+    return Model(
+        layers=layers, hidden_size=4096, heads=32, ffn_size=10922, normalization="layernorm", linear_bias=True,
+        rotary_fraction=0.25, rotary_interleaved=True, tie_embeddings=True, vocab_size=VOCAB,
+    )  # fmt: skip
+
+
+def _llama(layers: int) -> Model:
+    return Model(layers=layers, hidden_size=4096, heads=32, kv_heads=8, ffn_size=14336, vocab_size=VOCAB)
+
+
 SHAPES: dict[str, tuple[Model, int, int, int]] = {
     # name: (model, sequence length, micro-batch size, sequences in a step)
-    "crystal-7b": (
-        Model(layers=32, hidden_size=4096, heads=32, ffn_size=10922, normalization="layernorm", linear_bias=True,
-              rotary_fraction=0.25, rotary_interleaved=True, tie_embeddings=True, vocab_size=VOCAB), 2048, 2, 32,
-    ),
-    "crystal-7b-8k": (
-        Model(layers=32, hidden_size=4096, heads=32, ffn_size=10922, normalization="layernorm", linear_bias=True,
-              rotary_fraction=0.25, rotary_interleaved=True, tie_embeddings=True, vocab_size=VOCAB), 8192, 1, 4,
-    ),
-    "crystal-7b-24-layers": (
-        Model(layers=24, hidden_size=4096, heads=32, ffn_size=10922, normalization="layernorm", linear_bias=True,
-              rotary_fraction=0.25, rotary_interleaved=True, tie_embeddings=True, vocab_size=VOCAB), 2048, 2, 32,
-    ),
-    "llama-8b-16-layers": (
-        Model(layers=16, hidden_size=4096, heads=32, kv_heads=8, ffn_size=14336, vocab_size=VOCAB), 8192, 1, 4,
-    ),
-}  # fmt: skip
+    "crystal-7b": (_crystal(32), 2048, 2, 32),
+    "crystal-7b-8k": (_crystal(32), 8192, 1, 8),
+    "crystal-7b-24-layers": (_crystal(24), 2048, 2, 32),
+    "crystal-7b-24-layers-8k": (_crystal(24), 8192, 1, 8),
+    "llama-8b": (_llama(32), 8192, 1, 8),
+    "llama-8b-16-layers": (_llama(16), 8192, 1, 8),
+}
 
 
-def recipe_of(shape: str, precision: str) -> Recipe:
+def recipe_of(shape: str, precision: str, folder: Path = Path("."), fused: bool = True) -> Recipe:
     model, length, micro, batch = SHAPES[shape]
     phase = Phase(
-        name="p", steps=1, batch_size=batch, sequence_length=length, mixture=Mixture(sources={"a": 1.0}),
-        learning_rate=LearningRate(peak=3e-4),
+        name="p", steps=100_000, batch_size=batch, sequence_length=length, mixture=Mixture(sources={"a": 1.0}),
+        learning_rate=LearningRate(peak=3e-4, warmup=100),
     )  # fmt: skip
-    compute = Precision(compute="bf16") if precision == "bf16" else Precision(compute="fp8", fp8_recipe=precision)
     return Recipe(
         name="bench",
         model=model,
-        sources={},
+        sources={"a": Source(path=str(folder / "a"))},
         phases=[phase],
-        precision=compute,
+        precision=Precision(compute="bf16") if precision == "bf16" else Precision(compute="fp8", fp8_recipe=precision),
         parallel=Parallel(micro_batch_size=micro),
+        fusion=Fusion() if fused else Fusion(gradient_accumulation=False),
+        checkpoints=Checkpoints(keep_phase_ends=False),
+        logging=Logging(every=4),
     )
 
 
-def synthetic(recipe: Recipe, steps: int) -> np.ndarray:
-    phase = recipe.phases[0]
-    shape = (steps, int(phase.batch_size), phase.sequence_length + 1)
-    return np.random.default_rng(0).integers(0, VOCAB, shape)
+def random_tokens(shape: str, steps: int) -> np.ndarray:
+    _, length, _, batch = SHAPES[shape]
+    return np.random.default_rng(0).integers(0, VOCAB, (steps, batch, length + 1))
 
 
-def ours(recipe: Recipe, windows: np.ndarray) -> list[float]:
-    """Seconds of each `train_step` as the loop calls it, batches included."""
+# -------------------------------------------------------------------------------------------------------- the sides
+
+
+def bare_side(shape: str, precision: str, steps: int) -> dict[str, Any]:
+    """In this process."""
     import torch
 
-    from megacode.data.batch import make_batch
-    from megacode.model.gpt import build_model, transformer_config
-    from megacode.runtime.distributed import Launch, initialize, shutdown
-    from megacode.runtime.launch import free_port
-    from megacode.train.optimizer import build_optimizer, set_rates, wrap_data_parallel
-    from megacode.train.step import prepare_model_for_training, train_step
+    seconds = bare(settings_of(recipe_of(shape, precision), VOCAB), random_tokens(shape, steps))
+    return {"seconds": seconds, "memory": torch.cuda.max_memory_allocated()}
 
-    world = initialize(recipe.parallel, 1, Launch(0, 1, 0, "127.0.0.1", free_port(), "bench"))
-    config = transformer_config(recipe)
-    chunks = wrap_data_parallel(recipe, config, build_model(recipe, VOCAB, config), 1)
-    optimizer = build_optimizer(recipe, chunks)
-    prepare_model_for_training(chunks, optimizer)
-    micro, seconds = recipe.parallel.micro_batch_size, []
-    for window in windows:
-        started = time.perf_counter()
-        parts = [
-            make_batch(window[i : i + micro], np.zeros(micro, np.int32), np.arange(i, i + micro))
-            for i in range(0, len(window), micro)
+
+def megacode_side(shape: str, precision: str, steps: int, fused: bool) -> dict[str, Any]:
+    """`megacode train` as a user starts it, ended once enough steps are in its metrics: it would go on."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _corpus(folder / "a", random_tokens(shape, 2))
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe_of(shape, precision, folder, fused)))
+        command = [
+            sys.executable,
+            "-m",
+            "megacode.cli",
+            "train",
+            str(folder / "recipe.yaml"),
+            "--run",
+            str(folder / "run"),
         ]
-        set_rates(optimizer, 3e-4, 0.1)
-        train_step(chunks, optimizer, parts, 1, recipe, world)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    shutdown()
-    return seconds
+        with open(folder / "log", "w") as log:
+            child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            records: list[dict[str, Any]] = []
+            while len(records) < steps and child.poll() is None:
+                time.sleep(0.5)
+                records = _train_records(folder / "run" / "metrics.jsonl")
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+        if len(records) < steps:
+            raise RuntimeError((folder / "log").read_text().strip().splitlines()[-1])
+        print((folder / "log").read_text())
+    return {"seconds": [r["seconds"] for r in records], "memory": max(r["memory_gb"] or 0 for r in records) * 1e9}
 
 
-def measure(side: str, shape: str, precision: str, steps: int) -> dict[str, Any]:
-    import torch
+def _train_records(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    whole = path.read_text().rpartition("\n")[0]
+    return [r for r in map(json.loads, whole.splitlines()) if r["kind"] == "train"]
 
-    recipe = recipe_of(shape, precision)
-    windows = synthetic(recipe, steps)
-    seconds = ours(recipe, windows) if side == "megacode" else bare(settings_of(recipe, VOCAB), windows)
-    return {
-        "seconds": seconds,
-        "memory": torch.cuda.max_memory_allocated() / 2**30,
-        "device": torch.cuda.get_device_name(),
-    }
+
+def _corpus(prefix: Path, tokens: np.ndarray) -> None:
+    """In a process of its own: this one must not import Megatron-Core, which would ask for the device."""
+    np.save(f"{prefix}.npy", tokens.reshape(-1, tokens.shape[-1]).astype(np.uint16))
+    script = (
+        "import sys, numpy, torch\n"
+        "from megacode.runtime import cpu\n"
+        "cpu.quiet()\n"
+        "if not torch.cuda.is_available(): cpu.install()\n"
+        "from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder\n"
+        "builder = IndexedDatasetBuilder(sys.argv[1] + '.bin', dtype=numpy.uint16)\n"
+        "for row in numpy.load(sys.argv[1] + '.npy'): builder.add_document(torch.from_numpy(row.astype('int32')), [len(row)])\n"
+        "builder.finalize(sys.argv[1] + '.idx')\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(prefix)], check=True)
+
+
+# --------------------------------------------------------------------------------------------------------- the table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="crystal-7b")
-    parser.add_argument("--precisions", default="bf16,delayed,tensorwise,blockwise")
-    parser.add_argument("--sides", default="bare,megacode")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--cases", default="crystal-7b,crystal-7b-24-layers,llama-8b-16-layers", help=", ".join(SHAPES))
+    parser.add_argument("--precisions", default="bf16,delayed,tensorwise,blockwise", help=", ".join(PRECISIONS))
+    parser.add_argument("--sides", default="bare,unfused,megacode")
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--output", type=Path, help="folder for the results page (default: docs/results)")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print("RESULT " + json.dumps(measure(*args.one, args.steps)))
+        side, shape, precision = args.one
+        print(
+            "RESULT "
+            + json.dumps(
+                bare_side(shape, precision, args.steps)
+                if side == "bare"
+                else megacode_side(shape, precision, args.steps, fused=side == "megacode")
+            )
+        )
         return
-    rows = []
+    for given, known in ((args.cases, SHAPES), (args.precisions, PRECISIONS), (args.sides, SIDES)):
+        if unknown := [name for name in given.split(",") if name not in known]:
+            parser.error(f"{unknown[0]!r} is none of {', '.join(known)}")
+    if args.steps <= WARM_UP:
+        parser.error(f"--steps must be more than the {WARM_UP} of warm-up")
+    device = _device()
+    rows: list[dict[str, Any]] = []
+    page = ""
     for shape in args.cases.split(","):
         for precision in args.precisions.split(","):
             for side in args.sides.split(","):
-                rows.append(_row(shape, precision, side, args.steps))
+                rows.append(_row(shape, precision, side, args.steps, device))
                 print(rows[-1], flush=True)
-                page = write_page(rows, args)  # after every row: a visit that ends early leaves what it measured
+                page = write_page(rows, args, device)
     print(page)
 
 
-def _row(shape: str, precision: str, side: str, steps: int) -> dict[str, Any]:
+def _device() -> str:
+    """Asked in a process of its own: this one takes no memory of the device."""
+    ask = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    name = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    return name or sys.exit("bench/gpu: no CUDA device is visible here")
+
+
+def _row(shape: str, precision: str, side: str, steps: int, device: str) -> dict[str, Any]:
     from megacode.recipe.devices import peak_flops
 
     done = subprocess.run(
@@ -151,47 +221,54 @@ def _row(shape: str, precision: str, side: str, steps: int) -> dict[str, Any]:
         return {**row, "failed": (why or done.stderr.splitlines() or ["no output"])[-1][:160]}
     result = json.loads(line[len("RESULT ") :])
     model, length, _, batch = SHAPES[shape]
-    seconds = statistics.median(result["seconds"][4:])
+    seconds = statistics.median(result["seconds"][WARM_UP:])
     rate = batch * length / seconds
     flops = rate * flops_per_token(model, VOCAB, length)
-    peak = peak_flops(result["device"], "bf16")
+    peak = peak_flops(device, "bf16")
     return {
-        **row, "device": result["device"], "ms": seconds * 1e3, "tokens": rate, "tflops": flops / 1e12,
-        "mfu": flops / peak if peak else None, "memory": result["memory"],
+        **row, "ms": seconds * 1e3, "tokens": rate, "tflops": flops / 1e12, "mfu": flops / peak if peak else None,
+        "memory": result["memory"] / 2**30,
     }  # fmt: skip
 
 
-def write_page(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
+def _versions() -> str:
+    ask = (
+        "import json, torch, importlib.metadata as m\n"
+        "def v(n):\n"
+        "    try: return m.version(n)\n"
+        "    except m.PackageNotFoundError: return 'none'\n"
+        "print(f'torch {torch.__version__}, CUDA {torch.version.cuda}, Transformer Engine ' + v('transformer-engine')"
+        " + ', megatron-core ' + v('megatron-core'))"
+    )
+    return subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _ratio(upper: float | None, lower: float | None, digits: int) -> str:
+    return f"{upper / lower:.{digits}f}" if upper and lower else ""
+
+
+def write_page(rows: list[dict[str, Any]], args: argparse.Namespace, device: str) -> str:
     """Write the table to docs/results/gpu-DEVICE.md."""
-    import torch
-
-    device = next((row["device"] for row in rows if "device" in row), "none")
-    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
-    try:
-        import transformer_engine
-
-        versions += f", Transformer Engine {transformer_engine.__version__}"
-    except ImportError:
-        versions += ", no Transformer Engine"
-    import megatron.core
-
-    versions += f", megatron-core {megatron.core.__version__}"
     bases = {(r["shape"], r["precision"]): r["ms"] for r in rows if r["side"] == "bare" and "ms" in r}
+    sixteen = {(r["shape"], r["side"]): r["ms"] for r in rows if r["precision"] == "bf16" and "ms" in r}
+    about = (__doc__ or "").split("\n\n")
     lines = [
         f"# Training speed on one {device}", "",
-        f"{time.strftime('%Y-%m-%d')}, {versions}. Command: `python bench/gpu.py --cases {args.cases} --precisions "
-        f"{args.precisions} --steps {args.steps}`. {__doc__.split(chr(10) * 2)[2]}", "",
-        "| model | precision | side | ms/step | tokens/s | TFLOP/s | MFU (bf16 dense peak) | peak GiB | time vs bare |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"{time.strftime('%Y-%m-%d')}, {_versions()}. Command: `python bench/gpu.py --cases {args.cases} --precisions "
+        f"{args.precisions} --sides {args.sides} --steps {args.steps}`. {about[2]}", "", about[3], "",
+        "| model | precision | side | ms/step | tokens/s | TFLOP/s | MFU | peak GiB | time vs bare | speed vs bf16 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for r in rows:
+        start = f"| {r['shape']} | {r['precision']} | {r['side']} |"
         if "failed" in r:
-            lines.append(f"| {r['shape']} | {r['precision']} | {r['side']} | failed: {r['failed']} | | | | | |")
+            lines.append(f"{start} failed: {r['failed']} | | | | | | |")
             continue
-        base = bases.get((r["shape"], r["precision"]))
+        base, slow = bases.get((r["shape"], r["precision"])), sixteen.get((r["shape"], r["side"]))
+        mfu = f"{r['mfu']:.1%}" if r["mfu"] else "unknown peak"
         lines.append(
-            f"| {r['shape']} | {r['precision']} | {r['side']} | {r['ms']:.0f} | {r['tokens']:,.0f} | {r['tflops']:.0f} | "
-            f"{r['mfu']:.1%} | {r['memory']:.1f} | {r['ms'] / base if base else float('nan'):.3f} |"
+            f"{start} {r['ms']:.0f} | {r['tokens']:,.0f} | {r['tflops']:.0f} | {mfu} | {r['memory']:.1f} | "
+            f"{_ratio(r['ms'], base, 3)} | {_ratio(slow, r['ms'], 2)} |"
         )
     page = "\n".join(lines) + "\n"
     folder = args.output or Path(__file__).parents[1] / "docs" / "results"

@@ -58,7 +58,8 @@ def train(width: int, side: str, rate: float, steps: int, look: Callable[[Any], 
     from megacode.data.planning import plan_with_data
     from megacode.data.source import open_sources
     from megacode.data.tokenizer import load_tokenizer
-    from megacode.model.gpt import build_model, transformer_config
+    from megacode.model.config import transformer_config
+    from megacode.model.gpt import build_model
     from megacode.recipe.load import load_recipe
     from megacode.runtime.distributed import current_world
     from megacode.train.optimizer import build_optimizer, set_rates, wrap_data_parallel

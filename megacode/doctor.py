@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -256,14 +257,34 @@ def training_would_use(probes: dict[str, Probe]) -> dict[str, str]:
     adam = next(
         (f"FusedAdam of {name}" for name in ("Transformer Engine", "Apex (NVIDIA's)") if usable[name]), "torch's AdamW"
     )
-    precision = "fp32 or bf16" if not engine else "fp32, bf16 or fp8"
+    precisions = ["fp32", "bf16", *(_fp8_recipes(probes) if engine else [])]
     return {
         "device": f"{len(devices)} × {devices[0]['name']}" if devices else f"CPU, {_cores()} cores",
         "communication": "NCCL" if devices else "gloo",
         "layers": "Transformer Engine's" if engine else "Megatron-Core's local ones",
         "Adam": adam,
-        "precision": precision,
+        "precision": ", ".join(precisions),
     }
+
+
+def _fp8_recipes(probes: dict[str, Probe]) -> list[str]:
+    """FP8 recipes that the first device can train by."""
+    from megacode.recipe.hardware import Hardware, fp8_refusal
+
+    facts = probes["torch"].facts
+    first = facts["devices"][0]
+    hardware = Hardware(
+        first["name"], _numbers(first["capability"]), _numbers(facts.get("build")),
+        _numbers(probes["Transformer Engine"].version) or (2, 10),
+    )  # fmt: skip
+    kinds = ("delayed", "tensorwise", "blockwise", "mxfp8")
+    return [f"fp8 ({kind})" for kind in kinds if fp8_refusal(kind, hardware) is None]
+
+
+def _numbers(version: str | None) -> Any:
+    """`12.9` -> (12, 9)."""
+    match = re.match(r"\d+(\.\d+)*", version or "")
+    return tuple(map(int, match[0].split("."))) if match else None
 
 
 # ----------------------------------------------------------------------------------------------------------- verb

@@ -72,6 +72,7 @@ def test_the_package_named_apex_that_is_not_nvidias_is_recognised(
 
 def test_training_uses_what_megatron_core_would_take() -> None:
     with_gpu = {**FINE, "torch": Probe("2.6.0", CUDA, None, absent=False)}
+    assert training_would_use(with_gpu)["precision"] == "fp32, bf16, fp8 (delayed)"
     assert training_would_use(with_gpu) | {"precision": ""} == {
         "device": "8 × NVIDIA H100 80GB HBM3", "communication": "NCCL", "layers": "Transformer Engine's",
         "Adam": "FusedAdam of Transformer Engine", "precision": "",

@@ -102,13 +102,16 @@ def open_for_inference(checkpoint: Path) -> tuple[Any, Any, Any]:
     from megacode.data.tokenizer import load_tokenizer
     from megacode.errors import UserError
     from megacode.recipe.load import load_recipe
-    from megacode.recipe.schema import Parallel
+    from megacode.recipe.schema import Fusion, Parallel, Precision
     from megacode.runtime.distributed import Launch, initialize
     from megacode.runtime.launch import free_port
     from megacode.train.checkpoint import find_checkpoint, load_checkpoint
 
     path = find_checkpoint(checkpoint)
-    recipe = load_recipe(path / "recipe.yaml").model_copy(update={"parallel": Parallel()})
+    recipe = load_recipe(path / "recipe.yaml")
+    # FP8 is a way to train: the weights of a run are bf16's, and inference computes in that.
+    precision = Precision(compute="bf16") if recipe.precision.compute == "fp8" else recipe.precision
+    recipe = recipe.model_copy(update={"parallel": Parallel(), "fusion": Fusion(), "precision": precision})
     if recipe.tokenizer is None:
         raise UserError(f"{path / 'recipe.yaml'}: names no tokenizer, and text needs one; add `tokenizer:` to it")
     tokenizer = load_tokenizer(recipe.tokenizer)

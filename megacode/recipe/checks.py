@@ -231,23 +231,36 @@ def _batch_size(recipe: Recipe, phase: Phase, size: int, data: int) -> Problem |
 def _precision(recipe: Recipe) -> Iterator[Problem]:
     model, precision = recipe.model, recipe.precision
     if precision.compute != "fp8":
-        if precision.fp8_params:
-            yield Problem("precision.fp8_params", "needs `compute: fp8`; take it out or change compute")
+        for key in ("fp8_params", "compare_every"):
+            if getattr(precision, key):
+                yield Problem(f"precision.{key}", "needs `compute: fp8`; take it out or change compute")
         return
+    if precision.fp8_params and not recipe.parallel.distributed_optimizer:
+        yield Problem("precision.fp8_params", "needs parallel.distributed_optimizer: true; change one of the two")
     tensor = recipe.parallel.tensor
+    side = 32 if precision.fp8_recipe == "mxfp8" else 16
     sizes = {
         "hidden_size": model.hidden_size,
         "ffn_size": model.stored_ffn_size(tensor) / tensor,
         "heads": model.heads * model.resolved_head_dim / tensor,
     }
     for key, size in sizes.items():
-        if size % 16:
+        if size % side:
             what = "x head_dim " if key == "heads" else ""
-            remedy = f"set model.pad_multiple to {16 * tensor}" if key == "ffn_size" else "change it"
+            remedy = f"set model.pad_multiple to {side * tensor}" if key == "ffn_size" else "change it"
             yield Problem(
                 f"model.{key}",
-                f"{what}gives FP8 matrices a side of {size:g} on each tensor-parallel rank, and they need multiples of 16; "
+                f"{what}gives FP8 matrices a side of {size:g} on each tensor-parallel rank, and they need multiples of {side}; "
                 f"{remedy} or use `precision: bf16`",
+            )
+    pieces = recipe.parallel.context * (tensor if recipe.parallel.sequence else 1)
+    for phase in recipe.phases:
+        rows = phase.sequence_length * recipe.parallel.micro_batch_size / pieces
+        if rows % side:
+            yield Problem(
+                f"phases.{phase.name}.sequence_length",
+                f"gives FP8 matrices {rows:g} rows (sequence length x micro-batch on each rank), and they need multiples of "
+                f"{side}; change it, or use `precision: bf16`",
             )
     edges = precision.bf16_first_layers, precision.bf16_last_layers
     if any(edges) and precision.fp8_recipe == "delayed":

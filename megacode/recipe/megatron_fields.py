@@ -70,6 +70,19 @@ _MODEL_GOVERNED = {
     "num_layers_at_start_in_bf16": "precision.bf16_first_layers",
     "num_layers_at_end_in_bf16": "precision.bf16_last_layers",
     "calculate_per_token_loss": "optimizer.loss_denominator",
+    "tp_comm_overlap": "parallel.overlap.tensor",
+    "overlap_p2p_comm": "parallel.overlap.pipeline",
+    "batch_p2p_comm": "parallel.overlap.pipeline",
+    "apply_rope_fusion": "fusion.rope",
+    "cross_entropy_loss_fusion": "fusion.cross_entropy",
+    "cross_entropy_fusion_impl": "fusion.cross_entropy",
+    "bias_activation_fusion": "fusion.activation",
+    "bias_dropout_fusion": "fusion.bias_dropout",
+    "gradient_accumulation_fusion": "fusion.gradient_accumulation",
+    "cuda_graph_impl": "fusion.cuda_graphs",
+    "enable_cuda_graph": "fusion.cuda_graphs",
+    "external_cuda_graph": "fusion.cuda_graphs",
+    "use_te_rng_tracker": "fusion.cuda_graphs",
 }
 _OPTIMIZER_GOVERNED = {
     "lr": "phases.NAME.learning_rate.peak",
@@ -84,10 +97,13 @@ _OPTIMIZER_GOVERNED = {
     "params_dtype": "precision.compute",
     "fp8_recipe": "precision.fp8_recipe",
     "use_distributed_optimizer": "parallel.distributed_optimizer",
+    "overlap_param_gather": "parallel.overlap.param_gather",
 }
 _DDP_GOVERNED = {
     "use_distributed_optimizer": "parallel.distributed_optimizer",
     "fp8_param_gather": "precision.fp8_params",
+    "overlap_grad_reduce": "parallel.overlap.grad_reduce",
+    "overlap_param_gather": "parallel.overlap.param_gather",
 }
 
 

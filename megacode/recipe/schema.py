@@ -16,6 +16,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from megacode.recipe.schema_model import Model, Mup, Tokenizer  # noqa: F401 - all classes are read from here
+from megacode.recipe.schema_run import (  # noqa: F401
+    Checkpoints,
+    Evaluation,
+    Fusion,
+    Logging,
+    Optimizer,
+    Overlap,
+    Parallel,
+    ParameterGroup,
+    Precision,
+    Recompute,
+    compute_is_enough,
+)
 from megacode.recipe.section import Count, CountOrZero, Fraction, Section
 
 Packing = Literal["concatenate", "best_fit"]
@@ -298,108 +311,6 @@ class Data(Section):
     """Batches prepared ahead by each rank's loader thread; 0 prepares them in the loop."""
 
 
-# ---------------------------------------------------------------------------------------------------------- running
-
-
-class ParameterGroup(Section):
-    """Parameters whose Megatron-Core name matches `match` (a shell pattern) get these multipliers; later groups win."""
-
-    match: str
-    lr_mult: float = Field(default=1.0, ge=0)
-    weight_decay_mult: float = Field(default=1.0, ge=0)
-
-
-class Optimizer(Section):
-    """AdamW as Megatron-Core runs it. `megatron` reaches every other field of its OptimizerConfig."""
-
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    epsilon: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Skips biases and norms."""
-    clip_grad: float = Field(default=1.0, ge=0)
-    """Global L2 norm; 0 turns clipping off."""
-    loss_denominator: Literal["tokens", "positions"] = "tokens"
-    """Mean over unmasked tokens, or over all positions of the batch (Crystal)."""
-    groups: list[ParameterGroup] = Field(default_factory=list)
-    megatron: dict[str, Any] = Field(default_factory=dict)
-
-
-class Precision(Section):
-    """`precision: bf16` is short for `precision: {compute: bf16}`. Master weights and gradients are fp32."""
-
-    compute: Literal["fp32", "bf16", "fp8"] = "bf16"
-    fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
-    fp8_amax_history: int = Field(default=1024, gt=0)
-    fp8_params: bool = False
-    """Keep parameters in FP8 and gather them so (Transformer Engine)."""
-    bf16_first_layers: int = Field(default=0, ge=0)
-    bf16_last_layers: int = Field(default=0, ge=0)
-
-
-def _compute_is_enough(value: Any) -> Any:
-    return {"compute": value} if isinstance(value, str) else value
-
-
-class Recompute(Section):
-    """Activation recomputation: Megatron-Core's granularity, method and layer count."""
-
-    granularity: Literal["none", "selective", "full"] = "none"
-    method: Literal["uniform", "block"] = "uniform"
-    layers: int = Field(default=1, gt=0)
-
-
-def _granularity_is_enough(value: Any) -> Any:
-    return {"granularity": value} if isinstance(value, str) else value
-
-
-class Parallel(Section):
-    """Layout of the ranks. Data parallel is what is left: world size / (tensor x pipeline x context)."""
-
-    tensor: int = Field(default=1, gt=0)
-    pipeline: int = Field(default=1, gt=0)
-    virtual_pipeline: int | None = Field(default=None, gt=1)
-    """Model chunks per pipeline stage (interleaved 1F1B)."""
-    context: int = Field(default=1, gt=0)
-    sequence: bool = False
-    """Sequence parallel: norms and dropout split along the sequence among tensor-parallel ranks."""
-    micro_batch_size: int = Field(default=1, gt=0)
-    distributed_optimizer: bool = True
-    recompute: Annotated[Recompute, BeforeValidator(_granularity_is_enough)] = Recompute()
-    ddp: dict[str, Any] = Field(default_factory=dict)
-    """Further DistributedDataParallelConfig fields by their own names."""
-    timeout_minutes: float = Field(default=30.0, gt=0)
-    """A collective that takes longer ends the run."""
-
-
-class Checkpoints(Section):
-    """When to save and what to keep. `latest` always names a complete one."""
-
-    every: Count | None = None
-    """Steps."""
-    keep_last: int = Field(default=2, gt=0)
-    keep_every: Count | None = None
-    """Steps whose checkpoints are kept for good."""
-    keep_phase_ends: bool = True
-    """Save at the end of every phase, and keep those."""
-    asynchronous: bool = True
-
-
-class Evaluation(Section):
-    """Validation loss on every source that has `validation`."""
-
-    every: Count | None = None
-    at_phase_end: bool = True
-    samples: Count = 64
-    """Sequences per source, the first of its validation set; a source's own `validation_samples` go first."""
-
-
-class Logging(Section):
-    every: Count = 10
-    tensorboard: bool = True
-
-
 class Recipe(Section):
     """One training run, whole."""
 
@@ -412,8 +323,9 @@ class Recipe(Section):
     phases: list[Phase] = Field(min_length=1)
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
-    precision: Annotated[Precision, BeforeValidator(_compute_is_enough)] = Precision()
+    precision: Annotated[Precision, BeforeValidator(compute_is_enough)] = Precision()
     parallel: Parallel = Parallel()
+    fusion: Fusion = Fusion()
     checkpoints: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()

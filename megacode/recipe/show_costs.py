@@ -12,9 +12,11 @@ from rich.text import Text
 
 from megacode.recipe import estimate
 from megacode.recipe.devices import DEVICES, Peak
+from megacode.recipe.hardware import assumed, fp8_refusal
 from megacode.recipe.memory import checkpoint_bytes, corpus_bytes, stage_memory
 from megacode.recipe.plan import Plan
 from megacode.recipe.show import count, duration, gigabytes, table_of
+from megacode.recipe.speedups import speedups
 from megacode.recipe.suggest import ASSUMPTIONS, Proposal
 
 
@@ -36,6 +38,7 @@ class Machine:
 def print_costs(plan: Plan, vocab_size: int | None, machine: Machine, console: Console, every_checkpoint: bool) -> None:
     """Checkpoints, memory, time and disk. Without a vocabulary only how many checkpoints there are."""
     console.print(checkpoint_table(plan, vocab_size, every_checkpoint))
+    console.print(_speed_table(plan, machine))
     if vocab_size is None:
         return
     console.print(_memory_table(plan, vocab_size, machine))
@@ -70,6 +73,28 @@ def checkpoint_table(plan: Plan, vocab_size: int | None, every: bool) -> Table:
     most = len(kept) + min(last, len(saves) - len(kept))
     disk = f", {gigabytes(size * most)} on disk at the end" if size else ""
     table.caption = f"{len(saves):,} saves; {len(kept):,} kept for good and the last {last} of the others{disk}"
+    table.caption_justify = "left"
+    return table
+
+
+# ------------------------------------------------------------------------------------------------- overlap and fusion
+
+
+def _speed_table(plan: Plan, machine: Machine) -> Table:
+    """What of Megatron-Core's overlap and fusion is on for this layout, on the device that the plan is for."""
+    recipe = plan.recipe
+    parallel = recipe.parallel
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    data = machine.devices // replica if machine.devices else 2
+    hardware = assumed(machine.device)
+    table = table_of(f"Overlap and fusion on {machine.device}", "", "", "", left=3)
+    for one in speedups(recipe, hardware, data).values():
+        table.add_row("on" if one.on else "off", one.key, Text(one.why, style="" if one.on else "dim"))
+    many = "" if machine.devices else "; more than one data-parallel rank assumed (--gpus N says how many)"
+    table.caption = Text(f"with CUDA, Transformer Engine and Apex{many}; `false` turns one off")
+    refusal = fp8_refusal(recipe.precision.fp8_recipe, hardware) if recipe.precision.compute == "fp8" else None
+    if refusal:
+        table.caption = Text(f"precision: fp8 cannot run on {machine.device}: {refusal}", style="bold red")
     table.caption_justify = "left"
     return table
 

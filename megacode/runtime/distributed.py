@@ -172,8 +172,11 @@ def _checked(launch: Launch, local_size: int = 0) -> Launch:
     )
 
 
-def initialize(parallel: Parallel, seed: int, launch: Launch | None = None) -> World:
+def initialize(parallel: Parallel, seed: int, launch: Launch | None = None, cuda_graphs: bool = False) -> World:
     """Start torch.distributed (NCCL on CUDA, else gloo) and Megatron-Core's parallel state, and seed this rank.
+
+    Args:
+        cuda_graphs: random generators that recorded graphs can use.
 
     Raises:
         UserError: the number of processes does not fit the layout, or fewer devices than local processes.
@@ -223,7 +226,9 @@ def initialize(parallel: Parallel, seed: int, launch: Launch | None = None) -> W
     )
     seed_everything(seed)
     # Only so that Megatron-Core's random tracker knows its generators; every step seeds them anew where dropout is on.
-    tensor_parallel.model_parallel_cuda_manual_seed(seed % 2**31)
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        seed % 2**31, te_rng_tracker=cuda_graphs, use_cudagraphable_rng=cuda_graphs
+    )
     return current_world()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megacode.errors import UserError
 from megacode.runtime.launch import STOPPED, Rendezvous, launch
+from megacode.train.profile_steps import ProfileSteps
 
 EXAMPLE = """examples:
   megacode train recipes/crystal-tiny.yaml --processes 2
@@ -38,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start this many processes here, without torchrun; in a task of srun: of each task",
     )
     parser.add_argument(
+        "--profile", metavar="FIRST:LAST", help="profile these steps (counted from 1) into RUN/profile, for Perfetto"
+    )
+    parser.add_argument("--profile-ranks", default="0", metavar="RANKS", help="which ranks: 0,3 or all (default: 0)")
+    parser.add_argument(
         "--logs", type=Path, metavar="FOLDER", help="what ranks other than 0 say goes to FOLDER/rank-N.log"
     )
 
@@ -63,6 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     from megacode.recipe.load import load_recipe
     from megacode.train.run_folder import nothing_to_do
 
+    profile = ProfileSteps.parse(args.profile, args.profile_ranks) if args.profile else None
     rank = _rank(args.processes)
     if args.logs and rank:
         _speak_into(args.logs / f"rank-{rank}.log")
@@ -81,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
         among = _rendezvous()
         check_layout(recipe, args.processes * (among.launchers if among else 1), Path(args.recipe))
         return _launch(args, folder, among)
-    return _train(plan, folder, restart, until, args.logs)
+    return _train(plan, folder, restart, until, args.logs, profile)
 
 
 def _rank(processes: int | None) -> int | None:
@@ -118,10 +124,13 @@ def _launch(args: argparse.Namespace, folder: Path, among: Rendezvous | None) ->
     arguments += ["--until-phase", args.until_phase] if args.until_phase else []
     arguments += ["--logs", str(args.logs)] if args.logs else []
     arguments += ["--restart"] if args.restart else []
+    arguments += ["--profile", args.profile, "--profile-ranks", args.profile_ranks] if args.profile else []
     return launch(arguments, args.processes, among=among)
 
 
-def _train(plan, folder: Path, restart: bool, until: int, logs: Path | None) -> int:  # type: ignore[no-untyped-def]  # Plan
+def _train(  # type: ignore[no-untyped-def]  # Plan
+    plan, folder: Path, restart: bool, until: int, logs: Path | None, profile: ProfileSteps | None
+) -> int:
     import torch
 
     from megacode.runtime import cpu
@@ -140,7 +149,7 @@ def _train(plan, folder: Path, restart: bool, until: int, logs: Path | None) -> 
     try:
         if restart and held:
             _put_aside(folder)
-        world = initialize(recipe.parallel, recipe.seed, place)
+        world = initialize(recipe.parallel, recipe.seed, place, bool(recipe.fusion.cuda_graphs))
         from megacode.data.packing_losses import packing_line, packing_losses
         from megacode.data.tokenizer import load_tokenizer
         from megacode.train.loop import train
@@ -149,7 +158,8 @@ def _train(plan, folder: Path, restart: bool, until: int, logs: Path | None) -> 
         if world.is_main:
             print(packing_line(packing_losses(plan)), flush=True)
         vocabulary = vocab_size(recipe, tokenizer)
-        code = train(plan, folder, world, tokenizer, vocabulary, until, held.check if held else lambda: None)
+        may_write = held.check if held else lambda: None
+        code = train(plan, folder, world, tokenizer, vocabulary, until, may_write, profile)
     except UserError as error:
         # Peers may wait in a collective for this rank, so it leaves without the usual goodbyes.
         # The main rank's exit ends the others while they wait; a mistake that only they see is told by them.

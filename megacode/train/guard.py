@@ -43,4 +43,4 @@ class StopRequest:
         """The largest signal number any rank has received so far; 0 if none has."""
         flag = torch.tensor([self.received], dtype=torch.int32)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group)
-        return int(flag.item())
+        return int(flag.numpy()[0])

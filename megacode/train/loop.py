@@ -9,25 +9,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megacode.data.loader import StepBatch, batches
 from megacode.data.mixture import Mixture
 from megacode.data.source import open_sources
 from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.evaluate.validation import Validation, validate
-from megacode.model.gpt import build_model, transformer_config
+from megacode.model.config import transformer_config
+from megacode.model.gpt import build_model
 from megacode.recipe.fingerprint import fingerprint
 from megacode.recipe.load import dump_recipe
 from megacode.recipe.plan import Plan
 from megacode.runtime.distributed import World, seed_step
+from megacode.runtime.hardware import detect
 from megacode.runtime.launch import STOPPED
+from megacode.runtime.userbuffers import userbuffers
 from megacode.train.checkpoint import Checkpointer, load_checkpoint
 from megacode.train.checkpoint_files import find_checkpoint, remove_unfinished
 from megacode.train.guard import StopRequest
-from megacode.train.optimizer import build_optimizer, forget_state, set_rates, wrap_data_parallel
+from megacode.train.optimizer import adam_of, build_optimizer, forget_state, set_rates, wrap_data_parallel
+from megacode.train.profile import Profiler
+from megacode.train.profile_steps import ProfileSteps
 from megacode.train.report_steps import StepReports
 from megacode.train.run_folder import checkpoint_to_resume, write_start
-from megacode.train.step import prepare_model_for_training, train_step
+from megacode.train.step import forward_backward, gathered_weights, prepare_model_for_training, train_step, without_fp8
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Trainer:
     checkpointer: Checkpointer
     validation: Validation | None
     reports: StepReports
+    profiler: Profiler
     vocab_size: int
 
 
@@ -52,12 +61,14 @@ def train(
     vocab_size: int,
     until: int | None = None,
     may_write: Callable[[], None] = lambda: None,
+    profile: ProfileSteps | None = None,
 ) -> int:
     """Train `plan` in the folder `run`, from its latest checkpoint if it has one.
 
     Args:
         until: finished steps to end at; default: the plan's. A checkpoint is there afterwards.
         may_write: called on rank 0 before a checkpoint becomes one; raises if another process has the run by now.
+        profile: steps to profile into `RUN/profile`.
 
     Returns:
         0 when all is done, `STOPPED` when a signal asked to stop before (state saved); errors are raised.
@@ -71,30 +82,39 @@ def train(
         plan, run, world, first_step=int(resume[1]["step"]) if resume else 0, vocab_size=vocab_size
     )
 
-    config = transformer_config(recipe)
-    chunks = wrap_data_parallel(recipe, config, build_model(recipe, vocab_size, config), world.data_size)
-    optimizer = build_optimizer(recipe, chunks)
-    prepare_model_for_training(chunks, optimizer)
-    trainer = Trainer(
-        plan=plan,
-        world=world,
-        chunks=chunks,
-        optimizer=optimizer,
-        checkpointer=Checkpointer(
-            run / "checkpoints",
-            recipe.checkpoints,
-            kept=plan.kept_checkpoints(),
-            announce=reports.checkpoint,
-            may_write=may_write,
-        ),
-        validation=Validation.open(plan, world, tokenizer),
-        reports=reports,
-        vocab_size=vocab_size,
-    )
-    first = _restore(trainer, resume)
-    mixture = Mixture(plan, open_sources(plan))
-    stream = batches(mixture, rank=world.data_rank, world=world.data_size, first_step=first, tokenizer=tokenizer)
-    with contextlib.closing(stream), StopRequest() as stop, reports:
+    hardware = detect()
+    config = transformer_config(recipe, hardware, world.data_size)
+    with contextlib.ExitStack() as held:
+        held.enter_context(userbuffers(recipe, config.tp_comm_overlap))
+        model = build_model(recipe, vocab_size, config, hardware)
+        chunks = wrap_data_parallel(recipe, config, model, world.data_size, hardware)
+        optimizer = build_optimizer(recipe, chunks)
+        prepare_model_for_training(chunks, optimizer)
+        reports.machine(hardware, adam_of(optimizer))
+        trainer = Trainer(
+            plan=plan,
+            world=world,
+            chunks=chunks,
+            optimizer=optimizer,
+            checkpointer=Checkpointer(
+                run / "checkpoints",
+                recipe.checkpoints,
+                kept=plan.kept_checkpoints(),
+                announce=reports.checkpoint,
+                may_write=may_write,
+            ),
+            validation=Validation.open(plan, world, tokenizer),
+            reports=reports,
+            profiler=Profiler(profile, run / "profile", world, reports.say),
+            vocab_size=vocab_size,
+        )
+        first = _restore(trainer, resume)
+        mixture = Mixture(plan, open_sources(plan))
+        stream = batches(mixture, rank=world.data_rank, world=world.data_size, first_step=first, tokenizer=tokenizer)
+        held.enter_context(contextlib.closing(stream))
+        stop = held.enter_context(StopRequest())
+        held.enter_context(reports)
+        held.enter_context(contextlib.closing(trainer.profiler))
         return _loop(trainer, stream, first, plan.total_steps if until is None else until, stop)
 
 
@@ -108,16 +128,19 @@ def _loop(trainer: Trainer, stream: Iterator[StepBatch], first: int, until: int,
             trainer.reports.phase(phase)
             if phase.fresh_optimizer:
                 forget_state(trainer.optimizer)
+        trainer.profiler.before(step)
         batch = next(stream)
         seed_step(recipe, step)
+        reference = _bf16_sums(trainer, batch, step)
         set_rates(trainer.optimizer, phase.learning_rate(step), recipe.optimizer.weight_decay)
         sums, norm = train_step(
             trainer.chunks, trainer.optimizer, batch.micro_batches, len(phase.streams), recipe, world
         )
         # From the end of one step to the end of the next, reporting included; evaluation and saving are not training.
         now = time.perf_counter()
-        trainer.reports.step(step, sums, norm, batch, now - clock)
+        trainer.reports.step(step, sums, norm, batch, now - clock, reference)
         clock = now
+        trainer.profiler.after(step)
         trainer.checkpointer.poll()
 
         done = step + 1
@@ -142,6 +165,18 @@ def _loop(trainer: Trainer, stream: Iterator[StepBatch], first: int, until: int,
     else:
         trainer.reports.finished()
     return 0
+
+
+def _bf16_sums(trainer: Trainer, batch: StepBatch, step: int) -> Tensor | None:
+    """The batch's sums of loss as bf16 has them, where FP8 is to be compared with it in this step."""
+    recipe = trainer.plan.recipe
+    if not _due(step + 1, recipe.precision.compare_every):
+        return None
+    streams = len(trainer.plan.phase_at(step).streams)
+    with without_fp8(trainer.chunks), torch.no_grad():
+        sums = forward_backward(trainer.chunks, batch.micro_batches, streams, recipe, trainer.world, forward_only=True)
+    seed_step(recipe, step)  # the step itself drops what this one dropped
+    return sums
 
 
 def _due(done: int, every: int | None) -> bool:
@@ -188,12 +223,14 @@ def _save(trainer: Trainer, done: int) -> None:
             "data": trainer.world.data_size,
         },
     }
-    trainer.checkpointer.save(done, trainer.chunks, trainer.optimizer, info, dump_recipe(recipe))
+    with gathered_weights(trainer.chunks):
+        trainer.checkpointer.save(done, trainer.chunks, trainer.optimizer, info, dump_recipe(recipe))
 
 
 def _evaluate(trainer: Trainer, done: int) -> None:
     if trainer.validation is None:
         return
     trainer.reports.flush()
-    losses = validate(trainer.validation, trainer.chunks, trainer.plan, done, trainer.world)
+    with gathered_weights(trainer.chunks):
+        losses = validate(trainer.validation, trainer.chunks, trainer.plan, done, trainer.world)
     trainer.reports.validated(done, losses)

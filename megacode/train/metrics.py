@@ -122,6 +122,8 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     if record["kind"] == "train":
         names = {
             "loss/train": "loss",
+            "precision/loss_bf16": "loss_bf16",
+            "precision/drift": "drift",
             "gradient_norm": "grad_norm",
             "learning_rate": "learning_rate",
             "batch_size": "batch_size",

@@ -7,39 +7,33 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.transformer import TransformerConfig
 
 from megacode.errors import UserError
+from megacode.model.config import data_parallel_config
 from megacode.model.gpt import global_parameter_names
 from megacode.model.mup import rate_multiplier
+from megacode.recipe.hardware import Hardware
 from megacode.recipe.schema import Optimizer, Recipe
+from megacode.runtime.hardware import detect
 
 
 def wrap_data_parallel(
-    recipe: Recipe, config: TransformerConfig, chunks: list[Any], data_size: int
+    recipe: Recipe,
+    config: TransformerConfig,
+    chunks: list[Any],
+    data_size: int,
+    hardware: Hardware | None = None,
 ) -> list[DistributedDataParallel]:
-    """Megatron-Core's DistributedDataParallel around every model chunk; fp32 gradients; overlap on CUDA.
+    """Megatron-Core's DistributedDataParallel around every model chunk; fp32 gradients; overlap where it is on.
 
     Raises:
         UserError: a `parallel.ddp` combination that Megatron-Core refuses.
     """
-    cuda = torch.cuda.is_available()
-    distributed_optimizer = recipe.parallel.distributed_optimizer
-    fields: dict[str, Any] = dict(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=cuda and data_size > 1,
-        overlap_param_gather=cuda and data_size > 1 and distributed_optimizer,
-        use_distributed_optimizer=distributed_optimizer,
-        check_for_nan_in_grad=False,
-        fp8_param_gather=recipe.precision.compute == "fp8" and recipe.precision.fp8_params,
-    )
-    try:
-        ddp_config = DistributedDataParallelConfig(**(fields | dict(recipe.parallel.ddp)))
-    except (AssertionError, ValueError, TypeError) as error:
-        raise UserError(f"parallel.ddp: Megatron-Core refuses this: {error}") from error
+    ddp_config = data_parallel_config(recipe, hardware or detect(), data_size)
     wrapped = [
         # Bucketing serves the overlap of the first chunk's communication with backward; later chunks finish earlier.
         DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0)
@@ -62,6 +56,26 @@ def multipliers(recipe: Recipe, name: str, parameter: torch.nn.Parameter) -> tup
     return rate * rate_multiplier(recipe.model, name, parameter), decay
 
 
+def optimizer_fields(recipe: Recipe, overlap_param_gather: bool) -> dict[str, Any]:
+    """Fields of Megatron-Core's OptimizerConfig, without those passed through by their own names."""
+    settings, precision = recipe.optimizer, recipe.precision.compute
+    return dict(
+        optimizer="adam",
+        lr=max(phase.learning_rate.peak for phase in recipe.phases),
+        min_lr=0.0,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.epsilon,
+        clip_grad=settings.clip_grad,
+        bf16=precision in ("bf16", "fp8"),
+        params_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        use_distributed_optimizer=recipe.parallel.distributed_optimizer,
+        overlap_param_gather=overlap_param_gather,
+        fp8_recipe=recipe.precision.fp8_recipe if precision == "fp8" else None,
+    )
+
+
 def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> Any:
     """Megatron-Core's optimizer (FusedAdam of Transformer Engine, else of Apex, else torch's AdamW) with the recipe's groups.
 
@@ -71,21 +85,7 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> An
         UserError: a group that matches no parameter on any rank, or an `optimizer.megatron` field that is refused.
     """
     settings = recipe.optimizer
-    fields: dict[str, Any] = dict(
-        optimizer="adam",
-        lr=max(phase.learning_rate.peak for phase in recipe.phases),
-        min_lr=0.0,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.beta1,
-        adam_beta2=settings.beta2,
-        adam_eps=settings.epsilon,
-        clip_grad=settings.clip_grad,
-        bf16=recipe.precision.compute in ("bf16", "fp8"),
-        params_dtype=torch.float32 if recipe.precision.compute == "fp32" else torch.bfloat16,
-        use_distributed_optimizer=recipe.parallel.distributed_optimizer,
-        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
-        fp8_recipe=recipe.precision.fp8_recipe if recipe.precision.compute == "fp8" else None,
-    )
+    fields = optimizer_fields(recipe, chunks[0].ddp_config.overlap_param_gather)
     try:
         config = OptimizerConfig(**(fields | dict(settings.megatron)))
     except (AssertionError, ValueError, TypeError) as error:
@@ -147,6 +147,13 @@ def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     """The torch-style optimizers inside Megatron-Core's (chained) wrapper."""
     chained = getattr(optimizer, "chained_optimizers", None) or [optimizer]
     return [part.optimizer for part in chained if part.optimizer is not None]
+
+
+def adam_of(optimizer: Any) -> str:
+    """Whose Adam Megatron-Core found: Transformer Engine's, Apex's or torch's."""
+    kinds = {type(inner) for inner in inner_optimizers(optimizer)}
+    homes = {"transformer_engine": "FusedAdam of Transformer Engine", "apex": "FusedAdam of Apex"}
+    return " and ".join(sorted(homes.get(kind.__module__.split(".")[0], "torch's AdamW") for kind in kinds))
 
 
 def forget_state(optimizer: Any) -> None:

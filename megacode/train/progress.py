@@ -87,6 +87,9 @@ class Progress:
         if self._last is None and last.get("mfu") is not None:
             self._say_what_mfu_is()
         self._last = last
+        for record in records:
+            if record.get("drift") is not None:
+                self.say(f"step {record['step']:,}: the loss in FP8 differs from bf16's by {record['drift']:+.3%}")
         left = self._seconds_left(records)
         if self.bar is not None and self.task is not None:
             line = self.line(last, left=None, width=self.console.width - _BAR_WIDTH - 15)

@@ -1,6 +1,7 @@
 """What a run tells while it trains: losses by source gathered over the ranks, one line for people, records for machines.
 
-The device is not asked for numbers every step: sums stay there until `logging.every` steps are gathered in one exchange.
+The device is not asked for numbers every step: sums stay there until `logging.every` steps are gathered in one exchange,
+and what that gave is read a step later, when it has long arrived. So the host never waits for the device to tell of a step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from megacode.data.loader import StepBatch
 from megacode.evaluate.validation import by_domain
 from megacode.recipe.devices import peak_flops
 from megacode.recipe.estimate import flops_per_token
+from megacode.recipe.hardware import Hardware
 from megacode.recipe.plan import PhasePlan, Plan
+from megacode.recipe.speedups import Speedup, speedups
 from megacode.runtime.distributed import World
 from megacode.train.metrics import MetricsWriter
 from megacode.train.progress import Progress
@@ -32,6 +35,18 @@ class _Pending:
     norm: Any
     digest: int
     seconds: float
+    reference: torch.Tensor | None = None
+    """The same sums, had the step been forward in bf16 (`precision.compare_every`)."""
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Steps whose numbers are on their way to the host."""
+
+    pending: list[_Pending]
+    totals: torch.Tensor
+    """float64 `[steps, 2, 2, streams]`: as trained and as in bf16; sums and counts."""
+    digests: torch.Tensor
 
 
 @dataclass
@@ -45,6 +60,9 @@ class StepReports:
     writer: MetricsWriter | None
     progress: Progress | None
     _pending: list[_Pending] = field(default_factory=list)
+    _gathered: _Gathered | None = None
+    _arrived: Any = None
+    """CUDA event after the copy of what is gathered."""
 
     @classmethod
     def open(cls, plan: Plan, run: Path, world: World, first_step: int, vocab_size: int) -> StepReports:
@@ -59,6 +77,7 @@ class StepReports:
             peak=peak_flops(device, "fp8" if recipe.precision.compute == "fp8" else recipe.precision.compute),
             writer=MetricsWriter.open(run, recipe.logging.tensorboard, first_step) if world.is_main else None,
             progress=Progress.open(run, plan, first_step, device) if world.is_main else None,
+            _arrived=torch.cuda.Event() if cuda else None,
         )
 
     def __enter__(self) -> StepReports:
@@ -72,31 +91,58 @@ class StepReports:
 
     # ------------------------------------------------------------------------------------------------- steps
 
-    def step(self, step: int, sums: torch.Tensor, norm: Any, batch: StepBatch, seconds: float) -> None:
-        """Take in a finished step; gather and show every `logging.every` steps and at the end of a phase. Collective."""
+    def step(
+        self,
+        step: int,
+        sums: torch.Tensor,
+        norm: Any,
+        batch: StepBatch,
+        seconds: float,
+        reference: torch.Tensor | None = None,
+    ) -> None:
+        """Take in a finished step; gather every `logging.every` steps and at the end of a phase. Collective."""
+        self._show()
         phase = self.plan.phase_at(step)
-        self._pending.append(_Pending(step, phase, sums, norm, batch.digest, seconds))
-        if (step + 1) % self.plan.recipe.logging.every == 0 or step == phase.last_step:
+        self._pending.append(_Pending(step, phase, sums, norm, batch.digest, seconds, reference))
+        if step == phase.last_step:
             self.flush()
+        elif (step + 1) % self.plan.recipe.logging.every == 0:
+            self._gather()
 
     def flush(self) -> None:
-        """Gather what is pending over all ranks; rank 0 writes and shows it. Collective."""
+        """Gather what is pending over all ranks; rank 0 writes and shows it, now. Collective."""
+        self._gather()
+        self._show()
+
+    def _gather(self) -> None:
+        """Sum what is pending over all ranks, and send it to the host without waiting for it."""
+        self._show()
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        totals = torch.stack([p.sums for p in pending])
-        digests = torch.tensor([_signed(p.digest) for p in pending], device=self.world.device)
+        totals = torch.stack([torch.stack([p.sums, p.sums if p.reference is None else p.reference]) for p in pending])
+        digests = torch.tensor([_signed(p.digest) for p in pending])
+        if self.world.device.type == "cuda":
+            digests = digests.pin_memory().to(self.world.device, non_blocking=True)
         if self.world.tensor_rank or not self.world.is_last_stage:
             totals.zero_()  # tensor-parallel ranks hold the same sums, and only the last stage sees the loss
         if self.world.tensor_rank or not self.world.is_first_stage or self.world.context_rank:
             digests.zero_()  # one rank speaks for each share of the batch
         torch.distributed.all_reduce(totals)
         torch.distributed.all_reduce(digests)
-        if self.writer and self.progress:
-            records = [
-                self._record(p, total, digest)
-                for p, total, digest in zip(pending, totals.cpu().tolist(), digests.tolist(), strict=True)
-            ]
+        self._gathered = _Gathered(pending, totals, digests)
+        if self.writer and self.world.device.type == "cuda":
+            self._gathered = _Gathered(pending, _to_host(totals), _to_host(digests))
+            self._arrived.record()
+
+    def _show(self) -> None:
+        """Write and show what was gathered."""
+        gathered, self._gathered = self._gathered, None
+        if gathered and self.writer and self.progress:
+            if self.world.device.type == "cuda":
+                self._arrived.synchronize()
+            numbers = zip(gathered.pending, gathered.totals.tolist(), gathered.digests.tolist(), strict=True)
+            records = [self._record(*one) for one in numbers]
             for record in records:
                 self.writer.write(record)
             self.progress.steps(records)
@@ -108,9 +154,9 @@ class StepReports:
         if self.writer:
             self.writer.flush()
 
-    def _record(self, pending: _Pending, sums: list[list[float]], digest: int) -> dict[str, Any]:
+    def _record(self, pending: _Pending, totals: list[list[list[float]]], digest: int) -> dict[str, Any]:
         phase, step = pending.phase, pending.step
-        losses, tokens = sums
+        (losses, tokens), (bf16, _) = totals
         batch_size = phase.batch_size(step)
         seen = batch_size * phase.sequence_length
         flops = seen * self.flops[phase.sequence_length] / pending.seconds / self.world.size
@@ -118,11 +164,15 @@ class StepReports:
         domains = [stream.domain for stream in phase.streams]
         counts = phase.counts(step).tolist()
         memory = torch.cuda.max_memory_allocated() / 1e9 if self.world.device.type == "cuda" else None
+        compared = {}
+        if pending.reference is not None:
+            compared = {"loss_bf16": _ratio(sum(bf16), sum(tokens)), "drift": _ratio(sum(losses), sum(bf16)) - 1}
         return {
             "kind": "train",
             "step": step + 1,
             "phase": phase.name,
             "loss": _ratio(sum(losses), sum(tokens)),
+            **compared,
             "grad_norm": float(pending.norm),
             "learning_rate": phase.learning_rate(step),
             "batch_size": batch_size,
@@ -151,11 +201,29 @@ class StepReports:
 
     # ------------------------------------------------------------------------------------------------- events
 
+    def say(self, line: str) -> None:
+        if self.progress:
+            self.progress.say(line)
+
     def _event(self, step: int, event: str, line: str | None, **more: Any) -> None:
         if self.writer and self.progress:
             self.writer.write({"kind": "event", "step": step, "event": event, **more})
             if line:
                 self.progress.say(line)
+
+    def machine(self, hardware: Hardware, adam: str) -> None:
+        """What this start computes with: device, layers, Adam, precision, overlap and fusion."""
+        precision = self.plan.recipe.precision
+        computes = f"fp8 ({precision.fp8_recipe})" if precision.compute == "fp8" else precision.compute
+        engine = hardware.engine
+        layers = (
+            f"layers of Transformer Engine {'.'.join(map(str, engine))}" if engine else "Megatron-Core's local layers"
+        )
+        on = [one.key.rsplit(".")[-1] for one in self._speedups(hardware) if one.on]
+        self.say(f"{hardware.name}: {layers}, {adam}, {computes}" + (f"; on: {', '.join(on)}" if on else ""))
+
+    def _speedups(self, hardware: Hardware) -> list[Speedup]:
+        return list(speedups(self.plan.recipe, hardware, self.world.data_size).values())
 
     def started(self) -> None:
         recipe, world = self.plan.recipe, self.world
@@ -212,6 +280,11 @@ class StepReports:
         self._event(self.plan.total_steps, "end", None, at=time.time())
         if self.progress:
             self.progress.finished()
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory, under way."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _signed(value: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +15,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megacode.data.batch import Batch
-from megacode.model.gpt import transformer_engine_available
 from megacode.recipe.schema import Recipe
 from megacode.runtime.distributed import World
+from megacode.runtime.hardware import transformer_engine_available
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ def _packed(segments: Any, device: torch.device) -> PackedSeqParams:
     starts = np.ones(segments.shape, dtype=bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     edges = np.append(np.flatnonzero(starts.reshape(-1)), segments.size).astype(np.int32)
-    lengths = torch.from_numpy(edges).to(device, non_blocking=True)
+    lengths = torch.from_numpy(edges)
+    if device.type == "cuda":
+        lengths = lengths.pin_memory().to(device, non_blocking=True)
     longest = int(np.diff(edges).max())
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=lengths, cu_seqlens_kv=lengths, max_seqlen_q=longest, max_seqlen_kv=longest
@@ -106,7 +109,8 @@ def _loss(batch: DeviceBatch, streams: int, count_positions: bool, losses: Tenso
         sums = torch.zeros(2, streams, dtype=torch.float64, device=losses.device)
         sums[0].index_add_(0, batch.stream.long(), masked.reshape(rows, -1).sum(1).double())
         sums[1].index_add_(0, batch.stream.long(), batch.loss_mask.reshape(rows, -1).sum(1).double())
-        count = batch.loss_mask.new_tensor(batch.loss_mask.numel()) if count_positions else batch.loss_mask.sum()
+        mask = batch.loss_mask  # filled on the device: a number that comes from the host would make it wait
+        count = mask.new_full((), mask.numel()) if count_positions else mask.sum()
     return masked.sum(), count.to(torch.int), sums
 
 
@@ -157,6 +161,37 @@ def prepare_model_for_training(chunks: Sequence[Any], optimizer: Any) -> None:
     if chunks[0].ddp_config.overlap_param_gather and chunks[0].ddp_config.align_param_gather:
         syncs = [chunk.start_param_sync for chunk in chunks]
         config.param_sync_func = syncs if len(syncs) > 1 else syncs[0]
+
+
+@contextlib.contextmanager
+def gathered_weights(chunks: Sequence[Any]) -> Iterator[None]:
+    """Inside, every rank has the weights that the last update made. Collective.
+
+    Where the distributed optimizer's gather overlaps with the next forward, a rank has only its own share up to date until
+    then: who reads weights in another way than by a training step (a checkpoint, an evaluation) does it in here.
+    """
+    late = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in late:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in late:
+            chunk.enable_forward_pre_hook()
+
+
+@contextlib.contextmanager
+def without_fp8(chunks: Sequence[Any]) -> Iterator[None]:
+    """Inside, the layers' matrix products are done in bf16: Megatron-Core asks its configuration at every forward."""
+    configs = [chunk.module.config for chunk in chunks]
+    before = [config.fp8 for config in configs]
+    for config in configs:
+        config.fp8 = None
+    try:
+        yield
+    finally:
+        for config, fp8 in zip(configs, before, strict=True):
+            config.fp8 = fp8
 
 
 def train_step(

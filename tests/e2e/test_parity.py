@@ -15,6 +15,7 @@ LAYOUTS = {
     "interleaved pp2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
     "dp2": (2, ["parallel.distributed_optimizer=false"]),
     "dp2 distributed optimizer": (2, []),
+    "dp2 overlapped": (2, ["parallel.overlap={grad_reduce: true, param_gather: true}"]),
     "tp2 pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "recomputed, dp2": (2, ["parallel.recompute.granularity=full"]),
 }

@@ -4,6 +4,7 @@ trains; on two devices, layouts agree over NCCL. Skipped without a CUDA device, 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 import yaml
 
+from megacode.recipe.hardware import Hardware
 from megacode.recipe.schema import LearningRate, Mixture, Model, Parallel, Phase, Precision, Recipe
+from megacode.runtime.hardware import detect
 from tests.e2e.conftest import corpora, megacode, recipe, steps_of  # noqa: F401  # fixtures
 from tests.processes import run_on
 
@@ -43,17 +46,27 @@ MODELS = {
 }  # fmt: skip
 
 
+def local_hardware() -> Hardware:
+    """This device, as if Transformer Engine were not installed."""
+    return dataclasses.replace(detect(), engine=None)
+
+
+def build_local(settings: Recipe, vocab_size: int) -> list:
+    from megacode.model.gpt import build_model
+
+    return build_model(settings, vocab_size, hardware=local_hardware())
+
+
 def under_local_layers(function, *arguments):
-    """Call a function as if Transformer Engine were not installed."""
-    from megacode.model import gpt
+    """Call a function of a step as if Transformer Engine were not installed."""
     from megacode.train import step
 
-    detected = gpt.transformer_engine_available
-    gpt.transformer_engine_available = step.transformer_engine_available = lambda: False
+    detected = step.transformer_engine_available
+    step.transformer_engine_available = lambda: False
     try:
         return function(*arguments)
     finally:
-        gpt.transformer_engine_available = step.transformer_engine_available = detected
+        step.transformer_engine_available = detected
 
 
 def copy_weights(source, target, folder: str) -> None:
@@ -72,7 +85,7 @@ def logits_of_both_specs(world, model: Model, folder: str) -> tuple[np.ndarray, 
     tokens = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1)).cuda()
     positions = torch.arange(LENGTH, device="cuda").expand(2, -1)
     engine = build_model(small(model), VOCAB)
-    local = under_local_layers(build_model, small(model), VOCAB)
+    local = build_local(small(model), VOCAB)
     assert {type(m).__name__ for m in engine[0].modules()} != {type(m).__name__ for m in local[0].modules()}
     with torch.no_grad():  # biases and norms start at 0 and 1, where a mix-up would not show
         for parameter in engine[0].parameters():
@@ -151,7 +164,7 @@ def packed_and_masked(world, folder: str) -> tuple[list[float], list[float], lis
     half, full = small(strong, Precision(compute="bf16")), small(strong)
     engine = build_model(half, VOCAB)
     packed = sums(engine, bounded, half)
-    local = under_local_layers(build_model, full, VOCAB)
+    local = build_local(full, VOCAB)
     copy_weights(engine, local, folder)
     return packed, under_local_layers(sums, local, bounded, full), under_local_layers(sums, local, plain, full)
 

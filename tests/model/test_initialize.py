@@ -116,7 +116,8 @@ def batches(step: int):
 
 def trained(world, steps: int, pad: int, tensor: int):
     """Losses of some steps, and what the padding holds after them."""
-    from megacode.model.gpt import build_model, global_parameter_names, transformer_config
+    from megacode.model.config import transformer_config
+    from megacode.model.gpt import build_model, global_parameter_names
     from megacode.train.optimizer import build_optimizer, set_rates, wrap_data_parallel
     from megacode.train.step import prepare_model_for_training, train_step
 

@@ -20,13 +20,15 @@ MISTAKES = {
     "optimizer.megatron.lr=1": ["`phases.NAME.learning_rate.peak`"],
     "optimizer.megatron.hysteresis=1.5": ["expected int"],
     "parallel.ddp.bucket_sise=1": ["DistributedDataParallelConfig", "`bucket_size`"],
+    "parallel.ddp.overlap_grad_reduce=true": ["`parallel.overlap.grad_reduce`"],
+    "model.megatron.apply_rope_fusion=false": ["`fusion.rope`"],
     "parallel.ddp.use_distributed_optimizer=true": ["`parallel.distributed_optimizer`"],
 }
 GOOD = [
-    "model.megatron={fp8_margin: 1, moe_aux_loss_coeff: 1e-2, recompute_modules: [mlp], apply_rope_fusion: true}",
+    "model.megatron={fp8_margin: 1, moe_aux_loss_coeff: 1e-2, recompute_modules: [mlp], fp8_wgrad: true}",
     "model.megatron={window_size: [128, 0], attention_backend: flash, moe_router_dtype: null}",
     "optimizer.megatron={loss_scale: 1, decoupled_weight_decay: false}",
-    "parallel.ddp={bucket_size: 1000, overlap_grad_reduce: true}",
+    "parallel.ddp={bucket_size: 1000, average_in_collective: true}",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -79,7 +80,7 @@ def save_in_the_middle(world: Any, folder: str) -> list[tuple[list[int], bool, l
     checkpoints: Any = Checkpoints(run, synced)
     with StepReports.open(plan, run, world, first_step=0, vocab_size=10) as reports:
         steps(reports, plan, 0, 2)
-        _save(Trainer(plan, world, [], None, checkpoints, None, reports, vocab_size=10), 2)
+        _save(Trainer(plan, world, [], None, checkpoints, None, reports, profiler=None, vocab_size=10), 2)
     return checkpoints.found
 
 
@@ -107,3 +108,47 @@ def test_a_phase_begins_once_also_when_resumed_at_its_start(tmp_path: Path) -> N
     assert phases == [(1, "first"), (4, "second")]
     assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [record["step"] for record in records if record.get("event") == "resume"] == [3, 3]
+
+
+def compared_with_bf16(world: Any, folder: str) -> None:
+    import torch
+
+    from megacode.train.report_steps import StepReports
+
+    plan = two_phases()
+    batch: Any = type("Batch", (), {"digest": 1})()
+    with StepReports.open(plan, Path(folder), world, first_step=0, vocab_size=10) as reports:
+        fp8, bf16 = (torch.tensor([[loss], [2.0]], dtype=torch.float64) for loss in (4.04, 4.0))
+        reports.step(0, fp8, 1.0, batch, 0.1, reference=bf16)
+        reports.step(1, fp8, 1.0, batch, 0.1)
+        reports.flush()
+
+
+def test_a_step_compared_with_bf16_tells_the_drift(tmp_path: Path, capfd: Any) -> None:
+    run_on(1, compared_with_bf16, str(tmp_path))
+    first, second = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        abs(first["loss"] - 2.02) < 1e-9 and abs(first["loss_bf16"] - 2.0) < 1e-9 and abs(first["drift"] - 0.01) < 1e-9
+    )
+    assert "drift" not in second
+    assert "step 1: the loss in FP8 differs from bf16's by +1.000%" in capfd.readouterr().out
+
+
+def told_late(world: Any, folder: str) -> list[int]:
+    """Records on file after each of four steps, with `logging.every: 2`."""
+    from megacode.train.report_steps import StepReports
+
+    plan, run = two_phases(), Path(folder)
+    recipe = plan.recipe.model_copy(update={"logging": plan.recipe.logging.model_copy(update={"every": 2})})
+    found = []
+    with StepReports.open(dataclasses.replace(plan, recipe=recipe), run, world, first_step=0, vocab_size=10) as reports:
+        for step in range(4):
+            steps(reports, plan, step, step + 1)
+            records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+            found.append(sum(record["kind"] == "train" for record in records))
+    return found
+
+
+def test_what_was_gathered_is_read_a_step_later_but_at_a_phases_end(tmp_path: Path) -> None:
+    ((found,),) = [run_on(1, told_late, str(tmp_path))]
+    assert found == [0, 0, 3, 3]  # gathered after step 2, written with step 3, which ends the phase

@@ -55,7 +55,8 @@ def test_boundaries_hide_earlier_documents() -> None:
 
 def sums_and_updates(world, recipe: Recipe) -> dict:
     from megacode.data.batch import make_batch
-    from megacode.model.gpt import build_model, global_parameter_names, transformer_config
+    from megacode.model.config import transformer_config
+    from megacode.model.gpt import build_model, global_parameter_names
     from megacode.train.optimizer import (
         build_optimizer,
         forget_state,
@@ -105,7 +106,7 @@ def test_the_denominator_is_tokens_or_positions() -> None:
 
 def context_parallel_refusal(world) -> str:
     from megacode.errors import UserError
-    from megacode.model.gpt import transformer_config
+    from megacode.model.config import transformer_config
 
     with pytest.raises(UserError) as error:
         transformer_config(small().model_copy(update={"parallel": Parallel(context=2)}))
@@ -116,3 +117,33 @@ def context_parallel_refusal(world) -> str:
 def test_context_parallel_is_refused_without_transformer_engine() -> None:
     (said,) = run_on(1, context_parallel_refusal)
     assert "needs Transformer Engine" in said
+
+
+def precisions_seen(world) -> list[tuple[str | None, float]]:
+    """What the layers are told, and the loss, in a comparison and in the step after it."""
+    from megacode.data.batch import make_batch
+    from megacode.model.config import transformer_config
+    from megacode.model.gpt import build_model
+    from megacode.runtime.hardware import detect
+    from megacode.train.optimizer import wrap_data_parallel
+    from megacode.train.step import forward_backward, without_fp8
+
+    recipe = small()
+    config = transformer_config(recipe)
+    chunks = wrap_data_parallel(recipe, config, build_model(recipe, VOCAB, config, detect()), 1)
+    config.fp8 = "hybrid"  # without Transformer Engine it changes no number
+    batch = [make_batch(windows(), np.zeros(2, np.int32), np.arange(2))]
+    seen: list[str | None] = []
+    chunks[0].module.decoder.register_forward_pre_hook(lambda block, _: seen.append(block.config.fp8))
+    losses = []
+    with without_fp8(chunks), torch.no_grad():
+        losses.append(float(forward_backward(chunks, batch, 1, recipe, world, forward_only=True)[0, 0]))
+    assert all(p.main_grad.abs().max() == 0 for p in chunks[0].parameters()), "a comparison leaves no gradient"
+    losses.append(float(forward_backward(chunks, batch, 1, recipe, world)[0, 0]))
+    return list(zip(seen, losses, strict=True))
+
+
+def test_a_comparison_computes_without_fp8_and_the_step_with_it() -> None:
+    (((first, loss), (second, same)),) = run_on(1, precisions_seen)
+    assert (first, second) == (None, "hybrid")
+    assert loss == same

@@ -1,0 +1,72 @@
+"""Where weights are gathered late, what reads them in between (checkpoint, evaluation) still sees those of the last update."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.e2e.conftest import megacode, steps_of
+
+OVERLAP = ("--processes", "2", "--set", "parallel.overlap={grad_reduce: true, param_gather: true}")
+
+
+@pytest.mark.slow
+def test_a_run_with_late_weights_resumes_bit_for_bit(recipe: Path, tmp_path: Path) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    megacode("train", recipe, "--run", straight, *OVERLAP)
+    megacode("train", recipe, "--run", stopped, *OVERLAP, "--until-phase", "first", "--profile", "3:4")
+    megacode("train", recipe, "--run", stopped, *OVERLAP)
+    plain = tmp_path / "plain"
+    megacode("train", recipe, "--run", plain, "--processes", "2")
+    for name, expected in weights(plain).items():  # a rank's own share alone would be right in a stale one
+        np.testing.assert_allclose(weights(straight)[name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert steps_of(stopped) == steps_of(straight)
+    assert validations(stopped) == validations(straight)
+    check_profile(stopped / "profile" / "steps-3-4")
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    """Of the model after step 10, by name: there no evaluation went before, which would have gathered them."""
+    from megacode.convert.checkpoint_reader import CheckpointReader
+
+    reader = CheckpointReader.open(run / "checkpoints" / "step_00000010")
+    names = [n for n in reader.metadata.state_dict_metadata if not n.startswith("optimizer") and n.endswith("weight")]
+    return {name: reader.tensor(name).numpy() for name in names}
+
+
+def validations(run: Path) -> list[dict]:
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record["loss_by_source"] for record in records if record["kind"] == "validation"]
+
+
+def check_profile(folder: Path) -> None:
+    """A trace of rank 0 alone; nothing of megacode's asks a tensor for a number."""
+    assert sorted(path.name for path in folder.iterdir()) == ["rank-0.json.gz", "rank-0.txt"]
+    text = (folder / "rank-0.txt").read_text()
+    assert "Self CPU" in text
+    asked = text.split("Who asked")[1].strip().splitlines()[1:]
+    assert any("megatron/core/optimizer/clip_grads" in line for line in asked), asked
+    assert not [line for line in asked if "megacode/" in line]
+    assert "threading" not in text.split("Where the host")[0], "operations, not the stack"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--profile", "5"), "--profile: expected FIRST:LAST"),
+        (("--profile", "5:4"), "--profile: expected FIRST:LAST"),
+        (("--profile", "0:4"), "counted from 1"),
+        (("--profile", "1:4", "--profile-ranks", "x"), "--profile-ranks: expected ranks such as 0,3 or `all`"),
+    ],
+)
+def test_profiles_that_cannot_be_are_a_sentence(
+    arguments: tuple[str, ...], says: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megacode.cli import main
+
+    assert main(["train", str(recipe), "--run", str(tmp_path / "run"), *arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

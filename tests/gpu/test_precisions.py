@@ -1,0 +1,162 @@
+"""One set of weights, as the CPU's local layers see it in fp32 and as CUDA sees it in every precision; FP8's curves, resume
+and drift."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megacode.recipe.hardware import fp8_refusal
+from megacode.recipe.schema import LearningRate, Mixture, Model, Parallel, Phase, Precision, Recipe
+from megacode.runtime.hardware import detect
+from tests.e2e.conftest import corpora, megacode, recipe, steps_of  # noqa: F401  # fixtures
+from tests.processes import run_on
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+VOCAB, LENGTH = 1000, 64
+FP8 = ("delayed", "tensorwise", "blockwise", "mxfp8")
+MODELS = {
+    "llama": Model(layers=4, hidden_size=256, heads=4, kv_heads=2, ffn_size=682),
+    "crystal": Model(layers=4, hidden_size=256, heads=4, ffn_size=682, normalization="layernorm", linear_bias=True,
+                     rotary_fraction=0.25, rotary_interleaved=True, tie_embeddings=True,
+                     mup={"base_hidden_size": 64, "embedding_scale": 10.0}),
+    "qwen3": Model(layers=4, hidden_size=256, heads=4, kv_heads=2, head_dim=64, qk_norm=True),
+    "gelu": Model(layers=4, hidden_size=256, heads=4, normalization="layernorm", linear_bias=True, activation="gelu",
+                  position_embedding="learned"),
+}  # fmt: skip
+# Largest difference of the logits from fp32's, in root mean squares of these. fp32 on CUDA may multiply as TF32 (10 bits);
+# bf16 has 8 bits, e4m3 has 4.
+TOLERANCE = {"fp32": 5e-3, "bf16": 3e-2, "fp8": 0.15}
+
+
+def needs_fp8(kind: str) -> None:
+    if why := fp8_refusal(kind, detect()):
+        pytest.skip(why)
+
+
+def settings(model: Model, precision: Precision) -> Recipe:
+    phase = Phase(
+        name="p", steps=1, batch_size=4, sequence_length=LENGTH, mixture=Mixture(sources={"a": 1.0}),
+        learning_rate=LearningRate(peak=1e-3),
+    )  # fmt: skip
+    return Recipe(
+        name="t", model=model, sources={}, phases=[phase], precision=precision, parallel=Parallel(micro_batch_size=2)
+    )
+
+
+def logits(world, models: dict[str, Model], precision: Precision) -> dict[str, np.ndarray]:
+    """`[2, LENGTH, VOCAB]` of every model, from the weights that its recipe's seed gives on any device."""
+    from megacode.model.gpt import build_model
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    tokens = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1)).to(world.device)
+    positions = torch.arange(LENGTH, device=world.device).expand(2, -1)
+    out = {}
+    for name, model in models.items():
+        (chunk,) = build_model(settings(model, precision), VOCAB)
+        with torch.no_grad():
+            # Twice: delayed scaling knows a tensor's range from the forward before.
+            for _ in range(2):
+                found = chunk(tokens, positions, None)
+        out[name] = found[..., :VOCAB].float().cpu().numpy()
+    return out
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> dict[str, np.ndarray]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        return run_on(1, logits, MODELS, Precision(compute="fp32"))[0]
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16", *FP8])
+def test_cuda_computes_what_the_cpu_computes(compute: str, on_cpu: dict[str, np.ndarray]) -> None:
+    precision = Precision(compute=compute) if compute in TOLERANCE else Precision(compute="fp8", fp8_recipe=compute)
+    if compute in FP8:
+        needs_fp8(compute)
+    (on_cuda,) = run_on(1, logits, MODELS, precision)
+    found = {}
+    for name, expected in on_cpu.items():
+        found[name] = float(np.sqrt(np.mean((on_cuda[name] - expected) ** 2) / np.mean(expected**2)))
+    print(compute, {name: f"{value:.2e}" for name, value in found.items()})
+    assert max(found.values()) < TOLERANCE[precision.compute], found
+    if compute != "fp32":
+        assert min(found.values()) > 1e-5, "nothing was rounded: is this precision on at all?"
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+SIZES = ("model.hidden_size=256", "model.vocab_size=304", "model.ffn_size=512")
+HUNDRED = (
+    "phases.first.steps=40", "phases.second.steps=60", "phases.first.learning_rate.decay_steps=100",
+    "checkpoints.every=1000",
+)  # fmt: skip
+
+
+def train(recipe_path: Path, run: Path, *changes: str) -> None:
+    megacode("train", recipe_path, "--run", run, *(p for c in changes for p in ("--set", c)))
+
+
+def smooth(losses: list[float], over: int = 10) -> np.ndarray:
+    return np.convolve(losses, np.ones(over) / over, mode="valid")
+
+
+@pytest.fixture(scope="module")
+def hundred_in_bf16(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    run = tmp_path_factory.mktemp("hundred") / "bf16"
+    train(recipe, run, *SIZES, *HUNDRED, "precision=bf16")
+    return run
+
+
+@pytest.mark.parametrize("kind", FP8)
+def test_a_hundred_steps_in_fp8_follow_bf16(kind: str, hundred_in_bf16: Path, recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Means over ten steps within 1 %, and what the run itself reports as drift, too."""
+    needs_fp8(kind)
+    run = tmp_path / kind
+    precision = f"precision={{compute: fp8, fp8_recipe: {kind}, compare_every: 20}}"
+    train(recipe, run, *SIZES, *HUNDRED, precision)
+    bf16, fp8 = steps_of(hundred_in_bf16), steps_of(run)
+    assert fp8.batches == bf16.batches
+    apart = np.abs(smooth(fp8.losses) / smooth(bf16.losses) - 1)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    drift = {r["step"]: r["drift"] for r in records if r["kind"] == "train" and "drift" in r}
+    print(kind, f"largest difference {apart.max():.4f}", drift)
+    assert apart.max() < 0.01
+    assert list(drift) == [20, 40, 60, 80, 100] and max(map(abs, drift.values())) < 0.01
+    assert any(value != 0 for value in drift.values()), "the comparison was not in another precision"
+
+
+@pytest.mark.parametrize("kind", ["delayed", "tensorwise"])
+def test_a_resumed_fp8_run_goes_on_as_if_not_stopped(kind: str, recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The scales of `delayed` come from maxima of earlier steps: they are in the checkpoint, or steps 9 and 10 would differ."""
+    needs_fp8(kind)
+    changes = (*SIZES, f"precision={{compute: fp8, fp8_recipe: {kind}, fp8_amax_history: 16}}", "checkpoints.every=4")
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train(recipe, straight, *changes)
+    megacode("train", recipe, "--run", stopped, "--until-phase", "first", *(p for c in changes for p in ("--set", c)))
+    train(recipe, stopped, *changes)
+    expected, got = steps_of(straight), steps_of(stopped)
+    assert got.batches == expected.batches
+    np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-3)
+    np.testing.assert_allclose(got.losses[:10], expected.losses[:10], rtol=1e-4)
+
+
+def test_fp8_parameters_train_as_fp8_products_do(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    needs_fp8("tensorwise")
+    for params in ("true", "false"):
+        precision = f"precision={{compute: fp8, fp8_recipe: tensorwise, fp8_params: {params}}}"
+        train(recipe, tmp_path / params, *SIZES, precision)
+    np.testing.assert_allclose(steps_of(tmp_path / "true").losses, steps_of(tmp_path / "false").losses, rtol=5e-3)
+
+
+def test_cuda_and_gloo_read_the_same_batches(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    changes = [p for c in (*SIZES, "precision=fp32") for p in ("--set", c)]
+    megacode("train", recipe, "--run", tmp_path / "cpu", "--processes", 2, *changes, CUDA_VISIBLE_DEVICES="")
+    megacode("train", recipe, "--run", tmp_path / "cuda", *changes)
+    cpu, cuda = steps_of(tmp_path / "cpu"), steps_of(tmp_path / "cuda")
+    assert cuda.batches == cpu.batches
+    np.testing.assert_allclose(cuda.losses, cpu.losses, rtol=5e-3)

@@ -1,0 +1,117 @@
+"""What makes a step fast changes no number, and the host never waits for the device but where Megatron-Core makes it."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megacode.recipe.schema import Fusion, Model, Precision, Recipe
+from megacode.runtime.hardware import detect
+from tests.e2e.conftest import corpora, megacode, recipe, steps_of  # noqa: F401  # fixtures
+from tests.gpu.test_precisions import LENGTH, MODELS, SIZES, VOCAB, settings
+from tests.processes import run_on
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+def engine_or_skip() -> None:
+    if detect().engine is None:
+        pytest.skip("needs Transformer Engine")
+
+
+def made_ready(run: Recipe, world) -> tuple[list, object, list]:
+    """(chunks, optimizer, micro-batches) of a step as the loop has them."""
+    from megacode.data.batch import make_batch
+    from megacode.model.config import transformer_config
+    from megacode.model.gpt import build_model
+    from megacode.train.optimizer import build_optimizer, wrap_data_parallel
+    from megacode.train.step import prepare_model_for_training
+
+    config = transformer_config(run)
+    chunks = wrap_data_parallel(run, config, build_model(run, VOCAB, config), world.data_size)
+    optimizer = build_optimizer(run, chunks)
+    prepare_model_for_training(chunks, optimizer)
+    windows = torch.randint(3, VOCAB, (4, LENGTH + 1), generator=torch.Generator().manual_seed(2)).numpy()
+    batches = [make_batch(windows[i : i + 2], np.zeros(2, np.int32), np.arange(2)) for i in (0, 2)]
+    return chunks, optimizer, batches
+
+
+def waits_in_steps(world, model: Model) -> list[str]:
+    """Files and lines at which the host waited for the device in steps 4 to 6."""
+    from megacode.train.optimizer import set_rates
+    from megacode.train.step import train_step
+
+    run = settings(model, Precision(compute="bf16"))
+    chunks, optimizer, batches = made_ready(run, world)
+    waits = []
+    for step in range(6):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn" if step >= 3 else "default")
+            set_rates(optimizer, 1e-3, 0.1)
+            train_step(chunks, optimizer, batches, 1, run, world)
+            torch.cuda.set_sync_debug_mode("default")
+        waits += [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    return waits
+
+
+def test_the_host_waits_only_where_megatron_core_makes_it() -> None:
+    """Once a step it asks whether there are tokens at all (`finalize_model_grads`), and once it makes the gradient's norm a
+    number (`clip_grads`); nothing else waits."""
+    (waits,) = run_on(1, waits_in_steps, MODELS["llama"])
+    known = ("megatron/core/optimizer/", "megatron/core/distributed/finalize_model_grads.py")
+    others = [where for where in waits if not any(name in where for name in known)]
+    assert not others, others
+    assert len(waits) <= 3 * 3, waits
+
+
+def gradients(world, model: Model, fused: bool | None) -> dict[str, np.ndarray]:
+    from megacode.model.gpt import global_parameter_names
+    from megacode.train.step import forward_backward
+
+    run = settings(model, Precision(compute="bf16")).model_copy(update={"fusion": Fusion(gradient_accumulation=fused)})
+    chunks, _, batches = made_ready(run, world)
+    chunks[0].zero_grad_buffer()
+    forward_backward(chunks, batches, 1, run, world)
+    return {name: p.main_grad.float().cpu().numpy() for name, p in global_parameter_names(chunks).items()}
+
+
+@pytest.mark.parametrize("model", ["llama", "crystal"])
+def test_accumulating_in_products_gives_the_same_gradients(model: str) -> None:
+    engine_or_skip()
+    ((fused,), (plain,)) = (run_on(1, gradients, MODELS[model], on) for on in (None, False))
+    assert fused.keys() == plain.keys()
+    for name, expected in plain.items():
+        scale = np.abs(expected).max()
+        assert np.abs(fused[name] - expected).max() <= 0.02 * scale, name
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("fusion.cuda_graphs=true",),
+        ("fusion={rope: false, cross_entropy: false, activation: false, bias_dropout: false}",),
+    ],
+    ids=["CUDA graphs", "nothing fused"],
+)
+def test_a_run_is_the_same_with_and_without(changed: tuple[str, ...], recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    engine_or_skip()
+    for name, more in (("plain", ()), ("changed", changed)):
+        changes = [p for c in (*SIZES, "precision=bf16", *more) for p in ("--set", c)]
+        megacode("train", recipe, "--run", tmp_path / name, *changes)
+    plain, other = steps_of(tmp_path / "plain"), steps_of(tmp_path / "changed")
+    assert other.batches == plain.batches
+    np.testing.assert_allclose(other.losses, plain.losses, rtol=5e-3)
+
+
+def test_a_profile_names_the_kernels(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    changes = [p for c in (*SIZES, "precision=bf16") for p in ("--set", c)]
+    megacode("train", recipe, "--run", tmp_path / "run", "--profile", "5:7", *changes)
+    folder = tmp_path / "run" / "profile" / "steps-5-7"
+    assert (folder / "rank-0.json.gz").stat().st_size > 10_000
+    text = (folder / "rank-0.txt").read_text()
+    assert "Self CUDA" in text and "cudaLaunchKernel" in text

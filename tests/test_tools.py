@@ -78,8 +78,11 @@ def test_without_options_there_are_none(checkout: Path) -> None:
     assert calls[-1] == ["python", "-m", "megacode.quickstart"] and installs(calls) == ["."]
 
 
-def test_tests_come_after_the_linter(checkout: Path) -> None:
-    assert call(checkout, "test")[-2:] == [["ruff", "check", "."], ["python", "-m", "pytest"]]
+def test_tests_come_after_the_linter_and_slurms_by_themselves(checkout: Path) -> None:
+    tests = ["python", "-m", "pytest"]
+    parallel = [*tests, "-n", "2", "--dist", "loadscope", "--ignore", "tests/slurm"]
+    assert call(checkout, "test")[-3:] == [["ruff", "check", "."], parallel, [*tests, "tests/slurm"]]
+    assert call(checkout, "test", "-k", "mixture")[-2:] == [["ruff", "check", "."], [*tests, "-k", "mixture"]]
 
 
 def test_preprocess_installs_nothing(checkout: Path) -> None:

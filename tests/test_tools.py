@@ -80,7 +80,7 @@ def test_without_options_there_are_none(checkout: Path) -> None:
 
 def test_tests_come_after_the_linter_and_slurms_by_themselves(checkout: Path) -> None:
     tests = ["python", "-m", "pytest"]
-    parallel = [*tests, "-n", "2", "--dist", "loadscope", "--ignore", "tests/slurm"]
+    parallel = [*tests, "-n", "2", "--dist", "loadscope", "--no-loadscope-reorder", "--ignore", "tests/slurm"]
     assert call(checkout, "test")[-3:] == [["ruff", "check", "."], parallel, [*tests, "tests/slurm"]]
     assert call(checkout, "test", "-k", "mixture")[-2:] == [["ruff", "check", "."], [*tests, "-k", "mixture"]]
 

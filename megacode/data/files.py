@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Iterator
@@ -31,6 +32,24 @@ def replace_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         raise
     if durable:
         sync_folder(path.parent)
+
+
+def remove_left_over(path: Path) -> None:
+    """Remove what `replace_file` of processes that were killed left beside `path`."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        number = partial.name.split(".")[-2]
+        if number.isdigit() and not _is_alive(int(number)):
+            partial.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def sync_folder(folder: Path) -> None:

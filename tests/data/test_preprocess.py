@@ -342,6 +342,19 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(
     assert made == contents(alone.parent)
 
 
+def test_a_picture_half_drawn_by_a_killed_process_goes(model: Path, corpus: Path, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from megacode.data.preprocess.command import preprocess_visibly
+
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    half, mine = (tmp_path / f".out.lengths.png.{process}.partial" for process in (gone.pid, os.getpid()))
+    half.touch(), mine.touch()
+    preprocess_visibly(request(model, corpus, tmp_path / "out"), 1, Console(quiet=True))
+    assert not half.exists() and mine.exists()
+
+
 def test_two_runs_do_not_write_one_output(model: Path, corpus: Path, tmp_path: Path) -> None:
     mine = request(model, corpus, tmp_path / "out")
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from megacode.data import indexed
 from megacode.data.fast_tokenizer import FAST_MODULES
+from megacode.data.files import remove_left_over
 from megacode.data.inputs import FORMATS
 from megacode.data.preprocess import part
 from megacode.data.preprocess.conditions import parse_condition
@@ -200,6 +201,7 @@ def preprocess_visibly(
         )
         return result
     picture = indexed.with_ending(name, ".lengths.png")
+    remove_left_over(picture)
     if plot and (not result.kept or not picture.exists()):
         from megacode.data.inspect import open_dataset, statistics
         from megacode.report.document_lengths import plot_lengths

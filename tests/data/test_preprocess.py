@@ -349,10 +349,10 @@ def test_a_picture_half_drawn_by_a_killed_process_goes(model: Path, corpus: Path
 
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    half, mine = (tmp_path / f".out.lengths.png.{process}.partial" for process in (gone.pid, os.getpid()))
-    half.touch(), mine.touch()
+    half, others = (tmp_path / f".out.lengths.png.{process}.partial" for process in (gone.pid, os.getppid()))
+    half.touch(), others.touch()
     preprocess_visibly(request(model, corpus, tmp_path / "out"), 1, Console(quiet=True))
-    assert not half.exists() and mine.exists()
+    assert not half.exists() and others.exists()
 
 
 def test_two_runs_do_not_write_one_output(model: Path, corpus: Path, tmp_path: Path) -> None:

@@ -350,6 +350,7 @@ def test_a_picture_half_drawn_by_a_killed_process_goes(model: Path, corpus: Path
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     half, others = (tmp_path / f".out.lengths.png.{process}.partial" for process in (gone.pid, os.getppid()))
+    preprocess_visibly(request(model, corpus, tmp_path / "out"), 1, Console(quiet=True))
     half.touch(), others.touch()
     preprocess_visibly(request(model, corpus, tmp_path / "out"), 1, Console(quiet=True))
     assert not half.exists() and others.exists()

@@ -34,12 +34,12 @@ def documents(path: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def gathered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gathered")
-    gather(folder, code_mb=1.0, text_mb=0.5, console=quiet())
+    gather(folder, code_mb=3.0, text_mb=2.0, console=quiet())
     return folder
 
 
 def test_the_corpora_have_the_size_asked_for(gathered: Path) -> None:
-    for name, limit in (("code", 1_000_000), ("text", 500_000)):
+    for name, limit in (("code", 3_000_000), ("text", 2_000_000)):
         sizes = [len(document["text"].encode()) for document in documents(gathered / f"{name}.jsonl")]
         assert 0.9 * limit < sum(sizes) < 1.5 * limit
 
@@ -63,12 +63,12 @@ def test_text_is_prose(gathered: Path) -> None:
 
 
 def test_gathering_again_gives_the_same_or_keeps_it(gathered: Path, tmp_path: Path) -> None:
-    gather(tmp_path, code_mb=1.0, text_mb=0.5, console=quiet())
+    gather(tmp_path, code_mb=3.0, text_mb=2.0, console=quiet())
     for name in ("code.jsonl", "text.jsonl"):
         assert (tmp_path / name).read_bytes() == (gathered / name).read_bytes()
     console = quiet()
     stamp = (tmp_path / "code.jsonl").stat().st_mtime_ns
-    gather(tmp_path, code_mb=1.0, text_mb=0.5, console=console)
+    gather(tmp_path, code_mb=3.0, text_mb=2.0, console=console)
     assert "kept" in said(console)
     assert (tmp_path / "code.jsonl").stat().st_mtime_ns == stamp
     gather(tmp_path, code_mb=0.5, text_mb=0.5, console=quiet())

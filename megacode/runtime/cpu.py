@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import sys
 import warnings
 from typing import Any
@@ -212,3 +213,7 @@ def quiet() -> None:
         r".*barrier\(\): using the device under current context.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+    # Megatron-Core 0.19 says of GPTModel, at every start, that its successor will be another class.
+    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
+        lambda record: "IS DEPRECATED" not in record.getMessage()
+    )

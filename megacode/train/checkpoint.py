@@ -12,6 +12,7 @@ them.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import secrets
@@ -157,7 +158,12 @@ class Checkpointer:
         state = _sharded_state(chunks, optimizer, loading=False)
         _results_outlive_signals()
         request = dist_checkpointing.save(
-            state, str(temporary), strategy, async_sharded_save=True, content_metadata=_content_metadata()
+            state,
+            str(temporary),
+            strategy,
+            async_sharded_save=True,
+            content_metadata=_content_metadata(),
+            **_own_writers(),
         )
 
         def finish() -> None:
@@ -219,6 +225,12 @@ def _sync_small_files(folder: Path) -> None:
         if path.suffix != ".distcp":
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
+
+
+def _own_writers() -> dict[str, str]:
+    """From 0.17 on Megatron-Core would hand asynchronous saves to another package unless told to do them itself."""
+    known = inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if "async_strategy" in known else {}
 
 
 def _results_outlive_signals() -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,7 @@ MinJobAge=300
 SchedulerParameters=sched_interval=1,sched_min_interval=100000,batch_sched_delay=0
 SlurmdParameters=config_overrides
 MessageTimeout=5
+SlurmdTimeout=15
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -63,9 +64,30 @@ def wait_for(what: Callable[[], object], seconds: float, told: Callable[[], obje
         time.sleep(0.1)
 
 
+@dataclass
+class Cluster:
+    """The Slurm's daemons: started here, ended by their process ids."""
+
+    folder: Path
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, key: str, name: str, *arguments: str) -> None:
+        with open(self.folder / f"{name}.out", "ab") as log:
+            command = [_program(name), *arguments]
+            self.daemons[key] = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def start_node(self, name: str) -> None:
+        self.start(name, "slurmd", "-D", "-f", str(self.folder / "slurm.conf"), "-N", name)
+
+    def kill_node(self, name: str) -> None:
+        """Let a node fall silent, as one without power does."""
+        self.daemons[name].kill()
+        self.daemons[name].wait()
+
+
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """munged, slurmctld and two slurmds, ended by their process ids; SLURM_CONF names them."""
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """munged, slurmctld and two slurmds; SLURM_CONF names them."""
     missing = [name for name in NEEDED if not _program(name)]
     if missing or os.geteuid():
         why = (
@@ -86,31 +108,23 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (folder / "munge.key").chmod(0o400)
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     files = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
-    conf = ["-D", "-f", str(folder / "slurm.conf")]
-    daemons: list[subprocess.Popen[bytes]] = []
-
-    def start(name: str, *arguments: str) -> None:
-        with open(folder / f"{name}.out", "ab") as log:
-            daemons.append(
-                subprocess.Popen([_program(name), *arguments], stdout=log, stderr=log, start_new_session=True)
-            )
-
+    cluster = Cluster(folder)
     try:
-        start("munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files)
+        cluster.start("munged", "munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files)
         wait_for((folder / "munge.socket").exists, 10)
-        start("slurmctld", *conf)
-        start("slurmd", *conf, "-N", "n1")
-        start("slurmd", *conf, "-N", "n2")
+        cluster.start("slurmctld", "slurmctld", "-D", "-f", str(folder / "slurm.conf"))
+        cluster.start_node("n1")
+        cluster.start_node("n2")
         wait_for(
             lambda: sh("sinfo -h -o %T").strip() == "idle", 40, lambda: (folder / "slurmctld.log").read_text()[-3000:]
         )
-        yield
+        yield cluster
         subprocess.run(["scancel", "--user=root"], timeout=20)
         wait_for(lambda: not sh("squeue -h").strip(), 40)
     finally:
-        for daemon in reversed(daemons):
+        for daemon in reversed(cluster.daemons.values()):
             daemon.send_signal(signal.SIGTERM)
-        for daemon in daemons:
+        for daemon in cluster.daemons.values():
             try:
                 daemon.wait(timeout=15)
             except subprocess.TimeoutExpired:
@@ -185,7 +199,7 @@ FLAGS = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=0 --time=10"
 
 
 @pytest.fixture(scope="session")
-def checkout(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+def checkout(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "slurm", folder / "slurm")
     sets = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import megacode, steps_of
-from tests.slurm.conftest import FLAGS, Checkout, sh, wait_for
+from tests.slurm.conftest import FLAGS, Checkout, Cluster, sh, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -133,6 +133,29 @@ def test_a_killed_task_ends_the_job_which_starts_again(checkout: Checkout, strai
     assert "failed with code" in log and "the job starts again and goes on from step_" in log
     assert "left over by Slurm job" in log, "the killed start's lock"
     assert steps_of(run).losses == steps_of(straight).losses
+
+
+def test_a_failed_node_brings_the_job_back(checkout: Checkout, slurm: Cluster, straight: Path) -> None:
+    """The second node falls silent: Slurm itself finds it down, ends the job and requeues it; it waits for a node and goes on."""
+    run = checkout.run("node")
+    job = checkout.submit(f"sbatch {FLAGS} slurm/train.sh {slow_down(checkout, 'node', 200)} {run}")
+    wait_for((run / "checkpoints" / "latest").exists, 150, lambda: checkout.log(job))
+    lost = task(job, 1)
+    slurm.kill_node("n2")
+    os.kill(lost, signal.SIGSTOP)  # nothing is heard of its process either
+    try:
+        wait_for(lambda: "Restarts=1" in sh(f"scontrol show job {job}"), 120, lambda: checkout.log(job))
+        assert "down" in sh("sinfo -h -N -n n2 -o %T")
+    finally:
+        os.kill(lost, signal.SIGKILL)
+        slurm.start_node("n2")
+    slow_down(checkout, "node", 4)
+    assert wait_for_end(checkout, job) == "COMPLETED", checkout.log(job)
+    log = checkout.log(job)
+    assert "Node failure on n2" in log or "NODE FAILURE" in log
+    assert "the job starts again" not in log, "Slurm brought it back, not its script"
+    assert "continuing from" in log
+    assert steps_of(run).losses == steps_of(straight).losses and steps_of(run).batches == steps_of(straight).batches
 
 
 def test_a_start_that_gets_nowhere_is_not_repeated(checkout: Checkout) -> None:

@@ -87,6 +87,63 @@ def common_reasons(model: Model) -> list[tuple[bool, str]]:
     ]
 
 
+def is_not(field: str, found: Any, *wanted: Any) -> tuple[bool, str]:
+    """The check that `model.FIELD` has one of the wanted values."""
+    names = ", ".join(str(name) for name in wanted)
+    return found not in wanted, f"model.{field} is {found}, not {'one of ' if len(wanted) > 1 else ''}{names}"
+
+
+def scaled_positions(model: Model) -> tuple[bool, str]:
+    """The check that rotary frequencies are not stretched, for configs that cannot say so."""
+    return model.rotary_scaling is not None, "model.rotary_scaling stretches rotary positions"
+
+
+def shared_heads(model: Model) -> tuple[bool, str]:
+    """The check that every head of queries has its own keys and values."""
+    heads = model.resolved_kv_heads
+    return heads != model.heads, f"model.kv_heads is {heads}, not heads ({model.heads})"
+
+
+def own_head_dim(model: Model) -> tuple[bool, str]:
+    """The check that the heads together are as wide as the model, for configs that do not say how wide a head is."""
+    dim = model.resolved_head_dim
+    return dim * model.heads != model.hidden_size, f"model.head_dim is {dim}, not hidden_size / heads"
+
+
+# ------------------------------------------------------------------------------------------------- sizes, both ways
+
+ACTIVATIONS = {"gelu": "gelu", "gelu-tanh": "gelu_pytorch_tanh", "relu": "relu"}
+"""Plain activations: a recipe's names -> those of transformers."""
+
+
+def size_keys(model: Model) -> dict[str, int]:
+    """config.json's sizes as most families name them."""
+    return {
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.resolved_ffn_size,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+    }
+
+
+def size_section(config: Mapping[str, Any]) -> dict[str, int]:
+    """The recipe's sizes of a config.json that names them as `size_keys` does."""
+    return {
+        "layers": int(value(config, "num_hidden_layers")),
+        "hidden_size": int(value(config, "hidden_size")),
+        "heads": int(value(config, "num_attention_heads")),
+        "ffn_size": int(value(config, "intermediate_size")),
+    }
+
+
+def known_activation(config: Mapping[str, Any], key: str, default: str, known: Mapping[str, str]) -> str:
+    """The recipe's name of config.json's activation; UserError where it is none of `known` (theirs -> ours)."""
+    found = config.get(key) or default
+    if found not in known:
+        raise UserError(f"config.json: {key} is {found!r}, and only {', '.join(known)} can be imported exactly")
+    return known[found]
+
+
 # ------------------------------------------------------------------------------------------------- reading config.json
 
 
@@ -105,17 +162,30 @@ def refuse(config: Mapping[str, Any], key: str, wanted: Any, why: str) -> None:
         raise UserError(f"config.json: {key} is {found!r}, and only {wanted!r} can be imported exactly: {why}")
 
 
-def rotary_base(config: Mapping[str, Any], key: str = "rope_theta") -> float:
-    """rope_theta, from where transformers before and since version 5 keep it. UserError: positions are scaled."""
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""Of Llama 3.1 and 3.2, and of Megatron-Core's rotary scaling."""
+
+
+def rotary_section(config: Mapping[str, Any], key: str = "rope_theta") -> dict[str, Any]:
+    """`rotary_base` and `rotary_scaling`, from where transformers before and since version 5 keep them.
+
+    UserError: positions are scaled in a way that Megatron-Core does not know.
+    """
     parameters = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or parameters
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
+    section: dict[str, Any] = {"rotary_base": float(config.get(key) or parameters.get("rope_theta") or 10000.0)}
+    if kind == "default":
+        return section
+    if kind not in ("linear", "llama3"):
         raise UserError(
-            f"config.json: rope_scaling is of type {kind!r}, and Megatron-Core's rotary positions here are not scaled; a model "
-            "without it can be imported"
+            f"config.json: rope_scaling is of type {kind!r}, and Megatron-Core's rotary positions here know linear and llama3; "
+            "a model without it can be imported"
         )
-    return float(config.get(key) or parameters.get("rope_theta") or 10000.0)
+    if kind == "llama3":
+        for name, wanted in LLAMA3.items():
+            refuse(scaling, name, wanted, "Megatron-Core's llama3 scaling has Llama 3.1's constants")
+    return section | {"rotary_scaling": {"kind": kind, "factor": float(value(scaling, "factor"))}}
 
 
 def rotary_fraction(config: Mapping[str, Any], key: str, default: float) -> float:
@@ -133,7 +203,11 @@ def within_window(config: Mapping[str, Any], length: int) -> int:
 def rope_keys(model: Model, context: Context) -> dict[str, Any]:
     """Keys of rotary positions as every version of transformers reads them."""
     base = int(model.rotary_base) if model.rotary_base == int(model.rotary_base) else model.rotary_base
-    return {"max_position_embeddings": context.length, "rope_theta": base}
+    keys: dict[str, Any] = {"max_position_embeddings": context.length, "rope_theta": base}
+    if scaling := model.rotary_scaling:
+        constants = LLAMA3 if scaling.kind == "llama3" else {}
+        keys["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor, **constants}
+    return keys
 
 
 # --------------------------------------------------------------------------------------------------------------- slots

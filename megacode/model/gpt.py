@@ -25,7 +25,7 @@ from megacode.model.initialize import initialize_weights
 from megacode.model.mup import apply_scales
 from megacode.model.norm import Norm
 from megacode.recipe.hardware import Hardware
-from megacode.recipe.schema import Recipe
+from megacode.recipe.schema import Model, Recipe
 from megacode.recipe.speedups import speedups
 from megacode.runtime.hardware import detect
 
@@ -83,6 +83,7 @@ def build_model(
             ],
             rotary_percent=model.rotary_fraction,
             rotary_base=int(model.rotary_base) if model.rotary_base == int(model.rotary_base) else model.rotary_base,
+            **_rotary_scaling(model),
             vp_stage=vp_stage,
         )
         if torch.cuda.is_available():
@@ -97,6 +98,16 @@ def build_model(
             _accumulate_in_products(chunk)
         chunks.append(chunk)
     return chunks
+
+
+def _rotary_scaling(model: Model) -> dict[str, Any]:
+    """GPTModel's arguments."""
+    scaling = model.rotary_scaling
+    if scaling is None:
+        return {}
+    if scaling.kind == "linear":
+        return {"seq_len_interpolation_factor": scaling.factor}
+    return {"rope_scaling": True, "rope_scaling_factor": scaling.factor}
 
 
 def _accumulate_in_products(chunk: GPTModel) -> None:

@@ -131,12 +131,17 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
                 f"rotates {rotated} of {model.resolved_head_dim} dimensions of a head, and they go in pairs; change it "
                 "or head_dim",
             )
-    elif model.rotary_interleaved or model.rotary_fraction != 1.0:
-        key = "rotary_interleaved" if model.rotary_interleaved else "rotary_fraction"
-        yield Problem(
-            f"model.{key}",
-            f"has no effect with position_embedding {model.position_embedding!r}; take it out or use 'rotary'",
-        )
+    else:
+        keys = {
+            "rotary_interleaved": model.rotary_interleaved,
+            "rotary_fraction": model.rotary_fraction != 1.0,
+            "rotary_scaling": model.rotary_scaling is not None,
+        }
+        for key in (key for key, given in keys.items() if given):
+            yield Problem(
+                f"model.{key}",
+                f"has no effect with position_embedding {model.position_embedding!r}; take it out or use 'rotary'",
+            )
     for phase in recipe.phases:
         if model.context_length and phase.sequence_length > model.context_length:
             yield Problem(

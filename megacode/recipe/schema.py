@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megacode.recipe.schema_model import Model, Mup, Tokenizer  # noqa: F401 - all classes are read from here
+from megacode.recipe.schema_model import Model, Mup, RotaryScaling, Tokenizer  # noqa: F401 - all classes are read from here
 from megacode.recipe.schema_run import (  # noqa: F401
     Checkpoints,
     Evaluation,

@@ -25,6 +25,15 @@ class Mup(Section):
     output_alpha: float = Field(default=1.0, gt=0)
 
 
+class RotaryScaling(Section):
+    """Rotary frequencies stretched for sequences longer than a model was first trained on: `rope_scaling` of published models."""
+
+    kind: Literal["linear", "llama3"]
+    """`linear` divides every frequency; `llama3` divides low ones and leaves high ones, with the constants of Llama 3.1 and 3.2
+    (1, 4, 8192 positions), the only ones Megatron-Core has."""
+    factor: float = Field(ge=1.0)
+
+
 class Model(Section):
     """The GPT family, in the field's words. `megatron` reaches every other field of Megatron-Core's TransformerConfig.
 
@@ -58,6 +67,7 @@ class Model(Section):
     """Share of each head's dimensions that is rotated."""
     rotary_interleaved: bool = False
     """Pairs (x0, x1), (x2, x3) ... (GPT-J, Crystal) instead of halves (Llama)."""
+    rotary_scaling: RotaryScaling | None = None
     tie_embeddings: bool = False
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megacode.recipe.schema import LearningRate, Mixture, Model, Parallel, Phase, Recipe, Source
+from megacode.recipe.schema import LearningRate, Mixture, Model, Parallel, Phase, Recipe, RotaryScaling, Source
 
 VOCAB, LENGTH = 300, 24
 NEOX = dict(normalization="layernorm", linear_bias=True)
@@ -18,12 +18,17 @@ MODELS: dict[str, Model] = {
         layers=2, hidden_size=64, heads=4, head_dim=24, ffn_size=130, linear_bias=True, rotary_interleaved=True,
         tie_embeddings=True,
     ),
-    "mistral": Model(layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_size=96),
+    "llama scaled": Model(
+        layers=2, hidden_size=64, heads=4, ffn_size=96, rotary_base=5e5,
+        rotary_scaling=RotaryScaling(kind="llama3", factor=32.0),
+    ),
+    "mistral": Model(layers=2, hidden_size=64, heads=4, kv_heads=2, head_dim=24, ffn_size=96),
     "qwen2": Model(layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_size=136, qkv_bias=True, tie_embeddings=True),
     "qwen3": Model(layers=2, hidden_size=64, heads=4, kv_heads=2, head_dim=32, qk_norm=True, norm_epsilon=1e-6),
     "qwen3 interleaved": Model(layers=2, hidden_size=64, heads=4, head_dim=24, qk_norm=True, rotary_interleaved=True),
     "stablelm": Model(
-        layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_size=150, normalization="layernorm", rotary_fraction=0.25
+        layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_size=150, normalization="layernorm", rotary_fraction=0.25,
+        rotary_scaling=RotaryScaling(kind="linear", factor=4.0),
     ),
     "stablelm biases, interleaved": Model(
         layers=2, hidden_size=64, heads=2, ffn_size=150, normalization="layernorm", qkv_bias=True, rotary_fraction=0.5,

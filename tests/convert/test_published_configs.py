@@ -14,14 +14,22 @@ from tests.convert.models import VOCAB, save_and_run, tokens_to_try
 from tests.processes import run_on
 
 SMALL = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
 PUBLISHED = {
     # class, keys as published
     "Llama-2-7b": ("Llama", dict(num_key_value_heads=4, rms_norm_eps=1e-5, max_position_embeddings=4096)),
     "Llama-3-8B": ("Llama", dict(num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=500000.0, max_position_embeddings=8192)),
-    "deepseek-coder-1.3b": ("Llama", dict(rms_norm_eps=1e-6, rope_theta=100000, max_position_embeddings=16384)),
+    "Llama-3.1-8B": ("Llama", dict(num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=500000.0, max_position_embeddings=131072,
+                                   rope_scaling=LLAMA3)),
+    "Llama-3.2-1B": ("Llama", dict(num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=True,
+                                   rope_scaling=LLAMA3 | {"factor": 32.0})),
+    "deepseek-coder-1.3b": ("Llama", dict(rms_norm_eps=1e-6, rope_theta=100000, max_position_embeddings=16384,
+                                          rope_scaling={"rope_type": "linear", "factor": 4.0})),
     "SmolLM-135M": ("Llama", dict(num_key_value_heads=2, tie_word_embeddings=True)),
     "Mistral-7B-v0.1": ("Mistral", dict(num_key_value_heads=2, sliding_window=4096, max_position_embeddings=32768)),
     "Mistral-7B-v0.3": ("Mistral", dict(num_key_value_heads=2, sliding_window=None, rope_theta=1e6)),
+    "Mistral-Nemo": ("Mistral", dict(num_key_value_heads=2, sliding_window=None, head_dim=24, rope_theta=1e6)),
     "Qwen2.5-Coder-0.5B": ("Qwen2", dict(num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1e6)),
     "Qwen3-0.6B": ("Qwen3", dict(num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, rope_theta=1e6)),
     "stablelm-2-1_6b": ("StableLm", dict(num_key_value_heads=4, use_qkv_bias=True, partial_rotary_factor=0.25)),
@@ -75,9 +83,13 @@ def test_published_models_run_here(tmp_path: Path) -> None:
         ("Llama-2-7b", dict(attention_bias=True), "attention_bias is True and mlp_bias False"),
         (
             "Llama-3-8B",
-            dict(rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                               "original_max_position_embeddings": 4096}),
-            "rope_scaling is of type 'llama3'",
+            dict(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 4096}),
+            "original_max_position_embeddings is 4096, and only 8192 can be imported exactly",
+        ),
+        (
+            "Llama-3-8B",
+            dict(rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}),
+            "rope_scaling is of type 'yarn'",
         ),
     ],
 )  # fmt: skip

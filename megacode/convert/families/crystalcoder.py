@@ -14,14 +14,20 @@ import torch
 from torch import Tensor
 
 from megacode.convert.family import (
+    ACTIVATIONS,
     Context,
     Family,
     ends,
     first_reason,
     foreign_fields,
+    is_not,
+    known_activation,
     layer_slots,
     norm_rows,
+    own_head_dim,
     refuse,
+    scaled_positions,
+    shared_heads,
     value,
     with_biases,
 )
@@ -29,9 +35,7 @@ from megacode.convert.layout import SAME, TRANSPOSED, Form, Slot, join_qkv, spli
 from megacode.errors import UserError
 from megacode.recipe.schema import Model
 
-_ACTIVATIONS = {
-    "swiglu": "swiglu", "gelu": "gelu", "gelu-tanh": "gelu_pytorch_tanh", "relu": "relu", "squared-relu": "relu2",
-}  # fmt: skip
+_ACTIVATIONS = {"swiglu": "swiglu", **ACTIVATIONS, "squared-relu": "relu2"}
 _POSITIONS = ("rotary", "learned", "none")
 
 
@@ -55,18 +59,13 @@ def _fits(model: Model) -> str | None:
     return first_reason(
         [
             *foreign_fields(model),
-            (model.normalization != "layernorm", f"model.normalization is {model.normalization}, not layernorm"),
-            (
-                model.activation not in _ACTIVATIONS,
-                f"model.activation is {model.activation}, not one of {', '.join(_ACTIVATIONS)}",
-            ),
+            is_not("normalization", model.normalization, "layernorm"),
+            is_not("activation", model.activation, *_ACTIVATIONS),
             (not model.linear_bias, "model.linear_bias is false"),
-            (model.resolved_kv_heads != model.heads, f"model.kv_heads is {model.kv_heads}, not heads ({model.heads})"),
+            shared_heads(model),
+            scaled_positions(model),
             (model.qk_norm, "model.qk_norm normalises queries and keys"),
-            (
-                model.resolved_head_dim * model.heads != model.hidden_size,
-                f"model.head_dim is {model.resolved_head_dim}, not hidden_size / heads",
-            ),
+            own_head_dim(model),
             (
                 rotary and (_rotary_dim(model) < 2 or _rotary_dim(model) % 2 != 0),
                 f"model.rotary_fraction rotates {_rotary_dim(model)} dimensions of a head, not an even number",
@@ -112,11 +111,6 @@ def _model_section(config: Mapping[str, Any]) -> dict[str, Any]:
             "config.json: num_key_value_heads is not n_head, and CrystalCoder's heads each have their own keys"
         )
     known = {theirs: ours for ours, theirs in _ACTIVATIONS.items()} | {"gelu_new": "gelu-tanh"}
-    activation = config.get("activation_function") or "swiglu"
-    if activation not in known:
-        raise UserError(
-            f"config.json: activation_function is {activation!r}, and only {', '.join(known)} can be imported exactly"
-        )
     positions = config.get("position_embedding_type") or "rotary"
     if positions not in _POSITIONS:
         raise UserError(
@@ -130,7 +124,7 @@ def _model_section(config: Mapping[str, Any]) -> dict[str, Any]:
         "ffn_size": int(config.get("n_inner") or 4 * hidden),
         "normalization": "layernorm",
         "norm_epsilon": float(value(config, "layer_norm_epsilon", 1e-5)),
-        "activation": known[activation],
+        "activation": known_activation(config, "activation_function", "swiglu", known),
         "linear_bias": True,
         "position_embedding": positions,
         "tie_embeddings": bool(config.get("tie_word_embeddings", True)),

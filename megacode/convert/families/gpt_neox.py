@@ -7,16 +7,24 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megacode.convert.family import (
+    ACTIVATIONS,
     Context,
     Family,
     common_reasons,
     ends,
     first_reason,
+    is_not,
+    known_activation,
     layer_slots,
     norm_rows,
+    own_head_dim,
     refuse,
-    rotary_base,
     rotary_fraction,
+    rotary_section,
+    scaled_positions,
+    shared_heads,
+    size_keys,
+    size_section,
     value,
     with_biases,
 )
@@ -24,28 +32,19 @@ from megacode.convert.layout import QKV_FUSED, SAME, Slot
 from megacode.errors import UserError
 from megacode.recipe.schema import Model
 
-_ACTIVATIONS = {"gelu": "gelu", "gelu-tanh": "gelu_pytorch_tanh", "relu": "relu"}
-
 
 def _fits(model: Model) -> str | None:
     return first_reason(
         [
             *common_reasons(model),
-            (model.normalization != "layernorm", f"model.normalization is {model.normalization}, not layernorm"),
-            (
-                model.activation not in _ACTIVATIONS,
-                f"model.activation is {model.activation}, not one of {', '.join(_ACTIVATIONS)}",
-            ),
+            is_not("normalization", model.normalization, "layernorm"),
+            is_not("activation", model.activation, *ACTIVATIONS),
             (not model.linear_bias, "model.linear_bias is false"),
-            (
-                model.resolved_kv_heads != model.heads,
-                f"model.kv_heads is {model.resolved_kv_heads}, not heads {model.heads}",
-            ),
+            shared_heads(model),
+            # Before its version 5 transformers read no scaling from where this family keeps the rest of it.
+            scaled_positions(model),
             (model.qk_norm, "model.qk_norm normalises queries and keys"),
-            (
-                model.resolved_head_dim * model.heads != model.hidden_size,
-                f"model.head_dim is {model.resolved_head_dim}, not hidden_size / heads",
-            ),
+            own_head_dim(model),
         ]
     )
 
@@ -53,11 +52,8 @@ def _fits(model: Model) -> str | None:
 def _config(model: Model, context: Context) -> dict[str, Any]:
     base = int(model.rotary_base) if model.rotary_base == int(model.rotary_base) else model.rotary_base
     return {
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.resolved_ffn_size,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "hidden_act": _ACTIVATIONS[model.activation],
+        **size_keys(model),
+        "hidden_act": ACTIVATIONS[model.activation],
         "layer_norm_eps": model.norm_epsilon,
         "use_parallel_residual": False,
         "attention_bias": True,
@@ -80,25 +76,17 @@ def _model_section(config: Mapping[str, Any]) -> dict[str, Any]:
             "Megatron-Core's GPT layers do not compute; only models without it can be imported"
         )
     refuse(config, "attention_bias", True, "a recipe has biases on all linear layers or none")
-    activation = config.get("hidden_act") or "gelu"
-    known = {theirs: ours for ours, theirs in _ACTIVATIONS.items()} | {
+    known = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {
         "gelu_new": "gelu-tanh",
         "gelu_fast": "gelu-tanh",
     }
-    if activation not in known:
-        raise UserError(
-            f"config.json: hidden_act is {activation!r}, and only {', '.join(known)} can be imported exactly"
-        )
     return {
-        "layers": int(value(config, "num_hidden_layers")),
-        "hidden_size": int(value(config, "hidden_size")),
-        "heads": int(value(config, "num_attention_heads")),
-        "ffn_size": int(value(config, "intermediate_size")),
+        **size_section(config),
         "normalization": "layernorm",
         "norm_epsilon": float(value(config, "layer_norm_eps", 1e-5)),
-        "activation": known[activation],
+        "activation": known_activation(config, "hidden_act", "gelu", known),
         "linear_bias": True,
-        "rotary_base": rotary_base(config, "rotary_emb_base"),
+        **rotary_section(config, "rotary_emb_base"),
         "rotary_fraction": rotary_fraction(config, "rotary_pct", 0.25),
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
         "context_length": int(value(config, "max_position_embeddings", 2048)),

@@ -12,11 +12,15 @@ from megacode.convert.family import (
     common_reasons,
     ends,
     first_reason,
+    is_not,
     layer_slots,
     norm_rows,
+    own_head_dim,
     refuse,
     rope_keys,
-    rotary_base,
+    rotary_section,
+    size_keys,
+    size_section,
     value,
     with_biases,
     within_window,
@@ -31,9 +35,9 @@ def _fits(model: Model, name: str) -> str | None:
     return first_reason(
         [
             *common_reasons(model),
-            (model.normalization != "rmsnorm", f"model.normalization is {model.normalization}, not rmsnorm"),
-            (model.activation != "swiglu", f"model.activation is {model.activation}, not swiglu"),
-            (model.rotary_fraction != 1.0, f"model.rotary_fraction is {model.rotary_fraction:g}, not 1"),
+            is_not("normalization", model.normalization, "rmsnorm"),
+            is_not("activation", model.activation, "swiglu"),
+            is_not("rotary_fraction", model.rotary_fraction, 1),
             (model.linear_bias and name != "llama", "model.linear_bias gives biases to every linear layer"),
             (
                 model.qkv_bias and not model.linear_bias and not qwen2,
@@ -42,20 +46,14 @@ def _fits(model: Model, name: str) -> str | None:
             (qwen2 and not model.qkv_bias, "model.qkv_bias is false"),
             (model.qk_norm and not qwen3, "model.qk_norm normalises queries and keys"),
             (qwen3 and not model.qk_norm, "model.qk_norm is false"),
-            (
-                name in ("mistral", "qwen2") and model.resolved_head_dim * model.heads != model.hidden_size,
-                f"model.head_dim is {model.resolved_head_dim}, not hidden_size / heads",
-            ),
+            *([own_head_dim(model)] if qwen2 else []),
         ]
     )
 
 
 def _config(model: Model, context: Context, name: str) -> dict[str, Any]:
     out = {
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.resolved_ffn_size,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
+        **size_keys(model),
         "num_key_value_heads": model.resolved_kv_heads,
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_epsilon,
@@ -86,27 +84,23 @@ def _model_section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
             "or none"
         )
     length = int(value(config, "max_position_embeddings", 2048))
-    heads = int(value(config, "num_attention_heads"))
+    windowed = name == "mistral" or (name != "llama" and bool(config.get("use_sliding_window")))
+    sizes = size_section(config)
     section: dict[str, Any] = {
-        "layers": int(value(config, "num_hidden_layers")),
-        "hidden_size": int(value(config, "hidden_size")),
-        "heads": heads,
-        "kv_heads": int(config.get("num_key_value_heads") or heads),
-        "ffn_size": int(value(config, "intermediate_size")),
+        **sizes,
+        "kv_heads": int(config.get("num_key_value_heads") or sizes["heads"]),
         "normalization": "rmsnorm",
         "norm_epsilon": float(value(config, "rms_norm_eps", 1e-6)),
         "activation": "swiglu",
-        "rotary_base": rotary_base(config),
+        **rotary_section(config),
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "context_length": within_window(config, length) if name != "llama" else length,
+        "context_length": within_window(config, length) if windowed else length,
         "linear_bias": attention_bias and mlp_bias,
     }
     if name == "qwen2":
         section["qkv_bias"] = True
-        section["context_length"] = length if not config.get("use_sliding_window") else section["context_length"]
     if name == "qwen3":
         section["qk_norm"] = True
-        section["context_length"] = length if not config.get("use_sliding_window") else section["context_length"]
     if config.get("head_dim") or name == "qwen3":
         section["head_dim"] = int(config.get("head_dim") or 128)
     return section

@@ -11,12 +11,16 @@ from megacode.convert.family import (
     common_reasons,
     ends,
     first_reason,
+    is_not,
     layer_slots,
     norm_rows,
+    own_head_dim,
     refuse,
     rope_keys,
-    rotary_base,
     rotary_fraction,
+    rotary_section,
+    size_keys,
+    size_section,
     value,
     with_biases,
 )
@@ -28,24 +32,18 @@ def _fits(model: Model) -> str | None:
     return first_reason(
         [
             *common_reasons(model),
-            (model.normalization != "layernorm", f"model.normalization is {model.normalization}, not layernorm"),
-            (model.activation != "swiglu", f"model.activation is {model.activation}, not swiglu"),
+            is_not("normalization", model.normalization, "layernorm"),
+            is_not("activation", model.activation, "swiglu"),
             (model.linear_bias, "model.linear_bias gives biases to every linear layer"),
             (model.qk_norm, "model.qk_norm normalises queries and keys with weights that all heads share"),
-            (
-                model.resolved_head_dim * model.heads != model.hidden_size,
-                f"model.head_dim is {model.resolved_head_dim}, not hidden_size / heads",
-            ),
+            own_head_dim(model),
         ]
     )
 
 
 def _config(model: Model, context: Context) -> dict[str, Any]:
     return {
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.resolved_ffn_size,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
+        **size_keys(model),
         "num_key_value_heads": model.resolved_kv_heads,
         "hidden_act": "silu",
         "layer_norm_eps": model.norm_epsilon,
@@ -64,18 +62,15 @@ def _model_section(config: Mapping[str, Any]) -> dict[str, Any]:
     refuse(config, "hidden_act", "silu", "the feed-forward is SwiGLU")
     refuse(config, "qk_layernorm", False, "its norms have weights for each head")
     refuse(config, "use_parallel_residual", False, "attention and feed-forward run one after the other")
-    heads = int(value(config, "num_attention_heads"))
+    sizes = size_section(config)
     return {
-        "layers": int(value(config, "num_hidden_layers")),
-        "hidden_size": int(value(config, "hidden_size")),
-        "heads": heads,
-        "kv_heads": int(config.get("num_key_value_heads") or heads),
-        "ffn_size": int(value(config, "intermediate_size")),
+        **sizes,
+        "kv_heads": int(config.get("num_key_value_heads") or sizes["heads"]),
         "normalization": "layernorm",
         "norm_epsilon": float(value(config, "layer_norm_eps", 1e-5)),
         "activation": "swiglu",
         "qkv_bias": bool(config.get("use_qkv_bias", False)),
-        "rotary_base": rotary_base(config),
+        **rotary_section(config),
         "rotary_fraction": rotary_fraction(config, "partial_rotary_factor", 0.25),
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
         "context_length": int(value(config, "max_position_embeddings", 4096)),

@@ -6,55 +6,49 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megacode.convert.family import (
+    ACTIVATIONS,
     Context,
     Family,
     common_reasons,
     ends,
     first_reason,
+    is_not,
+    known_activation,
     layer_slots,
     norm_rows,
+    own_head_dim,
     refuse,
     rope_keys,
-    rotary_base,
+    rotary_section,
+    size_keys,
+    size_section,
     value,
     with_biases,
     within_window,
 )
 from megacode.convert.layout import QKV, SAME, Slot
-from megacode.errors import UserError
 from megacode.recipe.schema import Model
-
-_ACTIVATIONS = {"gelu": "gelu", "gelu-tanh": "gelu_pytorch_tanh", "relu": "relu"}
 
 
 def _fits(model: Model) -> str | None:
     return first_reason(
         [
             *common_reasons(model),
-            (model.normalization != "layernorm", f"model.normalization is {model.normalization}, not layernorm"),
-            (
-                model.activation not in _ACTIVATIONS,
-                f"model.activation is {model.activation}, not one of {', '.join(_ACTIVATIONS)}",
-            ),
+            is_not("normalization", model.normalization, "layernorm"),
+            is_not("activation", model.activation, *ACTIVATIONS),
             (not model.linear_bias, "model.linear_bias is false"),
-            (model.rotary_fraction != 1.0, f"model.rotary_fraction is {model.rotary_fraction:g}, not 1"),
+            is_not("rotary_fraction", model.rotary_fraction, 1),
             (model.qk_norm, "model.qk_norm normalises queries and keys"),
-            (
-                model.resolved_head_dim * model.heads != model.hidden_size,
-                f"model.head_dim is {model.resolved_head_dim}, not hidden_size / heads",
-            ),
+            own_head_dim(model),
         ]
     )
 
 
 def _config(model: Model, context: Context) -> dict[str, Any]:
     return {
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.resolved_ffn_size,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
+        **size_keys(model),
         "num_key_value_heads": model.resolved_kv_heads,
-        "hidden_act": _ACTIVATIONS[model.activation],
+        "hidden_act": ACTIVATIONS[model.activation],
         "norm_epsilon": model.norm_epsilon,
         "use_bias": True,
         "sliding_window": None,
@@ -68,24 +62,16 @@ def _config(model: Model, context: Context) -> dict[str, Any]:
 
 def _model_section(config: Mapping[str, Any]) -> dict[str, Any]:
     refuse(config, "use_bias", True, "its linear layers have biases")
-    activation = config.get("hidden_act") or "gelu_pytorch_tanh"
-    known = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
-    if activation not in known:
-        raise UserError(
-            f"config.json: hidden_act is {activation!r}, and only {', '.join(known)} can be imported exactly"
-        )
-    heads = int(value(config, "num_attention_heads"))
+    known = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
+    sizes = size_section(config)
     return {
-        "layers": int(value(config, "num_hidden_layers")),
-        "hidden_size": int(value(config, "hidden_size")),
-        "heads": heads,
-        "kv_heads": int(config.get("num_key_value_heads") or heads),
-        "ffn_size": int(value(config, "intermediate_size")),
+        **sizes,
+        "kv_heads": int(config.get("num_key_value_heads") or sizes["heads"]),
         "normalization": "layernorm",
         "norm_epsilon": float(value(config, "norm_epsilon", 1e-5)),
-        "activation": known[activation],
+        "activation": known_activation(config, "hidden_act", "gelu_pytorch_tanh", known),
         "linear_bias": True,
-        "rotary_base": rotary_base(config),
+        **rotary_section(config),
         "tie_embeddings": bool(config.get("tie_word_embeddings", True)),
         "context_length": within_window(config, int(value(config, "max_position_embeddings", 4096))),
     }

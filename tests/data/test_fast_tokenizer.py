@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
-from megacode.data import fast_tokenizer
+from megacode.data import fast_description, fast_tokenizer
 from megacode.data.fast_tokenizer import FastEncoder, check_sample, load_fast
 from megacode.data.tokenizer import Tokenizer, load_tokenizer
 from megacode.data.tokenizer_training import train_tokenizer
@@ -143,8 +143,8 @@ def fast(path: Path) -> FastEncoder:
     return encoder
 
 
-CL100K_BY_TIKTOKEN = fast_tokenizer._CL100K.removesuffix("+")
-GPT2_BY_TIKTOKEN = next(iter(fast_tokenizer._WRITTEN))
+CL100K_BY_TIKTOKEN = fast_description._CL100K.removesuffix("+")
+GPT2_BY_TIKTOKEN = next(iter(fast_description._WRITTEN))
 TAKEN = {
     "ours": lambda path: train_tokenizer(CORPUS, path / "t.model", 420) or path / "t.model",
     "sentencepiece with a dummy prefix": lambda path: train_sentencepiece(path / "t.model", add_dummy_prefix=True),
@@ -155,15 +155,15 @@ TAKEN = {
         path / "t.model", user_defined_symbols=["<think>", "\u2581x", "é", "a b"], add_dummy_prefix=True
     ),
     "gpt2": lambda path: write_json(path / "t.json", byte_level_json(None)),
-    "llama3": lambda path: write_json(path / "t.json", byte_level_json(fast_tokenizer._LLAMA3)),
+    "llama3": lambda path: write_json(path / "t.json", byte_level_json(fast_description._LLAMA3)),
     "qwen2": lambda path: write_json(
-        path / "t.json", with_added(byte_level_json(fast_tokenizer._QWEN2, normalizer=NFC), "<think>", normalized=True)
+        path / "t.json", with_added(byte_level_json(fast_description._QWEN2, normalizer=NFC), "<think>", normalized=True)
     ),
-    "qwen35": lambda path: write_json(path / "t.json", byte_level_json(fast_tokenizer._QWEN35)),
-    "o200k": lambda path: write_json(path / "t.json", byte_level_json(fast_tokenizer._O200K)),
-    "nemotron": lambda path: write_json(path / "t.json", byte_level_json(fast_tokenizer._NEMOTRON)),
+    "qwen35": lambda path: write_json(path / "t.json", byte_level_json(fast_description._QWEN35)),
+    "o200k": lambda path: write_json(path / "t.json", byte_level_json(fast_description._O200K)),
+    "nemotron": lambda path: write_json(path / "t.json", byte_level_json(fast_description._NEMOTRON)),
     "ignored merges": lambda path: write_json(
-        path / "t.json", with_model(with_word(byte_level_json(fast_tokenizer._LLAMA3)), ignore_merges=True)
+        path / "t.json", with_model(with_word(byte_level_json(fast_description._LLAMA3)), ignore_merges=True)
     ),
     "added tokens in text": lambda path: write_json(
         path / "t.json",
@@ -175,8 +175,8 @@ TAKEN = {
     "metaspace split": lambda path: write_json(path / "t.json", byte_fallback_json(pre_tokenizer=metaspace("always", True))),
     "tiktoken gpt2": lambda path: write_tiktoken(path / "t.tiktoken", GPT2_BY_TIKTOKEN),
     "tiktoken cl100k": lambda path: write_tiktoken(path / "t.tiktoken", CL100K_BY_TIKTOKEN, reversed_bytes=True),
-    "tiktoken o200k": lambda path: write_tiktoken(path / "t.tiktoken", fast_tokenizer._O200K),
-    "tiktoken qwen2": lambda path: write_tiktoken(path / "t.tiktoken", fast_tokenizer._QWEN2),
+    "tiktoken o200k": lambda path: write_tiktoken(path / "t.tiktoken", fast_description._O200K),
+    "tiktoken qwen2": lambda path: write_tiktoken(path / "t.tiktoken", fast_description._QWEN2),
 }  # fmt: skip
 
 
@@ -318,7 +318,7 @@ def like_a_byte(model: Any) -> None:
     model.pieces[-1].piece = "<0x0a>"
 
 
-SPLIT = {"type": "Split", "pattern": {"Regex": fast_tokenizer._LLAMA3}, "behavior": "Isolated", "invert": False}
+SPLIT = {"type": "Split", "pattern": {"Regex": fast_description._LLAMA3}, "behavior": "Isolated", "invert": False}
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 REFUSED = {
     "is not BPE": lambda path: train_sentencepiece(path / "t.model", model_type="unigram", vocab_size=330),
@@ -336,7 +336,7 @@ REFUSED = {
     "does not isolate": lambda path: write_json(path / "t.json", byte_level_json(None, pre_tokenizer={
         "type": "Sequence", "pretokenizers": [{**SPLIT, "behavior": "MergedWithPrevious"}, LEVEL]})),
     "pattern that is not on the list": lambda path: write_json(
-        path / "t.json", byte_level_json(fast_tokenizer._CL100K)),
+        path / "t.json", byte_level_json(fast_description._CL100K)),
     "normalizer that is not NFC": lambda path: write_json(path / "t.json", byte_level_json(None, normalizer={
         "type": "NFKC"})),
     "found in normalized text": lambda path: write_json(path / "t.json", with_added(
@@ -359,8 +359,8 @@ def test_what_was_not_compared_does_not_load(tmp_path: Path, reason: str) -> Non
 
 def test_the_self_check_refuses_other_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a pattern on the list were split otherwise by gigatoken."""
-    path = write_json(tmp_path / "t.json", byte_level_json(fast_tokenizer._CL100K))
-    monkeypatch.setattr(fast_tokenizer, "_PATTERNS", (fast_tokenizer._CL100K,))
+    path = write_json(tmp_path / "t.json", byte_level_json(fast_description._CL100K))
+    monkeypatch.setattr(fast_description, "_PATTERNS", (fast_description._CL100K,))
     answer = load_fast(load(path))
     assert isinstance(answer, str)
     assert "other ids than the reference library for" in answer

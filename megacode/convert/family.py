@@ -110,29 +110,33 @@ def own_head_dim(model: Model) -> tuple[bool, str]:
     return dim * model.heads != model.hidden_size, f"model.head_dim is {dim}, not hidden_size / heads"
 
 
-# ------------------------------------------------------------------------------------------------- sizes, both ways
+# --------------------------------------------------------------------------------------------- common keys, both ways
 
 ACTIVATIONS = {"gelu": "gelu", "gelu-tanh": "gelu_pytorch_tanh", "relu": "relu"}
 """Plain activations: a recipe's names -> those of transformers."""
 
 
-def size_keys(model: Model) -> dict[str, int]:
-    """config.json's sizes as most families name them."""
+def common_keys(model: Model) -> dict[str, Any]:
+    """config.json's sizes and what is of use in training, as most families name them."""
     return {
         "hidden_size": model.hidden_size,
         "intermediate_size": model.resolved_ffn_size,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
+        "initializer_range": model.init_std,
+        "attention_dropout": model.attention_dropout,
     }
 
 
-def size_section(config: Mapping[str, Any]) -> dict[str, int]:
-    """The recipe's sizes of a config.json that names them as `size_keys` does."""
+def common_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's keys of a config.json that names them as `common_keys` does."""
     return {
         "layers": int(value(config, "num_hidden_layers")),
         "hidden_size": int(value(config, "hidden_size")),
         "heads": int(value(config, "num_attention_heads")),
         "ffn_size": int(value(config, "intermediate_size")),
+        "init_std": float(config.get("initializer_range") or 0.02),
+        "attention_dropout": float(config.get("attention_dropout") or 0.0),
     }
 
 

@@ -37,6 +37,12 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"A recipe goes on from it with `extends: {args.output / 'recipe.yaml'}` and `initialize_from: {args.output}`."
     )
+    length = found.config.get("max_position_embeddings")
+    if found.model.context_length and length and found.model.context_length < length:
+        print(
+            f"note: it attends within a window of {found.model.context_length:,} tokens, and Megatron-Core's layers here to "
+            f"everything before: context_length is {found.model.context_length:,} instead of {length:,}, where both are the same"
+        )
     if note:
         print(f"note: {note}")
     return 0

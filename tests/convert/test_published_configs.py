@@ -98,3 +98,9 @@ def test_what_cannot_be_expressed_is_told(name, more, words, tmp_path) -> None:
     with pytest.raises(UserError) as caught:
         Found.open(tmp_path / "hf")
     assert words in str(caught.value) and str(tmp_path / "hf" / "config.json") in str(caught.value)
+
+
+def test_what_matters_in_training_is_kept(tmp_path: Path) -> None:
+    build("starcoder2-3b", tmp_path / "hf", attention_dropout=0.1, residual_dropout=0.05, initializer_range=0.018042)
+    model = Found.open(tmp_path / "hf").model
+    assert (model.attention_dropout, model.dropout, model.init_std) == (0.1, 0.05, 0.018042)

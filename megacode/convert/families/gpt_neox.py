@@ -10,7 +10,9 @@ from megacode.convert.family import (
     ACTIVATIONS,
     Context,
     Family,
+    common_keys,
     common_reasons,
+    common_section,
     ends,
     first_reason,
     is_not,
@@ -23,8 +25,6 @@ from megacode.convert.family import (
     rotary_section,
     scaled_positions,
     shared_heads,
-    size_keys,
-    size_section,
     value,
     with_biases,
 )
@@ -52,7 +52,7 @@ def _fits(model: Model) -> str | None:
 def _config(model: Model, context: Context) -> dict[str, Any]:
     base = int(model.rotary_base) if model.rotary_base == int(model.rotary_base) else model.rotary_base
     return {
-        **size_keys(model),
+        **common_keys(model),
         "hidden_act": ACTIVATIONS[model.activation],
         "layer_norm_eps": model.norm_epsilon,
         "use_parallel_residual": False,
@@ -63,8 +63,6 @@ def _config(model: Model, context: Context) -> dict[str, Any]:
             "rope_type": "default", "rope_theta": base, "partial_rotary_factor": model.rotary_fraction,
         },
         "max_position_embeddings": context.length,
-        "initializer_range": model.init_std,
-        "attention_dropout": model.attention_dropout,
         "hidden_dropout": model.dropout,
     }  # fmt: skip
 
@@ -81,13 +79,14 @@ def _model_section(config: Mapping[str, Any]) -> dict[str, Any]:
         "gelu_fast": "gelu-tanh",
     }
     return {
-        **size_section(config),
+        **common_section(config),
         "normalization": "layernorm",
         "norm_epsilon": float(value(config, "layer_norm_eps", 1e-5)),
         "activation": known_activation(config, "hidden_act", "gelu", known),
         "linear_bias": True,
         **rotary_section(config, "rotary_emb_base"),
         "rotary_fraction": rotary_fraction(config, "rotary_pct", 0.25),
+        "dropout": float(config.get("hidden_dropout") or 0.0),
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
         "context_length": int(value(config, "max_position_embeddings", 2048)),
     }

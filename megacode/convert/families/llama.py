@@ -9,7 +9,9 @@ from typing import Any
 from megacode.convert.family import (
     Context,
     Family,
+    common_keys,
     common_reasons,
+    common_section,
     ends,
     first_reason,
     is_not,
@@ -19,8 +21,6 @@ from megacode.convert.family import (
     refuse,
     rope_keys,
     rotary_section,
-    size_keys,
-    size_section,
     value,
     with_biases,
     within_window,
@@ -53,12 +53,10 @@ def _fits(model: Model, name: str) -> str | None:
 
 def _config(model: Model, context: Context, name: str) -> dict[str, Any]:
     out = {
-        **size_keys(model),
+        **common_keys(model),
         "num_key_value_heads": model.resolved_kv_heads,
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_epsilon,
-        "initializer_range": model.init_std,
-        "attention_dropout": model.attention_dropout,
         **rope_keys(model, context),
     }
     if name in ("llama", "qwen3", "mistral"):
@@ -85,10 +83,10 @@ def _model_section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         )
     length = int(value(config, "max_position_embeddings", 2048))
     windowed = name == "mistral" or (name != "llama" and bool(config.get("use_sliding_window")))
-    sizes = size_section(config)
+    common = common_section(config)
     section: dict[str, Any] = {
-        **sizes,
-        "kv_heads": int(config.get("num_key_value_heads") or sizes["heads"]),
+        **common,
+        "kv_heads": int(config.get("num_key_value_heads") or common["heads"]),
         "normalization": "rmsnorm",
         "norm_epsilon": float(value(config, "rms_norm_eps", 1e-6)),
         "activation": "swiglu",

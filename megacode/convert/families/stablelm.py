@@ -8,7 +8,9 @@ from typing import Any
 from megacode.convert.family import (
     Context,
     Family,
+    common_keys,
     common_reasons,
+    common_section,
     ends,
     first_reason,
     is_not,
@@ -19,8 +21,6 @@ from megacode.convert.family import (
     rope_keys,
     rotary_fraction,
     rotary_section,
-    size_keys,
-    size_section,
     value,
     with_biases,
 )
@@ -43,7 +43,7 @@ def _fits(model: Model) -> str | None:
 
 def _config(model: Model, context: Context) -> dict[str, Any]:
     return {
-        **size_keys(model),
+        **common_keys(model),
         "num_key_value_heads": model.resolved_kv_heads,
         "hidden_act": "silu",
         "layer_norm_eps": model.norm_epsilon,
@@ -51,8 +51,6 @@ def _config(model: Model, context: Context) -> dict[str, Any]:
         "qk_layernorm": False,
         "use_parallel_residual": False,
         "partial_rotary_factor": model.rotary_fraction,
-        "initializer_range": model.init_std,
-        "attention_dropout": model.attention_dropout,
         "hidden_dropout": model.dropout,
         **rope_keys(model, context),
     }
@@ -62,16 +60,17 @@ def _model_section(config: Mapping[str, Any]) -> dict[str, Any]:
     refuse(config, "hidden_act", "silu", "the feed-forward is SwiGLU")
     refuse(config, "qk_layernorm", False, "its norms have weights for each head")
     refuse(config, "use_parallel_residual", False, "attention and feed-forward run one after the other")
-    sizes = size_section(config)
+    common = common_section(config)
     return {
-        **sizes,
-        "kv_heads": int(config.get("num_key_value_heads") or sizes["heads"]),
+        **common,
+        "kv_heads": int(config.get("num_key_value_heads") or common["heads"]),
         "normalization": "layernorm",
         "norm_epsilon": float(value(config, "layer_norm_eps", 1e-5)),
         "activation": "swiglu",
         "qkv_bias": bool(config.get("use_qkv_bias", False)),
         **rotary_section(config),
         "rotary_fraction": rotary_fraction(config, "partial_rotary_factor", 0.25),
+        "dropout": float(config.get("hidden_dropout") or 0.0),
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
         "context_length": int(value(config, "max_position_embeddings", 4096)),
     }

@@ -9,7 +9,9 @@ from megacode.convert.family import (
     ACTIVATIONS,
     Context,
     Family,
+    common_keys,
     common_reasons,
+    common_section,
     ends,
     first_reason,
     is_not,
@@ -20,8 +22,6 @@ from megacode.convert.family import (
     refuse,
     rope_keys,
     rotary_section,
-    size_keys,
-    size_section,
     value,
     with_biases,
     within_window,
@@ -46,14 +46,12 @@ def _fits(model: Model) -> str | None:
 
 def _config(model: Model, context: Context) -> dict[str, Any]:
     return {
-        **size_keys(model),
+        **common_keys(model),
         "num_key_value_heads": model.resolved_kv_heads,
         "hidden_act": ACTIVATIONS[model.activation],
         "norm_epsilon": model.norm_epsilon,
         "use_bias": True,
         "sliding_window": None,
-        "initializer_range": model.init_std,
-        "attention_dropout": model.attention_dropout,
         "residual_dropout": model.dropout,
         "embedding_dropout": model.dropout,
         **rope_keys(model, context),
@@ -63,15 +61,16 @@ def _config(model: Model, context: Context) -> dict[str, Any]:
 def _model_section(config: Mapping[str, Any]) -> dict[str, Any]:
     refuse(config, "use_bias", True, "its linear layers have biases")
     known = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
-    sizes = size_section(config)
+    common = common_section(config)
     return {
-        **sizes,
-        "kv_heads": int(config.get("num_key_value_heads") or sizes["heads"]),
+        **common,
+        "kv_heads": int(config.get("num_key_value_heads") or common["heads"]),
         "normalization": "layernorm",
         "norm_epsilon": float(value(config, "norm_epsilon", 1e-5)),
         "activation": known_activation(config, "hidden_act", "gelu_pytorch_tanh", known),
         "linear_bias": True,
         **rotary_section(config),
+        "dropout": float(config.get("residual_dropout") or 0.0),
         "tie_embeddings": bool(config.get("tie_word_embeddings", True)),
         "context_length": within_window(config, int(value(config, "max_position_embeddings", 4096))),
     }

@@ -24,7 +24,9 @@ def settings_of(recipe: Any, vocab_size: int) -> dict[str, Any]:
         normalization={"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[model.normalization], gated=model.gated,
         rotary_interleaved=model.rotary_interleaved, rotary_fraction=model.rotary_fraction, tied=model.tie_embeddings,
         half=precision.compute != "fp32", fp8=precision.fp8_recipe if precision.compute == "fp8" else None,
-        fp8_format=precision.fp8_format, fp8_history=precision.fp8_amax_history, vocab=model.stored(vocab_size, 1),
+        fp8_format=precision.fp8_format, fp8_history=precision.fp8_amax_history, fp8_params=precision.fp8_params,
+        accumulate=recipe.fusion.gradient_accumulation is not False, recompute=recipe.parallel.recompute.model_dump(),
+        vocab=model.stored(vocab_size, 1),
         length=recipe.phases[0].sequence_length, micro_batch_size=recipe.parallel.micro_batch_size, port=free_port(),
     )  # fmt: skip
 
@@ -75,10 +77,21 @@ def bare(m: dict[str, Any], batches: np.ndarray) -> list[float]:
         rotary_interleaved=m["rotary_interleaved"], bias_dropout_fusion=cuda, bias_activation_fusion=cuda,
         apply_rope_fusion=engine, cross_entropy_loss_fusion=engine, cross_entropy_fusion_impl="te" if engine else "native",
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=cuda and tensor_parallel.layers._grad_accum_fusion_available,
+        gradient_accumulation_fusion=cuda and m["accumulate"] and tensor_parallel.layers._grad_accum_fusion_available,
         **(
-            dict(fp8=m["fp8_format"], fp8_recipe=m["fp8"], fp8_amax_history_len=m["fp8_history"], fp8_amax_compute_algo="max")
+            dict(
+                fp8=m["fp8_format"], fp8_recipe=m["fp8"], fp8_amax_history_len=m["fp8_history"], fp8_amax_compute_algo="max",
+                fp8_param=m["fp8_params"],
+            )
             if m["fp8"]
+            else {}
+        ),
+        **(
+            dict(
+                recompute_granularity="full", recompute_method=m["recompute"]["method"],
+                recompute_num_layers=m["recompute"]["layers"],
+            )
+            if m["recompute"]["granularity"] == "full"
             else {}
         ),
     )  # fmt: skip
@@ -93,9 +106,15 @@ def bare(m: dict[str, Any], batches: np.ndarray) -> list[float]:
     ).to(device)  # fmt: skip
     if half:
         model = model.bfloat16()
-    model = DistributedDataParallel(
-        config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True), model
+    if engine and m["accumulate"] and not config.gradient_accumulation_fusion:
+        # Without Apex Megatron-Core's own key is refused, by the output layer alone; the other layers do not need it.
+        for module in model.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
+    data_parallel = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, fp8_param_gather=bool(m["fp8"] and m["fp8_params"])
     )
+    model = DistributedDataParallel(config, data_parallel, model)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             lr=1e-3, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, clip_grad=1.0, bf16=half, params_dtype=dtype,

@@ -1,11 +1,12 @@
 """Training speed on one CUDA device: `megacode train` against a bare Megatron-Core loop, bf16 and every FP8 recipe.
 
-    python bench/gpu.py [--cases crystal-7b,llama-8b-16-layers] [--precisions bf16,delayed,tensorwise,blockwise] [--steps 16]
+    python bench/gpu.py [--cases crystal-7b,llama-8b-16-layers] [--precisions bf16,delayed,tensorwise-params] [--minutes 9]
 
 Each measurement is a fresh process. `bare` is GPTModel, DistributedDataParallel, optimizer and schedule of Megatron-Core
 with batches ready in memory; `megacode` is the command line on a tokenized corpus: loader, metrics and log included, from the
-end of one step to the end of the next. `unfused` is the same with fusion.gradient_accumulation off, which a bare loop without
-Apex cannot have. Same model, same batch shape; what counts is the median step after warm-up.
+end of one step to the end of the next. Same model, same batch shape, same fusions; what counts is the median step after warm-up.
+`-params` keeps the layers' matrices in FP8 alone, which lets the full 7B fit. `unfused` (on request) is megacode with
+fusion.gradient_accumulation off.
 
 TFLOP/s count 6 FLOPs for every weight of a matrix product and token, plus attention with the causal half counted in full
 (PaLM's convention, see megacode.recipe.estimate); MFU is against the dense bf16 peak, also for FP8.
@@ -23,14 +24,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bare import bare, settings_of
 
+from megacode.recipe.devices import peak_flops
 from megacode.recipe.estimate import flops_per_token
 from megacode.recipe.load import dump_recipe
+from megacode.recipe.memory import memory_per_rank
 from megacode.recipe.schema import (
     Checkpoints,
     Fusion,
@@ -42,13 +46,25 @@ from megacode.recipe.schema import (
     Phase,
     Precision,
     Recipe,
+    Recompute,
     Source,
 )
 
 VOCAB = 32032
-WARM_UP = 5
-PRECISIONS = ("bf16", "delayed", "tensorwise", "blockwise", "mxfp8")
-SIDES = ("bare", "unfused", "megacode")
+WARM_UP = 4
+PRECISIONS = ("bf16", "delayed", "tensorwise", "blockwise", "mxfp8", "delayed-params", "tensorwise-params")
+SIDES = ("bare", "megacode", "unfused")
+
+
+@dataclass(frozen=True)
+class Case:
+    model: Model
+    length: int
+    micro_batch: int
+    batch: int
+    """Sequences in a step. On one device an update of all weights weighs more than on many that share it."""
+    recomputed: int = 0
+    """Layers whose forward pass is repeated in the backward pass; what that costs is not counted as work done."""
 
 
 def _crystal(layers: int) -> Model:
@@ -62,30 +78,37 @@ def _llama(layers: int) -> Model:
     return Model(layers=layers, hidden_size=4096, heads=32, kv_heads=8, ffn_size=14336, vocab_size=VOCAB)
 
 
-SHAPES: dict[str, tuple[Model, int, int, int]] = {
-    # name: (model, sequence length, micro-batch size, sequences in a step)
-    "crystal-7b": (_crystal(32), 2048, 2, 32),
-    "crystal-7b-8k": (_crystal(32), 8192, 1, 8),
-    "crystal-7b-24-layers": (_crystal(24), 2048, 2, 32),
-    "crystal-7b-24-layers-8k": (_crystal(24), 8192, 1, 8),
-    "llama-8b": (_llama(32), 8192, 1, 8),
-    "llama-8b-16-layers": (_llama(16), 8192, 1, 8),
+CASES: dict[str, Case] = {
+    "crystal-7b": Case(_crystal(32), 2048, 2, 32),
+    "crystal-7b-8k": Case(_crystal(32), 8192, 1, 8, recomputed=14),
+    "crystal-7b-24-layers": Case(_crystal(24), 2048, 4, 32),
+    "crystal-7b-24-layers-8k": Case(_crystal(24), 8192, 1, 8),
+    "llama-8b": Case(_llama(32), 8192, 1, 8),
+    "llama-8b-16-layers": Case(_llama(16), 8192, 1, 8),
 }
 
 
 def recipe_of(shape: str, precision: str, folder: Path = Path("."), fused: bool = True) -> Recipe:
-    model, length, micro, batch = SHAPES[shape]
+    case = CASES[shape]
+    kind, _, params = precision.partition("-")
     phase = Phase(
-        name="p", steps=100_000, batch_size=batch, sequence_length=length, mixture=Mixture(sources={"a": 1.0}),
+        name="p", steps=100_000, batch_size=case.batch, sequence_length=case.length, mixture=Mixture(sources={"a": 1.0}),
         learning_rate=LearningRate(peak=3e-4, warmup=100),
     )  # fmt: skip
     return Recipe(
         name="bench",
-        model=model,
+        model=case.model,
         sources={"a": Source(path=str(folder / "a"))},
         phases=[phase],
-        precision=Precision(compute="bf16") if precision == "bf16" else Precision(compute="fp8", fp8_recipe=precision),
-        parallel=Parallel(micro_batch_size=micro),
+        precision=Precision(compute="bf16")
+        if kind == "bf16"
+        else Precision(compute="fp8", fp8_recipe=kind, fp8_params=bool(params)),
+        parallel=Parallel(
+            micro_batch_size=case.micro_batch,
+            recompute=Recompute(granularity="full", method="block", layers=case.recomputed)
+            if case.recomputed
+            else Recompute(),
+        ),
         fusion=Fusion() if fused else Fusion(gradient_accumulation=False),
         checkpoints=Checkpoints(keep_phase_ends=False),
         logging=Logging(every=4),
@@ -93,8 +116,8 @@ def recipe_of(shape: str, precision: str, folder: Path = Path("."), fused: bool 
 
 
 def random_tokens(shape: str, steps: int) -> np.ndarray:
-    _, length, _, batch = SHAPES[shape]
-    return np.random.default_rng(0).integers(0, VOCAB, (steps, batch, length + 1))
+    case = CASES[shape]
+    return np.random.default_rng(0).integers(0, VOCAB, (steps, case.batch, case.length + 1))
 
 
 # -------------------------------------------------------------------------------------------------------- the sides
@@ -165,10 +188,13 @@ def _corpus(prefix: Path, tokens: np.ndarray) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="crystal-7b,crystal-7b-24-layers,llama-8b-16-layers", help=", ".join(SHAPES))
-    parser.add_argument("--precisions", default="bf16,delayed,tensorwise,blockwise", help=", ".join(PRECISIONS))
-    parser.add_argument("--sides", default="bare,unfused,megacode")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--cases", default="crystal-7b,crystal-7b-24-layers,llama-8b-16-layers", help=", ".join(CASES))
+    parser.add_argument(
+        "--precisions", default="bf16,delayed,tensorwise,blockwise,tensorwise-params", help=", ".join(PRECISIONS)
+    )
+    parser.add_argument("--sides", default="bare,megacode", help=", ".join(SIDES))
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no measurement after this long")
     parser.add_argument("--output", type=Path, help="folder for the results page (default: docs/results)")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -183,50 +209,63 @@ def main() -> None:
             )
         )
         return
-    for given, known in ((args.cases, SHAPES), (args.precisions, PRECISIONS), (args.sides, SIDES)):
+    for given, known in ((args.cases, CASES), (args.precisions, PRECISIONS), (args.sides, SIDES)):
         if unknown := [name for name in given.split(",") if name not in known]:
             parser.error(f"{unknown[0]!r} is none of {', '.join(known)}")
     if args.steps <= WARM_UP:
         parser.error(f"--steps must be more than the {WARM_UP} of warm-up")
-    device = _device()
+    device, memory = _device()
+    started = time.monotonic()
     rows: list[dict[str, Any]] = []
     page = ""
     for shape in args.cases.split(","):
         for precision in args.precisions.split(","):
             for side in args.sides.split(","):
-                rows.append(_row(shape, precision, side, args.steps, device))
-                print(rows[-1], flush=True)
+                row: dict[str, Any] = {"shape": shape, "precision": precision, "side": side}
+                needed = memory_per_rank(recipe_of(shape, precision), VOCAB, 1).total
+                if needed > 0.97 * memory:
+                    row["failed"] = f"would take {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}"
+                elif time.monotonic() - started > 60 * args.minutes:
+                    row["failed"] = f"not measured: {args.minutes:g} minutes were over"
+                else:
+                    row |= _measured(shape, precision, side, args.steps, device)
+                rows.append(row)
+                print(f"{time.monotonic() - started:5.0f} s  {row}", flush=True)
                 page = write_page(rows, args, device)
     print(page)
 
 
-def _device() -> str:
-    """Asked in a process of its own: this one takes no memory of the device."""
-    ask = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    name = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
-    return name or sys.exit("bench/gpu: no CUDA device is visible here")
+def _device() -> tuple[str, int]:
+    """Name and bytes, asked in a process of its own: this one takes no memory of the device."""
+    ask = (
+        "import torch\nif torch.cuda.is_available():\n"
+        "    print(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory, sep='\\t')"
+    )
+    answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    if not answer:
+        sys.exit("bench/gpu: no CUDA device is visible here")
+    name, _, size = answer.partition("\t")
+    return name, int(size)
 
 
-def _row(shape: str, precision: str, side: str, steps: int, device: str) -> dict[str, Any]:
-    from megacode.recipe.devices import peak_flops
-
+def _measured(shape: str, precision: str, side: str, steps: int, device: str) -> dict[str, Any]:
+    """A row's numbers, or why there are none as `failed`."""
     done = subprocess.run(
         [sys.executable, __file__, "--one", side, shape, precision, "--steps", str(steps)],
         capture_output=True, text=True,
     )  # fmt: skip
     line = next((text for text in done.stdout.splitlines() if text.startswith("RESULT ")), None)
-    row: dict[str, Any] = {"shape": shape, "precision": precision, "side": side}
     if line is None:
         why = [text for text in done.stderr.splitlines() if "Error" in text]
-        return {**row, "failed": (why or done.stderr.splitlines() or ["no output"])[-1][:160]}
+        return {"failed": (why or done.stderr.splitlines() or ["no output"])[-1][:160]}
     result = json.loads(line[len("RESULT ") :])
-    model, length, _, batch = SHAPES[shape]
+    case = CASES[shape]
     seconds = statistics.median(result["seconds"][WARM_UP:])
-    rate = batch * length / seconds
-    flops = rate * flops_per_token(model, VOCAB, length)
+    rate = case.batch * case.length / seconds
+    flops = rate * flops_per_token(case.model, VOCAB, case.length)
     peak = peak_flops(device, "bf16")
     return {
-        **row, "ms": seconds * 1e3, "tokens": rate, "tflops": flops / 1e12, "mfu": flops / peak if peak else None,
+        "ms": seconds * 1e3, "tokens": rate, "tflops": flops / 1e12, "mfu": flops / peak if peak else None,
         "memory": result["memory"] / 2**30,
     }  # fmt: skip
 

@@ -49,9 +49,11 @@ def settings(model: Model, precision: Precision) -> Recipe:
     )
 
 
-def logits(world, models: dict[str, Model], precision: Precision) -> dict[str, np.ndarray]:
-    """`[2, LENGTH, VOCAB]` of every model, from the weights that its recipe's seed gives on any device."""
+def logits(world, models: dict[str, Model], precision: Precision, folder: str) -> dict[str, np.ndarray]:
+    """`[2, LENGTH, VOCAB]` of every model, from the checkpoints in `folder`, or from its first weights, which go there."""
     from megacode.model.gpt import build_model
+    from megacode.recipe.schema import Checkpoints
+    from megacode.train.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
 
     torch.backends.cuda.matmul.allow_tf32 = False
     tokens = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1)).to(world.device)
@@ -59,6 +61,11 @@ def logits(world, models: dict[str, Model], precision: Precision) -> dict[str, n
     out = {}
     for name, model in models.items():
         (chunk,) = build_model(settings(model, precision), VOCAB)
+        place = Path(folder, name)
+        if place.exists():
+            load_checkpoint(find_checkpoint(str(place)), [chunk], None)
+        else:
+            Checkpointer(place, Checkpoints(asynchronous=False)).save(0, [chunk], None, {}, "")
         with torch.no_grad():
             # Twice: delayed scaling knows a tensor's range from the forward before.
             for _ in range(2):
@@ -68,20 +75,23 @@ def logits(world, models: dict[str, Model], precision: Precision) -> dict[str, n
 
 
 @pytest.fixture(scope="module")
-def on_cpu() -> dict[str, np.ndarray]:
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, np.ndarray]]:
+    """Folder of the weights, and their logits."""
+    folder = str(tmp_path_factory.mktemp("weights"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        return run_on(1, logits, MODELS, Precision(compute="fp32"))[0]
+        return folder, run_on(1, logits, MODELS, Precision(compute="fp32"), folder)[0]
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16", *FP8])
-def test_cuda_computes_what_the_cpu_computes(compute: str, on_cpu: dict[str, np.ndarray]) -> None:
+def test_cuda_computes_what_the_cpu_computes(compute: str, on_cpu: tuple[str, dict[str, np.ndarray]]) -> None:
     precision = Precision(compute=compute) if compute in TOLERANCE else Precision(compute="fp8", fp8_recipe=compute)
     if compute in FP8:
         needs_fp8(compute)
-    (on_cuda,) = run_on(1, logits, MODELS, precision)
+    folder, expectations = on_cpu
+    (on_cuda,) = run_on(1, logits, MODELS, precision, folder)
     found = {}
-    for name, expected in on_cpu.items():
+    for name, expected in expectations.items():
         found[name] = float(np.sqrt(np.mean((on_cuda[name] - expected) ** 2) / np.mean(expected**2)))
     print(compute, {name: f"{value:.2e}" for name, value in found.items()})
     assert max(found.values()) < TOLERANCE[precision.compute], found
@@ -154,8 +164,13 @@ def test_fp8_parameters_train_as_fp8_products_do(recipe: Path, tmp_path: Path) -
 
 
 def test_cuda_and_gloo_read_the_same_batches(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
-    changes = [p for c in (*SIZES, *LOW_RATE, "precision=fp32") for p in ("--set", c)]
-    megacode("train", recipe, "--run", tmp_path / "cpu", "--processes", 2, *changes, CUDA_VISIBLE_DEVICES="")
+    alone = {"CUDA_VISIBLE_DEVICES": ""}
+    train(
+        recipe, tmp_path / "start", *SIZES, "precision=fp32", "phases.first.steps=1", "phases.second.steps=1", **alone
+    )
+    begin = f"initialize_from={tmp_path / 'start'}"  # the two kinds of devices draw different weights
+    changes = [p for c in (*SIZES, *LOW_RATE, "precision=fp32", begin) for p in ("--set", c)]
+    megacode("train", recipe, "--run", tmp_path / "cpu", "--processes", 2, *changes, **alone)
     megacode("train", recipe, "--run", tmp_path / "cuda", *changes)
     cpu, cuda = steps_of(tmp_path / "cpu"), steps_of(tmp_path / "cuda")
     assert cuda.batches == cpu.batches

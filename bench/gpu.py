@@ -66,6 +66,13 @@ class Case:
     recomputed: int = 0
     """Layers whose forward pass is repeated in the backward pass; what that costs is not counted as work done."""
 
+    def __str__(self) -> str:
+        again = f", {self.recomputed} layers recomputed" if self.recomputed else ""
+        return (
+            f"{self.model.layers} layers, {self.batch} sequences of {self.length:,} tokens a step in micro-batches of "
+            f"{self.micro_batch}{again}"
+        )
+
 
 def _crystal(layers: int) -> Model:
     return Model(
@@ -224,9 +231,9 @@ def main() -> None:
                 row: dict[str, Any] = {"shape": shape, "precision": precision, "side": side}
                 needed = memory_per_rank(recipe_of(shape, precision), VOCAB, 1).total
                 if needed > 0.97 * memory:
-                    row["failed"] = f"would take {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}"
+                    row["none"] = f"would take {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}"
                 elif time.monotonic() - started > 60 * args.minutes:
-                    row["failed"] = f"not measured: {args.minutes:g} minutes were over"
+                    row["none"] = f"not measured: {args.minutes:g} minutes were over"
                 else:
                     row |= _measured(shape, precision, side, args.steps, device)
                 rows.append(row)
@@ -249,7 +256,7 @@ def _device() -> tuple[str, int]:
 
 
 def _measured(shape: str, precision: str, side: str, steps: int, device: str) -> dict[str, Any]:
-    """A row's numbers, or why there are none as `failed`."""
+    """A row's numbers, or why there are `none`."""
     done = subprocess.run(
         [sys.executable, __file__, "--one", side, shape, precision, "--steps", str(steps)],
         capture_output=True, text=True,
@@ -257,7 +264,7 @@ def _measured(shape: str, precision: str, side: str, steps: int, device: str) ->
     line = next((text for text in done.stdout.splitlines() if text.startswith("RESULT ")), None)
     if line is None:
         why = [text for text in done.stderr.splitlines() if "Error" in text]
-        return {"failed": (why or done.stderr.splitlines() or ["no output"])[-1][:160]}
+        return {"none": "failed: " + (why or done.stderr.splitlines() or ["no output"])[-1][:160]}
     result = json.loads(line[len("RESULT ") :])
     case = CASES[shape]
     seconds = statistics.median(result["seconds"][WARM_UP:])
@@ -295,13 +302,14 @@ def write_page(rows: list[dict[str, Any]], args: argparse.Namespace, device: str
         f"# Training speed on one {device}", "",
         f"{time.strftime('%Y-%m-%d')}, {_versions()}. Command: `python bench/gpu.py --cases {args.cases} --precisions "
         f"{args.precisions} --sides {args.sides} --steps {args.steps}`. {about[2]}", "", about[3], "",
+        *(f"- `{name}`: {CASES[name]}" for name in dict.fromkeys(r["shape"] for r in rows)), "",
         "| model | precision | side | ms/step | tokens/s | TFLOP/s | MFU | peak GiB | time vs bare | speed vs bf16 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for r in rows:
         start = f"| {r['shape']} | {r['precision']} | {r['side']} |"
-        if "failed" in r:
-            lines.append(f"{start} failed: {r['failed']} | | | | | | |")
+        if "none" in r:
+            lines.append(f"{start} {r['none']} | | | | | | |")
             continue
         base, slow = bases.get((r["shape"], r["precision"])), sixteen.get((r["shape"], r["side"]))
         mfu = f"{r['mfu']:.1%}" if r["mfu"] else "unknown peak"

@@ -25,8 +25,9 @@ def settings_of(recipe: Any, vocab_size: int) -> dict[str, Any]:
         rotary_interleaved=model.rotary_interleaved, rotary_fraction=model.rotary_fraction, tied=model.tie_embeddings,
         half=precision.compute != "fp32", fp8=precision.fp8_recipe if precision.compute == "fp8" else None,
         fp8_format=precision.fp8_format, fp8_history=precision.fp8_amax_history, fp8_params=precision.fp8_params,
-        accumulate=recipe.fusion.gradient_accumulation is not False, recompute=recipe.parallel.recompute.model_dump(),
-        vocab=model.stored(vocab_size, 1),
+        lean=bool(recipe.optimizer.megatron.get("use_precision_aware_optimizer")),
+        accumulate=recipe.fusion.gradient_accumulation is not False,
+        recompute=recipe.parallel.recompute.model_dump(), vocab=model.stored(vocab_size, 1),
         length=recipe.phases[0].sequence_length, micro_batch_size=recipe.parallel.micro_batch_size, port=free_port(),
     )  # fmt: skip
 
@@ -118,7 +119,7 @@ def bare(m: dict[str, Any], batches: np.ndarray) -> list[float]:
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             lr=1e-3, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, clip_grad=1.0, bf16=half, params_dtype=dtype,
-            use_distributed_optimizer=True, fp8_recipe=m["fp8"],
+            use_distributed_optimizer=True, fp8_recipe=m["fp8"], use_precision_aware_optimizer=m["lean"],
         ),
         [model],
     )  # fmt: skip

@@ -42,6 +42,7 @@ from megacode.recipe.schema import (
     Logging,
     Mixture,
     Model,
+    Optimizer,
     Parallel,
     Phase,
     Precision,
@@ -65,9 +66,13 @@ class Case:
     """Sequences in a step. On one device an update of all weights weighs more than on many that share it."""
     recomputed: int = 0
     """Layers whose forward pass is repeated in the backward pass; what that costs is not counted as work done."""
+    lean: bool = False
+    """Megacode and bare loop with Megatron-Core's precision-aware optimizer, which keeps 16 bits of the master copy: the same
+    numbers, 12 GiB less for 7B."""
 
     def __str__(self) -> str:
         again = f", {self.recomputed} layers recomputed" if self.recomputed else ""
+        again += ", precision-aware optimizer" if self.lean else ""
         return (
             f"{self.model.layers} layers, {self.batch} sequences of {self.length:,} tokens a step in micro-batches of "
             f"{self.micro_batch}{again}"
@@ -87,7 +92,9 @@ def _llama(layers: int) -> Model:
 
 CASES: dict[str, Case] = {
     "crystal-7b": Case(_crystal(32), 2048, 2, 32),
+    "crystal-7b-lean": Case(_crystal(32), 2048, 4, 32, lean=True),
     "crystal-7b-8k": Case(_crystal(32), 8192, 1, 8, recomputed=14),
+    "crystal-7b-8k-lean": Case(_crystal(32), 8192, 1, 8, lean=True),
     "crystal-7b-24-layers": Case(_crystal(24), 2048, 4, 32),
     "crystal-7b-24-layers-8k": Case(_crystal(24), 8192, 1, 8),
     "llama-8b": Case(_llama(32), 8192, 1, 8),
@@ -117,6 +124,7 @@ def recipe_of(shape: str, precision: str, folder: Path = Path("."), fused: bool 
             else Recompute(),
         ),
         fusion=Fusion() if fused else Fusion(gradient_accumulation=False),
+        optimizer=Optimizer(megatron={"use_precision_aware_optimizer": True} if case.lean else {}),
         checkpoints=Checkpoints(keep_phase_ends=False),
         logging=Logging(every=4),
     )
@@ -195,7 +203,11 @@ def _corpus(prefix: Path, tokens: np.ndarray) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="crystal-7b,crystal-7b-24-layers,llama-8b-16-layers", help=", ".join(CASES))
+    parser.add_argument(
+        "--cases",
+        default="crystal-7b,crystal-7b-lean,crystal-7b-8k-lean,crystal-7b-24-layers,llama-8b-16-layers",
+        help=", ".join(CASES),
+    )
     parser.add_argument(
         "--precisions", default="bf16,delayed,tensorwise,blockwise,tensorwise-params", help=", ".join(PRECISIONS)
     )

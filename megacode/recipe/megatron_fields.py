@@ -99,6 +99,8 @@ _OPTIMIZER_GOVERNED = {
     "use_distributed_optimizer": "parallel.distributed_optimizer",
     "overlap_param_gather": "parallel.overlap.param_gather",
 }
+DTYPES = ("fp32", "bf16", "fp16", "fp8")
+"""What a recipe calls a field's torch.dtype, as Megatron-LM's own options do."""
 _DDP_GOVERNED = {
     "use_distributed_optimizer": "parallel.distributed_optimizer",
     "fp8_param_gather": "precision.fp8_params",
@@ -226,6 +228,8 @@ def _field(annotation: ast.expr) -> Field:
             state["nullable"] = True
         elif isinstance(node, ast.Name) and node.id in plain:
             types.add(plain[node.id])
+        elif isinstance(node, ast.Attribute) and node.attr == "dtype":
+            choices.extend(DTYPES)
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
             visit(node.left)
             visit(node.right)
@@ -246,7 +250,7 @@ def _field(annotation: ast.expr) -> Field:
             else:
                 state["checked"] = False
         else:
-            state["checked"] = False  # an enum, a dtype, a function: Megatron-Core itself says what it takes
+            state["checked"] = False  # an enum, a function: Megatron-Core itself says what it takes
 
     visit(annotation)
     ordered = tuple(sorted(types, key=lambda kind: kind.__name__))

@@ -42,8 +42,9 @@ def memory_per_rank(recipe: Recipe, vocab_size: int, world_size: int, flash_atte
 def stage_memory(recipe: Recipe, vocab_size: int, world_size: int, stage: int, flash_attention: bool = True) -> Memory:
     """Memory of the ranks of one pipeline stage.
 
-    Weights take 2 bytes (4 in fp32), gradients 4, Adam 8 and another 4 for the master copy of 16-bit weights; the
-    distributed optimizer divides Adam's share over the data (x context) parallel ranks. FP8 keeps two more bytes of every
+    Weights take 2 bytes (4 in fp32), gradients 4, Adam 8 and another 4 for the master copy of 16-bit weights (less with
+    Megatron-Core's precision-aware optimizer); the distributed optimizer divides Adam's share over the data (x context)
+    parallel ranks. FP8 keeps two more bytes of every
     matrix, itself and its transpose; with `fp8_params` only these. Activations follow Korthikanti et al. (arXiv 2205.05198),
     with this model's own widths instead of 4h; 1F1B keeps as many micro-batches as stages follow. Sizes are those stored,
     padding included.
@@ -65,7 +66,7 @@ def stage_memory(recipe: Recipe, vocab_size: int, world_size: int, stage: int, f
     parameters = round(matrices + edge / parallel.tensor + parts["norms"] / stages)
     full = precision.compute == "fp32"
     data = max(world_size // (parallel.tensor * parallel.pipeline), 1)
-    adam = (8 if full else 12) / (data if parallel.distributed_optimizer else 1)
+    adam = _adam_bytes(recipe) / (data if parallel.distributed_optimizer else 1)
     weights = parameters * (4.0 if full else 2.0)
     if precision.compute == "fp8":
         weights += matrices * (0.0 if precision.fp8_params else 2.0)
@@ -77,6 +78,24 @@ def stage_memory(recipe: Recipe, vocab_size: int, world_size: int, stage: int, f
         optimizer=parameters * adam,
         activations=_activations(recipe, model, vocab_size, length, stage, flash_attention),
     )
+
+
+def _adam_bytes(recipe: Recipe) -> float:
+    """Moments and master copy of a weight.
+
+    Megatron-Core's precision-aware optimizer keeps moments in the types that it is told, and of an fp32 master copy only the 16
+    bits that the bf16 weight has not, which is exact (not with FP8's tensorwise and finer scales).
+    """
+    if recipe.precision.compute == "fp32":
+        return 8.0
+    given = recipe.optimizer.megatron
+    if not given.get("use_precision_aware_optimizer"):
+        return 12.0
+    size = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
+    moments = sum(size[given.get(name, "fp32")] for name in ("exp_avg_dtype", "exp_avg_sq_dtype"))
+    master = size[given.get("main_params_dtype", "fp32")]
+    shared = recipe.precision.compute == "bf16" or recipe.precision.fp8_recipe == "delayed"
+    return moments + (2.0 if master == 4.0 and shared and given.get("store_param_remainders", True) else master)
 
 
 def _activations(recipe: Recipe, model: Model, vocab_size: int, length: int, stage: int, flash: bool) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megacode.model.config import data_parallel_config
 from megacode.model.gpt import global_parameter_names
 from megacode.model.mup import rate_multiplier
 from megacode.recipe.hardware import Hardware
+from megacode.recipe.megatron_fields import DTYPES
 from megacode.recipe.schema import Optimizer, Recipe
 from megacode.runtime.hardware import detect
 
@@ -86,8 +88,13 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> An
     """
     settings = recipe.optimizer
     fields = optimizer_fields(recipe, chunks[0].ddp_config.overlap_param_gather)
+    if settings.megatron.get("use_precision_aware_optimizer") and detect().engine is None:
+        raise UserError(
+            "optimizer.megatron.use_precision_aware_optimizer: needs Transformer Engine's FusedAdam, which this machine has not; take "
+            "it out, or train where `megacode doctor` finds Transformer Engine"
+        )
     try:
-        config = OptimizerConfig(**(fields | dict(settings.megatron)))
+        config = OptimizerConfig(**(fields | _with_dtypes(settings.megatron)))
     except (AssertionError, ValueError, TypeError) as error:
         raise UserError(f"optimizer.megatron: Megatron-Core refuses this: {error}") from error
 
@@ -105,6 +112,16 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> An
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
     _allocate_state(optimizer)
     return optimizer
+
+
+def _with_dtypes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`optimizer.megatron` with names of dtypes as dtypes. FP8 moments are bytes with a scale beside them."""
+    dtypes = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16, torch.uint8), strict=True))
+    kinds = {field.name: field.type for field in dataclasses.fields(OptimizerConfig)}
+    return {
+        name: dtypes[value] if kinds.get(name) in (torch.dtype, "torch.dtype") else value
+        for name, value in given.items()
+    }
 
 
 def _allocate_state(optimizer: Any) -> None:

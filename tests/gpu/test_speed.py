@@ -108,6 +108,22 @@ def test_a_run_is_the_same_with_and_without(changed: tuple[str, ...], recipe: Pa
     np.testing.assert_allclose(other.losses, plain.losses, rtol=2e-3)
 
 
+def test_a_precision_aware_optimizer_changes_no_weight_and_resumes(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Moments in fp32 and a master copy of 16 bits beside the weight's 16: the same updates, less memory."""
+    engine_or_skip()
+    same = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+    shared = (*SIZES, *LOW_RATE, "precision=bf16")
+    aware = (*shared, "optimizer.megatron.use_precision_aware_optimizer=true")
+    train(recipe, tmp_path / "plain", *shared, **same)
+    train(recipe, tmp_path / "aware", *aware, **same)
+    sets = [p for c in aware for p in ("--set", c)]
+    megacode("train", recipe, "--run", tmp_path / "stopped", "--until-phase", "first", *sets, **same)
+    train(recipe, tmp_path / "stopped", *aware, **same)
+    plain, lean, stopped = (steps_of(tmp_path / name).losses for name in ("plain", "aware", "stopped"))
+    np.testing.assert_allclose(lean, plain, rtol=5e-4)
+    np.testing.assert_allclose(stopped, lean, rtol=5e-4)
+
+
 def test_a_profile_names_the_kernels(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
     changes = [p for c in (*SIZES, "precision=bf16") for p in ("--set", c)]
     megacode("train", recipe, "--run", tmp_path / "run", "--profile", "5:7", *changes)

@@ -73,6 +73,9 @@ def test_memory_splits_over_ranks(write):
     assert four.optimizer == alone.optimizer / 4 and four.weights == alone.weights
     split = memory_per_rank(load_recipe(path, [EXACT, "parallel.tensor=2"]), 1000, 2)
     assert 0.5 < split.parameters / alone.parameters < 0.51
+    aware = "optimizer.megatron={use_precision_aware_optimizer: true, exp_avg_dtype: bf16, exp_avg_sq_dtype: fp8}"
+    lean = memory_per_rank(load_recipe(path, [EXACT, aware]), 1000, 1)
+    assert lean.optimizer == alone.optimizer * (2 + 1 + 2) / 12, "the master copy keeps 16 bits beside the weight's"
     fp32 = memory_per_rank(load_recipe(path, [EXACT, "precision=fp32"]), 1000, 1)
     assert fp32.weights == 4 * fp32.parameters and fp32.optimizer == 8 * fp32.parameters
 

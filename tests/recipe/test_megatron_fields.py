@@ -19,6 +19,7 @@ MISTAKES = {
     "model.megatron.recompute_modules=core_attn": ["expected list"],
     "optimizer.megatron.lr=1": ["`phases.NAME.learning_rate.peak`"],
     "optimizer.megatron.hysteresis=1.5": ["expected int"],
+    "optimizer.megatron.exp_avg_dtype=bfloat16": ["'bf16'", "torch.dtype", "not 'bfloat16'"],
     "parallel.ddp.bucket_sise=1": ["DistributedDataParallelConfig", "`bucket_size`"],
     "parallel.ddp.overlap_grad_reduce=true": ["`parallel.overlap.grad_reduce`"],
     "model.megatron.apply_rope_fusion=false": ["`fusion.rope`"],
@@ -28,6 +29,7 @@ GOOD = [
     "model.megatron={fp8_margin: 1, moe_aux_loss_coeff: 1e-2, recompute_modules: [mlp], fp8_wgrad: true}",
     "model.megatron={window_size: [128, 0], attention_backend: flash, moe_router_dtype: null}",
     "optimizer.megatron={loss_scale: 1, decoupled_weight_decay: false}",
+    "optimizer.megatron={use_precision_aware_optimizer: true, exp_avg_dtype: bf16, exp_avg_sq_dtype: fp8}",
     "parallel.ddp={bucket_size: 1000, average_in_collective: true}",
 ]
 
@@ -73,6 +75,14 @@ def test_names_read_from_the_source_are_those_of_the_classes():
     for kind, classes in groups.items():
         names = {field.name for field in dataclasses.fields(kind) if not field.name.startswith("_")}
         assert set(megatron_fields.fields_of(classes)) == names
+
+
+def test_names_of_dtypes_reach_megatron_core_as_dtypes():
+    torch = pytest.importorskip("torch")
+    from megacode.train.optimizer import _with_dtypes
+
+    given = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "fp8", "loss_scale": 1.0}
+    assert _with_dtypes(given) == {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.uint8, "loss_scale": 1.0}
 
 
 def test_every_governed_field_exists():

@@ -67,7 +67,7 @@ class Case:
     recomputed: int = 0
     """Layers whose forward pass is repeated in the backward pass; what that costs is not counted as work done."""
     lean: bool = False
-    """Megacode and bare loop with Megatron-Core's precision-aware optimizer, which keeps 16 bits of the master copy: the same
+    """Both sides with Megatron-Core's precision-aware optimizer, which keeps 16 bits of the master copy: the same
     numbers, 12 GiB less for 7B."""
 
     def __str__(self) -> str:
@@ -100,6 +100,7 @@ CASES: dict[str, Case] = {
     "llama-8b": Case(_llama(32), 8192, 1, 8),
     "llama-8b-16-layers": Case(_llama(16), 8192, 1, 8),
 }
+DEFAULT_CASES = ("crystal-7b", "crystal-7b-lean", "crystal-7b-8k-lean", "crystal-7b-24-layers", "llama-8b-16-layers")
 
 
 def recipe_of(shape: str, precision: str, folder: Path = Path("."), fused: bool = True) -> Recipe:
@@ -205,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--cases",
-        default="crystal-7b,crystal-7b-lean,crystal-7b-8k-lean,crystal-7b-24-layers,llama-8b-16-layers",
+        default=",".join(DEFAULT_CASES),
         help=", ".join(CASES),
     )
     parser.add_argument(

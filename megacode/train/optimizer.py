@@ -90,8 +90,8 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> An
     fields = optimizer_fields(recipe, chunks[0].ddp_config.overlap_param_gather)
     if settings.megatron.get("use_precision_aware_optimizer") and detect().engine is None:
         raise UserError(
-            "optimizer.megatron.use_precision_aware_optimizer: needs Transformer Engine's FusedAdam, which this machine has not; take "
-            "it out, or train where `megacode doctor` finds Transformer Engine"
+            "optimizer.megatron.use_precision_aware_optimizer: needs Transformer Engine's FusedAdam, which this machine has not; "
+            "take it out, or train where `megacode doctor` finds Transformer Engine"
         )
     try:
         config = OptimizerConfig(**(fields | _with_dtypes(settings.megatron)))

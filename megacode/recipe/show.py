@@ -35,11 +35,12 @@ def duration(days: float) -> str:
     return f"{days * 1440:.1f} minutes"
 
 
-def table_of(title: str, *columns: str, left: int = 1) -> Table:
+def table_of(title: str, *columns: str, left: int = 1, prose: bool = False) -> Table:
+    """A table whose first `left` columns are words; with `prose` the last of these may take several lines."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, header_style="dim")
     table.show_header = any(columns)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right", no_wrap=number < left)
+        table.add_column(column, justify="left" if number < left else "right", no_wrap=number < left - prose)
     return table
 
 
@@ -66,7 +67,7 @@ def print_plan(plan: Plan, vocab_size: int | None, console: Console) -> None:
 
 def _model_table(plan: Plan, vocab_size: int | None) -> Table:
     model = plan.recipe.model
-    table = table_of("Model", "", "", left=2)
+    table = table_of("Model", "", "", left=2, prose=True)
     kv = f" ({model.kv_heads} for keys and values)" if model.kv_heads not in (None, model.heads) else ""
     heads = f"{model.heads} heads{kv} of {model.resolved_head_dim}"
     table.add_row("shape", f"{model.layers} layers x {model.hidden_size}, {heads}")

@@ -87,7 +87,7 @@ def _speed_table(plan: Plan, machine: Machine) -> Table:
     replica = parallel.tensor * parallel.pipeline * parallel.context
     data = machine.devices // replica if machine.devices else 2
     hardware = assumed(machine.device)
-    table = table_of(f"Overlap and fusion on {machine.device}", "", "", "", left=3)
+    table = table_of(f"Overlap and fusion on {machine.device}", "", "", "", left=3, prose=True)
     for one in speedups(recipe, hardware, data).values():
         table.add_row("on" if one.on else "off", one.key, Text(one.why, style="" if one.on else "dim"))
     many = "" if machine.devices else "; more than one data-parallel rank assumed (--gpus N says how many)"
@@ -132,7 +132,7 @@ def _memory_table(plan: Plan, vocab_size: int, machine: Machine) -> Table:
 
 def _cost_table(plan: Plan, vocab_size: int, machine: Machine) -> Table:
     flops = estimate.run_flops(plan, vocab_size)
-    table = table_of("Costs", "", "", left=2)
+    table = table_of("Costs", "", "", left=2, prose=True)
     table.add_row("compute", f"{flops:.4g} FLOPs, forward and backward; causal attention counted in full")
     if machine.devices:
         peak = machine.peak.sixteen_bit * 1e12

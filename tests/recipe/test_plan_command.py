@@ -35,7 +35,16 @@ def test_the_largest_recipe_is_planned_at_once_and_without_torch():
     seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr
     assert seconds < 5, "0.5 s on two idle cores; five leave room for a busy machine"
-    for words in ("321,836 steps", "6,575,278,720", "225 saves", "344.8 B", "64 h100", "counted in full"):
+    for words in (
+        "321,836 steps",
+        "feed-forward",
+        "vocabulary",
+        "6,575,278,720",
+        "225 saves",
+        "344.8 B",
+        "64 h100",
+        "counted in full",
+    ):
         assert words in done.stdout, words
 
 

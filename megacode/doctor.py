@@ -305,13 +305,12 @@ def run(args: argparse.Namespace) -> int:
 
 def show(findings: list[Finding], use: dict[str, str]) -> None:
     """Print the findings by group, and what training would use."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a log has no width of its own
-        console = Console(highlight=False, width=140)
+    from megacode.terminal import print_table, table_console
+
+    console = table_console()
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(no_wrap=True, width=2)
     table.add_column(no_wrap=True)
@@ -332,4 +331,4 @@ def show(findings: list[Finding], use: dict[str, str]) -> None:
     table.add_row("", Text("Training here would use", style="bold"), "")
     for name, value in use.items():
         table.add_row("", name, value)
-    console.print(table)
+    print_table(console, table)

@@ -28,6 +28,7 @@ from megacode.data.prose import docstring_prose, package_description, paragraphs
 from megacode.data.tokenizer_training import train_tokenizer
 from megacode.errors import UserError
 from megacode.recipe import schema
+from megacode.terminal import print_table
 
 GATHERING = 1
 """Raised when the same installation would give other corpora."""
@@ -111,7 +112,7 @@ def gather(
     for name, corpus in (("code", code), ("text", text)):
         for origin, (documents, size) in corpus.by_origin.items():
             table.add_row(name, origin, f"{documents:,}", f"{size / 1e6:.1f}")
-    console.print(table)
+    print_table(console, table)
     return files
 
 

@@ -34,6 +34,7 @@ from megacode.errors import UserError
 from megacode.recipe import schema
 from megacode.recipe.show import count, gigabytes
 from megacode.report.document_lengths import log_edges, merged, plot_lengths
+from megacode.terminal import print_table, table_console
 
 EXAMPLE = """examples:
   megacode inspect data/corpus
@@ -81,9 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.vocab_size is not None and args.vocab_size < 1:
         raise UserError(f"--vocab-size {args.vocab_size}: expected 1 or more")
     tokenizer = _given_tokenizer(args)
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a file or a pipe has no width of its own
-        console = Console(highlight=False, width=120)
+    console = table_console()
     prefixes = [one for path in dict.fromkeys(map(_bare, args.prefixes)) for one in inspect.datasets_at(path)]
     entries, histograms, broken, problems = [], {}, [], 0
     for prefix in prefixes:
@@ -213,8 +212,8 @@ def _print_summary(console: Console, entry: Mapping[str, Any], numbers: inspect.
     else:
         table.add_row("manifest", f"none ({Path(entry['prefix']).name}.json): which tokenizer made it is not known")
     console.print(Text(entry["prefix"], style="bold"))
-    console.print(table)
-    console.print(histogram_table(numbers.histogram))
+    print_table(console, table)
+    print_table(console, histogram_table(numbers.histogram))
 
 
 def _rest(values: Mapping[str, Any], but: Sequence[str]) -> str:

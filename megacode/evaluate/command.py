@@ -107,8 +107,9 @@ def _run_harness(args: argparse.Namespace) -> int:
 def _print_table(recipe, info, losses, domains) -> None:  # type: ignore[no-untyped-def]
     import math
 
-    from rich.console import Console
     from rich.table import Table
+
+    from megacode.terminal import print_table, table_console
 
     table = Table(title=f"{recipe.name}, step {info['step']:,}: validation", title_justify="left")
     table.add_column("source")
@@ -122,4 +123,4 @@ def _print_table(recipe, info, losses, domains) -> None:  # type: ignore[no-unty
     table.add_section()
     for domain, loss in domains.items():
         table.add_row("all", domain, "", f"{loss:.4f}", f"{math.exp(min(loss, 700)):,.2f}")
-    Console().print(table)
+    print_table(table_console(), table)

@@ -130,8 +130,9 @@ def _first_line(error: Exception) -> str:
 
 def print_results(title: str, results: dict[str, dict[str, float]]) -> None:
     """A table: task, metric, value, standard error."""
-    from rich.console import Console
     from rich.table import Table
+
+    from megacode.terminal import print_table, table_console
 
     table = Table(title=title, title_justify="left")
     table.add_column("task")
@@ -143,4 +144,4 @@ def print_results(title: str, results: dict[str, dict[str, float]]) -> None:
             if "_stderr" not in name:
                 error = numbers.get(name.replace(" (", "_stderr (", 1) if " (" in name else f"{name}_stderr")
                 table.add_row(task, name, f"{value:.4f}", f"{error:.4f}" if error is not None else "")
-    Console().print(table)
+    print_table(table_console(), table)

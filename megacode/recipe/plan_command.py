@@ -9,14 +9,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from megacode.errors import UserError
 from megacode.recipe.checks import check_layout
 from megacode.recipe.devices import DEVICES
 from megacode.recipe.load import load_recipe
 from megacode.recipe.plan import Plan
 from megacode.recipe.schema import Recipe
+from megacode.terminal import print_table, table_console
 
 if TYPE_CHECKING:
     from megacode.recipe.show_costs import Machine
@@ -78,19 +77,14 @@ def run(args: argparse.Namespace) -> int:
         packing = [dataclasses.asdict(one) for one in losses]
         print(json.dumps({**plan_as_dict(plan, vocab_size), "packing": packing}, indent=1))
         return 0
-    console = _console()
+    console = table_console()
     print_plan(plan, vocab_size, console)
     print_costs(plan, vocab_size, _machine(args), console, args.checkpoints)
     if table := packing_table(plan, losses):
-        console.print(table)
+        print_table(console, table)
     if args.plot:
         console.print(f"drawn: {args.plot}")
     return 0
-
-
-def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=140)  # a pipe has no width of its own
 
 
 def _machine(args: argparse.Namespace) -> Machine:
@@ -118,7 +112,7 @@ def _suggest(recipe: Recipe, vocab_size: int | None, args: argparse.Namespace) -
         ]
         print(json.dumps(rows, indent=1))
     else:
-        print_suggestions(proposals, machine, str(args.recipe), _console())
+        print_suggestions(proposals, machine, str(args.recipe), table_console())
     return 0
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from megacode.recipe import estimate
 from megacode.recipe.plan import PhasePlan, Plan, StreamPlan
+from megacode.terminal import print_table
 
 
 def count(number: float) -> str:
@@ -59,10 +60,10 @@ def print_plan(plan: Plan, vocab_size: int | None, console: Console) -> None:
         f"{plan.total_steps:,} steps · {count(plan.total_tokens)} tokens · {len(plan.phases)} phase"
         f"{'s' if len(plan.phases) > 1 else ''} · seed {recipe.seed}\n"
     )
-    console.print(_model_table(plan, vocab_size))
-    console.print(_phase_table(plan))
+    print_table(console, _model_table(plan, vocab_size))
+    print_table(console, _phase_table(plan))
     for phase in plan.phases:
-        console.print(_stream_table(phase))
+        print_table(console, _stream_table(phase))
 
 
 def _model_table(plan: Plan, vocab_size: int | None) -> Table:

@@ -18,6 +18,7 @@ from megacode.recipe.plan import Plan
 from megacode.recipe.show import count, duration, gigabytes, table_of
 from megacode.recipe.speedups import speedups
 from megacode.recipe.suggest import ASSUMPTIONS, Proposal
+from megacode.terminal import print_table
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ class Machine:
 
 def print_costs(plan: Plan, vocab_size: int | None, machine: Machine, console: Console, every_checkpoint: bool) -> None:
     """Checkpoints, memory, time and disk. Without a vocabulary only how many checkpoints there are."""
-    console.print(checkpoint_table(plan, vocab_size, every_checkpoint))
-    console.print(_speed_table(plan, machine))
+    print_table(console, checkpoint_table(plan, vocab_size, every_checkpoint))
+    print_table(console, _speed_table(plan, machine))
     if vocab_size is None:
         return
-    console.print(_memory_table(plan, vocab_size, machine))
-    console.print(_cost_table(plan, vocab_size, machine))
+    print_table(console, _memory_table(plan, vocab_size, machine))
+    print_table(console, _cost_table(plan, vocab_size, machine))
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -174,7 +175,7 @@ def print_suggestions(proposals: Sequence[Proposal], machine: Machine, recipe: s
             str(p.micro_batch_size), f"x {proposal.micro_batches:,}", again, gigabytes(proposal.memory.total),
             f"{proposal.seconds:.2f}", f"{proposal.tokens_per_second:,.0f}", f"{proposal.mfu:.3f}",
         )  # fmt: skip
-    console.print(table)
+    print_table(console, table)
     console.print(Padding(Text(f"Assumed: {ASSUMPTIONS}.", style="dim"), (0, 2)))
     settings = " ".join(f"--set '{s}'" if "{" in s else f"--set {s}" for s in proposals[0].settings())
     console.print("\nThe first:", markup=False)

@@ -27,6 +27,7 @@ from megacode.data.preprocess.run import preprocess
 from megacode.data.workers import prepare_workers
 from megacode.errors import UserError
 from megacode.recipe import schema
+from megacode.terminal import print_table
 
 EXAMPLE = """examples:
   megacode preprocess 'corpus/*.jsonl.zst' --tokenizer tokenizer.model --output data/corpus --validation 0.01
@@ -208,7 +209,7 @@ def preprocess_visibly(
 
         made = result.outputs.values()
         plot_lengths({_shown(prefix): statistics(open_dataset(prefix)).histogram for prefix in made}, picture)
-    console.print(results_table(result, None if result.kept or share else seconds))
+    print_table(console, results_table(result, None if result.kept or share else seconds))
     if plot:
         console.print(f"document lengths: {_shown(picture)}")
     return result

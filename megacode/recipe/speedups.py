@@ -86,7 +86,7 @@ def _tensor(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
         return "impossible", "it needs Transformer Engine 2.7"
     if not recipe.parallel.sequence:
         return "impossible", "it needs parallel.sequence: true"
-    if len({phase.sequence_length for phase in recipe.phases}) > 1:
+    if _several_lengths(recipe):
         return "impossible", "its buffers have one size, and the phases have several sequence lengths"
     return "on", "tensor-parallel exchanges go on during the matrix products"
 
@@ -142,7 +142,17 @@ def _gradient_accumulation(recipe: Recipe, hardware: Hardware, data_size: int) -
 def _cuda_graphs(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
     if hardware.engine is None:
         return "impossible", _NO_ENGINE
+    if _several_lengths(recipe):
+        return "impossible", "a recorded graph has one shape, and the phases have several sequence lengths"
+    if any(recipe.data.reset_at_eod if p.reset_at_eod is None else p.reset_at_eod for p in recipe.phases):
+        return "impossible", "a recorded graph has one shape, and data.reset_at_eod packs documents of any number"
+    if recipe.model.dropout or recipe.model.attention_dropout:
+        return "impossible", "dropout is drawn anew for every step, and a recorded graph keeps its generators"
     return "only if asked", "they help where a layer's kernels are shorter than their launches, and take memory"
+
+
+def _several_lengths(recipe: Recipe) -> bool:
+    return len({phase.sequence_length for phase in recipe.phases}) > 1
 
 
 _RULES: dict[str, tuple[str, Callable[[Recipe, Hardware, int], _Verdict]]] = {

@@ -136,18 +136,36 @@ def forward_backward(
     """
     rows, length = micro_batches[0].tokens.shape
     packed = micro_batches[0].segments is not None and transformer_engine_available()
-    results = get_forward_backward_func()(
-        forward_step_func=partial(_forward, streams, recipe.optimizer.loss_denominator == "positions", world),
-        data_iterator=[iter(micro_batches) for _ in chunks] if len(chunks) > 1 else iter(micro_batches),
-        model=list(chunks) if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(micro_batches),
-        seq_length=rows * length if packed else length,
-        micro_batch_size=1 if packed else rows,
-        forward_only=forward_only,
-    )
+    with _without_graphs(chunks) if forward_only else contextlib.nullcontext():
+        results = get_forward_backward_func()(
+            forward_step_func=partial(_forward, streams, recipe.optimizer.loss_denominator == "positions", world),
+            data_iterator=[iter(micro_batches) for _ in chunks] if len(chunks) > 1 else iter(micro_batches),
+            model=list(chunks) if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=rows * length if packed else length,
+            micro_batch_size=1 if packed else rows,
+            forward_only=forward_only,
+        )
     if not results:
         return torch.zeros(2, streams, dtype=torch.float64, device=world.device)
     return torch.stack(results).sum(0)
+
+
+@contextlib.contextmanager
+def _without_graphs(chunks: Sequence[Any]) -> Iterator[None]:
+    """Inside, layers run as they are written: what was recorded as CUDA graphs has training's shapes and precision, and
+    Megatron-Core would end the run at any other."""
+    held = [
+        (module, module._modules.pop("cudagraph_manager"))
+        for chunk in chunks
+        for module in chunk.modules()
+        if "cudagraph_manager" in module._modules
+    ]
+    try:
+        yield
+    finally:
+        for module, manager in held:
+            module._modules["cudagraph_manager"] = manager
 
 
 def prepare_model_for_training(chunks: Sequence[Any], optimizer: Any) -> None:

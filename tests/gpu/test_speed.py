@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import warnings
 from pathlib import Path
 
@@ -129,5 +131,8 @@ def test_a_profile_names_the_kernels(recipe: Path, tmp_path: Path) -> None:  # n
     megacode("train", recipe, "--run", tmp_path / "run", "--profile", "5:7", *changes)
     folder = tmp_path / "run" / "profile" / "steps-5-7"
     assert (folder / "rank-0.json.gz").stat().st_size > 10_000
+    with gzip.open(folder / "rank-0.json.gz", "rt") as trace:
+        categories = {event.get("cat") for event in json.load(trace)["traceEvents"]}
+    assert {"kernel", "cuda_runtime", "cpu_op"} <= categories, categories
     text = (folder / "rank-0.txt").read_text()
-    assert "Self CUDA" in text and "cudaLaunchKernel" in text
+    assert "Self CUDA" in text and "Where the host waits" in text

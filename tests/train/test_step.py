@@ -147,3 +147,14 @@ def test_a_comparison_computes_without_fp8_and_the_step_with_it() -> None:
     (((first, loss), (second, same)),) = run_on(1, precisions_seen)
     assert (first, second) == (None, "hybrid")
     assert loss == same
+
+
+def test_what_is_not_training_runs_without_recorded_graphs() -> None:
+    from megacode.train.step import _without_graphs
+
+    chunk = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    graphs = torch.nn.Identity()
+    chunk[0].cudagraph_manager = graphs  # as Megatron-Core gives one to every layer
+    with _without_graphs([chunk]):
+        assert not hasattr(chunk[0], "cudagraph_manager")
+    assert chunk[0].cudagraph_manager is graphs and not hasattr(chunk[1], "cudagraph_manager")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from functools import cache
 from importlib import metadata
 
 import torch
@@ -29,8 +30,9 @@ def transformer_engine_available() -> bool:
     return torch.cuda.is_available() and _engine() is not None
 
 
+@cache
 def _engine() -> Version | None:
-    """Transformer Engine's version, if it imports."""
+    """Transformer Engine's version, if it imports. Asked for every micro-batch, and looking it up reads the disk."""
     try:
         import transformer_engine.pytorch
     except (ImportError, OSError):

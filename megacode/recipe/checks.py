@@ -56,8 +56,8 @@ def check_layout(recipe: Recipe, world_size: int, path: Path | None = None) -> N
     if world_size % model_ranks:
         raise UserError(
             f"{where}parallel: {world_size} rank{'s' if world_size != 1 else ''} cannot hold {product} = {model_ranks} "
-            "ranks a "
-            f"replica; start a multiple of {model_ranks} or change these keys"
+            f"ranks a replica; start a multiple of {model_ranks} (`megacode train --processes {model_ranks}`, torchrun, srun) "
+            "or change these keys"
         )
     data = world_size // model_ranks
     problems = []

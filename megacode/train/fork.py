@@ -53,7 +53,10 @@ def run(args: argparse.Namespace) -> int:
     lines = fork(args.run, args.at, new, args.recipe, args.overrides)
     print("\n".join(lines))
     recipe, folder = shlex.quote(str(new / "recipe.yaml")), shlex.quote(str(new))
-    print(f"train it with: megacode train {recipe} --run {folder}")
+    parallel = load_recipe(new / "recipe.yaml").parallel
+    ranks = parallel.tensor * parallel.pipeline * parallel.context
+    processes = f" --processes {ranks}" if ranks > 1 else ""
+    print(f"train it with: megacode train {recipe} --run {folder}{processes}")
     return 0
 
 

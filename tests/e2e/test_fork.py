@@ -36,7 +36,9 @@ def test_an_unchanged_fork_is_the_run(run: Path) -> None:
 
 def test_a_changed_fork_shares_the_past_and_nothing_else(run: Path) -> None:
     new = Path(f"{run}-at-10")
-    megacode("fork", run, "--at", 10, "--set", "phases.second.mixture.domains.code.ratio=0.9")
+    changes = ("--set", "phases.second.mixture.domains.code.ratio=0.9", "--set", "parallel.tensor=2")
+    told = megacode("fork", run, "--at", 10, *changes).stdout
+    assert told.endswith(f"--run {new} --processes 2\n"), "as many as the layout needs"
     megacode("train", new / "recipe.yaml", "--run", new, "--processes", "2")
     old, got = steps_of(run), steps_of(new)
     assert got.batches[:10] == old.batches[:10] and got.losses[:10] == old.losses[:10]

@@ -20,6 +20,7 @@ from megacode.data.tokenizer import Tokenizer, load_tokenizer
 from megacode.data.vocabularies import library
 from megacode.errors import UserError
 from megacode.recipe import schema
+from megacode.runtime.cpu import quiet
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -157,6 +158,7 @@ def loads_differently(section: schema.Tokenizer, folder: Path) -> str | None:
         import transformers
     except ImportError:
         return None
+    quiet()
     tokenizer = load_tokenizer(section)
     loaded = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     for text in _sample(tokenizer):

@@ -217,3 +217,7 @@ def quiet() -> None:
     logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
         lambda record: "IS DEPRECATED" not in record.getMessage()
     )
+    # Of an export with remote code that only its tokenizer is loaded from.
+    logging.getLogger("transformers.configuration_utils").addFilter(
+        lambda record: "You are using a model of type" not in record.getMessage()
+    )

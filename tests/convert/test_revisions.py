@@ -140,12 +140,17 @@ def test_a_failure_leaves_nothing_half_made_and_others_files_alone(run: Path, tm
     assert (mine / "thesis.tex").exists()
 
 
-def test_the_verb(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     output = ["--format", "crystalcoder", "--all", "--name-pattern", "r{total}"]
     assert main(["export", str(run), str(tmp_path / "all"), *output]) == 0
     assert "r9: step 9, written" in capsys.readouterr().out
     assert main(["export", str(run), str(tmp_path / "one"), "--dtype", "bf16"]) == 0
     assert "CrystalCoderLMHeadModel, bfloat16, step 9" in capsys.readouterr().out
+    assert not [record for record in caplog.records if "model of type" in record.getMessage()], (
+        "means nothing to a user"
+    )
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["vocab_size"]) == (1, 2, 452)
 

@@ -13,7 +13,7 @@ import torch
 
 from megacode.recipe.schema import Fusion, Model, Precision, Recipe
 from megacode.runtime.hardware import detect
-from tests.e2e.conftest import corpora, megacode, recipe, steps_of  # noqa: F401  # fixtures
+from tests.e2e.conftest import Steps, corpora, megacode, recipe, steps_of  # noqa: F401  # fixtures
 from tests.gpu.common import LOW_RATE, train
 from tests.gpu.test_precisions import LENGTH, MODELS, SIZES, VOCAB, settings
 from tests.processes import run_on
@@ -93,6 +93,19 @@ def test_accumulating_in_products_gives_the_same_gradients(model: str) -> None:
         assert np.abs(fused[name] - expected).max() <= 0.02 * scale, name
 
 
+BF16 = (*SIZES, *LOW_RATE, "precision=bf16")
+SAME = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+
+
+@pytest.fixture(scope="module")
+def plain(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Steps:  # noqa: F811
+    """The run that others are compared with."""
+    engine_or_skip()
+    run = tmp_path_factory.mktemp("plain") / "run"
+    train(recipe, run, *BF16, **SAME)
+    return steps_of(run)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -101,28 +114,26 @@ def test_accumulating_in_products_gives_the_same_gradients(model: str) -> None:
     ],
     ids=["CUDA graphs", "nothing fused"],
 )
-def test_a_run_is_the_same_with_and_without(changed: tuple[str, ...], recipe: Path, tmp_path: Path) -> None:  # noqa: F811
-    engine_or_skip()
-    for name, more in (("plain", ()), ("changed", changed)):
-        train(recipe, tmp_path / name, *SIZES, *LOW_RATE, "precision=bf16", *more)
-    plain, other = steps_of(tmp_path / "plain"), steps_of(tmp_path / "changed")
+def test_a_run_is_the_same_with_and_without(
+    changed: tuple[str, ...], plain: Steps, recipe: Path, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    train(recipe, tmp_path / "changed", *BF16, *changed, **SAME)
+    other = steps_of(tmp_path / "changed")
     assert other.batches == plain.batches
     np.testing.assert_allclose(other.losses, plain.losses, rtol=2e-3)
 
 
-def test_a_precision_aware_optimizer_changes_no_weight_and_resumes(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_precision_aware_optimizer_changes_no_weight_and_resumes(
+    plain: Steps, recipe: Path, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
     """Moments in fp32 and a master copy of 16 bits beside the weight's 16: the same updates, less memory."""
-    engine_or_skip()
-    same = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
-    shared = (*SIZES, *LOW_RATE, "precision=bf16")
-    aware = (*shared, "optimizer.megatron.use_precision_aware_optimizer=true")
-    train(recipe, tmp_path / "plain", *shared, **same)
-    train(recipe, tmp_path / "aware", *aware, **same)
+    aware = (*BF16, "optimizer.megatron.use_precision_aware_optimizer=true")
+    train(recipe, tmp_path / "aware", *aware, **SAME)
     sets = [p for c in aware for p in ("--set", c)]
-    megacode("train", recipe, "--run", tmp_path / "stopped", "--until-phase", "first", *sets, **same)
-    train(recipe, tmp_path / "stopped", *aware, **same)
-    plain, lean, stopped = (steps_of(tmp_path / name).losses for name in ("plain", "aware", "stopped"))
-    np.testing.assert_allclose(lean, plain, rtol=5e-4)
+    megacode("train", recipe, "--run", tmp_path / "stopped", "--until-phase", "first", *sets, **SAME)
+    train(recipe, tmp_path / "stopped", *aware, **SAME)
+    lean, stopped = (steps_of(tmp_path / name).losses for name in ("aware", "stopped"))
+    np.testing.assert_allclose(lean, plain.losses, rtol=5e-4)
     np.testing.assert_allclose(stopped, lean, rtol=5e-4)
 
 

@@ -40,7 +40,10 @@ train() {
     [ ! -e "$logs/mistake" ] || code=2
     case $code in
         0) exit 0 ;;
-        2) exit 2 ;; # a mistake, told above; starting again would not mend it
+        2) # a mistake, which starting again would not mend; told here if rank 0 was ended before it could
+            [ -e "$logs/told" ] || cat "$logs/mistake" 2>/dev/null || true
+            exit 2
+            ;;
         75) echo "stopped by a signal and saved" ;;
         *) echo "failed with code $code" && first_failure "$logs" ;;
     esac

@@ -51,15 +51,21 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _run(args)
     except UserError as error:
-        _note(args.logs, error)
-        raise
+        _tell(args.logs, error, _rank(args.processes))
+        return 2
 
 
-def _note(logs: Path | None, error: UserError) -> None:
-    """Leave word for a job script, which learns of a step's largest exit code only: `LOGS/mistake`."""
+def _tell(logs: Path | None, error: UserError, rank: int | None) -> None:
+    """Say what is wrong, and leave word for a job script, which learns of a step's largest exit code only: `LOGS/mistake`, and
+    `LOGS/told` once it stands in the job's own log. A rank that sees a mistake before rank 0 does ends the step, and with it
+    rank 0 before it could speak."""
+    text = f"megacode train: {f'rank {rank}: ' if rank else ''}{error}\n"
+    print(text, end="", file=sys.stderr, flush=True)
     if logs:
         logs.mkdir(parents=True, exist_ok=True)
-        (logs / "mistake").write_text(f"{error}\n")
+        (logs / "mistake").write_text(text)
+        if not rank:
+            (logs / "told").touch()
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -165,9 +171,7 @@ def _train(  # type: ignore[no-untyped-def]  # Plan
         # The main rank's exit ends the others while they wait; a mistake that only they see is told by them.
         if place.rank:
             time.sleep(3)
-        place_of = f"rank {place.rank}: " if place.rank else ""
-        print(f"megacode train: {place_of}{error}", file=sys.stderr, flush=True)
-        _note(logs, error)
+        _tell(logs, error, place.rank)
         if held:
             held.release()
         os._exit(2)

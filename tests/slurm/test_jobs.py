@@ -173,6 +173,22 @@ def test_a_start_that_gets_nowhere_is_not_repeated(checkout: Checkout) -> None:
     assert "seed: expected a whole number" in checkout.log(mistaken)
 
 
+def test_a_mistake_is_told_also_when_another_rank_sees_it_first(checkout: Checkout) -> None:
+    """Its exit ends the step, and rank 0 before it could speak."""
+    late = checkout.path / "late.sh"
+    late.write_text('#!/bin/sh\n[ "$SLURM_PROCID" != 0 ] || sleep 20\n')
+    late.chmod(0o755)
+    cluster = checkout.path / "slurm/cluster.sh"
+    before = cluster.read_text()
+    try:
+        cluster.write_text(before.replace("srun_flags=()", f"srun_flags=(--task-prolog={late})"))
+        job = checkout.submit(f"sbatch {FLAGS} slurm/train.sh tiny.yaml runs/mistaken --set seed=none")
+        assert wait_for_end(checkout, job) == "FAILED" and exit_code(job) == 2
+    finally:
+        cluster.write_text(before)
+    assert checkout.log(job).count("seed: expected a whole number") == 1
+
+
 def test_a_cancelled_job_stays_away(checkout: Checkout) -> None:
     run = checkout.run("cancelled")
     job = checkout.submit(f"sbatch {FLAGS} slurm/train.sh {slow_down(checkout, 'cancelled')} {run}")

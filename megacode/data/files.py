@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ def replace_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     power cut; much faster for many files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{_node()}-{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
             yield file
@@ -35,11 +36,16 @@ def replace_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 def remove_left_over(path: Path) -> None:
-    """Remove what `replace_file` of processes that were killed left beside `path`."""
-    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        number = partial.name.split(".")[-2]
+    """Remove what `replace_file` of processes of this machine that were killed left beside `path`. Of another machine's nobody
+    here knows whether they live: those on a shared disk stay."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(_node())}-*.partial"):
+        number = partial.name.split(".")[-2].rpartition("-")[2]
         if number.isdigit() and not _is_alive(int(number)):
             partial.unlink(missing_ok=True)
+
+
+def _node() -> str:
+    return platform.node().partition(".")[0] or "local"
 
 
 def _is_alive(process: int) -> bool:

@@ -127,6 +127,8 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from megacode.terminal import print_table, table_console
+
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -166,7 +168,7 @@ def main() -> None:
         table.add_row(name, f"{middle / 1e6:.2f}", spread, f"{base / middle:.2f} x")
     if not args.megatron_fim:
         table.add_row("Megatron-LM GPTFIMDataset", "-", "not in megatron-core; see --megatron-fim", "-")
-    console.print(table)
+    print_table(table_console(), table)
     if args.json:
         numbers = {"rate": args.rate, "sequence_length": length, "tokens_per_second": rates}
         args.json.write_text(json.dumps({"machine": machine_line(), **numbers}, indent=1) + "\n")

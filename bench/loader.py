@@ -126,8 +126,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     import torch
-    from rich.console import Console
     from rich.table import Table
+
+    from megacode.terminal import print_table, table_console
 
     torch.set_num_threads(1)
     length, batch, vocab = args.sequence_length, args.batch, 32000
@@ -170,7 +171,7 @@ def main() -> None:
         table.add_column(head, justify="left" if head == "side" else "right")
     for name, rates in measured.items():
         table.add_row(name, f"{statistics.median(rates) / 1e6:.2f}", f"{statistics.median(rates) / base:.2f}")
-    Console().print(table)
+    print_table(table_console(), table)
 
 
 if __name__ == "__main__":

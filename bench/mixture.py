@@ -166,9 +166,10 @@ def main() -> None:
         function = measure_ours if side == "megacode" else measure_megatron
         print("RESULT " + json.dumps(function(Path(folder), int(tokens))))
         return
-    from rich.console import Console
     from rich.progress import track
     from rich.table import Table
+
+    from megacode.terminal import print_table, table_console
 
     sizes = [float(size) for size in args.sizes.split(",")]
     plans = [("megatron", size) for size in sizes] + [("megacode", size) for size in [*sizes, 100.0, args.largest]]
@@ -180,7 +181,7 @@ def main() -> None:
         table.add_row(
             r["side"], f"{r['billions']:g}", f"{r['seconds']:.3f}", f"{r['memory'] / 1e6:.0f}", f"{r['disk'] / 1e6:.1f}"
         )
-    Console().print(table)
+    print_table(table_console(), table)
     if args.plot:
         plot(rows, args.plot)
 

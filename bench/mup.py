@@ -253,7 +253,7 @@ def write(args: argparse.Namespace, name: str, lines: list[str]) -> None:
         [*lines, "", f"{date.today()}, {machine_line()}", f"    {' '.join(sys.argv)}", "", f"![{name}]({name}.png)", ""]
     )
     (args.output / f"{name}.md").write_text(text)
-    console.print(text, markup=False)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -21,6 +21,9 @@ from pathlib import Path
 import numpy as np
 from bare import bare, settings_of
 
+WARM_UP = 5
+"""Steps that do not count."""
+
 
 def ours(recipe: str, changes: list[str], run: Path) -> list[float]:
     """Seconds of each step of `megacode train`, from its own metrics."""
@@ -70,10 +73,12 @@ def main() -> None:
         print(json.dumps(bare(settings, np.load(args.bare / "batches.npz")["windows"])))
         return
 
-    from rich.console import Console
+    if args.steps <= WARM_UP:
+        parser.error(f"--steps must be more than the {WARM_UP} of warm-up")
     from rich.table import Table
 
     from megacode.recipe.load import load_recipe
+    from megacode.terminal import print_table, table_console
 
     later = [p.name for p in load_recipe(args.recipe, args.overrides).phases[1:]]
     changes = [
@@ -89,8 +94,8 @@ def main() -> None:
             done = subprocess.run(
                 [sys.executable, __file__, "--bare", str(folder)], check=True, stdout=subprocess.PIPE, text=True
             )
-            sides["bare Megatron-Core"].append(statistics.median(json.loads(done.stdout.splitlines()[-1])[5:]))
-            seconds = ours(args.recipe, changes, folder / f"run{index}")[5 : args.steps]
+            sides["bare Megatron-Core"].append(statistics.median(json.loads(done.stdout.splitlines()[-1])[WARM_UP:]))
+            seconds = ours(args.recipe, changes, folder / f"run{index}")[WARM_UP : args.steps]
             sides["megacode"].append(statistics.median(seconds))
     base = statistics.median(sides["bare Megatron-Core"])
     machine = platform.processor() or platform.machine()
@@ -100,7 +105,7 @@ def main() -> None:
     for name, values in sides.items():
         middle = statistics.median(values)
         table.add_row(name, f"{middle * 1e3:.1f}", " ".join(f"{v * 1e3:.1f}" for v in values), f"{middle / base:.3f}")
-    Console().print(table)
+    print_table(table_console(), table)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megacode.model.config import transformer_config
 from megacode.model.initialize import initialize_weights
+from megacode.model.loss import Gpt
 from megacode.model.mup import apply_scales
 from megacode.model.norm import Norm
 from megacode.recipe.hardware import Hardware
@@ -69,7 +70,7 @@ def build_model(
     stages: list[int | None] = list(range(recipe.parallel.virtual_pipeline or 0)) or [None]
     chunks = []
     for vp_stage in stages:
-        chunk = GPTModel(
+        chunk = Gpt(
             config=config,
             transformer_layer_spec=block_spec(config, vp_stage, engine=hardware.engine is not None),
             vocab_size=padded,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import pickle
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -31,6 +34,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megacode.data.files import sync_folder, write_text
 from megacode.errors import UserError
@@ -88,6 +92,21 @@ def _load_strategy() -> Any:
     )
 
 
+def _without_foreign_extras(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """`state` without what only layers of another kind would have left in the checkpoint.
+
+    Modules of Transformer Engine ask for an `_extra_state` (scales, maxima), norms and attention too; Megatron-Core's local
+    ones leave none there. A module without one starts as it does in a new run.
+    """
+    stored = TorchDistLoadShardedStrategy().load_sharded_metadata(str(checkpoint))
+    keys = {entry.key for entry in stored.values()}
+
+    def foreign(entry: Any) -> bool:
+        return isinstance(entry, ShardedObject) and entry.key.endswith("_extra_state") and entry.key not in keys
+
+    return extract_matching_values(state, foreign)[1]
+
+
 def load_checkpoint(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | None) -> dict[str, Any]:
     """Load weights, and with an `optimizer` its state too, into this rank's model chunks, in whatever layout this run has.
 
@@ -100,12 +119,10 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | No
     info = read_info(checkpoint)
     state = _sharded_state(chunks, optimizer, loading=True)
     try:
+        state = _without_foreign_extras(state, checkpoint)
         loaded = dist_checkpointing.load(state, str(checkpoint), _load_strategy())
-    except Exception as error:
-        raise UserError(
-            f"{checkpoint}: cannot be loaded into this recipe's model: {_first_line(error)}; the model section must be the "
-            "one the checkpoint was made with (its recipe.yaml stands beside it)"
-        ) from error
+    except (Exception, CheckpointException) as error:  # torch derives the latter from BaseException
+        raise UserError(_why_not(checkpoint, error)) from error
     modules = [getattr(chunk, "module", chunk) for chunk in chunks]
     for index, module in enumerate(modules):
         module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{index}"], strict=False)
@@ -114,9 +131,21 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | No
     return info
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+def _why_not(checkpoint: Path, error: BaseException) -> str:
+    """One sentence: the files are damaged, or they are another model's."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    if isinstance(error, OSError | EOFError | pickle.UnpicklingError) or "PytorchStreamReader" in message:
+        others = [path.name for _, path in complete_checkpoints(checkpoint.parent) if path != checkpoint]
+        remedy = "copy it here anew from where the run was"
+        if others:
+            remedy += f", or write the name of another ({', '.join(others[-3:])}) into {checkpoint.parent / LATEST}"
+        return f"{checkpoint}: a file in it is missing or damaged ({message.split('. ')[0]}); {remedy}"
+    return (
+        f"{checkpoint}: cannot be loaded into this recipe's model: {type(error).__name__}: {message[:300]}; the model section "
+        "must be the one the checkpoint was made with (its recipe.yaml stands beside it)"
+    )
 
 
 # --------------------------------------------------------------------------------------------------- writing

@@ -66,10 +66,11 @@ def logits(world, models: dict[str, Model], precision: Precision, folder: str) -
             load_checkpoint(find_checkpoint(str(place)), [chunk], None)
         else:
             Checkpointer(place, Checkpoints(asynchronous=False)).save(0, [chunk], None, {}, "")
+        # Once before, as a step would: delayed scaling knows a tensor's range from forwards that could be trained on.
+        chunk(tokens, positions, None)
+        chunk.set_is_first_microbatch()  # weights are rounded once a step
         with torch.no_grad():
-            # Twice: delayed scaling knows a tensor's range from the forward before.
-            for _ in range(2):
-                found = chunk(tokens, positions, None)
+            found = chunk(tokens, positions, None)
         out[name] = found[..., :VOCAB].float().cpu().numpy()
     return out
 

@@ -68,3 +68,16 @@ except UserError as error: print(error)
     assert first == "step_00000010 [10]"
     assert "not a complete checkpoint" in second and "step_00000010" in second
     assert "no complete checkpoint" in third
+
+
+def test_a_damaged_file_is_not_called_another_model(tmp_path: Path) -> None:
+    body = """
+from torch.distributed.checkpoint.api import CheckpointException
+from megacode.train import checkpoint
+made(10, 20)
+for error in (RuntimeError("PytorchStreamReader failed: no end. Long advice"), RuntimeError("Missing key: decoder.a")):
+    print(checkpoint._why_not(folder / checkpoint_name(20), CheckpointException("", {1: (error, None)})))
+"""
+    damaged, other = python(tmp_path, body).splitlines()
+    assert "damaged (PytorchStreamReader failed: no end);" in damaged and "another (step_00000010) into" in damaged
+    assert "Missing key: decoder.a; the model section" in other

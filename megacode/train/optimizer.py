@@ -128,7 +128,7 @@ def _allocate_state(optimizer: Any) -> None:
     """Adam's state from the start where Adam is torch's: Megatron-Core reads its step count from there when it saves and
     loads, also before the first step. FusedAdam keeps the count in its groups and needs nothing."""
     for inner in inner_optimizers(optimizer):
-        if isinstance(inner, torch.optim.AdamW | torch.optim.Adam):
+        if _is_torch(inner):
             for group in inner.param_groups:
                 for parameter in group["params"]:
                     inner.state[parameter] = {
@@ -188,28 +188,52 @@ def forget_state(optimizer: Any) -> None:
 
 
 def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
-    """Megatron-Core's `load_state_dict`, also where it drives torch's Adam.
+    """Megatron-Core's `load_state_dict`, whichever Adam it drives here and drove where the checkpoint was made.
 
     The distributed optimizer's fully reshardable format keeps the step count in the parameter groups, yet copies every entry
     of a parameter's Adam state, for torch's Adam including `step`, from the checkpoint (megatron-core 0.16.1). So the tensors
     are loaded while `step` stands aside.
     """
-    torch_adam = [i for i in inner_optimizers(optimizer) if isinstance(i, torch.optim.AdamW | torch.optim.Adam)]
-    if not torch_adam:
-        optimizer.load_state_dict(state)
-        return
-    if "param_state" not in state:
-        # A step count of zero is not stored at all (it is false), and torch's Adam insists on it.
-        moments = state["state"] if "state" in state else state["optimizer"]["state"]
-        moments.setdefault("common_step", torch.tensor(0.0))
+    inner = inner_optimizers(optimizer)
+    for part, adam in zip([state] if len(inner) == 1 else [state[i] for i in range(len(inner))], inner, strict=True):
+        _as_kept_by(adam, part)
+    torch_adam = [adam for adam in inner if _is_torch(adam)]
+    if not torch_adam or "param_state" not in state:
         optimizer.load_state_dict(state)
         return
     (distributed,) = getattr(optimizer, "chained_optimizers", None) or [optimizer]
     tensors = state.pop("param_state")
     state.pop("param_state_sharding_type", None)
     distributed.load_state_dict(state)
-    steps = {id(p): s.pop("step") for inner in torch_adam for p, s in inner.state.items() if "step" in s}
+    steps = {id(p): s.pop("step") for adam in torch_adam for p, s in adam.state.items() if "step" in s}
     distributed.load_parameter_state_from_fully_reshardable(tensors)
-    for inner in torch_adam:
-        for parameter, entry in inner.state.items():
+    for adam in torch_adam:
+        for parameter, entry in adam.state.items():
             entry["step"] = steps[id(parameter)].clone()
+
+
+def _is_torch(adam: torch.optim.Optimizer) -> bool:
+    return isinstance(adam, torch.optim.AdamW | torch.optim.Adam)
+
+
+def _as_kept_by(adam: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put a checkpoint's parameter groups and step count as this Adam keeps them, in place.
+
+    torch's counts steps in every parameter's state, the fused ones in the groups; each has options that others do not know.
+    Outside the distributed optimizer Megatron-Core stores torch's count once, as `common_step`, and leaves out a zero.
+    """
+    groups_and_state = state.get("optimizer", state)
+    moments = groups_and_state.get("state")
+    counts = [group["step"] for group in groups_and_state["param_groups"] if "step" in group]
+    if moments is not None and "common_step" in moments:
+        counts = [moments.pop("common_step")]
+    count = int(counts[0]) if counts else 0
+    options = {key: value for key, value in adam.param_groups[0].items() if key not in ("params", "step")}
+    for group in groups_and_state["param_groups"]:
+        for key, value in options.items():
+            group.setdefault(key, value)
+        group["step"] = count
+    if moments is not None and _is_torch(adam):
+        moments["common_step"] = torch.tensor(float(count))
+        for group in groups_and_state["param_groups"]:
+            del group["step"]

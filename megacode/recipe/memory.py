@@ -95,7 +95,8 @@ def _adam_bytes(recipe: Recipe) -> float:
     moments = sum(size[given.get(name, "fp32")] for name in ("exp_avg_dtype", "exp_avg_sq_dtype"))
     master = size[given.get("main_params_dtype", "fp32")]
     shared = recipe.precision.compute == "bf16" or recipe.precision.fp8_recipe == "delayed"
-    return moments + (2.0 if master == 4.0 and shared and given.get("store_param_remainders", True) else master)
+    remainders = given.get("store_param_remainders", not recipe.precision.fp8_params)
+    return moments + (2.0 if master == 4.0 and shared and remainders else master)
 
 
 def _activations(recipe: Recipe, model: Model, vocab_size: int, length: int, stage: int, flash: bool) -> float:

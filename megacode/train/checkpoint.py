@@ -50,6 +50,7 @@ from megacode.train.checkpoint_files import (
     read_info,
     remove_unfinished,
 )
+from megacode.train.master_weights import make_remainders, make_whole
 from megacode.train.optimizer import load_optimizer_state
 
 __all__ = [
@@ -83,6 +84,8 @@ def _sharded_state(chunks: Sequence[Any], optimizer: Any | None, loading: bool) 
         state = {f"model{i}": module.sharded_state_dict(metadata=metadata) for i, module in enumerate(modules)}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
+        if not loading:
+            make_whole(optimizer, state["optimizer"])
     return state
 
 
@@ -127,6 +130,7 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | No
     for index, module in enumerate(modules):
         module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{index}"], strict=False)
     if optimizer is not None:
+        make_remainders(optimizer, loaded["optimizer"])
         load_optimizer_state(optimizer, loaded["optimizer"])
     return info
 

@@ -75,6 +75,8 @@ def optimizer_fields(recipe: Recipe, overlap_param_gather: bool) -> dict[str, An
         use_distributed_optimizer=recipe.parallel.distributed_optimizer,
         overlap_param_gather=overlap_param_gather,
         fp8_recipe=recipe.precision.fp8_recipe if precision == "fp8" else None,
+        # Only bf16 weights share their bits with a master weight.
+        store_param_remainders=not recipe.precision.fp8_params,
     )
 
 

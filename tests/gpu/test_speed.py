@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -126,15 +127,19 @@ def test_a_run_is_the_same_with_and_without(
 def test_a_precision_aware_optimizer_changes_no_weight_and_resumes(
     plain: Steps, recipe: Path, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
-    """Moments in fp32 and a master copy of 16 bits beside the weight's 16: the same updates, less memory."""
+    """Moments in fp32 and a master copy of 16 bits beside the weight's 16: the same updates, less memory. Its checkpoint holds
+    whole master weights: a run goes on from it with either optimizer."""
     aware = (*BF16, "optimizer.megatron.use_precision_aware_optimizer=true")
     train(recipe, tmp_path / "aware", *aware, **SAME)
     sets = [p for c in aware for p in ("--set", c)]
     megacode("train", recipe, "--run", tmp_path / "stopped", "--until-phase", "first", *sets, **SAME)
+    shutil.copytree(tmp_path / "stopped", tmp_path / "other")
     train(recipe, tmp_path / "stopped", *aware, **SAME)
-    lean, stopped = (steps_of(tmp_path / name).losses for name in ("aware", "stopped"))
+    train(recipe, tmp_path / "other", *BF16, **SAME)
+    lean, stopped, other = (steps_of(tmp_path / name).losses for name in ("aware", "stopped", "other"))
     np.testing.assert_allclose(lean, plain.losses, rtol=5e-4)
     np.testing.assert_allclose(stopped, lean, rtol=5e-4)
+    np.testing.assert_allclose(other, lean, rtol=5e-4)
 
 
 def test_a_profile_names_the_kernels(recipe: Path, tmp_path: Path) -> None:  # noqa: F811

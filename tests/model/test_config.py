@@ -90,6 +90,7 @@ CRYSTAL_DDP = dict(
 CRYSTAL_ADAM = dict(
     optimizer="adam", lr=0.012, min_lr=0.0, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-9, clip_grad=1.0,
     bf16=True, params_dtype="torch.bfloat16", use_distributed_optimizer=True, overlap_param_gather=True, fp8_recipe=None,
+    store_param_remainders=True,
 )  # fmt: skip
 ON_CPU = dict(
     use_cpu_initialization=True, batch_p2p_comm=False, deallocate_pipeline_outputs=False, bias_dropout_fusion=False,
@@ -144,11 +145,13 @@ DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
                    num_layers_at_end_in_bf16=2), {}, dict(fp8_recipe="tensorwise"),
     ),
     "blockwise": (
-        FP8 | dict(fp8_recipe="blockwise", fp8_param=True), dict(fp8_param_gather=True), dict(fp8_recipe="blockwise"),
+        FP8 | dict(fp8_recipe="blockwise", fp8_param=True), dict(fp8_param_gather=True),
+        dict(fp8_recipe="blockwise", store_param_remainders=False),
     ),
     "mxfp8": (
         FP8 | dict(fp8="e4m3", fp8_recipe="mxfp8", fp8_param=True),
-        dict(fp8_param_gather=True, reuse_grad_buf_for_mxfp8_param_ag=True), dict(fp8_recipe="mxfp8"),
+        dict(fp8_param_gather=True, reuse_grad_buf_for_mxfp8_param_ag=True),
+        dict(fp8_recipe="mxfp8", store_param_remainders=False),
     ),
 }  # fmt: skip
 

@@ -1,0 +1,60 @@
+"""fp32 master weights in checkpoints, whole, also where the optimizer keeps only what the bf16 weights leave of them.
+
+Transformer Engine's FusedAdam can keep 16 bits of each master weight beside the 16 of the bf16 weight (`store_param_remainders`,
+part of Megatron-Core's precision-aware optimizer): with both as integers, master = weight * 2^16 + remainder, and the weight is
+the master rounded to the nearest. Megatron-Core would write the remainders into checkpoints as if they were master weights, and
+cannot read them back (0.16 to 0.19). Here checkpoints hold the sum, so that every kind of optimizer continues every other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def join(weight: Tensor, remainder: Tensor) -> Tensor:
+    """float32 masters from bfloat16 weights and their remainders (integers from -2^15 to 2^15 - 1, of any type)."""
+    return ((weight.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)).view(torch.float32)
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """(bfloat16 weights, int16 remainders) of float32 masters."""
+    bits = master.contiguous().view(torch.int32)
+    remainder = bits.to(torch.int16)  # the lower half, as a signed number
+    return ((bits - remainder) >> 16).to(torch.int16).view(torch.bfloat16), remainder
+
+
+def make_whole(optimizer: Any, state: dict[str, Any]) -> None:
+    """Turn remainders into masters in what Megatron-Core is about to write, in place.
+
+    Args:
+        state: of `optimizer.sharded_state_dict`, fully reshardable: its tensors are on the CPU.
+    """
+    for weight, tensors in _kept_as_remainders(optimizer, state):
+        remainder = tensors["param"].data
+        remainder.copy_(join(weight.cpu(), remainder).reshape(remainder.shape))
+
+
+def make_remainders(optimizer: Any, state: dict[str, Any]) -> None:
+    """Turn masters that were read into remainders, in place, and set the weights to what remains."""
+    for weight, tensors in _kept_as_remainders(optimizer, state):
+        rounded, tensors["param"] = split(tensors["param"])
+        weight.copy_(rounded.reshape(weight.shape))
+
+
+def _kept_as_remainders(optimizer: Any, state: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """(weight, its optimizer state) for every weight of which only the remainder is kept; in Megatron-Core's order."""
+    parts = getattr(optimizer, "chained_optimizers", None) or [optimizer]
+    states = [state] if len(parts) == 1 else [state[i] for i in range(len(parts))]
+    for part, kept in zip(parts, states, strict=True):
+        if "param_state" not in kept or not getattr(part.optimizer, "store_param_remainders", False):
+            continue
+        if not part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
+            continue  # Megatron-Core keeps the masters itself
+        weights = [weight for buffer in part.buffers for weight in buffer.param_index_map]
+        for index, weight in enumerate(weights):
+            if weight.dtype == torch.bfloat16:
+                yield weight.detach(), kept["param_state"][index]

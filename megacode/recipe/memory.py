@@ -152,6 +152,15 @@ def checkpoint_bytes(recipe: Recipe, vocab_size: int) -> int:
     return stored * (12 + (4 if recipe.precision.compute == "fp32" else 2))
 
 
+def gathered_bytes(recipe: Recipe, parameters: int, world_size: int) -> float:
+    """Host memory that every process takes while Megatron-Core gathers a checkpoint: fp32 master weights and two moments of all
+    its `parameters`, and its own share of them once more. Without the distributed optimizer nothing is gathered."""
+    if not recipe.parallel.distributed_optimizer:
+        return 0.0
+    data = max(world_size // (recipe.parallel.tensor * recipe.parallel.pipeline), 1)
+    return 12.0 * parameters * (1 + 1 / data)
+
+
 def corpus_bytes(plan: Plan, vocab_size: int) -> int:
     """Tokens of every source that a phase reads, in Megatron-Core's type for the vocabulary; without their indexes."""
     return sum(plan.token_counts.values()) * (2 if vocab_size < 65500 else 4)

@@ -13,7 +13,7 @@ from rich.text import Text
 from megacode.recipe import estimate
 from megacode.recipe.devices import DEVICES, Peak
 from megacode.recipe.hardware import assumed, fp8_refusal
-from megacode.recipe.memory import checkpoint_bytes, corpus_bytes, stage_memory
+from megacode.recipe.memory import checkpoint_bytes, corpus_bytes, gathered_bytes, stage_memory
 from megacode.recipe.plan import Plan
 from megacode.recipe.show import count, duration, gigabytes, table_of
 from megacode.recipe.speedups import speedups
@@ -110,10 +110,11 @@ def _memory_table(plan: Plan, vocab_size: int, machine: Machine) -> Table:
         f"Memory of a rank, of {world:,}", "pipeline stage", "parameters", "weights", "gradients", "optimizer",
         "activations", "sum",
     )  # fmt: skip
-    totals = []
+    totals, gathered = [], 0.0
     for stage in sorted({0, parallel.pipeline - 1}):
         memory = stage_memory(plan.recipe, vocab_size, world, stage)
         totals.append(memory.total)
+        gathered = max(gathered, gathered_bytes(plan.recipe, memory.parameters, world))
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
         table.add_row(f"{stage + 1} of {parallel.pipeline}", count(memory.parameters), *(gigabytes(p) for p in parts))
     peak = machine.peak
@@ -121,7 +122,8 @@ def _memory_table(plan: Plan, vocab_size: int, machine: Machine) -> Table:
     verdict = f"fits {machine.device}" if fits else f"does NOT fit {machine.device}"
     table.caption = Text(
         f"{verdict} ({peak.memory} GiB, of which {gigabytes(peak.usable)} usable beside CUDA, NCCL and fragmentation); with "
-        "flash attention (Transformer Engine)",
+        "flash attention (Transformer Engine)"
+        + (f"; a save takes {gigabytes(gathered)} of host memory in each process" if gathered else ""),
         style="" if fits else "bold red",
     )
     table.caption_justify = "left"

@@ -66,9 +66,12 @@ __all__ = [
 
 
 def _metadata() -> dict[str, Any]:
+    alone = parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
+        # By gloo on the host, to one rank that then writes everything; else by NCCL, to all, through the device's memory. A rank
+        # alone writes everything anyhow, and its gradients are one bucket: for 7B the device would need 53 GB more.
+        "distrib_optim_fully_reshardable_mem_efficient": alone,
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),

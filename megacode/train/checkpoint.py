@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -34,6 +34,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, TorchDistSaveShardedStrategy
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megacode.data.files import sync_folder, write_text
@@ -89,7 +90,17 @@ def _sharded_state(chunks: Sequence[Any], optimizer: Any | None, loading: bool) 
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
         if not loading:
             make_whole(optimizer, state["optimizer"])
+    if not loading:
+        _leave_fp8(state)
     return state
+
+
+def _leave_fp8(state: dict[str, Any]) -> None:
+    """FP8 parameters as 16-bit ones, on the host: others continue, export and evaluate from them, and only Transformer Engine
+    could read its own. Megatron-Core does so when it loads."""
+    for entry in nested_values(state):
+        if hasattr(entry, "data") and is_float8tensor(entry.data):
+            entry.data = dequantize_fp8_tensor(entry.data).cpu()
 
 
 def _load_strategy() -> Any:

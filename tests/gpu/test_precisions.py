@@ -4,6 +4,7 @@ and drift."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -157,11 +158,22 @@ def test_a_resumed_fp8_run_goes_on_as_if_not_stopped(kind: str, recipe: Path, tm
 
 
 def test_fp8_parameters_train_as_fp8_products_do(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Their checkpoint holds 16-bit weights: the run goes on from it, with FP8 parameters or in bf16."""
     needs_fp8("tensorwise")
-    for params in ("true", "false"):
-        precision = f"precision={{compute: fp8, fp8_recipe: tensorwise, fp8_params: {params}}}"
-        train(recipe, tmp_path / params, *SIZES, *LOW_RATE, precision)
-    np.testing.assert_allclose(steps_of(tmp_path / "true").losses, steps_of(tmp_path / "false").losses, rtol=2e-3)
+    in_fp8, products = (
+        f"precision={{compute: fp8, fp8_recipe: tensorwise, fp8_params: {params}}}" for params in ("true", "false")
+    )
+    changes = (*SIZES, *LOW_RATE)
+    train(recipe, tmp_path / "parameters", *changes, in_fp8)
+    train(recipe, tmp_path / "products", *changes, products)
+    sets = [p for c in (*changes, in_fp8) for p in ("--set", c)]
+    megacode("train", recipe, "--run", tmp_path / "stopped", "--until-phase", "first", *sets)
+    shutil.copytree(tmp_path / "stopped", tmp_path / "bf16")
+    train(recipe, tmp_path / "stopped", *changes, in_fp8)
+    train(recipe, tmp_path / "bf16", *changes, "precision=bf16")
+    expected = steps_of(tmp_path / "parameters").losses
+    for name in ("products", "stopped", "bf16"):
+        np.testing.assert_allclose(steps_of(tmp_path / name).losses, expected, rtol=2e-3, err_msg=name)
 
 
 def test_cuda_and_gloo_read_the_same_batches(recipe: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -81,3 +81,17 @@ for error in (RuntimeError("PytorchStreamReader failed: no end. Long advice"), R
     damaged, other = python(tmp_path, body).splitlines()
     assert "damaged (PytorchStreamReader failed: no end);" in damaged and "another (step_00000010) into" in damaged
     assert "Missing key: decoder.a; the model section" in other
+
+
+def test_fp8_parameters_are_written_as_what_everyone_reads(tmp_path: Path) -> None:
+    body = """
+from types import SimpleNamespace
+from megacode.train import checkpoint
+fp8, plain = torch.ones(2), torch.ones(2)
+checkpoint.is_float8tensor = lambda tensor: tensor is fp8
+checkpoint.dequantize_fp8_tensor = lambda tensor: 2 * tensor
+state = {"model": {"a": SimpleNamespace(data=fp8), "b": {"c": SimpleNamespace(data=plain)}, "d": 3}}
+checkpoint._leave_fp8(state)
+print(state["model"]["a"].data.tolist(), state["model"]["b"]["c"].data.tolist())
+"""
+    assert python(tmp_path, body) == "[2.0, 2.0] [1.0, 1.0]"

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -87,13 +88,16 @@ def this_context_rank(batch: DeviceBatch, world: World) -> DeviceBatch:
         return batch
     from megatron.core.utils import get_batch_on_this_cp_rank
 
+    # 0.19 wants to be told.
+    newer = {"is_hybrid_cp": False} if "is_hybrid_cp" in signature(get_batch_on_this_cp_rank).parameters else {}
     cut = get_batch_on_this_cp_rank(
         {
             "tokens": batch.tokens,
             "labels": batch.labels,
             "loss_mask": batch.loss_mask,
             "position_ids": batch.positions,
-        }
+        },
+        **newer,
     )
     return DeviceBatch(
         cut["tokens"], cut["labels"], cut["loss_mask"], cut["position_ids"], batch.stream, mask=None, packed=None

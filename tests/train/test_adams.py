@@ -16,7 +16,7 @@ from tests.train.test_step import VOCAB, small, windows
 class FusedAdam(torch.optim.Optimizer):
     """AdamW with the groups and states of Transformer Engine's and Apex's: the count and `bias_correction` in the group."""
 
-    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode=True):
+    def __init__(self, params, lr, betas, eps, weight_decay, **others):
         defaults = {"lr": lr, "bias_correction": True, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 

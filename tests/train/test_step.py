@@ -119,6 +119,25 @@ def test_context_parallel_is_refused_without_transformer_engine() -> None:
     assert "needs Transformer Engine" in said
 
 
+def own_slices(world) -> tuple[list[int], list[int]]:
+    from megacode.data.batch import make_batch
+    from megacode.train.step import this_context_rank, to_device
+
+    rows = np.arange(2 * 9).reshape(2, 9)
+    batch = to_device(make_batch(rows, np.zeros(2, np.int32), np.arange(2)), world.device)
+    own = this_context_rank(batch, world)
+    assert (own.tokens + 1 == own.labels).all() and own.loss_mask.shape == own.tokens.shape
+    return own.tokens[1].tolist(), own.positions[1].tolist()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on gloo")
+def test_a_context_rank_has_the_first_and_the_last_of_as_many_slices() -> None:
+    """So that both have the same causal work: quarters 0 and 3, 1 and 2."""
+    first, second = run_on(2, own_slices, parallel=Parallel(context=2))
+    assert first == ([9, 10, 15, 16], [0, 1, 6, 7])
+    assert second == ([11, 12, 13, 14], [2, 3, 4, 5])
+
+
 def precisions_seen(world) -> list[tuple[str | None, float]]:
     """What the layers are told, and the loss, in a comparison and in the step after it."""
     from megacode.data.batch import make_batch

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -195,6 +196,11 @@ def gathered_weights(chunks: Sequence[Any]) -> Iterator[None]:
     late = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in late:
         chunk.disable_forward_pre_hook(param_sync=True)
+        # FP8 weights have a second copy, for the backward pass. Megatron-Core makes it anew after a gather, but not after this
+        # one (0.16): the next step's gradients would be those of older weights.
+        in_fp8 = [parameter for parameter in chunk.parameters() if is_float8tensor(parameter)]
+        if in_fp8:
+            post_all_gather_processing(in_fp8)
     try:
         yield
     finally:

@@ -210,11 +210,12 @@ def one_device_and(recipe_path: Path, folder: Path, *changes: str) -> list[str]:
     [
         ["parallel.tensor=2"],
         ["parallel.tensor=2", "parallel.sequence=true"],
+        ["parallel.tensor=2", "parallel.sequence=true", "parallel.overlap.tensor=false"],
         ["parallel.pipeline=2"],
         [],
         ["parallel.distributed_optimizer=false"],
     ],
-    ids=["tp2", "sequence parallel", "pp2", "dp2 distributed optimizer", "dp2"],
+    ids=["tp2", "sequence parallel, userbuffers", "sequence parallel", "pp2", "dp2 distributed optimizer", "dp2"],
 )
 def test_layouts_on_two_devices_agree_with_one(layout: list[str], recipe: Path, tmp_path: Path) -> None:  # noqa: F811
     shared = one_device_and(recipe, tmp_path, *NARROW, *LOW_RATE)

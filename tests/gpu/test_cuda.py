@@ -103,8 +103,7 @@ def test_transformer_engine_and_local_layers_are_one_model(model: str, tmp_path:
     assert (engine[..., :VOCAB].argmax(-1) == local[..., :VOCAB].argmax(-1)).mean() > 0.99
 
 
-@pytest.mark.parametrize("distributed", ["true", "false"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "distributed"), [("fp32", "true"), ("bf16", "false")])
 def test_a_checkpoint_made_on_cpu_continues_on_cuda_and_back(
     precision: str, distributed: str, recipe: Path, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip

@@ -34,15 +34,26 @@ def make_whole(optimizer: Any, state: dict[str, Any]) -> None:
         state: of `optimizer.sharded_state_dict`, fully reshardable: its tensors are on the CPU.
     """
     for weight, tensors in _kept_as_remainders(optimizer, state):
-        remainder = tensors["param"].data
-        remainder.copy_(join(weight.cpu(), remainder).reshape(remainder.shape))
+        master, bits = tensors["param"].data.view(-1), weight.reshape(-1)
+        for part in _parts(master):
+            master[part] = join(bits[part], master[part].to(weight.device)).to(master.device)
 
 
 def make_remainders(optimizer: Any, state: dict[str, Any]) -> None:
     """Turn masters that were read into remainders, in place, and set the weights to what remains."""
     for weight, tensors in _kept_as_remainders(optimizer, state):
-        rounded, tensors["param"] = split(tensors["param"])
-        weight.copy_(rounded.reshape(weight.shape))
+        master = tensors["param"]
+        remainder = torch.empty_like(master, dtype=torch.int16)
+        for part in _parts(master.view(-1)):
+            rounded, kept = split(master.view(-1)[part].to(weight.device))
+            weight.view(-1)[part] = rounded
+            remainder.view(-1)[part] = kept.to(remainder.device)
+        tensors["param"] = remainder
+
+
+def _parts(flat: Tensor) -> Iterator[slice]:
+    """On the device, where it is quick, yet with little memory of it: a part takes 0.3 GB."""
+    return (slice(start, start + 2**24) for start in range(0, flat.numel(), 2**24))
 
 
 def _kept_as_remainders(optimizer: Any, state: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:

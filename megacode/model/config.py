@@ -8,8 +8,10 @@ will be handed can be read, and is tested, on a machine without one. Differences
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -41,11 +43,20 @@ def transformer_config(recipe: Recipe, hardware: Hardware | None = None, data_si
     """
     fields = transformer_fields(recipe, hardware or detect(), data_size)
     try:
-        return TransformerConfig(**(fields | dict(recipe.model.megatron)))
+        return TransformerConfig(**(fields | _with_members(recipe.model.megatron)))
     except (AssertionError, ValueError, TypeError) as error:
         raise UserError(
             f"model: Megatron-Core refuses this configuration: {error}; change the keys it names"
         ) from error
+
+
+def _with_members(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`model.megatron` with members of enumerations for their names: Megatron-Core would take a name for none of them."""
+    defaults = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
+    return {
+        name: type(defaults[name])[value] if isinstance(defaults.get(name), Enum) and isinstance(value, str) else value
+        for name, value in given.items()
+    }
 
 
 def data_parallel_config(recipe: Recipe, hardware: Hardware, data_size: int) -> DistributedDataParallelConfig:

@@ -6,6 +6,8 @@ Megatron-Core's local ones, and builds. What Megatron-Core is handed is in `conf
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from megacode.errors import UserError
 from megacode.model.config import transformer_config
 from megacode.model.initialize import initialize_weights
 from megacode.model.loss import Gpt
@@ -61,6 +64,9 @@ def build_model(
     Args:
         vocab_size: of the tokenizer, unpadded. The rows of padding are zero, take no probability and get no gradient; nor
             does the padding of the feed-forward.
+
+    Raises:
+        UserError: the environment chooses attention's kernels otherwise than the recipe.
     """
     model = recipe.model
     hardware = hardware or detect()
@@ -70,23 +76,26 @@ def build_model(
     stages: list[int | None] = list(range(recipe.parallel.virtual_pipeline or 0)) or [None]
     chunks = []
     for vp_stage in stages:
-        chunk = Gpt(
-            config=config,
-            transformer_layer_spec=block_spec(config, vp_stage, engine=hardware.engine is not None),
-            vocab_size=padded,
-            max_sequence_length=length,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            parallel_output=True,
-            share_embeddings_and_output_weights=model.tie_embeddings,
-            position_embedding_type={"rotary": "rope", "learned": "learned_absolute", "none": "none"}[
-                model.position_embedding
-            ],
-            rotary_percent=model.rotary_fraction,
-            rotary_base=int(model.rotary_base) if model.rotary_base == int(model.rotary_base) else model.rotary_base,
-            **_rotary_scaling(model),
-            vp_stage=vp_stage,
-        )
+        with _attention_in_a_sentence():
+            chunk = Gpt(
+                config=config,
+                transformer_layer_spec=block_spec(config, vp_stage, engine=hardware.engine is not None),
+                vocab_size=padded,
+                max_sequence_length=length,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                parallel_output=True,
+                share_embeddings_and_output_weights=model.tie_embeddings,
+                position_embedding_type={"rotary": "rope", "learned": "learned_absolute", "none": "none"}[
+                    model.position_embedding
+                ],
+                rotary_percent=model.rotary_fraction,
+                rotary_base=int(model.rotary_base)
+                if model.rotary_base == int(model.rotary_base)
+                else model.rotary_base,
+                **_rotary_scaling(model),
+                vp_stage=vp_stage,
+            )
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         if config.bf16:
@@ -99,6 +108,20 @@ def build_model(
             _accumulate_in_products(chunk)
         chunks.append(chunk)
     return chunks
+
+
+@contextlib.contextmanager
+def _attention_in_a_sentence() -> Iterator[None]:
+    """Megatron-Core sets Transformer Engine's variables by `attention_backend`, and asserts that nobody else has."""
+    try:
+        yield
+    except AssertionError as error:
+        if "NVTE_" not in str(error):
+            raise
+        raise UserError(
+            f"the environment has {str(error).split('. ')[0]}; unset NVTE_FLASH_ATTN, NVTE_FUSED_ATTN and NVTE_UNFUSED_ATTN, and "
+            "choose with model.megatron.attention_backend (flash, fused, unfused, local or auto)"
+        ) from error
 
 
 def _rotary_scaling(model: Model) -> dict[str, Any]:

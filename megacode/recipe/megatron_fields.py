@@ -201,6 +201,7 @@ def fields_of(classes: tuple[tuple[str, str], ...]) -> dict[str, Field] | None:
     if core is None:
         return None
     fields: dict[str, Field] = {}
+    enumerations = _enumerations(core / "transformer/enums.py")
     for file, name in classes:
         try:
             tree = ast.parse((core / file).read_text(encoding="utf-8"))
@@ -213,11 +214,28 @@ def fields_of(classes: tuple[tuple[str, str], ...]) -> dict[str, Field] | None:
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 field = statement.target.id
                 if not field.startswith("_"):
-                    fields[field] = _field(statement.annotation)
+                    fields[field] = _field(statement.annotation, enumerations)
     return fields
 
 
-def _field(annotation: ast.expr) -> Field:
+def _enumerations(file: Path) -> dict[str, list[str]]:
+    """Names of the members of every enumeration in a source file: what a recipe may say in their place."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError):
+        return {}
+    return {
+        node.name: [
+            statement.targets[0].id
+            for statement in node.body
+            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+        ]
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and any("Enum" in ast.unparse(base) for base in node.bases)
+    }
+
+
+def _field(annotation: ast.expr, enumerations: Mapping[str, list[str]]) -> Field:
     types: set[type] = set()
     choices: list[Any] = []
     state = {"checked": True, "nullable": False}
@@ -228,6 +246,8 @@ def _field(annotation: ast.expr) -> Field:
             state["nullable"] = True
         elif isinstance(node, ast.Name) and node.id in plain:
             types.add(plain[node.id])
+        elif isinstance(node, ast.Name) and node.id in enumerations:
+            choices.extend(enumerations[node.id])
         elif isinstance(node, ast.Attribute) and node.attr == "dtype":
             choices.extend(DTYPES)
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
@@ -250,7 +270,7 @@ def _field(annotation: ast.expr) -> Field:
             else:
                 state["checked"] = False
         else:
-            state["checked"] = False  # an enum, a function: Megatron-Core itself says what it takes
+            state["checked"] = False  # a function: Megatron-Core itself says what it takes
 
     visit(annotation)
     ordered = tuple(sorted(types, key=lambda kind: kind.__name__))

@@ -1,8 +1,9 @@
 """What Transformer Engine's layers need of us, shown with stand-ins on the CPU: its modules ask checkpoints for states that local
-layers do not leave there, and its loss must not make the host wait."""
+layers do not leave there, its loss must not make the host wait, and its attention is chosen in one place."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,3 +86,28 @@ def test_the_fused_loss_is_told_not_to_wait() -> None:
     ((capturable, fused, plain),) = run_on(1, losses)
     assert capturable == [True]
     np.testing.assert_allclose(fused, plain, rtol=1e-5)
+
+
+def attention_chosen(world) -> tuple[str, dict[str, str], str]:
+    """By the recipe; and what is said where the environment has chosen otherwise."""
+    from megacode.model.config import transformer_config
+    from megacode.model.gpt import build_model
+
+    chosen = recipe(CRYSTAL.model_copy(update={"megatron": {"attention_backend": "fused"}}))
+    build_model(chosen, VOCAB)
+    found = {name: value for name, value in os.environ.items() if name.startswith("NVTE_")}
+    try:
+        build_model(recipe(CRYSTAL), VOCAB)
+    except UserError as error:
+        return transformer_config(chosen).attention_backend.name, found, str(error)
+    return "", {}, ""
+
+
+def test_attention_is_chosen_by_the_recipe_alone() -> None:
+    ((name, variables, refusal),) = run_on(1, attention_chosen)
+    assert name == "fused"
+    assert variables == {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "0"}
+    assert (
+        refusal.startswith("the environment has NVTE_FLASH_ATTN set to 0")
+        and "model.megatron.attention_backend" in refusal
+    )

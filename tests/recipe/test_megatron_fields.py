@@ -17,6 +17,7 @@ MISTAKES = {
     "model.megatron.fp8_margin=true": ["expected int", "not true"],
     "model.megatron.moe_router_dtype=fp16": ["'fp32' or 'fp64'"],
     "model.megatron.recompute_modules=core_attn": ["expected list"],
+    "model.megatron.attention_backend=cudnn": ["'flash' or 'fused' or 'unfused'", "not 'cudnn'"],
     "optimizer.megatron.lr=1": ["`phases.NAME.learning_rate.peak`"],
     "optimizer.megatron.hysteresis=1.5": ["expected int"],
     "optimizer.megatron.exp_avg_dtype=bfloat16": ["'bf16'", "torch.dtype", "not 'bfloat16'"],

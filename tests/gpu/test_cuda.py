@@ -228,6 +228,18 @@ def test_layouts_on_two_devices_agree_with_one(layout: list[str], recipe: Path, 
 
 
 @two_devices
+def test_saves_change_nothing_in_a_run_with_fp8_parameters(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    """They gather weights outside a training step; their copies for the backward pass must follow (`step.gathered_weights`)."""
+    engine_or_skip()
+    in_fp8 = "precision={compute: fp8, fp8_recipe: tensorwise, fp8_params: true}"
+    for every in (1, 1000):
+        train_on_two(recipe, tmp_path / str(every), *NARROW, *LOW_RATE, in_fp8, f"checkpoints.every={every}")
+    often, seldom = steps_of(tmp_path / "1"), steps_of(tmp_path / "1000")
+    np.testing.assert_allclose(often.losses, seldom.losses, rtol=1e-4)
+    np.testing.assert_allclose(often.norms, seldom.norms, rtol=2e-3)
+
+
+@two_devices
 def test_context_parallel_trains_as_one_device_does(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
     """In bf16: Transformer Engine's context parallel attention is flash or fused attention, which know no fp32."""
     engine_or_skip()

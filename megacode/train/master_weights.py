@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megacode.train.chained import parts_with_state
+
 
 def join(weight: Tensor, remainder: Tensor) -> Tensor:
-    """float32 masters from bfloat16 weights and their remainders (integers from -2^15 to 2^15 - 1, of any type)."""
+    """float32 masters from bfloat16 weights and their remainders (integers from -2^15 to 2^15 - 1, of any type); one shape."""
     return ((weight.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)).view(torch.float32)
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """(bfloat16 weights, int16 remainders) of float32 masters."""
+    """(bfloat16 weights, int16 remainders) of float32 masters, in their shape."""
     bits = master.contiguous().view(torch.int32)
     remainder = bits.to(torch.int16)  # the lower half, as a signed number
     return ((bits - remainder) >> 16).to(torch.int16).view(torch.bfloat16), remainder
@@ -40,7 +42,7 @@ def make_whole(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 def make_remainders(optimizer: Any, state: dict[str, Any]) -> None:
-    """Turn masters that were read into remainders, in place, and set the weights to what remains."""
+    """Turn float32 masters that were read into int16 remainders, in `state`, and set the weights to what remains."""
     for weight, tensors in _kept_as_remainders(optimizer, state):
         master = tensors["param"]
         remainder = torch.empty_like(master, dtype=torch.int16)
@@ -58,9 +60,7 @@ def _parts(flat: Tensor) -> Iterator[slice]:
 
 def _kept_as_remainders(optimizer: Any, state: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """(weight, its optimizer state) for every weight of which only the remainder is kept; in Megatron-Core's order."""
-    parts = getattr(optimizer, "chained_optimizers", None) or [optimizer]
-    states = [state] if len(parts) == 1 else [state[i] for i in range(len(parts))]
-    for part, kept in zip(parts, states, strict=True):
+    for part, kept in parts_with_state(optimizer, state):
         if "param_state" not in kept or not getattr(part.optimizer, "store_param_remainders", False):
             continue
         if not part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:

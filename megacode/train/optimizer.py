@@ -21,6 +21,7 @@ from megacode.recipe.hardware import Hardware
 from megacode.recipe.megatron_fields import DTYPES
 from megacode.recipe.schema import Optimizer, Recipe
 from megacode.runtime.hardware import detect
+from megacode.train.chained import parts_with_state
 
 
 def wrap_data_parallel(
@@ -196,10 +197,9 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
     of a parameter's Adam state, for torch's Adam including `step`, from the checkpoint (megatron-core 0.16.1). So the tensors
     are loaded while `step` stands aside.
     """
-    inner = inner_optimizers(optimizer)
-    for part, adam in zip([state] if len(inner) == 1 else [state[i] for i in range(len(inner))], inner, strict=True):
-        _as_kept_by(adam, part)
-    torch_adam = [adam for adam in inner if _is_torch(adam)]
+    for part, kept in parts_with_state(optimizer, state):
+        _as_kept_by(part.optimizer, kept)
+    torch_adam = [adam for adam in inner_optimizers(optimizer) if _is_torch(adam)]
     if not torch_adam or "param_state" not in state:
         optimizer.load_state_dict(state)
         return

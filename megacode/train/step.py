@@ -89,7 +89,7 @@ def this_context_rank(batch: DeviceBatch, world: World) -> DeviceBatch:
         return batch
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    # 0.19 wants to be told.
+    # Megatron-Core 0.19 wants to be told that ranks do not change their part with the sequence.
     newer = {"is_hybrid_cp": False} if "is_hybrid_cp" in signature(get_batch_on_this_cp_rank).parameters else {}
     cut = get_batch_on_this_cp_rank(
         {

@@ -83,15 +83,25 @@ for error in (RuntimeError("PytorchStreamReader failed: no end. Long advice"), R
     assert "Missing key: decoder.a; the model section" in other
 
 
-def test_fp8_parameters_are_written_as_what_everyone_reads(tmp_path: Path) -> None:
+def test_what_is_written_can_be_read_by_everyone(tmp_path: Path) -> None:
+    """16-bit weights for FP8 ones, whole master weights for remainders; what a load asks for is left as it is."""
     body = """
-from types import SimpleNamespace
+from types import SimpleNamespace as Of
 from megacode.train import checkpoint
-fp8, plain = torch.ones(2), torch.ones(2)
+from megacode.train.master_weights import split
+fp8, plain, masters = torch.ones(2), torch.ones(2), torch.randn(4)
+weight, remainder = split(masters)
+checkpoint._metadata = dict
 checkpoint.is_float8tensor = lambda tensor: tensor is fp8
 checkpoint.dequantize_fp8_tensor = lambda tensor: 2 * tensor
-state = {"model": {"a": SimpleNamespace(data=fp8), "b": {"c": SimpleNamespace(data=plain)}, "d": 3}}
-checkpoint._leave_fp8(state)
-print(state["model"]["a"].data.tolist(), state["model"]["b"]["c"].data.tolist())
+for loading in (False, True):
+    model = {"a": Of(data=fp8), "b": {"c": Of(data=plain)}, "d": 3}
+    kept = {"param_state": {0: {"param": Of(data=remainder.float())}}}
+    lean = Of(
+        optimizer=Of(store_param_remainders=True), buffers=[Of(param_index_map={weight: None})],
+        config=Of(use_precision_aware_optimizer_no_fp8_or_ds_fp8=True), sharded_state_dict=lambda *_, **__: kept,
+    )
+    checkpoint._sharded_state([Of(sharded_state_dict=lambda metadata: model)], lean, loading)
+    print(model["a"].data.tolist(), model["b"]["c"].data.tolist(), torch.equal(kept["param_state"][0]["param"].data, masters))
 """
-    assert python(tmp_path, body) == "[2.0, 2.0] [1.0, 1.0]"
+    assert python(tmp_path, body).splitlines() == ["[2.0, 2.0] [1.0, 1.0] True", "[1.0, 1.0] [1.0, 1.0] False"]

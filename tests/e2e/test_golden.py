@@ -4,8 +4,9 @@ The recipe is recipes/crystal-tiny.yaml itself: its model, its phases, its sched
 thirty, which cross all three phases, and its corpora, which come from the Python installation and so differ between machines,
 are replaced by made ones, with bytes as tokens so that fill-in-the-middle cuts characters as it does there.
 
-Batches are integers and equal everywhere. Losses are compared to the last bit where torch and the processor's instruction set
-are those of the file, within 1e-5 elsewhere (other kernels add in another order). After an intended change:
+Batches are integers and equal everywhere. Losses are compared to the last bit where torch and the processor are those of the
+file, within 1e-5 elsewhere (other kernels add in another order: with the same instruction set, one vendor's from another's).
+After an intended change:
 
     python -m pytest tests/e2e/test_golden.py --write-golden
 """
@@ -61,12 +62,21 @@ def golden_recipe(tmp_path: Path) -> Path:
     return path
 
 
+def processor() -> str:
+    """What matrix libraries choose their kernels by: instruction set, vendor, family and model."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().partition("\n\n")[0].splitlines() if cpuinfo.exists() else []
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    known = [said.get(key, "?") for key in ("vendor_id", "cpu family", "model")]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *known])
+
+
 @pytest.mark.slow
 def test_the_tiny_recipe_trains_as_it_did(golden_recipe: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     pytest.importorskip("tiktoken")
     megacode("train", golden_recipe, "--run", tmp_path / "run", OMP_NUM_THREADS="1")
     got = steps_of(tmp_path / "run")
-    machine = {"torch": torch.__version__.split("+")[0], "cpu": torch.backends.cpu.get_cpu_capability()}
+    machine = {"torch": torch.__version__.split("+")[0], "processor": processor()}
     if request.config.getoption("--write-golden"):
         GOLDEN.write_text(json.dumps({**machine, "losses": got.losses, "batches": got.batches}, indent=1) + "\n")
     golden = json.loads(GOLDEN.read_text())

@@ -31,7 +31,7 @@ from megacode.report.run_data import Floats, Run
 
 _WIDTH = 10.0
 _HALF = 5.0
-FORMS = {"mfu": "{:.0%}".format, "learning_rate": rate, "tokens_per_second": short}
+FORMS = {"mfu": "{:.0%}".format, "learning_rate": rate, "tokens_per_second": short, "drift": "{:+.2%}".format}
 NOISY = ("grad_norm", "tokens_per_second", "mfu", "tflops_per_device")
 TITLES = {
     "learning_rate": "Learning rate",
@@ -41,6 +41,7 @@ TITLES = {
     "mfu": "Model FLOPs utilisation (MFU)",
     "tflops_per_device": "TFLOP/s per device",
     "memory_gb": "Peak memory of rank 0's device, GB",
+    "drift": "Loss in FP8 against bf16, same weights and batch",
 }
 
 
@@ -187,12 +188,12 @@ def planned_shares(run: Run, names: list[str]) -> list[tuple[Floats, Floats]]:
 
 
 def small_figures(run: Run) -> list[tuple[str, str]]:
-    """(caption, SVG) of rate, batch size, gradient norm, throughput, MFU, memory: what the run has of them."""
+    """(caption, SVG) of rate, batch size, gradient norm, throughput, MFU, memory, FP8's drift: what the run has of them."""
     train = run.train
     sizes = train["batch_size"]
     moving = len(np.unique(sizes[np.isfinite(sizes)])) > 1
     keys = ["learning_rate", *(["batch_size"] if moving else []), "grad_norm", "tokens_per_second"]
-    keys += ["mfu" if train.has("mfu") else "tflops_per_device", "memory_gb"]
+    keys += ["mfu" if train.has("mfu") else "tflops_per_device", "memory_gb", "drift"]
     return [(TITLES[key], _small(run, key)) for key in keys if train.has(key)]
 
 
@@ -200,7 +201,11 @@ def _small(run: Run, key: str) -> str:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         steps, values = run.train["step"], run.train[key]
-        if key in NOISY:
+        if key == "drift":
+            known = np.isfinite(values)
+            axes.axhline(0, color=FAINT, linewidth=0.8)
+            dots(axes, steps[known], values[known], INK, 4.5)
+        elif key in NOISY:
             line = smooth(values, run.train)
             axes.plot(*envelope(steps, values), color=INK, alpha=0.22, linewidth=0.7)
             curve(axes, steps, line, color=INK, linewidth=1.5)
@@ -209,7 +214,10 @@ def _small(run: Run, key: str) -> str:
             curve(axes, steps, values, color=INK, linewidth=1.5, drawstyle=style)
         finite = values[np.isfinite(values)]
         positive = bool((finite > 0).all())
-        if key == "grad_norm" and positive and finite.max() > 20 * np.median(finite):
+        if key == "drift":
+            reach = 1.2 * float(np.abs(finite).max()) or 0.001
+            axes.set_ylim(-reach, reach)
+        elif key == "grad_norm" and positive and finite.max() > 20 * np.median(finite):
             axes.set_yscale("log")
         else:
             axes.set_ylim(0, 1.08 * float(finite.max()) or 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from megacode.runtime.distributed import World, seed_step
 from megacode.runtime.hardware import detect
 from megacode.runtime.launch import STOPPED
 from megacode.runtime.userbuffers import userbuffers
+from megacode.train import garbage
 from megacode.train.checkpoint import Checkpointer, load_checkpoint
 from megacode.train.checkpoint_files import find_checkpoint, remove_unfinished
 from megacode.train.guard import StopRequest
@@ -115,6 +117,7 @@ def train(
         stop = held.enter_context(StopRequest())
         held.enter_context(reports)
         held.enter_context(contextlib.closing(trainer.profiler))
+        held.enter_context(garbage.held_off())
         return _loop(trainer, stream, first, plan.total_steps if until is None else until, stop)
 
 
@@ -136,6 +139,7 @@ def _loop(trainer: Trainer, stream: Iterator[StepBatch], first: int, until: int,
         sums, norm = train_step(
             trainer.chunks, trainer.optimizer, batch.micro_batches, len(phase.streams), recipe, world
         )
+        garbage.collect_after(step + 1)
         # From the end of one step to the end of the next, reporting included; evaluation and saving are not training.
         now = time.perf_counter()
         trainer.reports.step(step, sums, norm, batch, now - clock, reference)
@@ -225,6 +229,7 @@ def _save(trainer: Trainer, done: int) -> None:
     }
     with gathered_weights(trainer.chunks):
         trainer.checkpointer.save(done, trainer.chunks, trainer.optimizer, info, dump_recipe(recipe))
+    gc.collect()  # its copies of tensors are not to wait for the next time that this is due
 
 
 def _evaluate(trainer: Trainer, done: int) -> None:
@@ -234,3 +239,4 @@ def _evaluate(trainer: Trainer, done: int) -> None:
     with gathered_weights(trainer.chunks):
         losses = validate(trainer.validation, trainer.chunks, trainer.plan, done, trainer.world)
     trainer.reports.validated(done, losses)
+    gc.collect()

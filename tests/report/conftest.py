@@ -112,7 +112,7 @@ def _write_records(writer: MetricsWriter, plan: Plan, done: int, rng: np.random.
                 "learning_rate": phase.learning_rate(step), "batch_size": batch, "tokens": plan.tokens_before(step + 1),
                 "seconds": seconds, "tokens_per_second": speed, "tflops_per_device": speed / 1000, "mfu": speed / 989_000,
                 "memory_gb": 61.3, "loss_by_source": by_source, "loss_by_domain": domains, "samples_by_source": samples,
-                "ratio_by_domain": ratio, "batch": "00",
+                "ratio_by_domain": ratio, "batch": "00", **({} if (step + 1) % 25 else {"drift": rng.normal(0, 0.002)}),
             }
         )  # fmt: skip
         if (step + 1) % 100 == 0 or step == phase.last_step:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from megacode.cli import main
 from megacode.errors import UserError
 from megacode.report import tables
 from megacode.report.curves import MOST_POINTS, envelope, smooth, thin
+from megacode.report.figures import TITLES, small_figures
 from megacode.report.page import lead, page
 from megacode.report.palette import css, hues, with_variables
 from megacode.report.run_data import read_run, read_runs
@@ -39,6 +41,16 @@ def test_what_a_run_wrote_is_shown_as_text(fake_run: Path) -> None:
     assert "&lt;b&gt;not bold&lt;/b&gt;" in html and "<b>not bold" not in html
     assert "seed: 1234" in html  # the recipe
     assert "1.245 B parameters" in html and "NVIDIA H100 80GB HBM3" in html
+
+
+def test_drift_is_drawn_where_fp8_was_compared(fake_run: Path) -> None:
+    run = read_run(fake_run)
+    picture = dict(small_figures(run))[TITLES["drift"]]
+    compared = np.flatnonzero(np.isfinite(run.train["drift"])) + 1
+    assert compared.tolist() == list(range(25, 501, 25))
+    assert picture.count("fill: var(--ink); stroke: var(--paper)") == len(compared)  # a dot each
+    unlike = replace(run, train=replace(run.train, numbers=run.train.numbers | {"drift": np.full(500, np.nan)}))
+    assert TITLES["drift"] not in dict(small_figures(unlike))
 
 
 def test_a_domain_has_one_colour_everywhere(fake_run: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -15,12 +16,15 @@ class StopRequest:
     """Remembers the first stopping signal (SIGTERM, SIGINT, SIGUSR1) that this process received.
 
     `agreed()` is collective: after it, all ranks hold the same answer, so they leave the loop after the same step. The
-    exchange is one integer over gloo, whatever the device, so that the device never waits for it.
+    exchange is one integer over gloo, whatever the device, so that the device never waits for it; and it goes on during the
+    next step, so that no rank does either, however many there are.
     """
 
     def __init__(self) -> None:
         self.received: int = 0
         self._group = torch.distributed.new_group(backend="gloo")
+        self._alone = torch.distributed.get_world_size() == 1
+        self._exchange: tuple[Tensor, Any] | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -28,11 +32,15 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._remember)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         # What was asked for is done: a time limit's warning that comes late must not make a failure of it.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        if error is None:  # every rank comes here; after an error others may not, and waiting would be for ever
+            self._finish()
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
@@ -40,7 +48,19 @@ class StopRequest:
         self.received = number
 
     def agreed(self) -> int:
-        """The largest signal number any rank has received so far; 0 if none has."""
+        """The largest signal number that any rank had received when `agreed` was called the time before (of a process alone:
+        by now); 0 if none had."""
+        if self._alone:
+            return self.received
+        answer = self._finish()
         flag = torch.tensor([self.received], dtype=torch.int32)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        work = torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        self._exchange = flag, work
+        return answer
+
+    def _finish(self) -> int:
+        if self._exchange is None:
+            return 0
+        (flag, work), self._exchange = self._exchange, None
+        work.wait()
         return int(flag.numpy()[0])

@@ -1,0 +1,39 @@
+"""A signal that any rank received stops all of them after the same step."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from tests.processes import run_on
+
+TERM, USR1, INT = signal.SIGTERM.value, signal.SIGUSR1.value, signal.SIGINT.value
+Told = dict[int, tuple[int, int]]
+"""By step: the rank that sends itself a signal in it, and which."""
+
+
+def answers(world: Any, runs: list[Told]) -> list[list[int]]:
+    """What a rank is told after each of four steps, for every run."""
+    from megacode.train.guard import StopRequest
+
+    out: list[list[int]] = []
+    for told in runs:
+        out.append([])
+        with StopRequest() as stop:
+            for step in range(4):
+                rank, number = told.get(step, (-1, 0))
+                if world.rank == rank:
+                    os.kill(os.getpid(), number)
+                out[-1].append(stop.agreed())
+    return out
+
+
+def test_ranks_agree_a_step_later() -> None:
+    runs = [{}, {1: (0, TERM)}, {1: (1, TERM)}, {0: (0, TERM), 1: (1, USR1)}]
+    expected = [[0, 0, 0, 0], [0, 0, TERM, TERM], [0, 0, TERM, TERM], [0, TERM, max(TERM, USR1), max(TERM, USR1)]]
+    assert run_on(2, answers, runs) == [expected, expected]
+
+
+def test_a_process_alone_knows_at_once() -> None:
+    assert run_on(1, answers, [{1: (0, INT)}]) == [[[0, INT, INT, INT]]]

@@ -207,7 +207,9 @@ def quiet() -> None:
         r"TypedStorage is deprecated",
         r"Please use DTensor instead",
         r"The \.grad attribute of a Tensor that is not a leaf",
-        r"When using async grad allreduce it is recommended",  # initialize() sets the variable where it matters
+        # The variable for it is set where it matters (`cuda.py`); these ask for one value on any device.
+        r"When using (async grad allreduce|sequence parallelism) it is recommended",
+        r"To guarantee overlapping TP and SP",
         r".*torch\.distributed\._.*_base.*",
         r"No device id is provided via `init_process_group`.*",
         r".*barrier\(\): using the device under current context.*",

@@ -17,6 +17,7 @@ import torch
 from megacode.errors import UserError
 from megacode.recipe.schema import Parallel, Recipe
 from megacode.runtime import cpu
+from megacode.runtime.cuda import cuda_environment
 from megacode.runtime.launch import free_port
 
 
@@ -191,9 +192,10 @@ def initialize(parallel: Parallel, seed: int, launch: Launch | None = None, cuda
     cpu.quiet()
     cuda = torch.cuda.is_available()
     if cuda:
-        # One hardware queue keeps collectives ahead of the kernels that overlap with them (Megatron-Core asks for it).
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         device = torch.device("cuda", local_device(launch, torch.cuda.device_count(), os.environ))
+        capability = torch.cuda.get_device_capability(device)
+        for name, value in cuda_environment(parallel, launch.world_size, capability).items():
+            os.environ.setdefault(name, value)
         torch.cuda.set_device(device)
     else:
         cpu.install()

@@ -112,7 +112,7 @@ def _suggest(recipe: Recipe, vocab_size: int | None, args: argparse.Namespace) -
         ]
         print(json.dumps(rows, indent=1))
     else:
-        print_suggestions(proposals, machine, str(args.recipe), table_console())
+        print_suggestions(proposals, machine, str(args.recipe), args.overrides, table_console())
     return 0
 
 

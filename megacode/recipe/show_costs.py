@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -162,8 +163,11 @@ def _cost_table(plan: Plan, vocab_size: int, machine: Machine) -> Table:
 # --------------------------------------------------------------------------------------------------------- suggestions
 
 
-def print_suggestions(proposals: Sequence[Proposal], machine: Machine, recipe: str, console: Console) -> None:
-    """Layouts that fit, fastest first, what was assumed, and how to take the first."""
+def print_suggestions(
+    proposals: Sequence[Proposal], machine: Machine, recipe: str, overrides: Sequence[str], console: Console
+) -> None:
+    """Layouts that fit, fastest first, what was assumed, and how to take the first: after the `overrides` (`key=value`)
+    that these are for."""
     columns = (
         "", "tensor", "pipeline", "chunks", "data", "micro-batch", "a step", "recompute", "memory", "s/step",
         "tokens/s/device", "MFU",
@@ -179,8 +183,9 @@ def print_suggestions(proposals: Sequence[Proposal], machine: Machine, recipe: s
         )  # fmt: skip
     print_table(console, table)
     console.print(Padding(Text(f"Assumed: {ASSUMPTIONS}.", style="dim"), (0, 2)))
-    settings = " ".join(f"--set '{s}'" if "{" in s else f"--set {s}" for s in proposals[0].settings())
+    settings = " ".join(f"--set {shlex.quote(setting)}" for setting in [*overrides, *proposals[0].settings()])
     console.print("\nThe first:", markup=False)
     console.print(
-        f"  megacode plan {recipe} --gpus {machine.devices} --device {machine.device} {settings}\n", soft_wrap=True
-    )
+        f"  megacode plan {shlex.quote(recipe)} --gpus {machine.devices} --device {machine.device} {settings}\n",
+        soft_wrap=True, markup=False,
+    )  # fmt: skip

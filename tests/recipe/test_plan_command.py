@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -80,3 +81,22 @@ def test_ramps_and_given_weights_show(write, capsys):
     run(path, "--set", "phases.first.mixture.sources.docs={shape: linear, start: 2, end: 1}")
     out = capsys.readouterr().out
     assert "2 → 1" in out and "2.3 → 1.3" in out and "86.96 % → 76.92 %" in out
+
+
+def test_what_a_suggestion_prints_can_be_typed_and_keeps_what_it_was_for(capsys):
+    recipe = ROOT / "recipes/crystal-7b.yaml"
+    run(
+        recipe,
+        "--gpus",
+        8,
+        "--device",
+        "h100",
+        "--suggest",
+        "--set",
+        "precision={compute: fp8, fp8_recipe: tensorwise}",
+    )
+    command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  megacode plan"))
+    program, verb, *arguments = shlex.split(command)
+    assert (program, verb) == ("megacode", "plan") and "precision={compute: fp8, fp8_recipe: tensorwise}" in arguments
+    run(*arguments)
+    assert "fp8" in capsys.readouterr().out

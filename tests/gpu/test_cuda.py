@@ -1,5 +1,5 @@
-"""On CUDA: Transformer Engine's layers are the same model as the local ones, checkpoints cross between CPU and CUDA, FP8
-trains; on two devices, layouts agree over NCCL. Skipped without a CUDA device, or without a second one."""
+"""On CUDA: Transformer Engine's layers are the same model as the local ones, checkpoints cross between CPU and CUDA, lower
+precisions follow fp32. Skipped without a CUDA device."""
 
 from __future__ import annotations
 
@@ -14,31 +14,14 @@ import torch
 import yaml
 
 from megacode.recipe.hardware import Hardware
-from megacode.recipe.schema import LearningRate, Mixture, Model, Parallel, Phase, Precision, Recipe
+from megacode.recipe.schema import Model, Precision, Recipe
 from megacode.runtime.hardware import detect
 from tests.e2e.conftest import corpora, megacode, recipe, steps_of  # noqa: F401  # fixtures
-from tests.gpu.common import LOW_RATE, PHASES, train
+from tests.gpu.common import LENGTH, LOW_RATE, NARROW, VOCAB, WIDE, engine_or_skip, settings, train
 from tests.processes import run_on
 
+FP32 = Precision(compute="fp32")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
-VOCAB, LENGTH = 1000, 64
-
-
-def engine_or_skip() -> None:
-    pytest.importorskip("transformer_engine.pytorch")
-
-
-def small(model: Model, precision: Precision | None = None) -> Recipe:
-    phase = Phase(
-        name="p", steps=1, batch_size=4, sequence_length=LENGTH, mixture=Mixture(sources={"a": 1.0}),
-        learning_rate=LearningRate(peak=1e-3),
-    )  # fmt: skip
-    return Recipe(
-        name="t", model=model, sources={}, phases=[phase], precision=precision or Precision(compute="fp32"),
-        parallel=Parallel(micro_batch_size=2),
-    )  # fmt: skip
-
-
 MODELS = {
     "llama": Model(layers=2, hidden_size=128, heads=4, kv_heads=2),
     "crystal": Model(layers=2, hidden_size=128, heads=4, normalization="layernorm", linear_bias=True,
@@ -52,10 +35,10 @@ def local_hardware() -> Hardware:
     return dataclasses.replace(detect(), engine=None)
 
 
-def build_local(settings: Recipe, vocab_size: int) -> list:
+def build_local(recipe_of_one: Recipe, vocab_size: int) -> list:
     from megacode.model.gpt import build_model
 
-    return build_model(settings, vocab_size, hardware=local_hardware())
+    return build_model(recipe_of_one, vocab_size, hardware=local_hardware())
 
 
 def under_local_layers(function, *arguments):
@@ -85,8 +68,8 @@ def logits_of_both_specs(world, model: Model, folder: str) -> tuple[np.ndarray, 
     torch.backends.cuda.matmul.allow_tf32 = False
     tokens = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1)).cuda()
     positions = torch.arange(LENGTH, device="cuda").expand(2, -1)
-    engine = build_model(small(model), VOCAB)
-    local = build_local(small(model), VOCAB)
+    engine = build_model(settings(model, FP32), VOCAB)
+    local = build_local(settings(model, FP32), VOCAB)
     assert {type(m).__name__ for m in engine[0].modules()} != {type(m).__name__ for m in local[0].modules()}
     with torch.no_grad():  # biases and norms start at 0 and 1, where a mix-up would not show
         for parameter in engine[0].parameters():
@@ -130,9 +113,6 @@ def test_a_checkpoint_made_on_cpu_continues_on_cuda_and_back(
     np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-3 if precision == "fp32" else 1e-2)
 
 
-NARROW = ("model.hidden_size=128", "model.vocab_size=304", "model.ffn_size=256")
-
-
 @pytest.fixture(scope="module")
 def in_fp32(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """A folder with two runs: `start`, whose weights others begin from, and `full`, that began from them."""
@@ -165,12 +145,12 @@ def packed_and_masked(world, folder: str) -> tuple[list[float], list[float], lis
     bounded = make_batch(windows, stream, positions, eod_id=2, reset_at_eod=True)
     plain = make_batch(windows, stream, positions)
 
-    def sums(chunks, batch, settings) -> list[float]:
+    def sums(chunks, batch, run) -> list[float]:
         with torch.no_grad():
-            return forward_backward(chunks, [batch], 2, settings, world, forward_only=True)[0].tolist()
+            return forward_backward(chunks, [batch], 2, run, world, forward_only=True)[0].tolist()
 
     strong = MODELS["llama"].model_copy(update={"init_std": 0.2})  # so that what a token may look at matters
-    half, full = small(strong, Precision(compute="bf16")), small(strong)
+    half, full = settings(strong, Precision(compute="bf16")), settings(strong, FP32)
     engine = build_model(half, VOCAB)
     packed = sums(engine, bounded, half)
     local = build_local(full, VOCAB)
@@ -185,115 +165,13 @@ def test_document_boundaries_as_packed_sequences_equal_the_mask(tmp_path: Path) 
     assert np.abs(np.subtract(packed, masked)).max() < np.abs(np.subtract(plain, masked)).max()
 
 
-# ------------------------------------------------------------------------------------------------------- two devices
-
-two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-
-
-def train_on_two(recipe_path: Path, run: Path, *changes: str) -> None:
-    megacode("train", recipe_path, "--run", run, "--processes", 2, *(p for c in changes for p in ("--set", c)))
-
-
-def one_device_and(recipe_path: Path, folder: Path, *changes: str) -> list[str]:
-    """Train on one device, from initial weights that a run of two steps at rate ~0 left; the changes of a run to compare."""
-    still = [f"{phase}.{key}" for phase in PHASES for key in ("steps=1", "learning_rate.peak=1e-30")]
-    train(recipe_path, folder / "start", *changes, *still, "optimizer.weight_decay=0")
-    shared = [*changes, f"initialize_from={folder / 'start'}"]
-    train(recipe_path, folder / "one", *shared)
-    return shared
-
-
-@two_devices
-@pytest.mark.parametrize(
-    "layout",
-    [
-        ["parallel.tensor=2"],
-        ["parallel.tensor=2", "parallel.sequence=true"],
-        ["parallel.tensor=2", "parallel.sequence=true", "parallel.overlap.tensor=false"],
-        ["parallel.pipeline=2"],
-        [],
-        ["parallel.distributed_optimizer=false"],
-    ],
-    ids=["tp2", "sequence parallel, userbuffers", "sequence parallel", "pp2", "dp2 distributed optimizer", "dp2"],
-)
-def test_layouts_on_two_devices_agree_with_one(layout: list[str], recipe: Path, tmp_path: Path) -> None:  # noqa: F811
-    shared = one_device_and(recipe, tmp_path, *NARROW, *LOW_RATE)
-    train_on_two(recipe, tmp_path / "two", *shared, *layout)
-    one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
-    assert two.batches == one.batches
-    assert len(two.losses) == 20 and two.losses[-1] < 0.99 * two.losses[0], "the model does not learn"
-    # fp32, but Transformer Engine may multiply it as TF32, and parts of a matrix round otherwise than the whole.
-    np.testing.assert_allclose(two.losses, one.losses, rtol=1e-3)
-    np.testing.assert_allclose(two.norms, one.norms, rtol=2e-2)
-
-
-@two_devices
-def test_saves_change_nothing_in_a_run_with_fp8_parameters(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
-    """They gather weights outside a training step; their copies for the backward pass must follow (`step.gathered_weights`)."""
-    engine_or_skip()
-    in_fp8 = "precision={compute: fp8, fp8_recipe: tensorwise, fp8_params: true}"
-    for every in (1, 1000):
-        train_on_two(recipe, tmp_path / str(every), *NARROW, *LOW_RATE, in_fp8, f"checkpoints.every={every}")
-    often, seldom = steps_of(tmp_path / "1"), steps_of(tmp_path / "1000")
-    np.testing.assert_allclose(often.losses, seldom.losses, rtol=1e-4)
-    np.testing.assert_allclose(often.norms, seldom.norms, rtol=2e-3)
-
-
-@two_devices
-def test_context_parallel_trains_as_one_device_does(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
-    """In bf16: Transformer Engine's context parallel attention is flash or fused attention, which know no fp32."""
-    engine_or_skip()
-    lengths = [f"{phase}.sequence_length=128" for phase in PHASES]
-    shared = one_device_and(recipe, tmp_path, *NARROW, *LOW_RATE, *lengths, "precision=bf16")
-    train_on_two(recipe, tmp_path / "two", *shared, "parallel.context=2")
-    one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
-    assert two.batches == one.batches
-    assert len(two.losses) == 20 and two.losses[-1] < 0.99 * two.losses[0], "the model does not learn"
-    np.testing.assert_allclose(two.losses, one.losses, rtol=1e-3)
-    np.testing.assert_allclose(two.norms, one.norms, rtol=2e-2)
-
-
-def losses_by_sample(world, folder: str) -> tuple[list[float], list[float], list[float]]:
-    """Loss sums and label counts of four samples, over all context-parallel ranks, from the checkpoint in `folder` (made where
-    there is none); and the sums once more with the first half of every sample changed."""
-    from megacode.data.batch import make_batch
-    from megacode.model.gpt import build_model
-    from megacode.recipe.schema import Checkpoints
-    from megacode.train.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
-    from megacode.train.step import forward_backward
-
-    strong = MODELS["llama"].model_copy(update={"init_std": 0.2})  # so that what a token may look at matters
-    settings = small(strong, Precision(compute="bf16"))
-    settings = settings.model_copy(update={"parallel": Parallel(context=world.context_size, micro_batch_size=4)})
-    chunks = build_model(settings, VOCAB)
-    if (Path(folder) / "latest").exists():
-        load_checkpoint(find_checkpoint(folder), chunks, None)
-    else:
-        Checkpointer(Path(folder), Checkpoints(asynchronous=False)).save(0, chunks, None, {}, "")
-    windows = torch.randint(3, VOCAB, (4, LENGTH + 1), generator=torch.Generator().manual_seed(3)).numpy()
-    changed = windows.copy()
-    changed[:, : LENGTH // 2] = windows[::-1, : LENGTH // 2]
-    out = []
-    for rows in (windows, changed):
-        # The loss of the second half only: there, both ranks have a quarter that looks back at the other one's keys.
-        batch = make_batch(rows, np.arange(4, dtype=np.int32), np.arange(4))
-        batch.loss_mask[:, : LENGTH // 2] = 0
-        with torch.no_grad():
-            sums = forward_backward(chunks, [batch], 4, settings, world, forward_only=True)
-        torch.distributed.all_reduce(sums)
-        out.append(sums.tolist())
-    return out[0][0], out[0][1], out[1][0]
-
-
-@two_devices
-def test_context_parallel_attention_looks_at_the_whole_sample(tmp_path: Path) -> None:
-    engine_or_skip()
-    ((one, counts, changed),) = run_on(1, losses_by_sample, str(tmp_path))
-    first, second = run_on(2, losses_by_sample, str(tmp_path), parallel=Parallel(context=2))
-    assert first == second and first[1] == counts == [LENGTH / 2] * 4
-    np.testing.assert_allclose(first[0], one, rtol=1e-2)
-    np.testing.assert_allclose(first[2], changed, rtol=1e-2)
-    off = np.abs(np.subtract(first[0], one)).max()
-    assert off < 0.2 * np.abs(np.subtract(changed, one)).max(), (
-        "what stands in the other half must matter more than rounding"
-    )
+def test_cuda_and_gloo_read_the_same_batches(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    alone = {"CUDA_VISIBLE_DEVICES": ""}
+    train(recipe, tmp_path / "start", *WIDE, "precision=fp32", "phases.first.steps=1", "phases.second.steps=1", **alone)
+    begin = f"initialize_from={tmp_path / 'start'}"  # the two kinds of devices draw different weights
+    changes = [p for c in (*WIDE, *LOW_RATE, "precision=fp32", begin) for p in ("--set", c)]
+    megacode("train", recipe, "--run", tmp_path / "cpu", "--processes", 2, *changes, **alone)
+    megacode("train", recipe, "--run", tmp_path / "cuda", *changes)
+    cpu, cuda = steps_of(tmp_path / "cpu"), steps_of(tmp_path / "cuda")
+    assert cuda.batches == cpu.batches
+    np.testing.assert_allclose(cuda.losses, cpu.losses, rtol=1e-3)

@@ -1,25 +1,21 @@
-"""One set of weights, as the CPU's local layers see it in fp32 and as CUDA sees it in every precision; FP8's curves, resume
+"""One set of weights, as the CPU's local layers see it in fp32 and as CUDA sees it in every precision; FP8's curves
 and drift."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megacode.recipe.hardware import fp8_refusal
-from megacode.recipe.schema import LearningRate, Mixture, Model, Parallel, Phase, Precision, Recipe
-from megacode.runtime.hardware import detect
+from megacode.recipe.schema import Model, Precision
 from tests.e2e.conftest import corpora, megacode, recipe, steps_of  # noqa: F401  # fixtures
-from tests.gpu.common import LOW_RATE, train
+from tests.gpu.common import LENGTH, LOW_RATE, VOCAB, WIDE, fp8_or_skip, settings, train
 from tests.processes import run_on
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
-VOCAB, LENGTH = 1000, 64
 FP8 = ("delayed", "tensorwise", "blockwise", "mxfp8")
 MODELS = {
     "llama": Model(layers=4, hidden_size=256, heads=4, kv_heads=2, ffn_size=682),
@@ -33,21 +29,6 @@ MODELS = {
 # Largest difference of the logits from fp32's, in root mean squares of these. fp32 on CUDA may multiply as TF32 (10 bits);
 # bf16 has 8 bits, e4m3 has 4.
 TOLERANCE = {"fp32": 5e-3, "bf16": 3e-2, "fp8": 0.15}
-
-
-def needs_fp8(kind: str) -> None:
-    if why := fp8_refusal(kind, detect()):
-        pytest.skip(why)
-
-
-def settings(model: Model, precision: Precision) -> Recipe:
-    phase = Phase(
-        name="p", steps=1, batch_size=4, sequence_length=LENGTH, mixture=Mixture(sources={"a": 1.0}),
-        learning_rate=LearningRate(peak=1e-3),
-    )  # fmt: skip
-    return Recipe(
-        name="t", model=model, sources={}, phases=[phase], precision=precision, parallel=Parallel(micro_batch_size=2)
-    )
 
 
 def logits(world, models: dict[str, Model], precision: Precision, folder: str) -> dict[str, np.ndarray]:
@@ -89,7 +70,7 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, np.
 def test_cuda_computes_what_the_cpu_computes(compute: str, on_cpu: tuple[str, dict[str, np.ndarray]]) -> None:
     precision = Precision(compute=compute) if compute in TOLERANCE else Precision(compute="fp8", fp8_recipe=compute)
     if compute in FP8:
-        needs_fp8(compute)
+        fp8_or_skip(compute)
     folder, expectations = on_cpu
     (on_cuda,) = run_on(1, logits, MODELS, precision, folder)
     found = {}
@@ -103,7 +84,6 @@ def test_cuda_computes_what_the_cpu_computes(compute: str, on_cpu: tuple[str, di
 
 # --------------------------------------------------------------------------------------------------------- training
 
-SIZES = ("model.hidden_size=256", "model.vocab_size=304", "model.ffn_size=512")
 HUNDRED = (
     "phases.first.steps=40", "phases.second.steps=60", "phases.first.learning_rate.decay_steps=100",
     "checkpoints.every=1000", *LOW_RATE,
@@ -117,17 +97,17 @@ def smooth(losses: list[float], over: int = 10) -> np.ndarray:
 @pytest.fixture(scope="module")
 def hundred_in_bf16(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     run = tmp_path_factory.mktemp("hundred") / "bf16"
-    train(recipe, run, *SIZES, *HUNDRED, "precision=bf16")
+    train(recipe, run, *WIDE, *HUNDRED, "precision=bf16")
     return run
 
 
 @pytest.mark.parametrize("kind", FP8)
 def test_a_hundred_steps_in_fp8_follow_bf16(kind: str, hundred_in_bf16: Path, recipe: Path, tmp_path: Path) -> None:  # noqa: F811
     """Means over ten steps within 1 %, and what the run itself reports as drift, too."""
-    needs_fp8(kind)
+    fp8_or_skip(kind)
     run = tmp_path / kind
     precision = f"precision={{compute: fp8, fp8_recipe: {kind}, compare_every: 20}}"
-    train(recipe, run, *SIZES, *HUNDRED, precision)
+    train(recipe, run, *WIDE, *HUNDRED, precision)
     bf16, fp8 = steps_of(hundred_in_bf16), steps_of(run)
     assert fp8.batches == bf16.batches
     apart = np.abs(smooth(fp8.losses) / smooth(bf16.losses) - 1)
@@ -137,54 +117,3 @@ def test_a_hundred_steps_in_fp8_follow_bf16(kind: str, hundred_in_bf16: Path, re
     assert apart.max() < 0.01
     assert list(drift) == [20, 40, 60, 80, 100] and max(map(abs, drift.values())) < 0.01
     assert any(value != 0 for value in drift.values()), "the comparison was not in another precision"
-
-
-@pytest.mark.parametrize("kind", ["delayed", "tensorwise"])
-def test_a_resumed_fp8_run_goes_on_as_if_not_stopped(kind: str, recipe: Path, tmp_path: Path) -> None:  # noqa: F811
-    """The scales of `delayed` come from maxima of earlier steps: they are in the checkpoint, or step 9 would differ by 8e-4."""
-    needs_fp8(kind)
-    precision = f"precision={{compute: fp8, fp8_recipe: {kind}, fp8_amax_history: 16}}"
-    changes = (*SIZES, *LOW_RATE, precision, "checkpoints.every=4")
-    same = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    train(recipe, straight, *changes, **same)
-    sets = [p for c in changes for p in ("--set", c)]
-    megacode("train", recipe, "--run", stopped, "--until-phase", "first", *sets, **same)
-    train(recipe, stopped, *changes, **same)
-    expected, got = steps_of(straight), steps_of(stopped)
-    assert got.batches == expected.batches
-    np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-3)
-    np.testing.assert_allclose(got.losses[:10], expected.losses[:10], rtol=1e-4)
-
-
-def test_fp8_parameters_train_as_fp8_products_do(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Their checkpoint holds 16-bit weights: the run goes on from it, with FP8 parameters or in bf16."""
-    needs_fp8("tensorwise")
-    in_fp8, products = (
-        f"precision={{compute: fp8, fp8_recipe: tensorwise, fp8_params: {params}}}" for params in ("true", "false")
-    )
-    changes = (*SIZES, *LOW_RATE)
-    train(recipe, tmp_path / "parameters", *changes, in_fp8)
-    train(recipe, tmp_path / "products", *changes, products)
-    sets = [p for c in (*changes, in_fp8) for p in ("--set", c)]
-    megacode("train", recipe, "--run", tmp_path / "stopped", "--until-phase", "first", *sets)
-    shutil.copytree(tmp_path / "stopped", tmp_path / "bf16")
-    train(recipe, tmp_path / "stopped", *changes, in_fp8)
-    train(recipe, tmp_path / "bf16", *changes, "precision=bf16")
-    expected = steps_of(tmp_path / "parameters").losses
-    for name in ("products", "stopped", "bf16"):
-        np.testing.assert_allclose(steps_of(tmp_path / name).losses, expected, rtol=2e-3, err_msg=name)
-
-
-def test_cuda_and_gloo_read_the_same_batches(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
-    alone = {"CUDA_VISIBLE_DEVICES": ""}
-    train(
-        recipe, tmp_path / "start", *SIZES, "precision=fp32", "phases.first.steps=1", "phases.second.steps=1", **alone
-    )
-    begin = f"initialize_from={tmp_path / 'start'}"  # the two kinds of devices draw different weights
-    changes = [p for c in (*SIZES, *LOW_RATE, "precision=fp32", begin) for p in ("--set", c)]
-    megacode("train", recipe, "--run", tmp_path / "cpu", "--processes", 2, *changes, **alone)
-    megacode("train", recipe, "--run", tmp_path / "cuda", *changes)
-    cpu, cuda = steps_of(tmp_path / "cpu"), steps_of(tmp_path / "cuda")
-    assert cuda.batches == cpu.batches
-    np.testing.assert_allclose(cuda.losses, cpu.losses, rtol=1e-3)

@@ -13,18 +13,12 @@ import pytest
 import torch
 
 from megacode.recipe.schema import Fusion, Model, Precision, Recipe
-from megacode.runtime.hardware import detect
 from tests.e2e.conftest import Steps, corpora, megacode, recipe, steps_of  # noqa: F401  # fixtures
-from tests.gpu.common import LOW_RATE, train
-from tests.gpu.test_precisions import LENGTH, MODELS, SIZES, VOCAB, settings
+from tests.gpu.common import LENGTH, LOW_RATE, VOCAB, WIDE, engine_or_skip, options, settings, train
+from tests.gpu.test_precisions import MODELS
 from tests.processes import run_on
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
-
-
-def engine_or_skip() -> None:
-    if detect().engine is None:
-        pytest.skip("needs Transformer Engine")
 
 
 def made_ready(run: Recipe, world) -> tuple[list, object, list]:
@@ -94,7 +88,7 @@ def test_accumulating_in_products_gives_the_same_gradients(model: str) -> None:
         assert np.abs(fused[name] - expected).max() <= 0.02 * scale, name
 
 
-BF16 = (*SIZES, *LOW_RATE, "precision=bf16")
+BF16 = (*WIDE, *LOW_RATE, "precision=bf16")
 SAME = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
 
 
@@ -131,7 +125,7 @@ def test_a_precision_aware_optimizer_changes_no_weight_and_resumes(
     whole master weights: a run goes on from it with either optimizer."""
     aware = (*BF16, "optimizer.megatron.use_precision_aware_optimizer=true")
     train(recipe, tmp_path / "aware", *aware, **SAME)
-    sets = [p for c in aware for p in ("--set", c)]
+    sets = options(aware)
     megacode("train", recipe, "--run", tmp_path / "stopped", "--until-phase", "first", *sets, **SAME)
     shutil.copytree(tmp_path / "stopped", tmp_path / "other")
     train(recipe, tmp_path / "stopped", *aware, **SAME)
@@ -143,7 +137,7 @@ def test_a_precision_aware_optimizer_changes_no_weight_and_resumes(
 
 
 def test_a_profile_names_the_kernels(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
-    changes = [p for c in (*SIZES, "precision=bf16") for p in ("--set", c)]
+    changes = options((*WIDE, "precision=bf16"))
     megacode("train", recipe, "--run", tmp_path / "run", "--profile", "5:7", *changes)
     folder = tmp_path / "run" / "profile" / "steps-5-7"
     assert (folder / "rank-0.json.gz").stat().st_size > 10_000

@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megacode.data.files import sync_folder, write_text
 from megacode.errors import UserError
 from megacode.recipe.schema import Checkpoints
-from megacode.runtime.apart import shared_queue
+from megacode.runtime.apart import ApartQueue
 from megacode.train.checkpoint_files import (
     INFO,
     LATEST,
@@ -284,7 +284,7 @@ def _results_outlive_signals() -> None:
     """Give Megatron-Core's writers a queue for their results that outlives a signal to the whole job: the one it would make
     itself ends with it, and the save that the signal asked for fails."""
     if getattr(filesystem_async, "_results_queue", "unknown") is None:
-        filesystem_async._results_queue = shared_queue()
+        filesystem_async._results_queue = ApartQueue()
 
 
 def _agreed(text: str) -> str:

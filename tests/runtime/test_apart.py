@@ -1,0 +1,46 @@
+"""The queue through which checkpoint writers report."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from megacode.runtime.apart import ApartQueue
+
+
+@dataclass(frozen=True)
+class Result:
+    rank: int
+
+
+def test_what_a_forked_copy_puts_arrives_in_order() -> None:
+    results = ApartQueue()
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+    for rank in range(2):
+        writer = multiprocessing.get_context("fork").Process(target=results.put, args=(Result(rank),))
+        writer.start()
+        writer.join(30)
+    assert [results.get_nowait(), results.get_nowait()] == [Result(0), Result(1)]
+
+
+def test_its_process_outlives_signals_and_imports_nothing_of_the_results() -> None:
+    results = ApartQueue()
+    process = results._manager._process  # type: ignore[attr-defined]
+    results.put(torch.Size([2, 3]))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(process.pid, number)
+    time.sleep(0.2)
+    assert process.is_alive()
+    mapped = Path(f"/proc/{process.pid}/maps")
+    if mapped.exists():
+        assert "torch" not in mapped.read_text()
+    assert results.get_nowait() == torch.Size([2, 3])

@@ -91,7 +91,10 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     if rank is None and args.processes:
         among = _rendezvous()
-        check_layout(recipe, args.processes * (among.launchers if among else 1), Path(args.recipe))
+        processes = args.processes * (among.launchers if among else 1)
+        check_layout(recipe, processes, Path(args.recipe))
+        if profile:
+            profile.check(0, until, processes)
         return _launch(args, folder, among)
     return _train(plan, folder, restart, until, args.logs, profile)
 
@@ -151,6 +154,8 @@ def _train(  # type: ignore[no-untyped-def]  # Plan
     recipe = plan.recipe
     place = read_launch()
     check_layout(recipe, place.world_size)
+    if profile:
+        profile.check(0, until, place.world_size)
     held = lock.take(folder) if place.rank == 0 else None
     try:
         if restart and held:

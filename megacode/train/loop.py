@@ -77,12 +77,14 @@ def train(
     """
     recipe = plan.recipe
     resume = checkpoint_to_resume(run, plan)
+    done = int(resume[1]["step"]) if resume else 0
+    end = plan.total_steps if until is None else until
+    if profile:
+        profile.check(done, end, world.size)
     if world.is_main:
         remove_unfinished(run / "checkpoints")
         write_start(run, plan, world, vocab_size)
-    reports = StepReports.open(
-        plan, run, world, first_step=int(resume[1]["step"]) if resume else 0, vocab_size=vocab_size
-    )
+    reports = StepReports.open(plan, run, world, first_step=done, vocab_size=vocab_size)
 
     hardware = detect()
     config = transformer_config(recipe, hardware, world.data_size)
@@ -110,15 +112,15 @@ def train(
             profiler=Profiler(profile, run / "profile", world, reports.say),
             vocab_size=vocab_size,
         )
-        first = _restore(trainer, resume)
+        _restore(trainer, resume)
         mixture = Mixture(plan, open_sources(plan))
-        stream = batches(mixture, rank=world.data_rank, world=world.data_size, first_step=first, tokenizer=tokenizer)
+        stream = batches(mixture, rank=world.data_rank, world=world.data_size, first_step=done, tokenizer=tokenizer)
         held.enter_context(contextlib.closing(stream))
         stop = held.enter_context(StopRequest())
         held.enter_context(reports)
         held.enter_context(contextlib.closing(trainer.profiler))
         held.enter_context(garbage.held_off())
-        return _loop(trainer, stream, first, plan.total_steps if until is None else until, stop)
+        return _loop(trainer, stream, done, end, stop)
 
 
 def _loop(trainer: Trainer, stream: Iterator[StepBatch], first: int, until: int, stop: StopRequest) -> int:
@@ -187,8 +189,8 @@ def _due(done: int, every: int | None) -> bool:
     return bool(every) and done % every == 0
 
 
-def _restore(trainer: Trainer, resume: tuple[Path, dict[str, Any]] | None) -> int:
-    """Load what the run starts from; the number of steps already done."""
+def _restore(trainer: Trainer, resume: tuple[Path, dict[str, Any]] | None) -> None:
+    """Load what the run starts from."""
     recipe = trainer.plan.recipe
     if resume:
         checkpoint, info = resume
@@ -199,15 +201,13 @@ def _restore(trainer: Trainer, resume: tuple[Path, dict[str, Any]] | None) -> in
             )
         load_checkpoint(checkpoint, trainer.chunks, trainer.optimizer)
         trainer.reports.resumed(checkpoint, int(info["step"]))
-        return int(info["step"])
-    if recipe.initialize_from:
+    elif recipe.initialize_from:
         checkpoint = find_checkpoint(recipe.initialize_from)
         load_checkpoint(checkpoint, trainer.chunks, None)
         trainer.optimizer.reload_model_params()
         trainer.reports.initialized(checkpoint)
     else:
         trainer.reports.started()
-    return 0
 
 
 def _save(trainer: Trainer, done: int) -> None:

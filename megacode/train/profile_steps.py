@@ -31,3 +31,22 @@ class ProfileSteps:
         if not re.fullmatch(r"\d+(,\d+)*", ranks):
             raise UserError(f"--profile-ranks: expected ranks such as 0,3 or `all`, not {ranks!r}")
         return cls(int(match[1]), int(match[2]), frozenset(map(int, ranks.split(","))))
+
+    def check(self, done: int, until: int, processes: int) -> None:
+        """Whether a start that goes on after `done` finished steps, and ends with `until`, has these steps and ranks.
+
+        Raises:
+            UserError: it has none of the steps, or not all of the ranks.
+        """
+        asked = f"--profile {self.first}:{self.last}"
+        if self.last <= done:
+            raise UserError(
+                f"{asked}: these steps are done, and this start goes on with step {done + 1}; choose later ones"
+            )
+        if self.first > until:
+            raise UserError(f"{asked}: this start ends with step {until}; choose earlier ones")
+        if missing := sorted(rank for rank in self.ranks or () if rank >= processes):
+            raise UserError(
+                f"--profile-ranks: there is no rank {missing[0]} among {processes} process{'es' * (processes > 1)}; they count "
+                "from 0"
+            )

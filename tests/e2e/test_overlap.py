@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megacode.errors import UserError
+from megacode.train.profile_steps import ProfileSteps
 from tests.e2e.conftest import megacode, steps_of
 
 OVERLAP = ("--processes", "2", "--set", "parallel.overlap={grad_reduce: true, param_gather: true}")
@@ -60,6 +62,9 @@ def check_profile(folder: Path) -> None:
         (("--profile", "5:4"), "--profile: expected FIRST:LAST"),
         (("--profile", "0:4"), "counted from 1"),
         (("--profile", "1:4", "--profile-ranks", "x"), "--profile-ranks: expected ranks such as 0,3 or `all`"),
+        (("--profile", "1:4", "--profile-ranks", "0,1"), "--profile-ranks: there is no rank 1 among 1 process"),
+        (("--profile", "21:24"), "--profile 21:24: this start ends with step 20"),
+        (("--profile", "9:12", "--until-phase", "first"), "--profile 9:12: this start ends with step 8"),
     ],
 )
 def test_profiles_that_cannot_be_are_a_sentence(
@@ -70,3 +75,9 @@ def test_profiles_that_cannot_be_are_a_sentence(
     assert main(["train", str(recipe), "--run", str(tmp_path / "run"), *arguments]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_steps_that_are_done_are_not_profiled_in_silence() -> None:
+    ProfileSteps(8, 9).check(done=8, until=20, processes=1)
+    with pytest.raises(UserError, match="7:8: these steps are done, and this start goes on with step 9"):
+        ProfileSteps(7, 8).check(done=8, until=20, processes=1)

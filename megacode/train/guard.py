@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_ONE_PRESS = 1.0
+"""Seconds in which several SIGINTs are one Ctrl-C: a terminal sends it to every process, and a launcher hands it on."""
 
 
 class StopRequest:
@@ -22,6 +25,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: int = 0
+        self._when = 0.0
         self._group = torch.distributed.new_group(backend="gloo")
         self._alone = torch.distributed.get_world_size() == 1
         self._exchange: tuple[Tensor, Any] | None = None
@@ -43,7 +47,10 @@ class StopRequest:
             self._finish()
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
+        now = time.monotonic()
+        if not self.received:
+            self._when = now
+        elif number == signal.SIGINT and now - self._when > _ONE_PRESS:
             raise KeyboardInterrupt  # a second Ctrl-C means now
         self.received = number
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 from tests.processes import run_on
@@ -35,5 +36,26 @@ def test_ranks_agree_a_step_later() -> None:
     assert run_on(2, answers, runs) == [expected, expected]
 
 
-def test_a_process_alone_knows_at_once() -> None:
-    assert run_on(1, answers, [{1: (0, INT)}]) == [[[0, INT, INT, INT]]]
+def interrupted(world: Any) -> tuple[list[list[int]], str]:
+    from megacode.train import guard
+
+    known = answers(world, [{1: (0, INT)}])
+    with guard.StopRequest() as stop:
+        try:
+            for _ in range(3):  # one press, as the terminal and a launcher tell of it
+                os.kill(os.getpid(), INT)
+                time.sleep(0.01)
+        except KeyboardInterrupt:
+            return known, "at once"
+        assert stop.agreed() == INT
+        time.sleep(guard._ONE_PRESS + 0.1)
+        try:
+            os.kill(os.getpid(), INT)
+            time.sleep(0.01)
+        except KeyboardInterrupt:
+            return known, "at the second press"
+    return known, "never"
+
+
+def test_a_process_alone_knows_at_once_and_a_second_press_means_now() -> None:
+    assert run_on(1, interrupted) == [([[0, INT, INT, INT]], "at the second press")]

@@ -147,13 +147,13 @@ def main() -> None:
 def _device() -> tuple[str, int, dict[str, str]]:
     """Name, bytes, and why this machine cannot train by FP8 recipes that it cannot; asked in a process of its own: this one
     takes no memory of the device."""
+    kinds = sorted({name.partition("-")[0] for name in PRECISIONS} - {"bf16"})
     ask = (
         "import json, torch\n"
         "from megacode.recipe.hardware import fp8_refusal\n"
         "from megacode.runtime.hardware import detect\n"
         "if torch.cuda.is_available():\n"
-        "    kinds = ('delayed', 'tensorwise', 'blockwise', 'mxfp8')\n"
-        "    refused = {kind: why for kind in kinds if (why := fp8_refusal(kind, detect()))}\n"
+        f"    refused = {{kind: why for kind in {kinds} if (why := fp8_refusal(kind, detect()))}}\n"
         "    print(json.dumps([torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory, refused]))"
     )
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)

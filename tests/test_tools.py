@@ -142,6 +142,19 @@ print(json.dumps(["yours", *sys.argv[1:]]))
     assert '["python", "-m", "pytest", "a"]' in (checkout / "calls").read_text()
 
 
+def test_an_active_venv_of_the_checkout_is_brought_up_to_date(checkout: Path, tmp_path: Path) -> None:
+    """Also where it is reached by another name than the tools'."""
+    (tmp_path / "link").symlink_to(checkout)
+    for name in (checkout, tmp_path / "link"):
+        (checkout / "calls").unlink(missing_ok=True)
+        environment = {**os.environ, "PATH": f"{name}/.venv/bin:{os.environ['PATH']}", "CALLS": str(checkout / "calls")}
+        done = subprocess.run([checkout / "tools/test", "a"], capture_output=True, text=True, env=environment)
+        calls = [json.loads(line) for line in (checkout / "calls").read_text().splitlines()]
+        assert installs(calls) == [".[test]"] and "Using" not in done.stderr
+        with (checkout / "tools/constraints.txt").open("a") as pins:
+            pins.write("# changed\n")
+
+
 def test_a_failed_set_up_shows_why_and_starts_nothing(checkout: Path) -> None:
     calls = checkout / "calls"
     environment = {**os.environ, "CALLS": str(calls), "BROKEN": "--editable"}

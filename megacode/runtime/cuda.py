@@ -8,7 +8,8 @@ _NORM_MARGIN = "16"
 
 
 def cuda_environment(parallel: Parallel, world_size: int, capability: tuple[int, int]) -> dict[str, str]:
-    """Variables for this layout on devices of a compute capability, as NVIDIA's published configurations have them.
+    """Variables for this layout on devices of a compute capability, as NVIDIA's published configurations have them
+    (Megatron-Bridge, `scripts/performance/perf_plugins.py`).
 
     Kernels of a process reach its device through a number of queues (8, if nothing is said). Up to Hopper, tensor- and context-
     parallel exchanges overlap with products only where they begin in the order in which the host sent them: one queue. Later

@@ -17,7 +17,7 @@ from megacode.recipe.hardware import Hardware
 from megacode.recipe.schema import Model, Precision, Recipe
 from megacode.runtime.hardware import detect
 from tests.e2e.conftest import corpora, megacode, recipe, steps_of  # noqa: F401  # fixtures
-from tests.gpu.common import LENGTH, LOW_RATE, NARROW, VOCAB, WIDE, engine_or_skip, settings, train
+from tests.gpu.common import LENGTH, LOW_RATE, NARROW, VOCAB, WIDE, engine_or_skip, options, settings, train
 from tests.processes import run_on
 
 FP32 = Precision(compute="fp32")
@@ -169,7 +169,7 @@ def test_cuda_and_gloo_read_the_same_batches(recipe: Path, tmp_path: Path) -> No
     alone = {"CUDA_VISIBLE_DEVICES": ""}
     train(recipe, tmp_path / "start", *WIDE, "precision=fp32", "phases.first.steps=1", "phases.second.steps=1", **alone)
     begin = f"initialize_from={tmp_path / 'start'}"  # the two kinds of devices draw different weights
-    changes = [p for c in (*WIDE, *LOW_RATE, "precision=fp32", begin) for p in ("--set", c)]
+    changes = options((*WIDE, *LOW_RATE, "precision=fp32", begin))
     megacode("train", recipe, "--run", tmp_path / "cpu", "--processes", 2, *changes, **alone)
     megacode("train", recipe, "--run", tmp_path / "cuda", *changes)
     cpu, cuda = steps_of(tmp_path / "cpu"), steps_of(tmp_path / "cuda")

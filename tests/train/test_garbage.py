@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import gc
+import json
+import subprocess
+import sys
 import weakref
+from pathlib import Path
+
+import pytest
 
 from megacode.train import garbage
+from tests.e2e.conftest import ROOT, corpora, recipe  # noqa: F401  # fixtures
 
 
 class Node:
@@ -42,3 +49,30 @@ def test_afterwards_python_collects_as_before() -> None:
             assert gc.get_freeze_count() == 0
         finally:
             gc.enable()
+
+
+WATCHED = """
+import gc, json, sys
+from megacode.cli import main
+from megacode.train import garbage
+
+seen = []
+def watch(phase, info):
+    if phase == "start" and gc.get_freeze_count():  # inside the loop
+        seen.append(info["generation"])
+gc.callbacks.append(watch)
+garbage.EVERY = 5
+code = main(["train", sys.argv[1], "--run", sys.argv[2]])
+print(json.dumps(seen))
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_collects_when_due_and_after_saves_and_evaluations(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    command = [sys.executable, "-c", WATCHED, recipe, tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert set(seen) == {2}, "Python began one by itself"
+    assert len(seen) >= 4 + 3 + 2  # 20 steps, saves after 8, 10 and 20, evaluations after 8 and 20; Megatron-Core's own

@@ -110,7 +110,7 @@ def test_a_signal_saves_and_the_job_starts_again(checkout: Checkout, straight: P
 
 def test_the_time_limit_saves_and_the_job_starts_again(checkout: Checkout, straight: Path) -> None:
     run = checkout.run("limited")
-    job = checkout.submit(f"sbatch {FLAGS} slurm/train.sh {slow_down(checkout, 'limited', 400)} {run}")
+    job = checkout.submit(f"sbatch {FLAGS} slurm/train.sh {slow_down(checkout, 'limited', 1600)} {run}")
     wait_for_steps(checkout, run, 1, job)
     sh(f"scontrol update JobId={job} TimeLimit=5")  # five minutes left: the script's --signal
     wait_for(lambda: "the job starts again" in checkout.log(job), 60, lambda: checkout.log(job))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ def test_the_package_named_apex_that_is_not_nvidias_is_recognised(
     result = probe(HERE["Apex (NVIDIA's)"])
     finding = doctor._package(HERE["Apex (NVIDIA's)"], result, {})
     assert finding.state == "missing" and "not NVIDIA's" in finding.found
+
+
+def test_a_package_hidden_from_this_process_is_still_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # As `megacode.runtime.cpu` hides Transformer Engine and Apex from Megatron-Core where there is no device.
+    install(monkeypatch, tmp_path, "hidden_thing", "")
+    monkeypatch.setitem(sys.modules, "hidden_thing", None)
+    assert probe(package("hidden_thing")) == Probe(None, {}, None, absent=False)
 
 
 def test_training_uses_what_megatron_core_would_take() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -31,6 +30,13 @@ class Package:
     needed: bool = False
 
 
+_ABSENT = {"absent": True}
+# Asked in the process of its own too: in this one, `megacode.runtime.cpu` may have hidden a package that is installed.
+_SEEK = """
+import importlib.util, sys
+if importlib.util.find_spec({name!r}) is None:
+    sys.exit(print('{{"absent": true}}'))
+"""
 _TORCH = """
 import json, torch
 d = torch.distributed
@@ -87,18 +93,14 @@ class Probe:
 
 def probe(package: Package, seconds: float = _SECONDS) -> Probe:
     """Look at a package without importing it here."""
-    try:
-        absent = importlib.util.find_spec(package.module.partition(".")[0]) is None
-    except (ImportError, ValueError, AttributeError):
-        absent = False
-    if absent:
+    script = package.probe.format(module=package.module) if package.probe is _IMPORT else package.probe
+    facts, error = _run_python(_SEEK.format(name=package.module.partition(".")[0]) + script, seconds)
+    if facts == _ABSENT:
         return Probe(None, {}, None, absent=True)
     try:
         version = metadata.version(package.distribution) if package.distribution else None
     except metadata.PackageNotFoundError:
         version = None
-    script = package.probe.format(module=package.module) if package.probe is _IMPORT else package.probe
-    facts, error = _run_python(script, seconds)
     return Probe(version, facts, error, absent=False)
 
 

@@ -71,14 +71,24 @@ class TokenFile:
 ENDINGS = (".json", ".idx", ".bin", ".records.npy")
 
 
+def files_of(prefix: Path) -> list[Path]:
+    """The files of a dataset that is one shard, there or not; the manifest first."""
+    return [with_ending(prefix, ending) for ending in ENDINGS]
+
+
+def shards_beside(prefix: Path) -> list[Path]:
+    """Prefixes PREFIX-00000 ... that have tokens, listed by a manifest or not."""
+    found = (path.with_suffix("") for path in prefix.parent.glob(f"{glob.escape(prefix.name)}-[0-9]*.bin"))
+    return sorted(shard for shard in found if _SHARD.fullmatch(shard.name[len(prefix.name) :]))
+
+
 def remove_dataset(prefix: Path) -> None:
     """Take a dataset with all its shards away, never leaving an index without its data or a manifest without its
     dataset."""
-    shards = [p.with_suffix("") for p in prefix.parent.glob(f"{glob.escape(prefix.name)}-[0-9]*.bin")]
+    shards = shards_beside(prefix)
     with_ending(prefix, ".json").unlink(missing_ok=True)
-    for one in (prefix, *(shard for shard in shards if _SHARD.fullmatch(shard.name[len(prefix.name) :]))):
-        for ending in ENDINGS:
-            with_ending(one, ending).unlink(missing_ok=True)
+    for path in (path for one in (prefix, *shards) for path in files_of(one)):
+        path.unlink(missing_ok=True)
 
 
 def listed_shards(prefix: Path) -> list[Path]:
@@ -96,7 +106,7 @@ def is_complete(prefix: Path) -> bool:
     if manifest is None:
         return False
     prefixes = listed_shards(prefix) or [prefix]
-    return all(with_ending(one, ending).exists() for one in prefixes for ending in ENDINGS)
+    return all(path.exists() for one in prefixes for path in files_of(one))
 
 
 def with_ending(prefix: Path, ending: str) -> Path:

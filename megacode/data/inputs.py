@@ -43,14 +43,17 @@ def find_inputs(
     the inputs that FILE lists, one a line.
 
     `auto` goes by endings. A folder whose bytes are mostly JSONL or parquet is read for those only (dataset downloads
-    come with a README); any other is a tree of plain files, each one document. Hidden files, links that lead nowhere
-    and empty folders are passed over. `include`: shell patterns on the name or on the path in the folder (`*.py`).
-    `every` (i, n): of the files found, number i, i + n, i + 2n ... (from 0). Raises UserError for an input that is not
-    there, and for none at all.
+    come with a README); any other is a tree of plain files, each one document. Links to files and folders are followed,
+    but not to a folder that is read anyway. Hidden files, links that lead nowhere and empty folders are passed over.
+    `include`: shell patterns on the name or on the path in the folder (`*.py`). `every` (i, n): of the files found,
+    number i, i + n, i + 2n ... (from 0). Raises UserError for an input that is not there or must not be read, and for
+    none at all.
     """
     found: dict[Path, InputFile] = {}
     for given in _listed(inputs):
         path = Path(given).expanduser()
+        if path.name in ("", ".."):  # the folder's name may be wanted (file.repository)
+            path = Path(os.path.abspath(path))
         if path.is_dir():
             files = _folder(path, format, include)
         elif path.is_file():
@@ -111,8 +114,32 @@ def _folder(folder: Path, format: str, include: Sequence[str]) -> list[InputFile
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for here, folders, names in os.walk(folder, followlinks=False):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    """Files in order. A linked folder is read as if it stood there, but for one that is read where it stands."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"{error.filename}: this folder cannot be read ({error.strerror}); change its rights, or name others"
+        )
+
+    followed: list[str] = []
+
+    def is_read(path: str) -> bool:
+        if not os.path.islink(path):
+            return True
+        target, root = os.path.realpath(path), os.path.realpath(folder)
+        inside = os.path.relpath(target, root).split(os.sep)
+        by_itself = inside[0] != ".." and not any(name.startswith(".") for name in inside if name != ".")
+        if by_itself or any(f"{target}{os.sep}".startswith(f"{other}{os.sep}") for other in followed):
+            return False
+        if f"{root}{os.sep}".startswith(f"{target}{os.sep}"):
+            return False
+        followed.append(target)
+        return True
+
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [
+            name for name in sorted(folders) if not name.startswith(".") and is_read(os.path.join(here, name))
+        ]
         for name in sorted(names):
             path = Path(here, name)
             if not name.startswith(".") and path.is_file():
@@ -137,4 +164,6 @@ def _file(path: Path, base: Path, format: str, explicit: bool = False) -> InputF
         form = "jsonl" if format == "jsonl" else "parquet"
     compression = _COMPRESSIONS.get(path.suffix) if form != "parquet" else None
     status = path.stat()
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: this file cannot be read; change its rights, or name others")
     return InputFile(path, form, compression, status.st_size, status.st_mtime_ns, base)  # type: ignore[arg-type]

@@ -126,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _bare(path: Path) -> Path:
     """A prefix may be given as one of its files."""
+    if not path.name or path.name == "..":
+        path = path.resolve()
     return path.with_suffix("") if path.suffix in (".bin", ".idx", ".json") else path
 
 

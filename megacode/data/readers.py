@@ -287,7 +287,7 @@ def _read_parquet(
                     yield _row(values, column, field, row, limit)
                     row += 1
             counter.at(done * share)
-    except (pyarrow.ArrowException, OSError, EOFError) as error:
+    except (pyarrow.ArrowException, KeyError, OSError, EOFError) as error:
         yield BadRecord(f"broken parquet: {str(error).splitlines()[0][:120]}", row)
 
 
@@ -298,7 +298,7 @@ def _rows(batch: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         column = batch.column(name)
         try:
             lists.append(column.to_pylist())
-        except UnicodeDecodeError:
+        except (ValueError, OverflowError):  # no UTF-8, or a time that Python cannot hold
             lists.append([_cell(value) for value in column])
     for values in zip(*lists, strict=True):
         yield dict(zip(columns, values, strict=True))
@@ -309,6 +309,17 @@ def _cell(value: Any) -> Any:
         return value.as_py()
     except UnicodeDecodeError:
         return value.as_buffer().to_pybytes()
+    except (ValueError, OverflowError):
+        return _as_text(value)
+
+
+def _as_text(value: Any) -> str | None:
+    import pyarrow
+
+    try:
+        return value.cast(pyarrow.string()).as_py()
+    except pyarrow.ArrowException:  # within a list or a struct
+        return None
 
 
 def _row(values: dict[str, Any], column: str, field: str, row: int, limit: int) -> Item:
@@ -333,7 +344,7 @@ def _read_plain(file: InputFile, counter: _Counter, limit: int) -> Iterator[Item
                 yield BadRecord("binary file", 0, harmless=True)
                 counter.at(file.size)
                 return
-            raw += stream.read(limit + 1 - len(raw))
+            raw += stream.read(max(limit + 1 - len(raw), 0))
             if len(raw) > limit:
                 pieces = iter(lambda: stream.read(_PIECE), b"")
                 yield BadRecord(_too_long(limit), 0, raw, rest=pieces)

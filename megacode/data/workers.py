@@ -12,6 +12,7 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from megacode.errors import UserError
 Message = TypeVar("Message")
 Task = TypeVar("Task")
 Context = TypeVar("Context")
+_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 Make = Callable[[Context], Callable[[Task], Iterator[Message]]]
 
 
@@ -84,12 +86,10 @@ def run_tasks(
 
 
 def _here(make: Make[Any, Any, Any], context: Any, tasks: Iterable[Any]) -> Iterator[Any]:
-    try:
+    with readable_errors():
         work = make(context)
         for task in tasks:
             yield from work(task)
-    except OSError as error:
-        raise readable(error) from None
 
 
 def _death(process: Any) -> UserError:
@@ -119,10 +119,22 @@ def _serve(connection: Connection, make: Make[Any, Any, Any], context: Any) -> N
         connection.send(("crash", traceback.format_exc()))
 
 
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """What `readable` makes of an OSError, in place of it."""
+    try:
+        yield
+    except OSError as error:
+        raise readable(error) from None
+
+
 def readable(error: OSError) -> Exception:
-    """A full disk (or quota) in the words a user needs; any other error as it is."""
+    """A full disk (or quota), a path that must not or cannot be written, in the words a user needs; any other error as it
+    is."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"the disk of the output is full{f' ({error.filename})' if error.filename else ''}; make room and run again to go on"
         )
+    if error.errno in _PATHS and error.filename:
+        return UserError(f"{error.filename}: {error.strerror}; change its rights, or choose another path")
     return error

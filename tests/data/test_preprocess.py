@@ -402,9 +402,12 @@ def _fails(how: str) -> Any:
         if task == 3:
             if how == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise {"user": UserError("a sentence"), "disk": OSError(28, "No space left", "/x"), "bug": KeyError("x")}[
-                how
-            ]
+            raise {
+                "user": UserError("a sentence"),
+                "disk": OSError(28, "No space left", "/x"),
+                "rights": PermissionError(13, "Permission denied", "/x"),
+                "bug": KeyError("x"),
+            }[how]
 
     return work
 
@@ -414,6 +417,7 @@ def _fails(how: str) -> Any:
     [
         ("user", UserError, "a sentence"),
         ("disk", UserError, r"disk of the output is full \(/x\)"),
+        ("rights", UserError, "/x: Permission denied; change its rights"),
         ("bug", RuntimeError, "KeyError: 'x'"),
         ("dies", UserError, "ended by signal 9"),
     ],

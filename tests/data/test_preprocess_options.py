@@ -103,6 +103,9 @@ def same(one: list[list[int]], other: list[list[int]]) -> bool:
         ("matches(lower(repo), 'r1$')", lambda r: r["repo"].endswith("r1")),
         ("meta.stars == None", lambda r: r["meta"]["stars"] is None),
         ("file.name == 'in.jsonl' and len(text) > 100", lambda r: len(r["text"]) > 100),
+        # A function of nothing is nothing, wherever it stands: the rest of the expression holds.
+        ("startswith(meta.stars, 'x') or meta.stars == None or len(meta.stars)", lambda r: r["meta"]["stars"] is None),
+        ("not (matches(meta.stars, 'x') or meta.stars > 3)", lambda r: (r["meta"]["stars"] or 0) <= 3),
     ],
 )  # fmt: skip
 def test_where(model: Path, corpus: Path, tmp_path: Path, expression: str, wanted: Callable[[Any], bool]) -> None:
@@ -125,6 +128,9 @@ def test_where(model: Path, corpus: Path, tmp_path: Path, expression: str, wante
         ("1 < 2", "names no field"),
         ("(x := 3)", "not understood"),
         ("f'{text}'", "not understood"),
+        ("startswith(text)", r"startswith has 1 arguments; it is startswith\(text, start\)"),
+        ("matches(path, '*.py')", r"'\*.py' is no regular expression \(nothing to repeat"),
+        ("matches(path, 3)", "3 is no regular expression"),
     ],
 )
 def test_a_wrong_condition_is_a_sentence(expression: str, expected: str) -> None:
@@ -207,6 +213,23 @@ def test_only_the_first_of_equal_texts_stays(
         assert result.counts.passed_over["duplicate"] == len(RECORDS) - len(expected)
         assert result.counts.total.bytes == sum(len(text.encode()) for text in expected)
         assert result.counts.total.documents == len(expected)
+
+
+def test_the_first_of_equal_texts_stays_whatever_dataset_it_goes_into(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = random.Random(3).choices(
+        ["a", "b", "c"], k=600
+    )  # "first" is by place in the corpus, not by the value's name
+    lines = [{"text": f"text {i // 2 if i % 3 else i % 7}", "to": value} for i, value in enumerate(values)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first = {line["text"]: line["to"] for line in reversed(lines)}
+    for name, hashes_at_a_time in (("at once", 1 << 25), ("in ranges", 100)):
+        monkeypatch.setattr(order, "_SORTED_HASHES", hashes_at_a_time)
+        make(model, tmp_path / "in.jsonl", tmp_path / name / "{value}", split_by="to", deduplicate=True)
+        for value in "abc":
+            expected = [text for text in dict.fromkeys(line["text"] for line in lines) if first[text] == value]
+            assert read(tmp_path / name / value) == encoded(model, expected)
 
 
 def test_a_shuffle_is_a_permutation_that_depends_on_the_seed_alone(

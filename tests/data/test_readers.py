@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -186,6 +187,23 @@ def test_parquet_with_nested_null_binary_and_row_groups(tmp_path: Path) -> None:
     assert bad(one(path))[0][1].startswith("broken parquet")
 
 
+def test_parquet_with_cells_that_python_has_no_value_for(tmp_path: Path) -> None:
+    times = pyarrow.array([1, None, 10**18 + 1], pyarrow.timestamp("ns"))  # with nanoseconds, beside a datetime
+    far = pyarrow.array([0, 10**14, 10**14], pyarrow.timestamp("s"))  # beyond the year 9999
+    table = pyarrow.table({"text": ["a", "b", "c"], "ns": times, "far": far})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    items = list(read_input(one(tmp_path / "a.parquet"), columns=["ns", "far"]))
+    assert [item.text for item in items] == ["a", "b", "c"]
+    assert [str(item.values["ns"])[:10] for item in items] == ["1970-01-01", "None", "2001-09-09"]
+    assert "100000000000000" in items[2].values["far"]
+
+
+def test_parquet_with_two_columns_of_one_name_is_broken(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert bad(one(tmp_path / "a.parquet"))[0][1].startswith("broken parquet")
+
+
 def test_plain_files(tmp_path: Path) -> None:
     contents = {
         "a.py": b"x = 1\r\n",
@@ -229,6 +247,41 @@ def test_a_repository_is_a_tree_of_files_even_with_a_little_data_in_it(tmp_path:
     assert names(find_inputs([tmp_path], include=["*.py"])) == [("main.py", "file")]
     assert names(find_inputs([tmp_path], include=["src/*"])) == [("main.py", "file")]
     assert names(find_inputs([tmp_path], "jsonl")) == [("package.json", "jsonl"), ("sample.jsonl", "jsonl")]
+
+
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    tree, elsewhere = tmp_path / "tree", tmp_path / "elsewhere"
+    for path in (tree / "real" / "a.txt", elsewhere / "b.txt", tree / ".hidden" / "c.txt", tmp_path / "alone.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    (elsewhere / "round").symlink_to(elsewhere)
+    for name, target in {
+        "again": "real", "other": elsewhere, "other again": elsewhere, "up": "..", "self": ".", "seen": ".hidden",
+        "alone": tmp_path / "alone.txt", "nowhere": "nothing",
+    }.items():  # fmt: skip
+        (tree / name).symlink_to(target)
+    found = [file.path.relative_to(tree).as_posix() for file in find_inputs([tree], "files")]
+    assert found == ["alone", "other/b.txt", "real/a.txt", "seen/c.txt"]
+
+
+def test_what_must_not_be_read_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in" / "closed").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_text("a")
+    (tmp_path / "in" / "closed" / "b.txt").write_text("b")
+    scandir, access = os.scandir, os.access
+
+    def closed(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:  # the tests may run as root, for whom nothing is closed
+        patch.setattr(os, "scandir", closed)
+        with pytest.raises(UserError, match=r"closed: this folder cannot be read \(Permission denied\)"):
+            find_inputs([tmp_path / "in"])
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not str(path).endswith("b.txt"))
+    with pytest.raises(UserError, match=r"b\.txt: this file cannot be read"):
+        find_inputs([tmp_path / "in"])
 
 
 def test_globs_are_sorted_and_nothing_is_read_twice(tmp_path: Path) -> None:

@@ -133,12 +133,16 @@ def run(args: argparse.Namespace) -> int:
     section = schema.Tokenizer(
         path=args.tokenizer, kind=args.tokenizer_kind, added_tokens=added, bos=args.bos, eod=args.eod
     )
+    output = _prefix(args.output, "--output")
+    held_out = args.validation_output and _prefix(args.validation_output, "--validation-output")
+    if held_out and os.path.abspath(held_out) == os.path.abspath(output):
+        raise UserError(f"--validation-output {held_out}: is --output too; choose another")
     request = Request(
         inputs=tuple(args.inputs),
         tokenizer=section,
-        output=_prefix(args.output),
+        output=output,
         validation=args.validation,
-        validation_output=args.validation_output and _prefix(args.validation_output),
+        validation_output=held_out,
         text_field=args.text_field,
         format=args.format,
         include=tuple(args.include),
@@ -339,6 +343,10 @@ def parse_size(text: str, option: str) -> int:
     return size
 
 
-def _prefix(path: Path) -> Path:
+def _prefix(path: Path, option: str) -> Path:
     """A prefix may be given as one of its files."""
+    if not path.name or path.name == "..":
+        raise UserError(f"{option} {path}: expected a prefix of file names, {path / 'corpus'} say")
+    if "{value}" in str(path.parent):
+        raise UserError(f"{option} {path}: {{value}} may stand in the name only, {path.parent.parent / '{value}'} say")
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path

@@ -2,12 +2,13 @@
 
 The grammar is Python's, cut down to comparisons, `and`, `or`, `not`, `in`, constants, lists, and the functions below.
 A name is a field, dots reach into nested ones: `meta.stars >= 10 and license in ("mit", "apache-2.0")`. A record that
-lacks a field has None there; a comparison that makes no sense (None >= 10) is false.
+lacks a field has None there; a comparison that makes no sense (None >= 10) is false, and so is a function of it.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,16 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "endswith": lambda text, end: text.endswith(end),
     "matches": lambda text, pattern: re.search(pattern, text) is not None,
 }
+
+
+def _call(name: str, *values: Any) -> Any:
+    """A function's value, None where it makes no sense: `lower(3)`, `startswith(None, "a")`."""
+    try:
+        return _FUNCTIONS[name](*values)
+    except (TypeError, AttributeError, re.error):
+        return None
+
+
 _ALLOWED = (
     *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.cmpop),
     *(ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Load),
@@ -38,14 +49,14 @@ class Condition:
 
     def __call__(self, values: Mapping[str, Any]) -> bool:
         """Whether a record with these values (by field, dots and all) is wanted."""
-        names = {"__builtins__": {}, "_functions": _FUNCTIONS, "_sensible": _sensible, "_values": values}
+        names = {"__builtins__": {}, "_call": _call, "_sensible": _sensible, "_values": values}
         return _sensible(lambda: eval(self._code, names))
 
 
 def _sensible(test: Callable[[], Any]) -> bool:
     try:
         return bool(test())
-    except (TypeError, AttributeError):  # None >= 10, lower(3)
+    except TypeError:  # None >= 10
         return False
 
 
@@ -64,16 +75,15 @@ def parse_condition(text: str) -> Condition:
 
 
 def _rewrite(node: ast.expr, text: str, fields: dict[str, None]) -> ast.expr:
-    """Fields become look-ups in `_values`, functions in `_functions`; anything that is not allowed is refused."""
+    """Fields become look-ups in `_values`, functions go through `_call`; anything that is not allowed is refused."""
     name = _dotted(node)
     if name:
         fields[name] = None
         return _item("_values", name)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
-        if node.func.id not in _FUNCTIONS:
-            raise UserError(f"--where {text!r}: no function {node.func.id}; there are {', '.join(_FUNCTIONS)}")
+        _check_call(node.func.id, node.args, text)
         given = [_rewrite(argument, text, fields) for argument in node.args]
-        return ast.Call(_item("_functions", node.func.id), given, [])
+        return ast.Call(ast.Name("_call", ast.Load()), [ast.Constant(node.func.id), *given], [])
     if not isinstance(node, _ALLOWED):
         raise UserError(
             f"--where {text!r}: {ast.unparse(node)!r} is not understood; use fields, constants, comparisons, in, and, or, not"
@@ -87,6 +97,23 @@ def _rewrite(node: ast.expr, text: str, fields: dict[str, None]) -> ast.expr:
         nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
         return ast.Call(ast.Name("_sensible", ast.Load()), [ast.Lambda(nothing, node)], [])
     return node
+
+
+def _check_call(name: str, arguments: list[ast.expr], text: str) -> None:
+    if name not in _FUNCTIONS:
+        raise UserError(f"--where {text!r}: no function {name}; there are {', '.join(_FUNCTIONS)}")
+    takes = list(inspect.signature(_FUNCTIONS[name]).parameters)
+    if len(arguments) != len(takes):
+        raise UserError(f"--where {text!r}: {name} has {len(arguments)} arguments; it is {name}({', '.join(takes)})")
+    pattern = arguments[-1]
+    if name == "matches" and isinstance(pattern, ast.Constant):
+        try:
+            re.compile(pattern.value)
+        except (re.error, TypeError) as error:
+            raise UserError(
+                f"--where {text!r}: {pattern.value!r} is no regular expression ({error}); `.*` stands for anything, and "
+                r"`\.py$` for names that end in .py"
+            ) from None
 
 
 def _dotted(node: ast.expr) -> str:

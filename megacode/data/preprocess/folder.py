@@ -6,7 +6,7 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ from megacode.errors import UserError
 
 _PATIENCE = 20.0
 """Seconds in which another machine has prepared the folder."""
+_BEGUN = "datasets.json"
 
 
 @contextmanager
@@ -72,13 +73,41 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> bool:
         return False
 
 
+def _is_of_a_run(folder: Path) -> bool:
+    try:
+        return "input files" in json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def begun(folder: Path) -> list[str]:
+    """Datasets that runs with this folder began to write and may have left in pieces; relative to where it stands."""
+    try:
+        return list(json.loads((folder / _BEGUN).read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def begin(folder: Path, datasets: Sequence[str]) -> None:
+    """To be called before the first of them is touched."""
+    write_json(folder / _BEGUN, list(datasets))
+
+
 def _prepare(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep the parts of an interrupted run with these settings; throw away those of any other."""
+    """Keep the parts of an interrupted run with these settings; throw away those of any other. UserError for a folder of
+    that name that no run made."""
     if not _same_settings(folder, settings):
-        for old in folder.iterdir():
+        kept = {"settings.json", _BEGUN}
+        found = [old for old in folder.iterdir() if not old.name.startswith(("lock", ".settings.json."))]
+        if found and not _is_of_a_run(folder):
+            raise UserError(
+                f"{folder}: in the way: not made by a run of this tool; move it, or choose another --output"
+            )
+        write_json(folder / "settings.json", {"input files": None})  # killed from here on, nothing in it counts
+        for old in found:
             if old.is_dir():
                 shutil.rmtree(old)
-            elif not old.name.startswith("lock"):
+            elif old.name not in kept:
                 old.unlink()
         write_json(folder / "settings.json", settings)
     for left_over in (*folder.glob(".*.partial"), *folder.glob("*.chunk")):  # of a run that was killed

@@ -11,6 +11,7 @@ from megacode.data.files import replace_file
 from megacode.data.inputs import InputFile
 from megacode.data.preprocess.assemble import Dataset
 from megacode.data.preprocess.counts import Counts, Group
+from megacode.data.preprocess.old import settings_digest
 from megacode.data.preprocess.order import Parts, lines_before
 from megacode.data.preprocess.part import Job
 from megacode.data.preprocess.part_files import part_file
@@ -73,6 +74,7 @@ def write_manifests(
             "token type": indexed.token_dtype(tokenizer.vocab_size).name,
             "vocab_size": tokenizer.vocab_size,
             "tokenizer": {**request.tokenizer.model_dump(), "fingerprint": settings["tokenizer"]},
+            "settings": settings_digest(settings),
         }
         if request.shard_size is None:
             own: dict[str, Any] = {"checksums": dataset.shards[0].checksums}

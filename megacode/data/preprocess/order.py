@@ -138,37 +138,48 @@ def find_duplicates(folder: Path, parts: Parts) -> dict[str, NDArray[np.bool_]]:
 
     The marks lie in a file. Hashes are compared whole (128 bits), a range of them at a time where there are too many.
     """
-    pieces = [
-        (part, group["number"], int(finished.counts.groups[name].documents))
-        for part, finished in parts
-        for name, group in sorted(finished.groups.items(), key=lambda item: item[1]["number"])
-    ]
-    total = sum(count for _, _, count in pieces)
+    parts = [(part, finished) for part, finished in parts if finished.groups]
+    groups = {part.name: sorted(group["number"] for group in finished.groups.values()) for part, finished in parts}
+    sizes = [sum(group.documents for group in finished.counts.groups.values()) for _, finished in parts]
+    starts = list(itertools.accumulate(sizes, initial=0))
+    total = starts[-1]
     marks = np.memmap(folder / "duplicates", dtype=np.bool_, mode="w+", shape=(max(total, 1),))
     passes = -(-total // _SORTED_HASHES) or 1
     edges = [(i << 64) // passes for i in range(passes + 1)]
     for low, high in itertools.pairwise(edges):
         chosen = []
-        start = 0
-        for part, number, count in pieces:
-            hashes = _hashes(folder, part, number)
+        for (part, _), size, start in zip(parts, sizes, starts, strict=False):
+            hashes = np.concatenate([_hashes(folder, part, number) for number in groups[part.name]])
+            order = _as_read(folder, part, groups[part.name])
             places = (
-                np.arange(count)
+                np.arange(size)
                 if passes == 1
                 else np.flatnonzero((hashes["high"] >= low) & (hashes["high"] <= high - 1))
             )
-            chosen.append((hashes["high"][places], hashes["low"][places], places + start))
-            start += count
+            chosen.append((hashes["high"][places], hashes["low"][places], order[places] + start))
         first, second, place = (np.concatenate(arrays) for arrays in zip(*chosen, strict=True))
         order = np.lexsort((place, second, first))
         first, second, place = first[order], second[order], place[order]
         again = (first[1:] == first[:-1]) & (second[1:] == second[:-1])
         marks[place[1:][again]] = True
-    starts = itertools.accumulate((count for _, _, count in pieces), initial=0)
-    return {
-        f"{part.name}.{number}": marks[start : start + count]
-        for (part, number, count), start in zip(pieces, starts, strict=False)
-    }
+    found = {}
+    for (part, finished), start, end in zip(parts, starts, starts[1:], strict=False):
+        marks[start:end] = marks[start:end][_as_read(folder, part, groups[part.name])]
+        counts = {group["number"]: finished.counts.groups[name].documents for name, group in finished.groups.items()}
+        first = start
+        for number in groups[part.name]:
+            found[f"{part.name}.{number}"] = marks[first : first + counts[number]]
+            first += counts[number]
+    return found
+
+
+def _as_read(folder: Path, part: Part, groups: Sequence[int]) -> NDArray[np.int64]:
+    """For the documents of a part, one group after another: each one's place in the order of the input, int64 [n]."""
+    records = [
+        np.fromfile(part_file(folder, part, f"{number}.records"), dtype="<i8").reshape(-1, 2) for number in groups
+    ]
+    file, record = np.concatenate(records).T
+    return np.lexsort((record, file)).argsort()
 
 
 # ------------------------------------------------------------------------------------------------------- external sort

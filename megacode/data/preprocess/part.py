@@ -26,7 +26,7 @@ from megacode.data.preprocess.part_files import GroupFiles, file_checksum, part_
 from megacode.data.preprocess.parts import Part, chunk_path
 from megacode.data.preprocess.quarantine import write_bad
 from megacode.data.readers import BadRecord, Document, Item, read_input
-from megacode.data.tokenizer import Tokenizer, load_tokenizer
+from megacode.data.tokenizer import Tokenizer, load_tokenizer, well_formed
 from megacode.errors import UserError
 from megacode.recipe import schema
 
@@ -241,7 +241,8 @@ def _place(job: Job, file: InputFile, document: Document) -> tuple[str, str]:
     assert job.repository and job.path
     repository, path = field_value(file, document, job.repository), field_value(file, document, job.path)
     alone = f"{file.path}:{document.record}"
-    return str(repository) if repository is not None else alone, str(path) if path is not None else ""
+    repository = str(repository) if repository is not None else alone
+    return well_formed(repository), well_formed(str(path)) if path is not None else ""
 
 
 def _batches(items: Iterator[tuple[int, Document]], limit: int) -> Iterator[list[tuple[int, Document]]]:
@@ -363,7 +364,7 @@ class _Writer:
             key = batch.places[i][0].encode(errors="surrogateescape") if batch.places else document.raw
             split = "validation" if job.validation and in_validation(key, job.validation) else "train"
             value = field_value(job.files[number], document, job.split_by) if job.split_by else ""
-            groups.append(Group(split, "(none)" if value is None else str(value)))
+            groups.append(Group(split, "(none)" if value is None else well_formed(str(value))))
         return groups
 
     def _add(

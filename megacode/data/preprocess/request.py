@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+
 from megacode.data.preprocess.counts import Counts, Group
 from megacode.data.readers import MAX_DOCUMENT
 from megacode.recipe import schema
+
+_LONGEST_NAME = 100
+"""Bytes: file systems allow 255, endings and temporary names included."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +73,18 @@ class Request:
             output = self.validation_output or self.output.with_name(self.output.name + "_validation")
         if not self.split_by:
             return output
-        value = _file_name(group.value)
+        value = file_name(group.value)
         name = output.name.replace("{value}", value) if "{value}" in output.name else f"{output.name}-{value}"
         return output.with_name(name)
 
 
-def _file_name(value: str) -> str:
-    """A value as part of a file's name: what is no letter, digit or one of `._+#-` becomes `_`."""
-    return "".join(c if c.isalnum() or c in "._+#-" else "_" for c in value).lstrip(".") or "_"
+def file_name(value: str) -> str:
+    """A value as part of a file's name: what is no letter, digit or one of `._+#-` becomes `_`; of a long value the start,
+    and a digest."""
+    name = "".join(c if c.isalnum() or c in "._+#-" else "_" for c in value).lstrip(".") or "_"
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    return name.encode()[: _LONGEST_NAME - 17].decode(errors="ignore") + "-" + xxhash.xxh3_64_hexdigest(value.encode())
 
 
 @dataclass(frozen=True)

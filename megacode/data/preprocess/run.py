@@ -6,8 +6,8 @@ are. Several machines that share the folder each do a share of the parts; the la
 
 from __future__ import annotations
 
-import glob
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +23,14 @@ from megacode.data.preprocess.counts import Counts, Group
 from megacode.data.preprocess.folder import open_folder
 from megacode.data.preprocess.layout import Layout
 from megacode.data.preprocess.manifest import write_manifests, write_quarantine
+from megacode.data.preprocess.old import (
+    SPLIT_GROUPS,
+    check_free,
+    check_inputs_stay,
+    datasets_of,
+    is_of,
+    remove_old,
+)
 from megacode.data.preprocess.order import (
     Block,
     Parts,
@@ -37,13 +45,14 @@ from megacode.data.preprocess.part_files import Finished, finished_part
 from megacode.data.preprocess.parts import Part, Unit, plan_units, unit_parts, unpack
 from megacode.data.preprocess.request import Request, Result
 from megacode.data.tokenizer import Tokenizer, load_tokenizer
-from megacode.data.workers import readable, run_tasks
+from megacode.data.workers import readable_errors, run_tasks
 from megacode.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 """Of the output: raised when equal settings would give other bytes."""
 
 
+@readable_errors()
 def preprocess(
     request: Request,
     workers: int = 1,
@@ -63,6 +72,9 @@ def preprocess(
     made = _made_before(request, settings)
     if made:
         return made
+    check_inputs_stay(request, files)
+    if not request.split_by:  # else the values are not known yet
+        check_free(request, SPLIT_GROUPS[: 2 if request.validation else 1])
     job = Job(
         files=tuple(files),
         tokenizer=request.tokenizer,
@@ -79,17 +91,14 @@ def preprocess(
     )
     check_fields(files, request.text_field, job.columns)
     units = plan_units(files)
-    try:
-        with open_folder(job.folder, settings, share) as whole:
-            layout = Layout(job.folder, units)
-            kept = _tokenize(job, layout, request.as_read, workers, share, on_stage, on_progress)
-            parts = _all_finished(job.folder, units)
-            if parts is None or not whole():
-                return Result({}, Counts(), False, len(units), kept, None)
-            made = _write(request, settings, tokenizer, job, layout, parts, on_stage, on_progress)
-            shutil.rmtree(job.folder)
-    except OSError as error:
-        raise readable(error) from None
+    with open_folder(job.folder, settings, share) as whole:
+        layout = Layout(job.folder, units)
+        kept = _tokenize(job, layout, request.as_read, workers, share, on_stage, on_progress)
+        parts = _all_finished(job.folder, units)
+        if parts is None or not whole():
+            return Result({}, Counts(), False, len(units), kept, None)
+        made = _write(request, settings, tokenizer, job, layout, parts, on_stage, on_progress)
+        shutil.rmtree(job.folder)
     return Result(*made, False, len(parts), kept, _quarantine_of(request))
 
 
@@ -157,8 +166,13 @@ def _all_finished(folder: Path, units: Sequence[Unit]) -> list[tuple[Part, Finis
 
 def _settings(request: Request, tokenizer: Tokenizer, files: Sequence[InputFile]) -> dict[str, Any]:
     """Everything that decides the output, as JSON; input files by path, size and time of change."""
-    listing = json.dumps([[str(f.path.resolve()), f.form, f.size, f.modified_ns] for f in files])
-    validation_output = request.validation_output.name if request.validation_output else None
+    listing = json.dumps(
+        [
+            [str(f.path.resolve()), f.path.relative_to(f.base).as_posix(), f.base.name, f.form, f.size, f.modified_ns]
+            for f in files
+        ]
+    )
+    held_out = request.validation_output
     return {
         "format": FORMAT,
         "input files": xxhash.xxh3_128_hexdigest(listing.encode(errors="surrogateescape")),
@@ -175,7 +189,9 @@ def _settings(request: Request, tokenizer: Tokenizer, files: Sequence[InputFile]
         "bos": request.tokenizer.bos,
         "eod": request.tokenizer.eod,
         "validation": request.validation,
-        "validation output": validation_output if request.validation else None,
+        "validation output": os.path.relpath(held_out, request.name.parent)
+        if held_out and request.validation
+        else None,
         "shard size": request.shard_size,
         "max document": request.max_document,
     }
@@ -197,7 +213,7 @@ def _made_before(request: Request, settings: dict[str, Any]) -> Result | None:
         )
     made = manifest["run"]
     different = [key for key in settings if settings[key] != made["settings"].get(key)]
-    outputs = {Group.parse(name): request.name.parent / path for name, path in made["datasets"].items()}
+    outputs = datasets_of(request.name, manifest)
     if different:
         if request.overwrite:
             return None
@@ -205,7 +221,7 @@ def _made_before(request: Request, settings: dict[str, Any]) -> Result | None:
             f"{request.name}: already there, made from other settings ({', '.join(different)} differ); "
             "choose another --output or give --overwrite"
         )
-    if any(not indexed.is_complete(prefix) for prefix in outputs.values()):
+    if any(not indexed.is_complete(prefix) or not is_of(prefix, made) for prefix in outputs.values()):
         return None
     if folder.exists():  # a run was killed while it cleaned up
         with open_folder(folder, settings, None):
@@ -236,10 +252,11 @@ def _write(
     for _, finished in parts:
         counts.add(finished.counts)
     _check_documents(request, counts)
+    check_free(request, list(counts.groups))
     dtype = indexed.token_dtype(tokenizer.vocab_size)
     size = {group: n.tokens * dtype.itemsize for group, n in counts.groups.items()}
     on_stage("writing", sum(size.values()), 0)
-    _remove_old(request, list(counts.groups))
+    remove_old(request, list(counts.groups))
     duplicates = find_duplicates(job.folder, parts) if request.deduplicate else None
     if duplicates:
         counts.passed_over["duplicate"] = sum(int(marks.sum()) for marks in duplicates.values())
@@ -284,16 +301,3 @@ def _check_documents(request: Request, counts: Counts) -> None:
                 f"--split-by {request.split_by}: {other.value!r} and {group.value!r} would both be written to "
                 f"{request.prefix(group)}; rename one in the corpus"
             )
-
-
-def _remove_old(request: Request, groups: Sequence[Group]) -> None:
-    """Datasets of these names, of an earlier run or of one that was killed while it wrote them."""
-    prefixes = {request.name, *(request.prefix(group) for group in groups)}
-    old = indexed.read_manifest(request.name)
-    if old and "run" in old:
-        prefixes |= {request.name.parent / path for path in old["run"]["datasets"].values()}
-    for prefix in sorted(prefixes):
-        indexed.remove_dataset(prefix)
-        name = glob.escape(prefix.name)
-        for left_over in (*prefix.parent.glob(f".{name}.*.partial"), *prefix.parent.glob(f".{name}-[0-9]*.partial")):
-            left_over.unlink()

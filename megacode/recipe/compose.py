@@ -92,6 +92,8 @@ def _expanded(node: Node, path: tuple[str, ...]) -> Node:
         return node.with_value({key: node.with_value(value)})
     if isinstance(value, dict):
         return node.with_value({k: _expanded(child, (*path, k)) for k, child in value.items()})
+    if isinstance(value, list) and path == ("phases", "+"):  # phases to be added
+        return node.with_value([_expanded(child, path) for child in value])
     if isinstance(value, list):
         return node.with_value([_expanded(child, (*path, str(i))) for i, child in enumerate(value)])
     return node.with_value(value)

@@ -242,6 +242,10 @@ class Plan:
         return frozenset(s for s in self.checkpoints() if s in ends or (every and s % every == 0))
 
 
+_MOST_STEPS = 50_000_000
+"""Of a phase: hundreds of times the longest runs there are; some µs each to plan."""
+
+
 def make_plan(
     recipe: Recipe,
     token_counts: Mapping[str, int],
@@ -257,8 +261,9 @@ def make_plan(
             estimated from `token_counts`.
 
     Raises:
-        UserError: a source too short for its window or subset, a window that is no multiple of a sequence length, a
-            source read more often than its `max_epochs`. All of them at once, a sentence each.
+        UserError: a phase of more steps than anybody takes; else, all of them at once and a sentence each, a source too
+            short for its window or subset, a window that is no multiple of a sequence length, a source read more often
+            than its `max_epochs`.
     """
     where = f"{path}: " if path else ""
     shuffle = shuffle_units(recipe, where)
@@ -269,6 +274,11 @@ def make_plan(
     for index, phase in enumerate(recipe.phases):
         batch, batch_first = BatchSizes.of(phase.batch_size), phase.placed("batch_size", 0)[0]
         steps = phase_steps(phase, batch.after(batch_first))
+        if steps > _MOST_STEPS:
+            raise UserError(
+                f"{where}phases.{phase.name}: has {steps:,} steps, and {_MOST_STEPS:,} is the most; correct its `steps` or "
+                "`tokens`, or raise `batch_size`"
+            )
         entries = mixture_entries(recipe, phase)
         mixture_first, mixture_steps = phase.placed("mixture", steps)
         weights = mixture_weights(phase, entries, token_counts, mixture_steps)

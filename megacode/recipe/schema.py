@@ -205,6 +205,9 @@ class LearningRate(Section):
     """`sqrt` is 1 - sqrt(x) (Haegele et al., arXiv 2405.18392)."""
 
 
+_MOST_STAIRS = 100_000
+
+
 class BatchRamp(Section):
     """Batch size that grows in equal stairs of `increment` sequences from `start` to `end` over `over` steps."""
 
@@ -220,6 +223,8 @@ class BatchRamp(Section):
                 f"a batch ramp goes up from `start` to `end` in whole increments; {self.start} to {self.end} by "
                 f"{self.increment} does not"
             )
+        if (self.end - self.start) // self.increment > _MOST_STAIRS:
+            raise ValueError(f"a batch ramp has {_MOST_STAIRS:,} stairs at most; raise `increment`")
         return self
 
 

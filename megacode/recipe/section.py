@@ -8,6 +8,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+MOST = 10**18
+"""Of anything that is counted: sums of a few still fit 64 bits."""
 _COUNT = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+]?[0-9]+)?)\s*([kKmMbBtT]?)\s*$")
 
 
@@ -21,15 +23,17 @@ def parse_count(value: Any) -> Any:
     if not match:
         raise ValueError(f"expected a count such as 4000, 120k, 1.5M, 344.8B or 1.4T, not {value!r}")
     number = float(match[1].replace("_", "")) * _SUFFIXES[match[2].lower()]
+    if number > MOST:
+        raise ValueError(f"expected a count of {MOST:,} at most, not {value!r}")
     return round(number)
 
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
-CountOrZero = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0, le=MOST)]
+CountOrZero = Annotated[int, BeforeValidator(parse_count), Field(ge=0, le=MOST)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
     """Base of every part of a recipe: immutable, strict about types, and without unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

@@ -118,6 +118,8 @@ def parse_yaml(text: str, origin: str, folder: Path, numbered: bool = True) -> N
         ) from error
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise UserError(f"{origin}: is nested too deeply to be read; a recipe has about eight levels") from None
     if root is None:
         return Node({}, origin, 1 if numbered else None, folder) if numbered else Node(None, origin, None, folder)
     return _Builder(origin, folder, numbered).build(root, root.start_mark.line, ())

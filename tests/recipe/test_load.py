@@ -92,6 +92,23 @@ def test_phases_change_by_name_are_dropped_and_added(write, good):
     assert recipe.phases[0].batch_size == 8
 
 
+def test_short_forms_in_an_added_phase_are_short_forms(write, good):
+    write(good, "base.yaml")
+    child = """        extends: base.yaml
+        phases:
+          +:
+            - {name: third, steps: 5, batch_size: 4, sequence_length: 128, learning_rate: {peak: 1},
+               mixture: {sources: {docs: 0.3, python: 0.7}}}
+            - {name: fourth, steps: 5, batch_size: 4, sequence_length: 128, learning_rate: {peak: 1},
+               mixture: {domains: {code: 0.4, text: 0.6}}}
+    """
+    changes = ["phases.third.mixture.sources.docs.max_epochs=4", "phases.fourth.mixture.domains.code.fim_rate=0.5"]
+    third, fourth = load_recipe(write(child, "child.yaml"), changes).phases[-2:]
+    docs, code = third.mixture.sources["docs"], fourth.mixture.domains["code"]
+    assert (docs.weight, docs.max_epochs) == (0.3, 4)
+    assert (code.ratio, code.fim_rate) == (0.4, 0.5)
+
+
 def test_keys_that_exclude_each_other_replace_each_other(write, good):
     write(good, "base.yaml")
     child = """\

@@ -75,7 +75,9 @@ def complete_export(
         write_tokenizer(section, Path(prepared.name), source.vocab_size)
 
     def extra(folder: Path) -> None:
-        shutil.copytree(prepared.name, folder, dirs_exist_ok=True)
+        # copytree would make the folder as private as a temporary one
+        for path in Path(prepared.name).iterdir():
+            shutil.copyfile(path, folder / path.name)
         if section is not None and wanted.tokenizer and (note := loads_differently(section, folder)):
             notes.append(note)
         write_card(folder, source.recipe, source.checkpoint, run_of(source.checkpoint), family.name, out.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from megacode.convert.checkpoint_reader import CheckpointReader, Scratch
 from megacode.convert.families import choose
 from megacode.convert.family import Context, Family
 from megacode.convert.layout import EMBEDDING, Slot, shape, unpadded
+from megacode.convert.new_folder import new_folder
 from megacode.convert.safetensors_files import Planned, write_files
 from megacode.errors import UserError
 from megacode.recipe.load import load_recipe
@@ -102,11 +102,9 @@ def export(
         extra: writes further files (tokenizer, card) into the folder before it gets its name.
 
     Raises:
-        UserError: the checkpoint is damaged, or its tensors are not those of its recipe.
+        UserError: the checkpoint is damaged, its tensors are not those of its recipe, or `out` cannot be written.
     """
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(out) as temporary:
         slots = list(family.slots(source.model))
         _check_shapes(source, slots)
         scratch = Scratch()
@@ -123,10 +121,6 @@ def export(
             code = Path(__file__).parent / "crystalcoder" / name
             shutil.copyfile(code, temporary / name)
         extra(temporary)
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _check_shapes(source: Source, slots: list[Slot]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from megacode.convert.checkpoint_writer import CheckpointWriter
 from megacode.convert.families import by_architecture
 from megacode.convert.family import Family
 from megacode.convert.layout import Slot, padded, shape
+from megacode.convert.new_folder import new_folder
 from megacode.convert.safetensors_files import HuggingFaceWeights
 from megacode.errors import UserError
 from megacode.recipe.checks import check_recipe
@@ -104,10 +103,11 @@ def import_model(
 
     Returns:
         that recipe: the model, the tokenizer if there is one, and a phase of continued pre-training to be filled in.
+
+    Raises:
+        UserError: a weight does not fit, or `out` cannot be written.
     """
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(out) as temporary:
         writer = CheckpointWriter(temporary, found.model.layers)
         dtype = torch.float32
         for slot in found.slots():
@@ -123,10 +123,6 @@ def import_model(
             "imported_from": found.folder.name, "family": found.family.name,
         }  # fmt: skip
         (temporary / INFO).write_text(json.dumps(info, indent=1))
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return recipe
 
 

@@ -155,12 +155,18 @@ def test_the_verb(
     )
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["vocab_size"]) == (1, 2, 452)
+    (tmp_path / "plain").mkdir()
+    for path in (tmp_path / "one", *(tmp_path / "one").iterdir()):  # others may read what the umask lets them
+        like = (tmp_path / "plain") if path.is_dir() else tmp_path / "one" / "config.json"
+        assert path.stat().st_mode == like.stat().st_mode, path
 
     for arguments, words in (
         ([str(run / "checkpoints" / "step_00000004"), str(tmp_path / "x"), "--all"], "is no run folder"),
         ([str(run), str(tmp_path / "x"), "--name-pattern", "a"], "--name-pattern: names the folders that --all makes"),
         ([str(run), str(tmp_path / "one")], "already there"),
         ([str(run), str(tmp_path / "x"), "--format", "llama"], "does not fit"),
+        ([str(run), str(run / "recipe.yaml" / "x")], "recipe.yaml/x: cannot be written (Not a directory)"),
+        ([str(run), str(run / "recipe.yaml" / "x"), "--all"], "cannot be written (Not a directory)"),
     ):
         assert main(["export", *arguments]) == 2
         assert words in capsys.readouterr().err and not (tmp_path / "x").exists()
@@ -200,6 +206,8 @@ def test_import_takes_the_tokenizer_along(
     from megacode.data.tokenizer import load_tokenizer
     from megacode.recipe.load import load_recipe
 
+    assert main(["import", str(done / NAMES[3]), str(run / "recipe.yaml" / "in")]) == 2
+    assert "recipe.yaml/in: cannot be written (Not a directory)" in capsys.readouterr().err
     assert main(["import", str(done / NAMES[3]), str(tmp_path / "in")]) == 0
     section = load_recipe(tmp_path / "in" / "recipe.yaml").tokenizer
     assert section is not None and section.bos and section.eod

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of the weights (default: as trained)")
     parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest file (5GB)")
     parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer files")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it is an export")
     parser.add_argument(
         "--all", action="store_true", help="every checkpoint of a run, each in a folder of OUTPUT; whole ones are kept"
     )
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from megacode.convert.complete import Wanted, complete_export
     from megacode.convert.export import Source, total_bytes
     from megacode.convert.progress import byte_bar
+    from megacode.convert.revisions import check_replaceable
     from megacode.data.preprocess.command import parse_size
 
     wanted = Wanted(args.format, args.dtype, parse_size(args.shard_size, "--shard-size"), not args.no_tokenizer)
@@ -53,11 +54,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--name-pattern: names the folders that --all makes; give both, or neither")
     if args.output.exists() and not args.overwrite:
         raise UserError(f"{args.output}: already there; choose another folder or give --overwrite")
+    output = args.output.resolve()  # where a link leads; and `.` has a name
+    check_replaceable(output)
     source = Source.open(args.checkpoint)
     family, dtype = wanted.family_of(source), wanted.dtype_of(source)
     total = total_bytes(source, family, dtype)
-    with byte_bar(f"{source.checkpoint.name} -> {family.name}", total) as on_bytes, _replaced(args.output):
-        notes = complete_export(source, args.output, wanted, on_bytes)
+    with byte_bar(f"{source.checkpoint.name} -> {family.name}", total) as on_bytes, _replaced(output):
+        notes = complete_export(source, output, wanted, on_bytes)
     print(f"{args.output}: {family.architecture}, {str(dtype).removeprefix('torch.')}, step {source.info['step']:,}")
     for note in notes:
         print(f"note: {note}")
@@ -70,7 +73,10 @@ def _replaced(output: Path) -> Iterator[None]:
     aside = output.with_name(f".{output.name}.{secrets.token_hex(4)}.old")
     there = output.exists()
     if there:
-        output.rename(aside)
+        try:
+            output.rename(aside)
+        except OSError as error:
+            raise UserError(f"{output}: cannot be moved aside ({error.strerror}); choose another folder") from error
     try:
         yield
     except BaseException:

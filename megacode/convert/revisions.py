@@ -108,6 +108,8 @@ def export_all(
 ) -> list[Outcome]:  # fmt: skip
     """Export every checkpoint that is not there already.
 
+    A folder that is a link is made where the link leads.
+
     Args:
         again: make also what is there and whole.
         progress: (title, bytes) -> context manager that gives the function to be told of bytes; of all exports together.
@@ -120,22 +122,23 @@ def export_all(
     for revision in named:
         source = Source.open(revision.checkpoint)
         about = _about(source, wanted)
-        reason = "asked for again" if again else _missing(out / revision.name, about)
+        check_replaceable(place := (out / revision.name).resolve())
+        reason = "asked for again" if again else _missing(place, about)
         if reason is None:
             outcomes.append(Outcome(revision, "kept"))
             tell(outcomes[-1])
         else:
-            to_do.append((revision, source, about, reason))
-    total = sum(total_bytes(source, wanted.family_of(source), wanted.dtype_of(source)) for _, source, _, _ in to_do)
+            to_do.append((revision, source, about, reason, place))
+    total = sum(total_bytes(source, wanted.family_of(source), wanted.dtype_of(source)) for _, source, *_ in to_do)
     with (progress or byte_bar)(f"{run.name}: {len(to_do)} of {len(named)} checkpoints", total) as on_bytes:
-        for revision, source, about, reason in to_do:
-            _clear(out, revision.name)
+        for revision, source, about, reason, place in to_do:
+            _clear(place)
 
             def seal(folder: Path, about: dict[str, Any] = about) -> None:
                 (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
                 (folder / SUMS).write_text(_sums(folder), encoding="utf-8")
 
-            notes = complete_export(source, out / revision.name, wanted, on_bytes, seal)
+            notes = complete_export(source, place, wanted, on_bytes, seal)
             outcomes.append(Outcome(revision, reason, notes))
             tell(outcomes[-1])
     return sorted(outcomes, key=lambda outcome: outcome.revision.step)
@@ -158,18 +161,21 @@ def _about(source: Source, wanted: Wanted) -> dict[str, Any]:
     }
 
 
-def _missing(folder: Path, about: dict[str, Any]) -> str | None:
-    """None where the folder is whole and what is wanted; else why it has to be made.
+def check_replaceable(folder: Path) -> None:
+    """UserError: something stands there that no export made, such as a run."""
+    if folder.is_dir():
+        found = {path.name for path in folder.iterdir()}
+        replaceable = not found or bool(found & {ABOUT, SUMS, "config.json"})
+    else:
+        replaceable = not folder.exists()
+    if not replaceable:
+        raise UserError(f"{folder}: is there and is no export; move it away, or choose another output folder")
 
-    Raises:
-        UserError: something stands there that no export made.
-    """
+
+def _missing(folder: Path, about: dict[str, Any]) -> str | None:
+    """None where the folder is whole and what is wanted; else why it has to be made."""
     if not folder.exists():
         return "written"
-    if not folder.is_dir() or (
-        any(folder.iterdir()) and not any((folder / n).is_file() for n in (ABOUT, SUMS, "config.json"))
-    ):
-        raise UserError(f"{folder}: is there and is no export; move it away, or choose another output folder")
     if not (folder / SUMS).is_file():
         return f"made again: {SUMS} was missing"
     try:
@@ -201,7 +207,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _clear(out: Path, name: str) -> None:
+def _clear(folder: Path) -> None:
     """Take away what is damaged, and what a killed export left half-made under a hidden name."""
-    for left in (out / name, *out.glob(f".{name}.*.tmp")):
+    for left in (folder, *folder.parent.glob(f".{folder.name}.*.tmp")):
         shutil.rmtree(left, ignore_errors=True)

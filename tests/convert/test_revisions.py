@@ -137,9 +137,10 @@ def test_a_failure_leaves_nothing_half_made_and_others_files_alone(run: Path, tm
     mine = tmp_path / "mine" / NAMES[0]
     mine.mkdir(parents=True)
     (mine / "thesis.tex").touch()
-    with pytest.raises(UserError, match="is there and is no export"):
-        export_all(run, tmp_path / "mine", CRYSTAL)
-    assert (mine / "thesis.tex").exists()
+    for again in (False, True):
+        with pytest.raises(UserError, match="is there and is no export"):
+            export_all(run, tmp_path / "mine", CRYSTAL, again=again)
+        assert (mine / "thesis.tex").exists()
 
 
 def test_the_verb(
@@ -173,7 +174,7 @@ def test_the_verb(
 
 
 def test_overwrite_keeps_the_old_one_until_the_new_one_is_there(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, copy = tmp_path / "one", Path(shutil.copytree(run, tmp_path / "run"))
     assert main(["export", str(copy), str(target)]) == 0
@@ -184,9 +185,25 @@ def test_overwrite_keeps_the_old_one_until_the_new_one_is_there(
     assert main(["export", str(copy), str(target), "--overwrite"]) == 2
     assert hashlib.sha256((target / "model.safetensors").read_bytes()).hexdigest() == digest
     shard.write_bytes(whole)
-    assert main(["export", str(copy), str(target), "--overwrite", "--dtype", "fp16"]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "run"]
+    (tmp_path / "link").symlink_to("one")
+    assert main(["export", str(copy), str(tmp_path / "link"), "--overwrite", "--dtype", "fp16"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "one", "run"]
+    assert (tmp_path / "link").is_symlink()
     assert json.loads((target / "config.json").read_text())["torch_dtype"] == "float16"
+    monkeypatch.chdir(target)
+    assert main(["export", str(copy), ".", "--overwrite", "--dtype", "bf16"]) == 0
+    assert json.loads((target / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_overwrite_leaves_alone_what_is_no_export(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    for output in (copy, copy / "recipe.yaml"):
+        before = sorted(copy.rglob("*"))
+        assert main(["export", str(run), str(output), "--overwrite"]) == 2
+        assert f"{output}: is there and is no export" in capsys.readouterr().err
+        assert sorted(copy.rglob("*")) == before
 
 
 def test_a_tokenizer_of_another_vocabulary_is_told_before_anything_is_written(

@@ -56,6 +56,7 @@ def differences(runs: list[Run], hue: dict[str, int]) -> str | None:
     """A panel a domain: smoothed training loss less that of the first run at the same number of tokens."""
     names = [name for name in all_domains(runs) if sum(name in run.train.loss_by_domain for run in runs) > 1]
     names = [name for name in names if name in runs[0].train.loss_by_domain]
+    names = [name for name in names if np.isfinite(_smoothed(runs[0], name)).any()]
     if not names:
         return None
 

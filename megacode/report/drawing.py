@@ -41,6 +41,7 @@ _STYLE: dict[str, Any] = {
     "ytick.labelcolor": FAINT,
     "ytick.major.size": 0,
     "text.color": INK,
+    "text.parse_math": False,  # a name with two dollar signs is no formula
     "legend.frameon": False,
     "lines.solid_capstyle": "round",
     "lines.linewidth": 1.5,

@@ -16,6 +16,7 @@ import pytest
 from megacode.cli import main
 from megacode.errors import UserError
 from megacode.report import tables
+from megacode.report.comparison import differences, losses
 from megacode.report.curves import MOST_POINTS, envelope, smooth, thin
 from megacode.report.figures import TITLES, small_figures
 from megacode.report.page import lead, page
@@ -130,6 +131,32 @@ def test_several_runs_are_compared(fake_run: Path, tmp_path: Path) -> None:
     assert table and [row.name for row in table.rows] == ["ramp-60", "ramp-90"]
     assert sum(cell.best for row in table.rows for cell in row.cells) == 3  # one of each domain
     assert "phases differ" in html
+
+
+def test_a_domain_without_a_loss_in_the_first_run_has_no_difference(fake_run: Path, tmp_path: Path) -> None:
+    diverged = shutil.copytree(fake_run, tmp_path / "diverged")
+    records = read_metrics(diverged)
+    for record in records:
+        if "math" in record.get("loss_by_domain", {}):
+            record["loss_by_domain"]["math"] = None
+    (diverged / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    runs = read_runs([diverged, fake_run])
+    hue = hues(["text", "code", "math"])
+    picture = differences(runs, hue) or ""
+    assert ">code<" in picture and ">math<" not in picture
+    nothing = [replace(runs[0], train=replace(runs[0].train, loss_by_domain={"math": np.full(500, np.nan)})), runs[1]]
+    assert differences(nothing, hue) is None
+
+
+def test_names_with_dollar_signs_are_no_formulas(fake_run: Path, tmp_path: Path) -> None:
+    runs = read_runs([Path(shutil.copytree(fake_run, tmp_path / name)) for name in ("a$_$", "b$^$")])
+    picture = losses(runs, hues(["text", "code", "math"]))
+    assert ">a$_$<" in picture and ">b$^$<" in picture
+    spike = np.where(np.arange(500) == 3, 5000.0, 5.0)
+    wild = replace(runs[0], train=replace(runs[0].train, numbers=runs[0].train.numbers | {"grad_norm": spike}))
+    assert "$" not in dict(small_figures(wild))[TITLES["grad_norm"]].replace(
+        "a$_$", ""
+    )  # nor those of a logarithmic axis
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(fake_run: Path, tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ class CheckpointReader:
                 part = _Part(file, place.offset, place.length)
                 tensor = _numbers(part, torch.Size(chunk.sizes), dtype, scratch or Scratch())
                 if tensor is None:
+                    part.seek(0)
                     tensor = torch.load(part, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: {name} cannot be read, the file is damaged or cut short; {_EXPECTED}") from error

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from megacode.convert.families import by_architecture
 from megacode.convert.family import Family
 from megacode.convert.layout import Slot, padded, shape
 from megacode.convert.new_folder import new_folder
-from megacode.convert.safetensors_files import HuggingFaceWeights
+from megacode.convert.safetensors_files import TYPES, HuggingFaceWeights, overflows
 from megacode.errors import UserError
 from megacode.recipe.checks import check_recipe
 from megacode.recipe.load import dump_recipe
@@ -84,8 +85,8 @@ class Found:
             )
 
     def tensor(self, slot: Slot) -> torch.Tensor:
-        """The Megatron-Core tensor of a slot, without padding. UserError: a shape is wrong."""
-        parts = [self.weights.tensor(name) for name in slot.names]
+        """The Megatron-Core tensor of a slot, without padding. UserError: a shape is wrong, or a number too large."""
+        parts = [self._cast(name) for name in slot.names]
         empty = torch.empty(shape(self.model, self.vocab_size, slot.key, self.model.context_length or 0), device="meta")
         for name, part, wanted in zip(slot.names, parts, slot.form.split(self.model, empty), strict=True):
             if part.shape != wanted.shape:
@@ -94,6 +95,33 @@ class Found:
                     "belong to different models"
                 )
         return slot.form.join(self.model, parts)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The one type of the checkpoint: that of most of the weights' bytes; norms are often kept in another.
+
+        UserError: some have a type that is none of weights to go on with, such as quantized ones.
+        """
+        sizes, held = self.weights.sizes(), dict.fromkeys(TYPES, 0)
+        for name in sorted({name for slot in self.slots() for name in slot.names} & sizes.keys()):
+            kind, count = sizes[name]
+            if kind not in TYPES:
+                raise UserError(
+                    f"{self.folder}: {name} is of type {kind}, and only fp32, bf16 and fp16 can be imported; save the "
+                    "model in one of them first"
+                )
+            held[kind] += count * TYPES[kind].itemsize
+        return TYPES[max(held, key=lambda kind: held[kind])]
+
+    def _cast(self, name: str) -> torch.Tensor:
+        stored = self.weights.tensor(name)
+        tensor = stored.to(self.dtype)
+        if overflows(stored, tensor):
+            raise UserError(
+                f"{self.folder}: {name} has numbers beyond 65,504, the largest of fp16, which most of its weights are in; "
+                "save the model in bf16 or fp32 first"
+            )
+        return tensor
 
 
 def import_model(
@@ -109,14 +137,12 @@ def import_model(
     """
     with new_folder(out) as temporary:
         writer = CheckpointWriter(temporary, found.model.layers)
-        dtype = torch.float32
         for slot in found.slots():
             tensor = padded(found.model, slot.key, found.tensor(slot))
-            dtype = tensor.dtype
             writer.add(slot.key, slot.layer, tensor)
             on_bytes(tensor.nbytes)
         writer.finish()
-        recipe = starting_recipe(found, tokenizer, dtype)
+        recipe = starting_recipe(found, tokenizer, found.dtype)
         (temporary / "recipe.yaml").write_text(dump_recipe(recipe))
         info = {
             "step": 0, "recipe": recipe.name, "phase": None, "tokens": 0, "vocab_size": found.vocab_size,

@@ -8,9 +8,11 @@ and nothing is held; the library itself writes whole dictionaries only.
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from megacode.convert.checkpoint_reader import Scratch
 from megacode.errors import UserError
 
 INDEX = "model.safetensors.index.json"
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def write_files(
         on_bytes: told how much has been written.
 
     Raises:
-        UserError: a tensor does not have the planned shape.
+        UserError: a tensor does not have the planned shape, or has a number that `dtype` cannot hold.
     """
     shards: list[list[int]] = [[]]
     held = 0
@@ -110,7 +113,12 @@ def _bytes_of(
             raise UserError(
                 f"{planned.name}: has shape {tuple(tensor.shape)} in the checkpoint and {planned.shape} by its recipe"
             )
-        _copy(tensor, part.view(dtype).view(planned.shape))
+        written = part.view(dtype).view(planned.shape)
+        _copy(tensor, written)
+        if overflows(tensor, written):
+            raise UserError(
+                f"{planned.name}: has numbers beyond 65,504, the largest of fp16; give --dtype bf16 or fp32"
+            )
     return [part.numpy().data for part in parts]
 
 
@@ -121,6 +129,13 @@ def _copy(tensor: Tensor, out: Tensor) -> None:
             out[:, begin : begin + 256].copy_(tensor[:, begin : begin + 256])
     else:
         out.copy_(tensor)
+
+
+def overflows(before: Tensor, after: Tensor) -> bool:
+    """Whether numbers became infinite in going to the type of `after`; only fp16 is so narrow."""
+    if after.dtype != torch.float16 or before.dtype == torch.float16 or not after.isinf().any():
+        return False
+    return bool((after.isinf() & before.isfinite()).any())
 
 
 def _one_ahead(make: Callable[[int], list[memoryview]], count: int) -> Iterator[list[memoryview]]:
@@ -143,6 +158,8 @@ class HuggingFaceWeights:
 
     folder: Path
     files: dict[str, Path]
+    _whole: dict[Path, dict[str, Tensor]] = field(default_factory=dict)
+    """The last file read that can only be read whole."""
 
     @classmethod
     def open(cls, folder: Path) -> HuggingFaceWeights:
@@ -158,7 +175,8 @@ class HuggingFaceWeights:
                     raise UserError(f"{folder}: the file {missing[0]}, which {index} names, is missing; download it")
                 return cls(folder, {name: folder / file for name, file in weight_map.items()})
             if (folder / single).is_file():
-                return cls(folder, dict.fromkeys(_names_in(folder / single), folder / single))
+                weights = cls(folder, {})
+                return replace(weights, files=dict.fromkeys(weights._sizes_in(folder / single), folder / single))
         raise UserError(
             f"{folder}: has neither model.safetensors nor an index of several; give a Hugging Face model's folder"
         )
@@ -171,28 +189,44 @@ class HuggingFaceWeights:
         if name not in self.files:
             raise UserError(f"{self.folder}: has no tensor {name}; its config.json describes another model")
         path = self.files[name]
-        try:
+        with _told(path, f"{name} cannot be read"):
             if path.suffix == ".safetensors":
                 from safetensors import safe_open
 
                 with safe_open(path, "pt") as file:
                     return file.get_tensor(name)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[name].clone()
-        except Exception as error:
-            raise UserError(
-                f"{path}: {name} cannot be read ({str(error).splitlines()[0][:200]}); download the file again"
-            ) from error
+            return self._pickled(path)[name].clone()
+
+    def sizes(self) -> dict[str, tuple[str, int]]:
+        """name -> (type as safetensors spells it, number of elements), of everything in the files."""
+        paths = sorted(set(self.files.values()))
+        return {name: size for path in paths for name, size in self._sizes_in(path).items()}
+
+    def _sizes_in(self, path: Path) -> dict[str, tuple[str, int]]:
+        with _told(path, "cannot be read"):
+            if path.suffix == ".safetensors":
+                from safetensors import safe_open
+
+                with safe_open(path, "pt") as file:
+                    parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+                    return {n: (p.get_dtype(), torch.Size(p.get_shape()).numel()) for n, p in parts.items()}
+            tensors = {name: value for name, value in self._pickled(path).items() if isinstance(value, Tensor)}
+            return {n: (_NAMES.get(t.dtype, str(t.dtype)), t.numel()) for n, t in tensors.items()}
+
+    def _pickled(self, path: Path) -> dict[str, Tensor]:
+        """What torch.save wrote: mapped where it is a zip file, else (before torch 1.6) read whole."""
+        if zipfile.is_zipfile(path):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if path not in self._whole:
+            self._whole.clear()
+            self._whole[path] = torch.load(path, map_location="cpu", weights_only=True)
+        return self._whole[path]
 
 
-def _names_in(path: Path) -> list[str]:
+@contextmanager
+def _told(path: Path, what: str) -> Iterator[None]:
     try:
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            with safe_open(path, "pt") as file:
-                return list(file.keys())
-        return list(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except Exception as error:
-        raise UserError(
-            f"{path}: cannot be read ({str(error).splitlines()[0][:200]}); download the file again"
-        ) from error
+        yield
+    except Exception as error:  # the libraries raise what they like
+        reason = (str(error).splitlines() or [repr(error)])[0][:200]
+        raise UserError(f"{path}: {what} ({reason}); download the file again") from error

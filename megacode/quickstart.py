@@ -51,11 +51,11 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(highlight=False)
     started = time.monotonic()
+    _check_processes(args.processes, 1 if args.tp is None else args.tp, args.pp)
     tensor = args.tp or (2 if args.processes % (2 * args.pp) == 0 else 1)
     changes = [*args.overrides, f"parallel.tensor={tensor}", f"parallel.pipeline={args.pp}"]
     recipe = load_recipe(args.recipe, changes)
     folder = args.run or Path("runs") / recipe.name
-    _check_processes(args.processes, tensor, args.pp)
 
     console.rule("1  Corpora and tokenizer")
     prepare(DATA)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megacode import quickstart
 from tests.e2e.conftest import ROOT
 
 SHORT = [part for phase in ("phase1", "phase2", "phase3") for part in ("--set", f"phases.{phase}.steps=3")]
@@ -37,6 +38,16 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = run(folder, sys.executable, "-m", "megacode.quickstart", *SHORT)
     assert "starting crystal-tiny" in out and "finished: 9 steps" in out and "report.html" in out
     return folder
+
+
+def test_processes_that_cannot_be_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given, told in ((("--pp", "0"), "at least 1"), (("--tp", "0"), "at least 1"), (("--pp", "3"), "no multiple")):
+        monkeypatch.setattr(sys, "argv", ["quickstart", *given])
+        assert quickstart.main() == 2
+        assert told in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -17,8 +17,12 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from rich.progress import track
 
 from megacode.data.tokenizer import Tokenizer
+from megacode.errors import UserError
 from megacode.evaluate.generate import Sampling, continue_tokens
 from megacode.recipe.schema import Recipe
+
+_MOST_TOKENS = 256
+"""Of an answer, where the task does not say: the harness' own number."""
 
 
 class MegatronLM(TemplateLM):
@@ -102,18 +106,28 @@ class MegatronLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first stop text or end-of-document token."""
+        """Continuations up to the first stop text or end-of-document token.
+
+        UserError: a task asks for so many tokens that no question fits in front of them.
+        """
+        for request in requests:
+            limit = int(normalize_gen_kwargs(dict(request.args[1]), _MOST_TOKENS)["max_gen_toks"])
+            if limit >= self.max_length:
+                raise UserError(
+                    f"--harness {request.task_name}: asks for answers of up to {limit:,} tokens, and the model's context "
+                    f"of {self.max_length:,} has to hold the question, too; give the task a smaller max_gen_toks"
+                )
         return [self._answer(*request.args) for request in self._progress(requests, "answers", disable_tqdm)]
 
     def _answer(self, context: str, asked: dict[str, Any]) -> str:
-        asked = normalize_gen_kwargs(dict(asked), 256)
+        asked = normalize_gen_kwargs(dict(asked), _MOST_TOKENS)
         stops, limit = [stop for stop in asked["until"] if stop], int(asked["max_gen_toks"])
         sampling = Sampling(
             float(asked.get("temperature") or 0.0) if asked.get("do_sample") else 0.0,
             int(asked.get("top_k") or 0),
             float(asked.get("top_p") or 1.0),
         )
-        prompt = self.tok_encode(context)[-max(self.max_length - limit, 1) :]
+        prompt = self.tok_encode(context)[-(self.max_length - limit) :]
         written: list[int] = []
         text = ""
         for token in continue_tokens(self.model, prompt, limit, self.eot_token_id, sampling, self.text.vocab_size):

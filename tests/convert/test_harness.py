@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ import torch  # noqa: E402
 from megacode.cli import main  # noqa: E402
 from megacode.convert.complete import Wanted, complete_export  # noqa: E402
 from megacode.convert.export import Source  # noqa: E402
-from megacode.recipe.schema import Model  # noqa: E402
+from megacode.errors import UserError  # noqa: E402
+from megacode.recipe.schema import Model, Tokenizer  # noqa: E402
 from tests.convert.runs import CRYSTAL, make_run  # noqa: E402
+from tests.model.test_transformers_parity import LENGTH, small  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -131,6 +134,29 @@ def test_a_run_and_its_export_write_and_score_the_same(pair: tuple[Path, Path], 
             assert value == pytest.approx(exported[task][name], rel=1e-4), (task, name)
     assert direct["local_answer"]["exact_match"] == 0.5
     assert 0 <= direct["local_choice"]["acc"] <= 1 and direct["local_text"]["byte_perplexity"] > 1
+
+
+def test_an_answer_leaves_room_for_the_question(monkeypatch: Any) -> None:
+    pytest.importorskip("lm_eval")
+    from megacode.evaluate import harness_model
+
+    recipe = small(Model(layers=1, hidden_size=64, heads=4))
+    recipe = recipe.model_copy(update={"tokenizer": Tokenizer(path="none")})
+    letters: Any = SimpleNamespace(
+        base=SimpleNamespace(bos_id=None), eod_id=0, vocab_size=256, encode=lambda text: list(text.encode()),
+        decode=lambda ids: bytes(ids).decode(),
+    )  # fmt: skip
+    monkeypatch.setattr(harness_model, "continue_tokens", lambda model, prompt, *settings: iter(prompt))
+    model = harness_model.MegatronLM(recipe, letters, None, 1)
+    question = "".join(map(chr, range(40, 40 + LENGTH)))
+    asked = [
+        SimpleNamespace(task_name="some", args=(question, {"until": [], "max_gen_toks": n})) for n in (8, LENGTH - 1)
+    ]
+    assert model.generate_until(asked, disable_tqdm=True) == [question[8:], question[-1]]
+    for more in ({"max_gen_toks": LENGTH}, {}):
+        asked[1].args = (question, {"until": []} | more)
+        with pytest.raises(UserError, match=f"--harness some: .* context of {LENGTH} .* smaller max_gen_toks"):
+            model.generate_until(asked, disable_tqdm=True)
 
 
 def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -61,6 +61,8 @@ _HARMLESS = (
     "tp_comm",
     "p2p",
     "moe_per_layer",
+    "attention_backend",
+    "pipeline",  # which stage has which layers
 )
 
 

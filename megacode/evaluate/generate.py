@@ -111,7 +111,12 @@ def open_for_inference(checkpoint: Path) -> tuple[Any, Any, Any]:
     recipe = load_recipe(path / "recipe.yaml")
     # FP8 is a way to train: the weights of a run are bf16's, and inference computes in that.
     precision = Precision(compute="bf16") if recipe.precision.compute == "fp8" else recipe.precision
-    recipe = recipe.model_copy(update={"parallel": Parallel(), "fusion": Fusion(), "precision": precision})
+    # Which stage has which layers (model.megatron.num_layers_in_first_pipeline_stage ...) is the layout's, too.
+    kept = {name: value for name, value in recipe.model.megatron.items() if "pipeline" not in name}
+    model = recipe.model.model_copy(update={"megatron": kept})
+    recipe = recipe.model_copy(
+        update={"parallel": Parallel(), "fusion": Fusion(), "precision": precision, "model": model}
+    )
     if recipe.tokenizer is None:
         raise UserError(f"{path / 'recipe.yaml'}: names no tokenizer, and text needs one; add `tokenizer:` to it")
     tokenizer = load_tokenizer(recipe.tokenizer)

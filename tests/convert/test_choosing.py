@@ -18,6 +18,7 @@ SCALED = dict(rotary_scaling=RotaryScaling(kind="linear", factor=4.0))
     [
         (LLAMA, "llama"),
         (LLAMA | SCALED | dict(kv_heads=2, head_dim=24), "llama"),
+        (LLAMA | dict(megatron={"attention_backend": "flash", "num_layers_in_first_pipeline_stage": 1}), "llama"),
         (LLAMA | dict(qkv_bias=True), "qwen2"),
         (LLAMA | dict(qk_norm=True, head_dim=32), "qwen3"),
         (LLAMA | dict(normalization="layernorm", rotary_fraction=0.25), "stablelm"),

@@ -19,7 +19,8 @@ from megacode.cli import main  # noqa: E402
 from megacode.convert.complete import Wanted, complete_export  # noqa: E402
 from megacode.convert.export import Source  # noqa: E402
 from megacode.errors import UserError  # noqa: E402
-from megacode.recipe.schema import Model, Tokenizer  # noqa: E402
+from megacode.recipe.load import dump_recipe, load_recipe  # noqa: E402
+from megacode.recipe.schema import Model, Parallel, Tokenizer  # noqa: E402
 from tests.convert.runs import CRYSTAL, make_run  # noqa: E402
 from tests.model.test_transformers_parity import LENGTH, small  # noqa: E402
 
@@ -32,12 +33,21 @@ MODELS = {
 }
 
 
+def lay_out(path: Path) -> None:
+    """The recipe as if the checkpoint, which fits any layout, came from pipeline stages of unequal depth."""
+    recipe = load_recipe(path)
+    uneven = {"num_layers_in_first_pipeline_stage": 1, "account_for_loss_in_pipeline_split": False}
+    changes = {"parallel": Parallel(pipeline=2), "model": recipe.model.model_copy(update={"megatron": uneven})}
+    path.write_text(dump_recipe(recipe.model_copy(update=changes)))
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def pair(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run and its export."""
     folder = tmp_path_factory.mktemp(request.param)
     model, bos = MODELS[request.param]
     run = make_run(folder, model, steps=(9,), bos=bos)
+    lay_out(run / "checkpoints" / "step_00000009" / "recipe.yaml")
     complete_export(Source.open(run), folder / "export", Wanted(request.param))
     return run, folder / "export"
 

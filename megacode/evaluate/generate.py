@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from megacode.errors import UserError
 
 EXAMPLE = """examples:
   megacode generate runs/crystal-tiny --prompt "def read(path):" --tokens 80
@@ -26,6 +29,22 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to continue.
+
+    Attributes:
+        before, after: shown around what is written.
+        context: ids of `before`, as far as what is written is text that goes on from it.
+        tokens: what the model reads.
+    """
+
+    before: str
+    after: str
+    context: Sequence[int]
+    tokens: Sequence[int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +119,6 @@ def open_for_inference(checkpoint: Path) -> tuple[Any, Any, Any]:
     if not torch.cuda.is_available():
         cpu.install()
     from megacode.data.tokenizer import load_tokenizer
-    from megacode.errors import UserError
     from megacode.recipe.load import load_recipe
     from megacode.recipe.schema import Fusion, Parallel, Precision
     from megacode.runtime.distributed import Launch, initialize
@@ -139,41 +157,71 @@ def infill_prompt(recipe: Any, tokenizer: Any, prefix: str, suffix: str) -> list
     ]  # fmt: skip
 
 
+def prompts_of(args: argparse.Namespace, recipe: Any, tokenizer: Any) -> list[Prompt]:
+    """What the command line asks for. UserError: a prompt is empty, or too long for the model."""
+    bos = [tokenizer.bos_id] if recipe.tokenizer.bos else []
+    prompts = []
+    for text in args.prompt:
+        ids = tokenizer.encode(text)
+        prompts.append(Prompt(text, "", ids, [*bos, *ids]))
+    if args.prefix is not None or args.suffix is not None:
+        before, after = args.prefix or "", args.suffix or ""
+        tokens = infill_prompt(recipe, tokenizer, before, after)
+        prompts.append(Prompt(before, after, tokenizer.encode(before), tokens))
+    positions = recipe.model.context_length or max(phase.sequence_length for phase in recipe.phases)
+    for prompt in prompts:
+        if not prompt.tokens:
+            raise UserError(
+                "--prompt: is empty and the tokenizer's recipe has no begin-of-sequence token to start from"
+            )
+        # The last token that is written is not read.
+        if recipe.model.position_embedding == "learned" and len(prompt.tokens) + args.tokens - 1 > positions:
+            raise UserError(
+                f"--tokens {args.tokens}: with the {len(prompt.tokens):,} of the prompt these are more than the "
+                f"{positions:,} positions that the model has learned; give a smaller number, or a shorter prompt"
+            )
+    return prompts
+
+
+def continuation(tokenizer: Any, context: Sequence[int], written: Sequence[int]) -> str:
+    """Text of `written` where it follows `context`: on its own, tokenizers such as Llama 2's leave its first blank out."""
+    start, whole = tokenizer.decode(context), tokenizer.decode([*context, *written])
+    # Some show the bytes of a whole character otherwise once a broken one follows.
+    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(written)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if not args.prompt and args.prefix is None and args.suffix is None:
+        raise UserError("give --prompt TEXT (or --prefix and --suffix to fill a gap)")
+    for option, value, fine, expected in (
+        ("tokens", args.tokens, args.tokens >= 1, "1 or more"),
+        ("temperature", args.temperature, 0 <= args.temperature < math.inf, "0 or more"),
+        ("top-k", args.top_k, args.top_k >= 0, "0 or more"),
+        ("top-p", args.top_p, 0 < args.top_p <= 1, "more than 0 and at most 1"),
+    ):
+        if not fine:
+            raise UserError(f"--{option}: expected {expected}, not {value}")
+
+
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from megacode.errors import UserError
     from megacode.runtime.distributed import shutdown
 
-    infill = args.prefix is not None or args.suffix is not None
-    if not args.prompt and not infill:
-        raise UserError("give --prompt TEXT (or --prefix and --suffix to fill a gap)")
-    if args.tokens < 1:
-        raise UserError(f"--tokens: expected 1 or more, not {args.tokens}")
+    _check_arguments(args)
     recipe, tokenizer, model = open_for_inference(args.checkpoint)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     console = Console(highlight=False, soft_wrap=True)
-    prompts = [
-        (text, "", [*([tokenizer.bos_id] if recipe.tokenizer.bos else []), *tokenizer.encode(text)])
-        for text in args.prompt
-    ]
-    if infill:
-        before, after = args.prefix or "", args.suffix or ""
-        prompts.append((before, after, infill_prompt(recipe, tokenizer, before, after)))
     try:
-        for before, after, tokens in prompts:
-            if not tokens:
-                raise UserError(
-                    "--prompt: is empty and the tokenizer's recipe has no begin-of-sequence token to start from"
-                )
+        for prompt in prompts_of(args, recipe, tokenizer):
             stop = tokenizer.eod_id if recipe.tokenizer.eod else None
-            written = list(continue_tokens(model, tokens, args.tokens, stop, sampling, tokenizer.vocab_size))
-            text = tokenizer.decode(written)
+            written = list(continue_tokens(model, prompt.tokens, args.tokens, stop, sampling, tokenizer.vocab_size))
+            text = continuation(tokenizer, prompt.context, written)
             if console.is_terminal:
-                console.print(Text(before, "dim") + Text(text, "bold") + Text(after, "dim"))
+                console.print(Text(prompt.before, "dim") + Text(text, "bold") + Text(prompt.after, "dim"))
             else:  # as it is: rich leaves carriage returns and other control characters out
-                sys.stdout.write(before + text + after + "\n")
+                sys.stdout.write(prompt.before + text + prompt.after + "\n")
     finally:
         shutdown()
     return 0

@@ -1,10 +1,21 @@
 """Generation with a key/value cache is the argmax of full forward passes; sampling keeps to its top-k and top-p."""
 
+import argparse
+import io
+from pathlib import Path
+
+import pytest
+import sentencepiece
 import torch
 
-from megacode.evaluate.generate import Sampling, continue_tokens, next_token
+from megacode.cli import main
+from megacode.data.tokenizer import load_tokenizer
+from megacode.errors import UserError
+from megacode.evaluate.generate import Sampling, continuation, continue_tokens, infill_prompt, next_token, prompts_of
+from megacode.recipe import schema
 from megacode.recipe.schema import Model
-from tests.model.test_transformers_parity import VOCAB, small
+from tests.data.test_tokenizer import CORPUS
+from tests.model.test_transformers_parity import LENGTH, VOCAB, small
 from tests.processes import run_on
 
 
@@ -38,3 +49,60 @@ def test_sampling_keeps_to_the_likeliest() -> None:
     assert {next_token(logits, Sampling(1.0, top_k=2), generator) for _ in range(200)} == {1, 2}
     assert {next_token(logits, Sampling(1.0, top_p=0.5), generator) for _ in range(200)} == {1}
     assert next_token(logits, Sampling(), generator) == 1
+
+
+@pytest.fixture(scope="module")
+def blank_first(tmp_path_factory: pytest.TempPathFactory) -> schema.Tokenizer:
+    """As Llama 2's: encoding puts a blank before a text, and decoding takes the first one away."""
+    path: Path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=model, model_type="bpe", vocab_size=420, byte_fallback=True,
+        add_dummy_prefix=True, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    path.write_bytes(model.getvalue())
+    return schema.Tokenizer(path=str(path), added_tokens="crystal", bos=True)
+
+
+def asked(**given: object) -> argparse.Namespace:
+    return argparse.Namespace(**{"prompt": [], "prefix": None, "suffix": None, "tokens": 8} | given)
+
+
+def test_what_is_written_goes_on_after_the_prompt(blank_first: schema.Tokenizer) -> None:
+    tokenizer = load_tokenizer(blank_first)
+    recipe = small(Model(layers=1, hidden_size=64, heads=4)).model_copy(update={"tokenizer": blank_first})
+    plain, gap = prompts_of(asked(prompt=["def é"], prefix="x =", suffix="y"), recipe, tokenizer)
+    assert plain.tokens == [tokenizer.bos_id, *tokenizer.encode("def é")]
+    assert gap.tokens == infill_prompt(recipe, tokenizer, "x =", "y")
+    for prompt in (plain, gap):
+        whole = tokenizer.encode(f"{prompt.before} the é")
+        written = whole[len(tokenizer.encode(prompt.before)) :]
+        assert tokenizer.decode(written) == "the é"
+        assert continuation(tokenizer, prompt.context, written) == " the é"
+        half = tokenizer.encode("\U0001f600")[-4:-2]
+        assert continuation(tokenizer, prompt.context, half).strip("\ufffd") == ""
+
+
+def test_no_more_positions_than_were_learned(blank_first: schema.Tokenizer) -> None:
+    model = Model(layers=1, hidden_size=64, heads=4, position_embedding="learned")
+    recipe, tokenizer = small(model).model_copy(update={"tokenizer": blank_first}), load_tokenizer(blank_first)
+    many = LENGTH - len(tokenizer.encode("def")) - 1  # and BOS
+    for tokens in (many, many + 1):
+        prompts_of(asked(prompt=["def"], tokens=tokens), recipe, tokenizer)
+    with pytest.raises(UserError, match=f"--tokens {many + 2}: .* more than the {LENGTH} positions"):
+        prompts_of(asked(prompt=["def"], tokens=many + 2), recipe, tokenizer)
+    rotary = recipe.model_copy(update={"model": model.model_copy(update={"position_embedding": "rotary"})})
+    prompts_of(asked(prompt=["def"], tokens=many + 2), rotary, tokenizer)
+
+
+def test_sampling_that_cannot_be_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option, value, expected in (
+        ("tokens", "0", "1 or more"),
+        ("temperature", "-1", "0 or more"),
+        ("temperature", "nan", "0 or more"),
+        ("top-k", "-1", "0 or more"),
+        ("top-p", "0", "more than 0 and at most 1"),
+        ("top-p", "1.5", "more than 0 and at most 1"),
+    ):
+        assert main(["generate", str(tmp_path), "--prompt", "a", f"--{option}={value}"]) == 2
+        assert f"--{option}: expected {expected}, not " in capsys.readouterr().err

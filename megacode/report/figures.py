@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatter, PercentFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from megacode.report.curves import envelope, readable_limits, smooth, thin
 from megacode.report.drawing import (
@@ -219,8 +219,8 @@ def _small(run: Run, key: str) -> str:
             axes.set_ylim(-reach, reach)
         elif key == "grad_norm" and positive and finite.max() > 20 * np.median(finite):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(LogFormatter())  # the scale's own writes formulas
-            axes.yaxis.set_minor_formatter(LogFormatter())
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the scale's own writes formulas
+            axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(0, 1.08 * float(finite.max()) or 1)
         if axes.get_yscale() == "linear":

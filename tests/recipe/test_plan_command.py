@@ -2,10 +2,10 @@
 
 import argparse
 import json
+import resource
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -31,11 +31,11 @@ def test_the_largest_recipe_is_planned_at_once_and_without_torch():
         "plan_command.run(parser.parse_args(['recipes/crystal-7b.yaml', '--gpus', '64']))\n"
         "assert not {'torch', 'megatron.core', 'matplotlib'} & set(sys.modules)\n"
     )
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     assert done.returncode == 0, done.stderr
-    assert seconds < 5, "0.5 s on two idle cores; five leave room for a busy machine"
+    assert seconds < 5, "0.5 s of a quick core, 1.2 s of a busy one; a table with a row a step would take minutes"
     for words in (
         "321,836 steps",
         "feed-forward",

@@ -166,13 +166,15 @@ def data_parallel_fields(recipe: Recipe, hardware: Hardware, data_size: int) -> 
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=speed["grad_reduce"],
         overlap_param_gather=speed["param_gather"],
-        # All stages of a pipeline gather at once, so that none waits for a slower one's collective.
-        align_param_gather=speed["param_gather"] and parallel.pipeline > 1,
+        # All stages of an interleaved pipeline gather at once, so that none waits for a slower one's collective. The plain
+        # schedule (1F1B) has no place where it would start that.
+        align_param_gather=speed["param_gather"] and parallel.virtual_pipeline is not None,
         use_distributed_optimizer=parallel.distributed_optimizer,
         check_for_nan_in_grad=False,
         fp8_param_gather=fp8_params,
-        # mxfp8 weights have two layouts, and what is gathered needs a buffer: the gradients', which lie idle then.
-        reuse_grad_buf_for_mxfp8_param_ag=fp8_params and precision.fp8_recipe == "mxfp8" and speed["param_gather"],
+        # mxfp8 weights have two layouts, and what is gathered needs a buffer: the gradients', which lie idle then. The
+        # optimizer is told the same (`optimizer_fields`).
+        reuse_grad_buf_for_mxfp8_param_ag=precision.mxfp8_params,
     )
     return _known(DistributedDataParallelConfig, fields)
 

@@ -96,6 +96,7 @@ _OPTIMIZER_GOVERNED = {
     "bf16": "precision.compute",
     "params_dtype": "precision.compute",
     "fp8_recipe": "precision.fp8_recipe",
+    "reuse_grad_buf_for_mxfp8_param_ag": "precision.fp8_params",
     "use_distributed_optimizer": "parallel.distributed_optimizer",
     "overlap_param_gather": "parallel.overlap.param_gather",
 }
@@ -104,6 +105,7 @@ DTYPES = ("fp32", "bf16", "fp16", "fp8")
 _DDP_GOVERNED = {
     "use_distributed_optimizer": "parallel.distributed_optimizer",
     "fp8_param_gather": "precision.fp8_params",
+    "reuse_grad_buf_for_mxfp8_param_ag": "precision.fp8_params",
     "overlap_grad_reduce": "parallel.overlap.grad_reduce",
     "overlap_param_gather": "parallel.overlap.param_gather",
 }

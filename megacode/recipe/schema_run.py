@@ -55,6 +55,11 @@ class Precision(Section):
     compare_every: Count | None = None
     """Every so many steps, the batch also goes forward in bf16 before the step; the log has the difference (`drift`)."""
 
+    @property
+    def mxfp8_params(self) -> bool:
+        """Whether weights are kept in mxfp8."""
+        return self.compute == "fp8" and self.fp8_recipe == "mxfp8" and self.fp8_params
+
 
 def compute_is_enough(value: Any) -> Any:
     return {"compute": value} if isinstance(value, str) else value

@@ -57,7 +57,7 @@ def speedups(recipe: Recipe, hardware: Hardware, data_size: int) -> dict[str, Sp
 
 
 def _grad_reduce(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
-    if data_size == 1:
+    if data_size * recipe.parallel.context == 1:  # context-parallel ranks have the same weights
         return "moot", "one data-parallel rank has nothing to reduce"
     if not hardware.on_cuda:
         return "only if asked", _SAME_CORES
@@ -65,10 +65,12 @@ def _grad_reduce(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict
 
 
 def _param_gather(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
-    if data_size == 1:
+    if data_size * recipe.parallel.context == 1:
         return "moot", "one data-parallel rank has nothing to gather"
     if not recipe.parallel.distributed_optimizer:
         return "moot", "without parallel.distributed_optimizer nothing is gathered"
+    if recipe.precision.mxfp8_params:
+        return "impossible", "mxfp8 weights are gathered in the gradients' buffer, which the next forward needs"
     asked = recipe.parallel.overlap.grad_reduce
     if not (hardware.on_cuda if asked is None else asked):
         return "impossible", "Megatron-Core wants parallel.overlap.grad_reduce with it"
@@ -84,6 +86,8 @@ def _tensor(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
         return "impossible", _NO_ENGINE
     if hardware.engine < (2, 7):
         return "impossible", "it needs Transformer Engine 2.7"
+    if recipe.precision.compute == "fp32":
+        return "impossible", "its buffers hold numbers of 16 bits or fewer, and precision is fp32"
     if not recipe.parallel.sequence:
         return "impossible", "it needs parallel.sequence: true"
     if _several_lengths(recipe):

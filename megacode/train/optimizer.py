@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import traceback
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,14 +39,46 @@ def wrap_data_parallel(
         UserError: a `parallel.ddp` combination that Megatron-Core refuses.
     """
     ddp_config = data_parallel_config(recipe, hardware or detect(), data_size)
-    wrapped = [
-        # Bucketing serves the overlap of the first chunk's communication with backward; later chunks finish earlier.
-        DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    ]
+    try:
+        wrapped = [
+            # Bucketing serves the overlap of the first chunk's communication with backward; later chunks finish earlier.
+            DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        ]
+    except (AssertionError, ValueError) as error:
+        given = ", ".join(sorted(recipe.parallel.ddp))
+        raise UserError(
+            f"parallel.ddp: Megatron-Core refuses this ({given or 'no field of its own'}): {_said(error)}; take out or change "
+            "the field that it speaks of"
+        ) from error
+    if recipe.precision.mxfp8_params:
+        _refuse_odd_sizes(wrapped)
     for chunk in wrapped:
         chunk.broadcast_params()
     return wrapped
+
+
+def _said(error: Exception) -> str:
+    """Megatron-Core's own words, or, where it asserts without any, the place."""
+    if str(error):
+        return str(error).splitlines()[0]
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.line} ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+def _refuse_odd_sizes(wrapped: list[DistributedDataParallel]) -> None:
+    """Megatron-Core (0.16) reads gathered mxfp8 weights as if they lay close together in their buffer, and starts each at a
+    multiple of 64 numbers: behind one of another size, every weight would be another's."""
+    names = {id(parameter): name for name, parameter in global_parameter_names(wrapped).items()}
+    for buffer in (buffer for chunk in wrapped for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]):
+        for bucket in buffer.buckets:
+            for parameter, (start, _) in bucket.param_to_index.items():
+                if buffer.param_index_map[parameter][0] - bucket.offset != start:
+                    odd = next(p for p in bucket.param_to_index if p.numel() % 64)
+                    raise UserError(
+                        f"precision.fp8_params: with `fp8_recipe: mxfp8` every parameter needs a multiple of 64 numbers on each "
+                        f"rank, and {names[id(odd)]} has {odd.numel()}; set it to false, or change the model's sizes"
+                    )
 
 
 def multipliers(recipe: Recipe, name: str, parameter: torch.nn.Parameter) -> tuple[float, float]:
@@ -76,6 +110,7 @@ def optimizer_fields(recipe: Recipe, overlap_param_gather: bool) -> dict[str, An
         use_distributed_optimizer=recipe.parallel.distributed_optimizer,
         overlap_param_gather=overlap_param_gather,
         fp8_recipe=recipe.precision.fp8_recipe if precision == "fp8" else None,
+        reuse_grad_buf_for_mxfp8_param_ag=recipe.precision.mxfp8_params,
         # Only bf16 weights share their bits with a master weight.
         store_param_remainders=not recipe.precision.fp8_params,
     )

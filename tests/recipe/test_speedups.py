@@ -27,6 +27,11 @@ CASES: dict[str, tuple[Hardware, int, list[str], set[str]]] = {
     "no distributed optimizer": (H100, 2, ["parallel.distributed_optimizer=false"], FUSIONS | {"grad_reduce"}),
     "tensor parallel": (H100, 1, ["parallel.tensor=2"], FUSIONS),
     "sequence parallel": (H100, 1, ["parallel.tensor=2", "parallel.sequence=true"], FUSIONS | {"tensor"}),
+    "context parallel": (H100, 1, ["parallel.context=2"], FUSIONS | {"grad_reduce", "param_gather"}),
+    "fp32": (H100, 1, ["precision=fp32", "parallel.tensor=2", "parallel.sequence=true"], FUSIONS),
+    "mxfp8 weights": (
+        assumed("b200"), 8, ["precision={compute: fp8, fp8_recipe: mxfp8, fp8_params: true}"], FUSIONS | {"grad_reduce"},
+    ),
     "two lengths": (
         H100, 1, ["parallel.tensor=2", "parallel.sequence=true", "phases.second.sequence_length=64"], FUSIONS,
     ),
@@ -66,13 +71,16 @@ def test_what_is_on(case: str, write) -> None:
         (H100, "{fusion.cuda_graphs: true, data.reset_at_eod: true}", "packs documents"),
         (H100, "{fusion.cuda_graphs: true, phases.second.sequence_length: 64}", "several sequence lengths"),
         (H100, "parallel={tensor: 2, overlap: {tensor: true}}", "it needs parallel.sequence: true"),
+        (H100, "parallel={tensor: 2, sequence: true, overlap: {tensor: true}}|precision=fp32", "precision is fp32"),
+        (assumed("b200"), "parallel.overlap={param_gather: true}|precision={compute: fp8, fp8_recipe: mxfp8, fp8_params: true}",
+         "gathered in the gradients' buffer"),
         (H100, "parallel.overlap={grad_reduce: false, param_gather: true}", "parallel.overlap.grad_reduce with it"),
         (Hardware("H100", (9, 0), (13, 0), (2, 2)),
          "{model.rotary_interleaved: true, fusion.rope: true}", "interleaved rotary positions need"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_with_its_key(hardware: Hardware, change: str, says: str, write) -> None:
-    changes = [change]
+    changes = change.split("|")
     if change.startswith("{"):
         changes = [part.strip().replace(": ", "=") for part in change[1:-1].split(",")]
     with pytest.raises(UserError) as caught:

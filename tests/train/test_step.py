@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from megacode.recipe.schema import LearningRate, Mixture, Model, Optimizer, Parallel, ParameterGroup, Phase, Recipe
+from megacode.errors import UserError
+from megacode.recipe.schema import (
+    LearningRate,
+    Mixture,
+    Model,
+    Optimizer,
+    Parallel,
+    ParameterGroup,
+    Phase,
+    Precision,
+    Recipe,
+)
 from tests.processes import run_on
 
 VOCAB, LENGTH, EOD = 100, 32, 2
@@ -105,7 +116,6 @@ def test_the_denominator_is_tokens_or_positions() -> None:
 
 
 def context_parallel_refusal(world) -> str:
-    from megacode.errors import UserError
     from megacode.model.config import transformer_config
 
     with pytest.raises(UserError) as error:
@@ -136,6 +146,53 @@ def test_a_context_rank_has_the_first_and_the_last_of_as_many_slices() -> None:
     first, second = run_on(2, own_slices, parallel=Parallel(context=2))
     assert first == ([9, 10, 15, 16], [0, 1, 6, 7])
     assert second == ([11, 12, 13, 14], [2, 3, 4, 5])
+
+
+def losses_by_weights(world) -> tuple[list[list[float]], str]:
+    """Of four steps with bf16 weights, and with what Megatron-Core does with mxfp8 ones: they share the gradients' buffer.
+    And what is said of sizes that it would mix up."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    from megacode.data.batch import make_batch
+    from megacode.model.config import transformer_config
+    from megacode.model.gpt import build_model
+    from megacode.train.optimizer import build_optimizer, set_rates, wrap_data_parallel
+    from megacode.train.step import gathered_weights, prepare_model_for_training, train_step
+
+    batch = [make_batch(windows(), np.zeros(2, np.int32), np.arange(2))]
+    mxfp8 = Precision(compute="fp8", fp8_recipe="mxfp8", fp8_params=True)
+
+    def wrapped(width: int, precision: Precision):
+        model = Model(layers=2, hidden_size=width, heads=2, init_std=0.3)
+        recipe = small().model_copy(update={"precision": precision, "model": model})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(param_and_grad_buffer, "is_mxfp8tensor", lambda weight: precision == mxfp8)
+            config = transformer_config(recipe.model_copy(update={"precision": Precision(compute="bf16")}))
+            return recipe, wrap_data_parallel(recipe, config, build_model(recipe, VOCAB, config), world.data_size)
+
+    out: list[list[float]] = []
+    for precision in (Precision(compute="bf16"), mxfp8):
+        recipe, chunks = wrapped(64, precision)
+        optimizer = build_optimizer(recipe, chunks)
+        prepare_model_for_training(chunks, optimizer)
+        out.append([])
+        for _ in range(4):
+            set_rates(optimizer, 1e-2, 0.1)
+            sums, norm = train_step(chunks, optimizer, batch, 1, recipe, world)
+            out[-1] += [float(sums[0, 0]), norm]
+        with gathered_weights(chunks):
+            out[-1].append(sum(float(weight.detach().double().abs().sum()) for weight in chunks[0].parameters()))
+    with pytest.raises(UserError) as caught:
+        wrapped(32, mxfp8)
+    return out, str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for mxfp8 weights")
+def test_weights_that_share_the_gradients_buffer_are_trained_as_others() -> None:
+    (((plain, shared), said),) = run_on(1, losses_by_weights)
+    assert plain[-3] < 0.9 * plain[0], "the model does not learn"
+    assert shared == plain
+    assert "layernorm.weight has 32" in said
 
 
 def precisions_seen(world) -> list[tuple[str | None, float]]:

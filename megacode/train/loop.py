@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from megacode.runtime.launch import STOPPED
 from megacode.runtime.userbuffers import userbuffers
 from megacode.train import garbage
 from megacode.train.checkpoint import Checkpointer, load_checkpoint
-from megacode.train.checkpoint_files import find_checkpoint, remove_unfinished
+from megacode.train.checkpoint_files import find_checkpoint, latest_checkpoint, read_info, remove_unfinished
 from megacode.train.guard import StopRequest
 from megacode.train.optimizer import adam_of, build_optimizer, forget_state, set_rates, wrap_data_parallel
 from megacode.train.profile import Profiler
@@ -74,6 +75,9 @@ def train(
 
     Returns:
         0 when all is done, `STOPPED` when a signal asked to stop before (state saved); errors are raised.
+
+    Raises:
+        UserError: what the run starts from or how it is to train does not fit, or a gradient is not finite.
     """
     recipe = plan.recipe
     resume = checkpoint_to_resume(run, plan)
@@ -150,6 +154,8 @@ def _loop(trainer: Trainer, stream: Iterator[StepBatch], first: int, until: int,
         trainer.checkpointer.poll()
 
         done = step + 1
+        if norm is not None and not math.isfinite(norm):
+            _diverged(trainer, done, norm)
         at_phase_end = done == phase.first_step + phase.steps
         if _due(done, recipe.evaluation.every) or (at_phase_end and recipe.evaluation.at_phase_end):
             _evaluate(trainer, done)
@@ -171,6 +177,27 @@ def _loop(trainer: Trainer, stream: Iterator[StepBatch], first: int, until: int,
     else:
         trainer.reports.finished()
     return 0
+
+
+def _diverged(trainer: Trainer, done: int, norm: float) -> NoReturn:
+    """End a run whose update spoilt its weights, before they replace a good checkpoint. Collective: the norm is everybody's."""
+    trainer.reports.flush()
+    trainer.checkpointer.wait()  # one from before may be under way
+    folder = trainer.checkpointer.folder
+    phase = trainer.plan.phase_at(done - 1).name
+    lower = f"lower phases.{phase}.learning_rate.peak"
+    good = latest_checkpoint(folder)
+    if good is None:
+        remedy = f"there is no checkpoint from before: {lower} and start again"
+    else:
+        remedy = (
+            f"the last checkpoint is {good}: {lower} and train on from there, or change more with `megacode fork {folder.parent} "
+            f"--at {read_info(good)['step']}`"
+        )
+    raise UserError(
+        f"{folder.parent}: the gradient of step {done} (phase {phase}) has the norm {norm}, so the run ends there and saves nothing "
+        f"more; {remedy} (`megacode trace {folder.parent} --step {done}` shows what the step read)"
+    )
 
 
 def _bf16_sums(trainer: Trainer, batch: StepBatch, step: int) -> Tensor | None:

@@ -173,7 +173,7 @@ class StepReports:
             "phase": phase.name,
             "loss": _ratio(sum(losses), sum(tokens)),
             **compared,
-            "grad_norm": float(pending.norm),
+            "grad_norm": float("nan") if pending.norm is None else float(pending.norm),
             "learning_rate": phase.learning_rate(step),
             "batch_size": batch_size,
             "tokens": self.plan.tokens_before(step + 1),

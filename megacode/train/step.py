@@ -224,15 +224,16 @@ def without_fp8(chunks: Sequence[Any]) -> Iterator[None]:
 
 def train_step(
     chunks: Sequence[Any], optimizer: Any, micro_batches: Sequence[Batch], streams: int, recipe: Recipe, world: World
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, float | None]:
     """Forward, backward, clip, update. Rates are set beforehand (`optimizer.set_rates`).
 
     Returns:
-        (sums as of `forward_backward`, global gradient norm before clipping)
+        (sums as of `forward_backward`, global gradient norm before clipping: the same on all ranks). The norm is None where
+        Megatron-Core left the update out: with a `loss_scale` it does so when a gradient is not finite.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     sums = forward_backward(chunks, micro_batches, streams, recipe, world)
     _, norm, _ = optimizer.step()
-    return sums, float(norm if norm is not None else 0.0)
+    return sums, None if norm is None else float(norm)

@@ -152,3 +152,65 @@ def told_late(world: Any, folder: str) -> list[int]:
 def test_what_was_gathered_is_read_a_step_later_but_at_a_phases_end(tmp_path: Path) -> None:
     ((found,),) = [run_on(1, told_late, str(tmp_path))]
     assert found == [0, 0, 3, 3]  # gathered after step 2, written with step 3, which ends the phase
+
+
+def diverge(world: Any, folder: str) -> list[str]:
+    """What is said when the fourth step's gradient is not a number, with and without a checkpoint; saves that were made."""
+    import torch
+
+    from megacode.errors import UserError
+    from megacode.train import loop
+    from megacode.train.report_steps import StepReports
+
+    plan = two_phases()
+    batch: Any = type("Batch", (), {"digest": 1, "micro_batches": ()})()
+    idle: Any = type("Idle", (), {"before": lambda *_: None, "after": lambda *_: None, "agreed": lambda *_: 0})()
+    adam: Any = type("Adam", (), {"param_groups": ()})()
+    said = []
+    for name, saves in (("saved", True), ("unsaved", False)):
+        run = Path(folder, name)
+        (run / "checkpoints").mkdir(parents=True)
+        made: Any = Saving(run / "checkpoints", saves)
+        norms = iter([1.0, None, 1.0, float("nan"), 1.0, 1.0])
+        loop.train_step = lambda *_, norms=norms: (torch.ones(2, 1, dtype=torch.float64), next(norms))
+        with StepReports.open(plan, run, world, first_step=0, vocab_size=10) as reports:
+            trainer = loop.Trainer(plan, world, [], adam, made, None, reports, idle, vocab_size=10)
+            try:
+                loop._loop(trainer, iter([batch] * 6), 0, 6, idle)
+            except UserError as error:
+                said.append(str(error))
+        assert made.steps == [3], "the phase's end, and nothing after it"
+    return said
+
+
+class Saving:
+    """Stands in for the checkpointer: a checkpoint appears once it is waited for."""
+
+    def __init__(self, folder: Path, saves: bool) -> None:
+        self.folder, self.saves = folder, saves
+        self.steps: list[int] = []
+
+    def save(self, done: int, *_: Any) -> None:
+        self.steps.append(done)
+
+    def poll(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        if self.saves:
+            path = self.folder / f"step_{self.steps[-1]:08d}"
+            path.mkdir()
+            (path / "megacode.json").write_text(json.dumps({"step": self.steps[-1]}))
+            (self.folder / "latest").write_text(path.name)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_with_its_checkpoint(tmp_path: Path) -> None:
+    """A skipped update, whose norm is None, does not: a loss scale is there to skip."""
+    ((saved, unsaved),) = run_on(1, diverge, str(tmp_path))
+    assert "gradient of step 4 (phase second) has the norm nan" in saved and "saves nothing more" in saved
+    assert f"{tmp_path / 'saved/checkpoints/step_00000003'}: lower phases.second.learning_rate.peak" in saved
+    assert f"megacode fork {tmp_path / 'saved'} --at 3" in saved
+    assert "there is no checkpoint from before" in unsaved
+    records = [json.loads(line) for line in (tmp_path / "saved/metrics.jsonl").read_text().splitlines()]
+    norms = [record["grad_norm"] for record in records if record["kind"] == "train"]
+    assert norms == [1.0, None, 1.0, None]

@@ -136,8 +136,9 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> An
     except (AssertionError, ValueError, TypeError) as error:
         raise UserError(f"optimizer.megatron: Megatron-Core refuses this: {error}") from error
 
-    wanted = {id(p): multipliers(recipe, name, p) for name, p in global_parameter_names(chunks).items()}
-    _refuse_idle_groups(settings, global_parameter_names(chunks))
+    names = _names_of_weights(recipe, chunks)
+    wanted = {id(p): multipliers(recipe, name, p) for name, p in names.items()}
+    _refuse_idle_groups(settings, names)
     overrides = {
         ParamKey(
             with_name_predicate=ParamWithNamePredicate(
@@ -150,6 +151,15 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> An
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
     _allocate_state(optimizer)
     return optimizer
+
+
+def _names_of_weights(recipe: Recipe, chunks: list[DistributedDataParallel]) -> dict[str, torch.nn.Parameter]:
+    """Parameters by their names in the whole model, a tied output layer by its embedding's: the last stage of a pipeline has a
+    copy of that under a name of its own, and both must be updated alike to stay equal."""
+    names = global_parameter_names(chunks)
+    if recipe.model.tie_embeddings and (copy := names.pop("output_layer.weight", None)) is not None:
+        names["embedding.word_embeddings.weight"] = copy
+    return names
 
 
 def _with_dtypes(given: Mapping[str, Any]) -> dict[str, Any]:

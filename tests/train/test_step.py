@@ -108,6 +108,17 @@ def test_sums_by_stream_rates_by_group_and_fresh_state() -> None:
     assert found["moments"] > 0 and found["after"] == 0
 
 
+def test_a_tied_output_layer_is_updated_as_its_embedding() -> None:
+    """On the last stage of a pipeline it is a copy with a name of its own."""
+    from megacode.train.optimizer import _names_of_weights
+
+    stage = torch.nn.Module()
+    stage.output_layer = torch.nn.Linear(2, 2, bias=False)
+    for tied, name in ((True, "embedding.word_embeddings.weight"), (False, "output_layer.weight")):
+        recipe = small().model_copy(update={"model": small().model.model_copy(update={"tie_embeddings": tied})})
+        assert list(_names_of_weights(recipe, [stage])) == [name]
+
+
 def test_the_denominator_is_tokens_or_positions() -> None:
     by_tokens, by_positions = (
         run_on(1, sums_and_updates, small(clip_grad=0.0, loss_denominator=kind))[0] for kind in ("tokens", "positions")

@@ -2,8 +2,8 @@
 
 Megatron-Core draws from a generator whose state depends on the order of the layers and on the layout. Here each matrix of the
 dense GPT has a generator of its own, the whole unpadded matrix is drawn on the parameter's device, and each rank keeps its
-share; what is padding is zero. CPU and CUDA draw different numbers. Matrices that only pass-through fields bring (experts,
-multi-token prediction) keep Megatron-Core's start.
+share; what is padding is zero. CPU and CUDA draw different numbers. Matrices that only pass-through fields bring keep
+Megatron-Core's start.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ anything starts.
 from __future__ import annotations
 
 import ast
+import fnmatch
 import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -110,6 +111,27 @@ _DDP_GOVERNED = {
     "overlap_param_gather": "parallel.overlap.param_gather",
 }
 
+# What Megatron-Core would take and do nothing with, or fail at later, since megacode does not build what it is for: shell patterns.
+_OTHER_LAYERS = (
+    "belongs to layers of another kind than megacode's, which are dense with standard attention; take it out"
+)
+_MODEL_REFUSED = dict.fromkeys(
+    (
+        "num_moe_experts", "moe_*", "*moe_expert_parallel*", "expert_*_parallel_size", "ep_overlap_*",
+        "multi_latent_attention", "qk_l2_norm", "experimental_attention_variant", "dsa_*", "linear_attention_*", "linear_*_dim",
+        "linear_num_*", "mtp_*", "heterogeneous_*", "hetereogenous_*", "is_hybrid_model", "mamba_*", "use_mamba_*", "mrope_*",
+        "use_kitchen*", "kitchen_*", "use_te_activation_func", "use_fused_weighted_squared_relu", "transformer_impl",
+    ),
+    _OTHER_LAYERS,
+)  # fmt: skip
+_OPTIMIZER_REFUSED = {
+    "optimizer": "rates, groups and checkpoints here are AdamW's, the only optimizer; take it out",
+}
+_DDP_REFUSED = {
+    "num_distributed_optimizer_instances": "needs groups of ranks that megacode does not make; take it out",
+    "use_*_fsdp": "needs another wrapper than DistributedDataParallel, which is megacode's; take it out",
+}
+
 
 @dataclass(frozen=True)
 class Field:
@@ -123,16 +145,19 @@ class Field:
 
 
 def check_pass_through(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """(key, sentence) for every pass-through field that Megatron-Core has not, that another key governs, or of a wrong
-    type.
+    """(key, sentence) for every pass-through field that Megatron-Core has not, that another key governs, that would have no
+    effect, or of a wrong type.
 
-    Where Megatron-Core is not installed, only governed names are checked.
+    Where Megatron-Core is not installed, only names are checked that are governed or without effect.
     """
-    sections: tuple[tuple[str, Mapping[str, Any], Mapping[str, str], tuple[tuple[str, str], ...]], ...] = (
+    sections: tuple[
+        tuple[str, Mapping[str, Any], Mapping[str, str], Mapping[str, str], tuple[tuple[str, str], ...]], ...
+    ] = (
         (
             "model.megatron",
             recipe.model.megatron,
             _MODEL_GOVERNED,
+            _MODEL_REFUSED,
             (
                 ("model_parallel_config.py", "ModelParallelConfig"),
                 ("transformer/transformer_config.py", "TransformerConfig"),
@@ -142,16 +167,18 @@ def check_pass_through(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "optimizer.megatron",
             recipe.optimizer.megatron,
             _OPTIMIZER_GOVERNED,
+            _OPTIMIZER_REFUSED,
             (("optimizer/optimizer_config.py", "OptimizerConfig"),),
         ),
         (
             "parallel.ddp",
             recipe.parallel.ddp,
             _DDP_GOVERNED,
+            _DDP_REFUSED,
             (("distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig"),),
         ),
     )
-    for section, given, governed, classes in sections:
+    for section, given, governed, refused, classes in sections:
         if not given:
             continue
         known = fields_of(classes)
@@ -159,6 +186,8 @@ def check_pass_through(recipe: Recipe) -> Iterator[tuple[str, str]]:
             key = f"{section}.{name}"
             if name in governed:
                 yield key, f"is what `{governed[name]}` sets; use that key"
+            elif value not in (None, False) and (why := _refusal(name, refused)):
+                yield key, why
             elif known is not None and name not in known:
                 free = [field for field in known if field not in governed]
                 hint = did_you_mean(name, free)
@@ -168,6 +197,10 @@ def check_pass_through(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 problem = _type_problem(known[name], value)
                 if problem:
                     yield key, problem
+
+
+def _refusal(name: str, refused: Mapping[str, str]) -> str | None:
+    return next((why for pattern, why in refused.items() if fnmatch.fnmatchcase(name, pattern)), None)
 
 
 def _type_problem(field: Field, value: Any) -> str | None:

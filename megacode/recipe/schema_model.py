@@ -35,7 +35,8 @@ class RotaryScaling(Section):
 
 
 class Model(Section):
-    """The GPT family, in the field's words. `megatron` reaches every other field of Megatron-Core's TransformerConfig.
+    """The GPT family, in the field's words: dense layers with standard attention. `megatron` reaches every other field of
+    Megatron-Core's TransformerConfig that such layers have; those of experts, latent attention and the like are refused.
 
     The vocabulary is the tokenizer's; `vocab_size` states it where no tokenizer is at hand (planning) and must then agree.
     """
@@ -150,9 +151,6 @@ class Model(Section):
         return -(-size // multiple) * multiple
 
     def stored_ffn_size(self, tensor_parallel: int) -> int:
-        """Experts are not padded: their weights are Megatron-Core's own affair."""
-        if self.megatron.get("num_moe_experts"):
-            return self.resolved_ffn_size
         return self.stored(self.resolved_ffn_size, tensor_parallel)
 
 

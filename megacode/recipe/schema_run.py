@@ -18,7 +18,7 @@ class ParameterGroup(Section):
 
 
 class Optimizer(Section):
-    """AdamW as Megatron-Core runs it. `megatron` reaches every other field of its OptimizerConfig."""
+    """AdamW as Megatron-Core runs it. `megatron` reaches every other field of its OptimizerConfig that is of use for it."""
 
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)

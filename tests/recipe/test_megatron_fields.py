@@ -1,6 +1,7 @@
 """The pass-through to Megatron-Core's own fields, checked without importing it."""
 
 import dataclasses
+import fnmatch
 
 import pytest
 
@@ -15,20 +16,28 @@ MISTAKES = {
     "model.megatron.bf16=true": ["`precision.compute`"],
     "model.megatron.fp8_margin=a": ["expected int", "not 'a'"],
     "model.megatron.fp8_margin=true": ["expected int", "not true"],
-    "model.megatron.moe_router_dtype=fp16": ["'fp32' or 'fp64'"],
+    "model.megatron.softmax_type=soft": ["'vanilla' or 'off-by-one'"],
+    "model.megatron.num_moe_experts=4": ["layers of another kind", "take it out"],
+    "model.megatron.moe_router_topk=1": ["layers of another kind"],
+    "model.megatron.multi_latent_attention=true": ["layers of another kind"],
+    "model.megatron.mtp_num_layers=1": ["layers of another kind"],
+    "model.megatron.qk_l2_norm=true": ["layers of another kind"],
     "model.megatron.recompute_modules=core_attn": ["expected list"],
     "model.megatron.attention_backend=cudnn": ["'flash' or 'fused' or 'unfused'", "not 'cudnn'"],
     "optimizer.megatron.lr=1": ["`phases.NAME.learning_rate.peak`"],
     "optimizer.megatron.hysteresis=1.5": ["expected int"],
     "optimizer.megatron.exp_avg_dtype=bfloat16": ["'bf16'", "torch.dtype", "not 'bfloat16'"],
+    "optimizer.megatron.optimizer=sgd": ["AdamW", "take it out"],
+    "parallel.ddp.num_distributed_optimizer_instances=2": ["groups of ranks", "take it out"],
+    "parallel.ddp.use_megatron_fsdp=true": ["another wrapper"],
     "parallel.ddp.bucket_sise=1": ["DistributedDataParallelConfig", "`bucket_size`"],
     "parallel.ddp.overlap_grad_reduce=true": ["`parallel.overlap.grad_reduce`"],
     "model.megatron.apply_rope_fusion=false": ["`fusion.rope`"],
     "parallel.ddp.use_distributed_optimizer=true": ["`parallel.distributed_optimizer`"],
 }
 GOOD = [
-    "model.megatron={fp8_margin: 1, moe_aux_loss_coeff: 1e-2, recompute_modules: [mlp], fp8_wgrad: true}",
-    "model.megatron={window_size: [128, 0], attention_backend: flash, moe_router_dtype: null}",
+    "model.megatron={fp8_margin: 1, glu_linear_offset: 1e-2, recompute_modules: [mlp], fp8_wgrad: true}",
+    "model.megatron={window_size: [128, 0], attention_backend: flash, moe_router_dtype: null, qk_l2_norm: false}",
     "optimizer.megatron={loss_scale: 1, decoupled_weight_decay: false}",
     "optimizer.megatron={use_precision_aware_optimizer: true, exp_avg_dtype: bf16, exp_avg_sq_dtype: fp8}",
     "parallel.ddp={bucket_size: 1000, average_in_collective: true}",
@@ -53,8 +62,9 @@ def test_fields_of_the_installed_version_pass(write, override):
 def test_without_megatron_core_names_are_not_checked(write, monkeypatch):
     monkeypatch.setattr(megatron_fields, "core_folder", lambda: None)
     load_recipe(write(), ["model.megatron.anything=1"])
-    with pytest.raises(UserError):
-        load_recipe(write(), ["model.megatron.num_layers=1"])
+    for change in ("model.megatron.num_layers=1", "model.megatron.num_moe_experts=4"):
+        with pytest.raises(UserError):
+            load_recipe(write(), [change])
 
 
 def test_names_read_from_the_source_are_those_of_the_classes():
@@ -94,3 +104,18 @@ def test_every_governed_field_exists():
         ("transformer/transformer_config.py", "TransformerConfig"),
     )
     assert governed <= set(megatron_fields.fields_of(classes))
+
+
+def test_every_refused_pattern_is_of_a_field():
+    classes = {
+        "_MODEL_REFUSED": (
+            ("model_parallel_config.py", "ModelParallelConfig"),
+            ("transformer/transformer_config.py", "TransformerConfig"),
+        ),
+        "_OPTIMIZER_REFUSED": (("optimizer/optimizer_config.py", "OptimizerConfig"),),
+        "_DDP_REFUSED": (("distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig"),),
+    }
+    for name, files in classes.items():
+        fields = megatron_fields.fields_of(files)
+        for pattern in getattr(megatron_fields, name):
+            assert fnmatch.filter(fields, pattern), pattern

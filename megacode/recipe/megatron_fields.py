@@ -111,7 +111,7 @@ _DDP_GOVERNED = {
     "overlap_param_gather": "parallel.overlap.param_gather",
 }
 
-# What Megatron-Core would take and do nothing with, or fail at later, since megacode does not build what it is for: shell patterns.
+# What Megatron-Core would take and ignore, or fail at later, since megacode does not build what it is for; shell patterns.
 _OTHER_LAYERS = (
     "belongs to layers of another kind than megacode's, which are dense with standard attention; take it out"
 )

@@ -275,17 +275,26 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed % 2**63)
 
 
-def seed_step(recipe: Recipe, step: int) -> None:
-    """Make dropout a function of (seed, step): a resumed run drops what an uninterrupted one would have dropped.
+def seed_step(recipe: Recipe, step: int, world: World) -> None:
+    """Make dropout a function of (seed, step, place in the layout): a resumed run drops what an uninterrupted one would have
+    dropped.
 
     Without dropout a step draws nothing, and this does nothing.
     """
     if recipe.model.dropout or recipe.model.attention_dropout:
         from megatron.core import tensor_parallel
 
-        value = (recipe.seed * 1_000_003 + step * 7_919) % 2**31
+        value = dropout_seed(recipe.seed, step, world)
         torch.manual_seed(value)
         tensor_parallel.model_parallel_cuda_manual_seed(value)
+
+
+def dropout_seed(seed: int, step: int, world: World) -> int:
+    """Of this rank's generators in a step: another one for every part of the batch and every stage, which would else all drop the
+    same units; one for tensor-parallel ranks, among which Megatron-Core makes the difference where there is to be one."""
+    share = world.data_rank * world.context_size + world.context_rank
+    place = share * world.pipeline_size + world.pipeline_rank
+    return (seed * 1_000_003 + step * 7_919 + place * 15_485_863) % 2**31
 
 
 def shutdown() -> None:

@@ -139,7 +139,7 @@ def _loop(trainer: Trainer, stream: Iterator[StepBatch], first: int, until: int,
                 forget_state(trainer.optimizer)
         trainer.profiler.before(step)
         batch = next(stream)
-        seed_step(recipe, step)
+        seed_step(recipe, step, world)
         reference = _bf16_sums(trainer, batch, step)
         set_rates(trainer.optimizer, phase.learning_rate(step), recipe.optimizer.weight_decay)
         sums, norm = train_step(
@@ -195,8 +195,8 @@ def _diverged(trainer: Trainer, done: int, norm: float) -> NoReturn:
             f"--at {read_info(good)['step']}`"
         )
     raise UserError(
-        f"{folder.parent}: the gradient of step {done} (phase {phase}) has the norm {norm}, so the run ends there and saves nothing "
-        f"more; {remedy} (`megacode trace {folder.parent} --step {done}` shows what the step read)"
+        f"{folder.parent}: the gradient of step {done} (phase {phase}) has the norm {norm}, so the run ends there and saves "
+        f"nothing more; {remedy} (`megacode trace {folder.parent} --step {done}` shows what the step read)"
     )
 
 
@@ -208,7 +208,7 @@ def _bf16_sums(trainer: Trainer, batch: StepBatch, step: int) -> Tensor | None:
     streams = len(trainer.plan.phase_at(step).streams)
     with without_fp8(trainer.chunks), torch.no_grad():
         sums = forward_backward(trainer.chunks, batch.micro_batches, streams, recipe, trainer.world, forward_only=True)
-    seed_step(recipe, step)  # the step itself drops what this one dropped
+    seed_step(recipe, step, trainer.world)  # the step itself drops what this one dropped
     return sums
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -245,3 +247,21 @@ def test_what_is_not_training_runs_without_recorded_graphs() -> None:
     with _without_graphs([chunk]):
         assert not hasattr(chunk[0], "cudagraph_manager")
     assert chunk[0].cudagraph_manager is graphs and not hasattr(chunk[1], "cudagraph_manager")
+
+
+def test_every_share_of_the_batch_and_every_stage_drops_other_units() -> None:
+    """But tensor-parallel ranks draw alike where Megatron-Core wants them to; and the first rank as it always did."""
+    from megacode.runtime.distributed import World, dropout_seed
+
+    def seeds(step: int) -> dict[tuple[int, ...], int]:
+        sizes = dict(size=16, device="cpu", pipeline_size=2, data_size=2, context_size=2)
+        return {
+            (tensor, *place): dropout_seed(7, step, World(
+                rank=0, tensor_rank=tensor, pipeline_rank=place[0], data_rank=place[1], context_rank=place[2], **sizes))
+            for tensor in (0, 1) for place in itertools.product((0, 1), repeat=3)
+        }  # fmt: skip
+
+    first, second = seeds(0), seeds(1)
+    assert all(seed == first[(0, *place)] for (_, *place), seed in first.items())
+    assert len({*first.values(), *second.values()}) == 2 * 8
+    assert first[0, 0, 0, 0] == 7 * 1_000_003

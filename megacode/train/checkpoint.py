@@ -52,7 +52,7 @@ from megacode.train.checkpoint_files import (
     remove_unfinished,
 )
 from megacode.train.master_weights import make_remainders, make_whole
-from megacode.train.optimizer import load_optimizer_state
+from megacode.train.optimizer import OTHER_GROUPS, load_optimizer_state, other_multipliers
 
 __all__ = [
     "Checkpointer",
@@ -131,7 +131,7 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | No
         the checkpoint's info.
 
     Raises:
-        UserError: shapes or names differ from this recipe's model, or the folder is damaged.
+        UserError: shapes or names differ from this recipe's model, or its optimizer's groups do, or the folder is damaged.
     """
     info = read_info(checkpoint)
     state = _sharded_state(chunks, optimizer, loading=True)
@@ -144,6 +144,8 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | No
     for index, module in enumerate(modules):
         module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{index}"], strict=False)
     if optimizer is not None:
+        if why := other_multipliers(optimizer, loaded["optimizer"]):
+            raise UserError(f"{checkpoint}: {why}")
         make_remainders(optimizer, loaded["optimizer"])
         load_optimizer_state(optimizer, loaded["optimizer"])
     return info
@@ -160,6 +162,8 @@ def _why_not(checkpoint: Path, error: BaseException) -> str:
         if others:
             remedy += f", or write the name of another ({', '.join(others[-3:])}) into {checkpoint.parent / LATEST}"
         return f"{checkpoint}: a file in it is missing or damaged ({message.split('. ')[0]}); {remedy}"
+    if "'param_groups'" in message:  # without the distributed optimizer their number is compared while loading
+        return f"{checkpoint}: {OTHER_GROUPS}"
     return (
         f"{checkpoint}: cannot be loaded into this recipe's model: {type(error).__name__}: {message[:300]}; the model section "
         "must be the one the checkpoint was made with (its recipe.yaml stands beside it)"

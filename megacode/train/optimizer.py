@@ -26,6 +26,12 @@ from megacode.runtime.hardware import detect
 from megacode.train.chained import parts_with_state
 
 
+OTHER_GROUPS = (
+    "was trained with other optimizer.groups or another model.mup; undo the change, or start a new run from its weights with "
+    "`initialize_from`"
+)
+
+
 def wrap_data_parallel(
     recipe: Recipe,
     config: TransformerConfig,
@@ -233,6 +239,23 @@ def forget_state(optimizer: Any) -> None:
         for group in inner.param_groups:
             if "step" in group:
                 group["step"] = torch.zeros_like(group["step"]) if torch.is_tensor(group["step"]) else 0
+
+
+def other_multipliers(optimizer: Any, state: dict[str, Any]) -> str | None:
+    """What is wrong where a checkpoint's parameter groups are not those of this recipe: Megatron-Core finds a group's state by
+    its multipliers, and knows no remedy for one that is not there."""
+
+    def pairs(groups: Iterable[Mapping[str, Any]]) -> set[tuple[float, float]]:
+        return {(group.get("lr_mult", 1.0), group.get("wd_mult", 1.0)) for group in groups}
+
+    def shown(found: set[tuple[float, float]]) -> str:
+        return ", ".join(f"{rate:g} and {decay:g}" for rate, decay in sorted(found))
+
+    for part, kept in parts_with_state(optimizer, state):
+        here, there = pairs(part.optimizer.param_groups), pairs(kept.get("optimizer", kept)["param_groups"])
+        if here - there:
+            return f"{OTHER_GROUPS} (its multipliers of rate and weight decay are {shown(there)}; here: {shown(here)})"
+    return None
 
 
 def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:

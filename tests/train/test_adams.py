@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,3 +102,17 @@ def test_a_run_goes_on_with_another_adam(distributed: bool, compute: str, tmp_pa
     assert expected[-2] < 0.9 * expected[0]
     for order, losses_and_norms in found.items():
         np.testing.assert_allclose(losses_and_norms, expected, rtol=1e-4 if compute == "fp32" else 1e-2, err_msg=order)
+
+
+def test_a_checkpoint_of_other_groups_is_refused_with_the_keys() -> None:
+    from megacode.train.optimizer import other_multipliers
+
+    def groups(*pairs: tuple[float, float]) -> list[dict[str, float]]:
+        return [{"lr_mult": rate, "wd_mult": decay} for rate, decay in pairs]
+
+    run = SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups((1.0, 1.0), (1.0, 0.0))))
+    kept = groups((1.0, 0.0), (1.0, 1.0), (0.5, 1.0))
+    assert other_multipliers(run, {"optimizer": {"param_groups": kept}}) is None
+    assert other_multipliers(run, {"param_groups": kept}) is None
+    said = other_multipliers(run, {"optimizer": {"param_groups": kept[1:]}})
+    assert said and all(part in said for part in ("optimizer.groups", "model.mup", "0.5 and 1", "initialize_from"))

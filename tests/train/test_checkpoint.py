@@ -75,12 +75,14 @@ def test_a_damaged_file_is_not_called_another_model(tmp_path: Path) -> None:
 from torch.distributed.checkpoint.api import CheckpointException
 from megacode.train import checkpoint
 made(10, 20)
-for error in (RuntimeError("PytorchStreamReader failed: no end. Long advice"), RuntimeError("Missing key: decoder.a")):
+damage, other = RuntimeError("PytorchStreamReader failed: no end. Long advice"), RuntimeError("Missing key: decoder.a")
+for error in (damage, other, ValueError("Cannot merge two lists (2 and 3, at level ('optimizer', 'param_groups'))")):
     print(checkpoint._why_not(folder / checkpoint_name(20), CheckpointException("", {1: (error, None)})))
 """
-    damaged, other = python(tmp_path, body).splitlines()
+    damaged, other, groups = python(tmp_path, body).splitlines()
     assert "damaged (PytorchStreamReader failed: no end);" in damaged and "another (step_00000010) into" in damaged
     assert "Missing key: decoder.a; the model section" in other
+    assert "other optimizer.groups or another model.mup" in groups
 
 
 def test_what_is_written_can_be_read_by_everyone(tmp_path: Path) -> None:

@@ -10,6 +10,12 @@ from pydantic import Field
 from megacode.recipe.section import Count, Section
 
 
+def padded(size: int, pad_multiple: int, tensor_parallel: int) -> int:
+    """A size that is a multiple of both."""
+    multiple = math.lcm(pad_multiple, tensor_parallel)
+    return -(-size // multiple) * multiple
+
+
 class Mup(Section):
     """Maximal update parametrisation (arXiv 2203.03466, table 8, as Crystal runs it): rates and `init_std` found at a small
     width hold at every width.
@@ -86,7 +92,8 @@ class Model(Section):
     mup: Mup | None = None
     pad_multiple: int = Field(default=128, gt=0)
     """Vocabulary and feed-forward are stored with zeros up to a multiple of this and of the tensor-parallel size, so that every
-    layout and FP8 can split them. The zeros stay zero, change nothing, are counted nowhere and never exported."""
+    layout and FP8 can split them. The zeros stay zero, change nothing, are counted nowhere and never exported. A run that is to
+    change to a tensor-parallel size that does not divide it (3, 5, 6) needs a multiple of that size from its start."""
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Further TransformerConfig fields by their own names; names and plain types are checked against the installed one."""
 
@@ -148,8 +155,7 @@ class Model(Section):
 
     def stored(self, size: int, tensor_parallel: int) -> int:
         """A vocabulary or feed-forward size with its padding."""
-        multiple = math.lcm(self.pad_multiple, tensor_parallel)
-        return -(-size // multiple) * multiple
+        return padded(size, self.pad_multiple, tensor_parallel)
 
     def stored_ffn_size(self, tensor_parallel: int) -> int:
         return self.stored(self.resolved_ffn_size, tensor_parallel)

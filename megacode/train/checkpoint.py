@@ -7,7 +7,7 @@ made durable, and only then renamed and named by the file `latest`. So a folder 
 it away.
 
 Tensors are stored by their place in the whole model ("fully reshardable"), so that any tensor x pipeline x data layout loads
-them.
+them whose tensor-parallel size divides the padded sizes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megacode.data.files import sync_folder, write_text
 from megacode.errors import UserError
+from megacode.recipe.load import load_recipe
 from megacode.recipe.schema import Checkpoints
+from megacode.recipe.schema_model import padded
 from megacode.runtime.apart import ApartQueue
 from megacode.train.checkpoint_files import (
     INFO,
@@ -139,7 +141,7 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | No
         state = _without_foreign_extras(state, checkpoint)
         loaded = dist_checkpointing.load(state, str(checkpoint), _load_strategy())
     except (Exception, CheckpointException) as error:  # torch derives the latter from BaseException
-        raise UserError(_why_not(checkpoint, error)) from error
+        raise UserError(_other_padding(checkpoint, info, chunks) or _why_not(checkpoint, error)) from error
     modules = [getattr(chunk, "module", chunk) for chunk in chunks]
     for index, module in enumerate(modules):
         module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{index}"], strict=False)
@@ -149,6 +151,28 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | No
         make_remainders(optimizer, loaded["optimizer"])
         load_optimizer_state(optimizer, loaded["optimizer"])
     return info
+
+
+def _other_padding(checkpoint: Path, info: dict[str, Any], chunks: Sequence[Any]) -> str | None:
+    """What is wrong where the checkpoint's model is this one, but for the zeros that its tensor-parallel size took to split the
+    feed-forward (3, 5, 6 ... do not divide the usual `pad_multiple`). Megatron-Core reshapes vocabularies only."""
+    before = info.get("layout", {}).get("tensor")
+    if before is None or not (checkpoint / "recipe.yaml").is_file():
+        return None
+    model, config = load_recipe(checkpoint / "recipe.yaml").model, chunks[0].config
+    here = config.tensor_model_parallel_size
+    stored, wanted = model.stored_ffn_size(before), config.ffn_hidden_size
+    if wanted == stored or wanted != model.stored_ffn_size(here):
+        return None
+    text = (
+        f"{checkpoint}: parallel.tensor was {before}, which stores model.ffn_size {model.resolved_ffn_size} as {stored}, and "
+        f"{here} stores it as {wanted}; "
+    )
+    multiples = (*range(model.pad_multiple, stored + 1, model.pad_multiple), *range(1, stored + 1))
+    fitting = (number for number in multiples if padded(model.resolved_ffn_size, number, here) == stored)
+    if (multiple := next(fitting, None)) is None:
+        return f"{text}{stored} cannot be split over {here} ranks: use a parallel.tensor that divides it"
+    return f"{text}set `model.pad_multiple: {multiple}`, with which it is {stored} here too"
 
 
 def _why_not(checkpoint: Path, error: BaseException) -> str:

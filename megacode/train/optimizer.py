@@ -25,7 +25,6 @@ from megacode.recipe.schema import Optimizer, Recipe
 from megacode.runtime.hardware import detect
 from megacode.train.chained import parts_with_state
 
-
 OTHER_GROUPS = (
     "was trained with other optimizer.groups or another model.mup; undo the change, or start a new run from its weights with "
     "`initialize_from`"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.recipe.conftest import GOOD
+
 ROOT = Path(__file__).parents[2]
 # Megatron-Core is imported by the module, so what is asked of it runs in a process of its own, redirected to the CPU.
 PREAMBLE = """
@@ -79,10 +81,20 @@ damage, other = RuntimeError("PytorchStreamReader failed: no end. Long advice"),
 for error in (damage, other, ValueError("Cannot merge two lists (2 and 3, at level ('optimizer', 'param_groups'))")):
     print(checkpoint._why_not(folder / checkpoint_name(20), CheckpointException("", {1: (error, None)})))
 """
-    damaged, other, groups = python(tmp_path, body).splitlines()
+    body += f"""
+from types import SimpleNamespace as Of
+(folder / checkpoint_name(20) / "recipe.yaml").write_text({GOOD!r})
+for before, here, stored in ((3, 1, 256), (1, 3, 384), (1, 3, 512)):
+    chunk = Of(config=Of(tensor_model_parallel_size=here, ffn_hidden_size=stored))
+    print(checkpoint._other_padding(folder / checkpoint_name(20), {{"layout": {{"tensor": before}}}}, [chunk]))
+"""
+    damaged, other, groups, wider, narrower, another = python(tmp_path, body).splitlines()
     assert "damaged (PytorchStreamReader failed: no end);" in damaged and "another (step_00000010) into" in damaged
     assert "Missing key: decoder.a; the model section" in other
     assert "other optimizer.groups or another model.mup" in groups
+    assert "stores model.ffn_size 192 as 384, and 1 stores it as 256; set `model.pad_multiple: 384`" in wider
+    assert "256 cannot be split over 3 ranks: use a parallel.tensor" in narrower
+    assert another == "None"
 
 
 def test_what_is_written_can_be_read_by_everyone(tmp_path: Path) -> None:

@@ -183,13 +183,19 @@ def take(
         on_lost: called in another thread with a sentence when someone else has taken the lock.
 
     Raises:
-        UserError: another process trains in this folder.
+        UserError: another process trains in this folder, or it cannot be made or written to.
     """
-    run.mkdir(parents=True, exist_ok=True)
     me = me or this_process()
     path = run / FILE
     mine = run / f".lock.{me.token}"
-    mine.write_text(json.dumps(asdict(me), indent=1) + "\n")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        mine.write_text(json.dumps(asdict(me), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"--run {run}: is no folder that can be made and written to ({error.strerror}: {error.filename}); choose another, or "
+            "free this one"
+        ) from error
     try:
         for _ in range(_LOOKS):
             if _link(mine, path):

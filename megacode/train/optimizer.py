@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +45,12 @@ def wrap_data_parallel(
         UserError: a `parallel.ddp` combination that Megatron-Core refuses.
     """
     ddp_config = data_parallel_config(recipe, hardware or detect(), data_size)
-    try:
+    with _refusals_of("parallel.ddp", recipe.parallel.ddp):
         wrapped = [
             # Bucketing serves the overlap of the first chunk's communication with backward; later chunks finish earlier.
             DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         ]
-    except (AssertionError, ValueError) as error:
-        given = ", ".join(sorted(recipe.parallel.ddp))
-        raise UserError(
-            f"parallel.ddp: Megatron-Core refuses this ({given or 'no field of its own'}): {_said(error)}; take out or change "
-            "the field that it speaks of"
-        ) from error
     if recipe.precision.mxfp8_params:
         _refuse_odd_sizes(wrapped)
     for chunk in wrapped:
@@ -63,12 +58,21 @@ def wrap_data_parallel(
     return wrapped
 
 
-def _said(error: Exception) -> str:
-    """Megatron-Core's own words, or, where it asserts without any, the place."""
-    if str(error):
-        return str(error).splitlines()[0]
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{frame.line} ({Path(frame.filename).name}, line {frame.lineno})"
+@contextlib.contextmanager
+def _refusals_of(section: str, given: Mapping[str, Any]) -> Iterator[None]:
+    """Megatron-Core's refusals as sentences, where the recipe has fields of its own in `section` that they may be about."""
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        if not given:
+            raise
+        words = next((line for line in str(error).splitlines() if line.strip()), "")
+        if not words:  # it often asserts without any
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            words = f"it wants `{frame.line}` ({Path(frame.filename).name}, line {frame.lineno})"
+        raise UserError(
+            f"{section}: Megatron-Core refuses a field of it ({', '.join(given)}): {words}; change it or take it out"
+        ) from error
 
 
 def _refuse_odd_sizes(wrapped: list[DistributedDataParallel]) -> None:
@@ -131,6 +135,11 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> An
     """
     settings = recipe.optimizer
     fields = optimizer_fields(recipe, chunks[0].ddp_config.overlap_param_gather)
+    if settings.megatron.get("optimizer_cpu_offload") and not detect().on_cuda:
+        raise UserError(
+            "optimizer.megatron.optimizer_cpu_offload: there is nothing to offload without a CUDA device, and this machine shows "
+            "none; take it out"
+        )
     if settings.megatron.get("use_precision_aware_optimizer") and detect().engine is None:
         raise UserError(
             "optimizer.megatron.use_precision_aware_optimizer: needs Transformer Engine's FusedAdam, which this machine has not; "
@@ -153,7 +162,8 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> An
         for pair in sorted(set(wanted.values()))
         if pair != (1.0, 1.0)
     }
-    optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
+    with _refusals_of("optimizer.megatron", settings.megatron):
+        optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
     _allocate_state(optimizer)
     return optimizer
 

@@ -35,6 +35,8 @@ class Profiler:
     world: World
     say: Callable[[str], None] = print
     _running: Any = field(default=None, repr=False)
+    _began: int = 0
+    _ended: int = 0
 
     def before(self, step: int) -> None:
         """Step `step` (counted from 0) is about to begin."""
@@ -52,16 +54,19 @@ class Profiler:
 
     def after(self, step: int) -> None:
         """Step `step` has ended."""
-        if self._running and self.wanted and step + 1 >= self.wanted.last:
-            self.close(step + 1)
+        self._ended = step + 1
+        if self._running and self.wanted and self._ended >= self.wanted.last:
+            self.close()
 
-    def close(self, last: int | None = None) -> None:
-        """Write what was profiled so far; nothing if nothing was."""
+    def close(self) -> None:
+        """Write what was profiled so far, also where the run ends before the last of the wanted steps; nothing if nothing was."""
         if not self._running:
             return
         running, self._running = self._running, None
         running.__exit__(None, None, None)
-        last = last or self.wanted.last if self.wanted else 0
+        last = self._ended
+        if last < self._began:  # an error in the first of them
+            return
         folder = self.folder / f"steps-{self._began}-{last}"
         folder.mkdir(parents=True, exist_ok=True)
         running.export_chrome_trace(str(folder / f"rank-{self.world.rank}.json.gz"))

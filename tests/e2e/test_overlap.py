@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from megacode.errors import UserError
 from megacode.train.profile_steps import ProfileSteps
@@ -75,6 +77,23 @@ def test_profiles_that_cannot_be_are_a_sentence(
     assert main(["train", str(recipe), "--run", str(tmp_path / "run"), *arguments]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_profile_is_named_by_the_steps_that_were(tmp_path: Path) -> None:
+    """The run ends, or is stopped, before the last of those that were asked for."""
+    from megacode.train.profile import Profiler
+
+    said: list[str] = []
+    world = SimpleNamespace(rank=0, is_main=True, device=torch.device("cpu"))
+    profiler = Profiler(ProfileSteps(3, 9), tmp_path, world, said.append)
+    for step in range(4):
+        profiler.before(step)
+        torch.ones(2).sum()
+        profiler.after(step)
+    profiler.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["steps-3-4"]
+    assert "time of their own, 2 steps." in (tmp_path / "steps-3-4/rank-0.txt").read_text()
+    assert said == [f"profile of steps 3 to 4: {tmp_path / 'steps-3-4'}"]
 
 
 def test_steps_that_are_done_are_not_profiled_in_silence() -> None:

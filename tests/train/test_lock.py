@@ -54,6 +54,14 @@ def test_a_lock_is_there_while_it_is_held_and_leaves_nothing(tmp_path: Path) -> 
     take(run).release()
 
 
+def test_a_file_in_the_folders_place_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(
+        UserError, match=r"--run .*run: is no folder that can be made and written to \(File exists: .*choose"
+    ):
+        take(tmp_path / "run")
+
+
 def test_a_living_process_on_this_machine_refuses_at_once_in_one_sentence(tmp_path: Path) -> None:
     held = take(tmp_path)
     start = time.monotonic()

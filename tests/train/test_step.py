@@ -128,18 +128,33 @@ def test_the_denominator_is_tokens_or_positions() -> None:
     np.testing.assert_allclose(by_tokens["norm"] / by_positions["norm"], 64 / 56, rtol=1e-5)
 
 
-def context_parallel_refusal(world) -> str:
+def refusals(world) -> list[str]:
     from megacode.model.config import transformer_config
+    from megacode.model.gpt import build_model
+    from megacode.train.optimizer import build_optimizer, wrap_data_parallel
 
-    with pytest.raises(UserError) as error:
-        transformer_config(small().model_copy(update={"parallel": Parallel(context=2)}))
-    return str(error.value)
+    said = []
+    for changes in (
+        {"parallel": Parallel(context=2)},
+        {"parallel": Parallel(ddp={"average_in_collective": True})},
+        {"optimizer": Optimizer(megatron={"optimizer_cpu_offload": True})},
+        {"optimizer": Optimizer(megatron={"use_precision_aware_optimizer": True})},
+    ):
+        recipe = small().model_copy(update=changes)
+        with pytest.raises(UserError) as error:
+            config = transformer_config(recipe)
+            build_optimizer(recipe, wrap_data_parallel(recipe, config, build_model(recipe, VOCAB, config), 1))
+        said.append(str(error.value))
+    return said
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without Transformer Engine")
-def test_context_parallel_is_refused_without_transformer_engine() -> None:
-    (said,) = run_on(1, context_parallel_refusal)
-    assert "needs Transformer Engine" in said
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without CUDA and Transformer Engine")
+def test_what_cannot_be_here_is_refused_in_a_sentence() -> None:
+    ((context, average, offload, aware),) = run_on(1, refusals)
+    assert "needs Transformer Engine" in context
+    assert average.startswith("parallel.ddp: Megatron-Core refuses a field of it (average_in_collective): ")
+    assert "optimizer_cpu_offload: there is nothing to offload without a CUDA device" in offload
+    assert "needs Transformer Engine's FusedAdam" in aware
 
 
 def own_slices(world) -> tuple[list[int], list[int]]:

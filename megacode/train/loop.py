@@ -31,7 +31,7 @@ from megacode.runtime.launch import STOPPED
 from megacode.runtime.userbuffers import userbuffers
 from megacode.train import garbage
 from megacode.train.checkpoint import Checkpointer, load_checkpoint
-from megacode.train.checkpoint_files import find_checkpoint, latest_checkpoint, read_info, remove_unfinished
+from megacode.train.checkpoint_files import complete_checkpoints, find_checkpoint, remove_unfinished
 from megacode.train.guard import StopRequest
 from megacode.train.optimizer import adam_of, build_optimizer, forget_state, set_rates, wrap_data_parallel
 from megacode.train.profile import Profiler
@@ -186,13 +186,16 @@ def _diverged(trainer: Trainer, done: int, norm: float) -> NoReturn:
     folder = trainer.checkpointer.folder
     phase = trainer.plan.phase_at(done - 1).name
     lower = f"lower phases.{phase}.learning_rate.peak"
-    good = latest_checkpoint(folder)
-    if good is None:
+    before = complete_checkpoints(folder)
+    if not before:
         remedy = f"there is no checkpoint from before: {lower} and start again"
     else:
+        last, path = before[-1]
+        doubtful = last == done - 1 and len(before) > 1  # the update that it holds may be the one that went wrong
         remedy = (
-            f"the last checkpoint is {good}: {lower} and train on from there, or change more with `megacode fork {folder.parent} "
-            f"--at {read_info(good)['step']}`"
+            f"the last checkpoint is {path}: {lower} and train on from there, or "
+            + ("leave it, for its weights may be spoilt already, with" if doubtful else "change more with")
+            + f" `megacode fork {folder.parent} --at {before[-2 if doubtful else -1][0]}`"
         )
     raise UserError(
         f"{folder.parent}: the gradient of step {done} (phase {phase}) has the norm {norm}, so the run ends there and saves "

@@ -167,9 +167,11 @@ def diverge(world: Any, folder: str) -> list[str]:
     idle: Any = type("Idle", (), {"before": lambda *_: None, "after": lambda *_: None, "agreed": lambda *_: 0})()
     adam: Any = type("Adam", (), {"param_groups": ()})()
     said = []
-    for name, saves in (("saved", True), ("unsaved", False)):
+    for name, saves in (("saved", True), ("unsaved", False), ("twice", True)):
         run = Path(folder, name)
         (run / "checkpoints").mkdir(parents=True)
+        if name == "twice":
+            checkpoint(run / "checkpoints", 2)
         made: Any = Saving(run / "checkpoints", saves)
         norms = iter([1.0, None, 1.0, float("nan"), 1.0, 1.0])
         loop.train_step = lambda *_, norms=norms: (torch.ones(2, 1, dtype=torch.float64), next(norms))
@@ -198,19 +200,24 @@ class Saving:
 
     def wait(self) -> None:
         if self.saves:
-            path = self.folder / f"step_{self.steps[-1]:08d}"
-            path.mkdir()
-            (path / "megacode.json").write_text(json.dumps({"step": self.steps[-1]}))
-            (self.folder / "latest").write_text(path.name)
+            checkpoint(self.folder, self.steps[-1])
+
+
+def checkpoint(folder: Path, step: int) -> None:
+    path = folder / f"step_{step:08d}"
+    path.mkdir()
+    (path / "megacode.json").write_text(json.dumps({"step": step}))
+    (folder / "latest").write_text(path.name)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_with_its_checkpoint(tmp_path: Path) -> None:
     """A skipped update, whose norm is None, does not: a loss scale is there to skip."""
-    ((saved, unsaved),) = run_on(1, diverge, str(tmp_path))
+    ((saved, unsaved, twice),) = run_on(1, diverge, str(tmp_path))
     assert "gradient of step 4 (phase second) has the norm nan" in saved and "saves nothing more" in saved
     assert f"{tmp_path / 'saved/checkpoints/step_00000003'}: lower phases.second.learning_rate.peak" in saved
     assert f"megacode fork {tmp_path / 'saved'} --at 3" in saved
     assert "there is no checkpoint from before" in unsaved
+    assert f"may be spoilt already, with `megacode fork {tmp_path / 'twice'} --at 2`" in twice
     records = [json.loads(line) for line in (tmp_path / "saved/metrics.jsonl").read_text().splitlines()]
     norms = [record["grad_norm"] for record in records if record["kind"] == "train"]
     assert norms == [1.0, None, 1.0, None]

@@ -103,6 +103,11 @@ def test_files_of_no_run_stay(model: Path, here: Path) -> None:
             make(model, "first.jsonl", "corpus", validation=0.3)
         assert Path(name).read_text() == "mine"
         Path(name).unlink()
+    Path("corpus.bin").write_text("mine")
+    with pytest.raises(UserError, match=r"corpus\.bin: already there: was not made by this tool"):
+        make(model, "first.jsonl", "corpus", split_by="lang")
+    assert Path("corpus.bin").read_text() == "mine"
+    Path("corpus.bin").unlink()
     Path("corpus.parts").mkdir()
     Path("corpus.parts/mine.jsonl").write_text("mine")
     for more in ({}, {"overwrite": True}):

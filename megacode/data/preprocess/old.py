@@ -70,6 +70,7 @@ def _own(request: Request) -> set[Path]:
     own = {request.name.parent / path for path in begun(folder)}
     manifest = indexed.read_manifest(request.name)
     if manifest and "run" in manifest:
+        own.add(request.name)
         own |= {
             prefix
             for prefix in datasets_of(request.name, manifest).values()
@@ -79,10 +80,10 @@ def _own(request: Request) -> set[Path]:
 
 
 def check_free(request: Request, groups: Sequence[Group]) -> None:
-    """UserError if a dataset that is not this output's stands where one is to be written; `overwrite` allows datasets, and
-    nothing else."""
+    """UserError if a dataset that is not this output's stands where one is to be written, or has the run's own name;
+    `overwrite` allows datasets, and nothing else."""
     own = {os.path.abspath(prefix) for prefix in _own(request)}
-    for prefix in map(request.prefix, groups):
+    for prefix in dict.fromkeys((request.name, *map(request.prefix, groups))):
         if os.path.abspath(prefix) in own:
             continue
         manifest = indexed.read_manifest(prefix)  # a file of that name which is no manifest is an error of its own

@@ -73,8 +73,7 @@ def preprocess(
     if made:
         return made
     check_inputs_stay(request, files)
-    if not request.split_by:  # else the values are not known yet
-        check_free(request, SPLIT_GROUPS[: 2 if request.validation else 1])
+    check_free(request, () if request.split_by else SPLIT_GROUPS[: 2 if request.validation else 1])  # values come later
     job = Job(
         files=tuple(files),
         tokenizer=request.tokenizer,
@@ -201,11 +200,6 @@ def _made_before(request: Request, settings: dict[str, Any]) -> Result | None:
     folder = indexed.with_ending(request.name, ".parts")
     manifest = indexed.read_manifest(request.name)
     if manifest is None:
-        data = indexed.with_ending(request.name, ".bin")
-        if data.exists() and not request.overwrite and not folder.exists():
-            raise UserError(
-                f"{data}: already there, not made by this tool; choose another --output or give --overwrite"
-            )
         return None
     if "run" not in manifest:
         raise UserError(

@@ -12,7 +12,7 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -101,22 +101,30 @@ def _death(process: Any) -> UserError:
 
 def _serve(connection: Connection, make: Make[Any, Any, Any], context: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    try:
-        work = make(context)
+    with suppress(ConnectionError):  # the parent is gone: nobody to tell
+        try:
+            work = make(context)
+            for task in _received(connection):
+                for message in work(task):
+                    connection.send(("message", message))
+                connection.send(("done", None))
+        except ConnectionError:
+            raise
+        except UserError as error:
+            connection.send(("user", str(error)))
+        except OSError as error:
+            shown = readable(error)
+            user = isinstance(shown, UserError)
+            connection.send(("user", str(shown)) if user else ("crash", traceback.format_exc()))
+        except BaseException:
+            connection.send(("crash", traceback.format_exc()))
+
+
+def _received(connection: Connection) -> Iterator[Any]:
+    """Tasks until there is none left, or no parent."""
+    with suppress(EOFError, ConnectionError):
         while (task := connection.recv()) is not None:
-            for message in work(task):
-                connection.send(("message", message))
-            connection.send(("done", None))
-    except (EOFError, BrokenPipeError):
-        return
-    except UserError as error:
-        connection.send(("user", str(error)))
-    except OSError as error:
-        shown = readable(error)
-        user = isinstance(shown, UserError)
-        connection.send(("user", str(shown)) if user else ("crash", traceback.format_exc()))
-    except BaseException:
-        connection.send(("crash", traceback.format_exc()))
+            yield task
 
 
 @contextmanager

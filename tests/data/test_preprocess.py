@@ -343,6 +343,58 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(
     assert made == contents(alone.parent)
 
 
+ENDED_BEFORE_A_CHANGE = """
+import os, sys
+from pathlib import Path
+from megacode.data.preprocess import Request, preprocess
+from megacode.recipe import schema
+
+model, corpus, folder = sys.argv[1:]
+changes = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+left = None
+
+def hook(event, args):
+    global left
+    if left is not None and (event in changes or event == "open" and set(str(args[1])) & set("wax+")):
+        left -= 1
+        left < 0 and os._exit(77)
+
+def run(output, changes_allowed):
+    pid = os.fork()
+    if not pid:
+        global left
+        left = changes_allowed
+        tokenizer = schema.Tokenizer(path=model, added_tokens="crystal")
+        preprocess(Request(inputs=(corpus,), tokenizer=tokenizer, output=Path(folder, output), validation=0.1))
+        left = None
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+sys.addaudithook(hook)
+whole = next(n for n in range(16, 10**4, 16) if run(f"size-{n}/out", n) == 0)
+for n in [*range(0, whole - 16, 9), *range(whole - 16, whole)]:
+    ended = run(f"{n}/out", n) == 77
+    print(n, ended, run(f"{n}/out", 10**9), flush=True)
+"""
+
+
+def test_ended_before_any_change_to_the_disk_it_goes_on(model: Path, corpus: Path, tmp_path: Path) -> None:
+    """The last moments, when the parts are cleared away, one by one."""
+    for path in corpus.iterdir():
+        path.unlink()
+    for name in "ab":
+        lines = [json.dumps({"text": text}) for text in DOCUMENTS[:40]]
+        (corpus / f"{name}.jsonl").write_text("\n".join([*lines, "broken"]))
+    command = [sys.executable, "-c", ENDED_BEFORE_A_CHANGE, str(model), str(corpus), str(tmp_path)]
+    shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    tries = [line.split() for line in shown.splitlines()]
+    assert sum(ended == "True" for _, ended, _ in tries) > 18
+    for number, _, code in tries:
+        assert code == "0", f"after {number} changes"
+        assert contents(tmp_path / number) == contents(tmp_path / tries[-1][0])
+        assert not (tmp_path / number / "out.parts").exists()
+
+
 def test_a_picture_half_drawn_by_a_killed_process_goes(model: Path, corpus: Path, tmp_path: Path) -> None:
     from rich.console import Console
 

@@ -66,6 +66,17 @@ def _lock(file: IO[str], how: int, patience: float = 0.0) -> bool:
             time.sleep(0.05)
 
 
+def remove_folder(folder: Path) -> None:
+    """Killed on the way it is still known as a run's: what says so goes last."""
+    last = [folder / "settings.json", folder / "lock"]
+    for path in [*(path for path in folder.iterdir() if path not in last), *last]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    folder.rmdir()
+
+
 def _same_settings(folder: Path, settings: dict[str, Any]) -> bool:
     try:
         return bool(json.loads((folder / "settings.json").read_text(encoding="utf-8")) == settings)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from megacode.data.inputs import InputFile, find_inputs
 from megacode.data.preprocess.assemble import Dataset, write_dataset
 from megacode.data.preprocess.checks import check_fields, check_tokens
 from megacode.data.preprocess.counts import Counts, Group
-from megacode.data.preprocess.folder import open_folder
+from megacode.data.preprocess.folder import open_folder, remove_folder
 from megacode.data.preprocess.layout import Layout
 from megacode.data.preprocess.manifest import write_manifests, write_quarantine
 from megacode.data.preprocess.old import (
@@ -97,7 +96,7 @@ def preprocess(
         if parts is None or not whole():
             return Result({}, Counts(), False, len(units), kept, None)
         made = _write(request, settings, tokenizer, job, layout, parts, on_stage, on_progress)
-        shutil.rmtree(job.folder)
+        remove_folder(job.folder)
     return Result(*made, False, len(parts), kept, _quarantine_of(request))
 
 
@@ -219,7 +218,7 @@ def _made_before(request: Request, settings: dict[str, Any]) -> Result | None:
         return None
     if folder.exists():  # a run was killed while it cleaned up
         with open_folder(folder, settings, None):
-            shutil.rmtree(folder)
+            remove_folder(folder)
     return Result(outputs, Counts.from_json(made["counts"]), True, 0, 0, _quarantine_of(request))
 
 
@@ -285,7 +284,7 @@ def _one_disk(*folders: Path) -> bool:
 def _check_documents(request: Request, counts: Counts) -> None:
     if not counts.of("train").documents:
         reasons = ", ".join(f"{n} {reason}" for reason, n in (counts.bad + counts.passed_over).most_common(3))
-        shutil.rmtree(indexed.with_ending(request.name, ".parts"))
+        remove_folder(indexed.with_ending(request.name, ".parts"))
         raise UserError(f"{', '.join(request.inputs)}: no document for {request.output} ({reasons or 'no records'})")
     names: dict[Path, Group] = {}
     for group in sorted(counts.groups):

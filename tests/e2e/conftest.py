@@ -1,34 +1,36 @@
-"""Small corpora, made by Megatron-Core's own builder, and a recipe over them; runs start as real processes."""
+"""Small corpora, made by Megatron-Core's own builder, and a recipe over them; every run has processes of its own."""
 
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.processes import command, start
+
 ROOT = Path(__file__).parents[2]
 VOCAB = 300
 
-BUILD = """
-import sys, pickle, torch
-from megacode.runtime import cpu
-cpu.quiet()
-if not torch.cuda.is_available(): cpu.install()
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, DType
-import numpy
-for prefix, documents in pickle.load(sys.stdin.buffer).items():
-    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=numpy.uint16)
-    for document in documents:
-        builder.add_document(torch.tensor(document), [len(document)])
-    builder.finalize(prefix + ".idx")
-"""
+
+def _build(sets: dict[str, list[list[int]]]) -> None:
+    import torch
+
+    from megacode.runtime import cpu
+
+    cpu.quiet()
+    if not torch.cuda.is_available():
+        cpu.install()
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    for prefix, made in sets.items():
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+        for document in made:
+            builder.add_document(torch.tensor(document), [len(document)])
+        builder.finalize(f"{prefix}.idx")
 
 
 def documents(seed: int, count: int, low: int, high: int) -> list[list[int]]:
@@ -44,7 +46,7 @@ def documents(seed: int, count: int, low: int, high: int) -> list[list[int]]:
 def build_corpora(folder: Path, sets: dict[str, list[list[int]]]) -> None:
     """Each name's documents as FOLDER/NAME.bin and .idx."""
     made = {str(folder / name): documents for name, documents in sets.items()}
-    subprocess.run([sys.executable, "-c", BUILD], check=True, cwd=ROOT, input=pickle.dumps(made))
+    assert start(_build, [(made,)]) == [0]
 
 
 @pytest.fixture(scope="session")
@@ -101,12 +103,11 @@ def recipe(corpora: Path) -> Path:
     return path
 
 
-def megacode(*arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user would."""
-    done = subprocess.run(
-        [sys.executable, "-m", "megacode.cli", *map(str, arguments)],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment},
-    )  # fmt: skip
+def megacode(
+    *arguments: object, check: bool = True, ranks: int = 0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, or, with `ranks`, in as many as torchrun would."""
+    done = command(list(map(str, arguments)), environment, ranks)
     if check and done.returncode:
         raise AssertionError(
             f"megacode {' '.join(map(str, arguments))} -> {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 steps; the checkpoint after step 10 is inside the second phase, whose ratios and rate move."""
     run = tmp_path_factory.mktemp("fork") / "run"
-    megacode("train", recipe, "--run", run, "--processes", "2")
+    megacode("train", recipe, "--run", run, ranks=2)
     return run
 
 
@@ -30,7 +30,7 @@ def test_an_unchanged_fork_is_the_run(run: Path) -> None:
     shards = sorted((new / "checkpoints/step_00000010").glob("*.distcp"))
     linked = [path.samefile(run / "checkpoints/step_00000010" / path.name) for path in shards]
     assert linked and all(linked), "a checkpoint is linked, not copied"
-    done = megacode("train", new / "recipe.yaml", "--run", new, "--processes", "2")
+    done = megacode("train", new / "recipe.yaml", "--run", new, ranks=2)
     assert "step 10 of 20" in done.stdout
     assert steps_of(new) == steps_of(run)
 
@@ -40,7 +40,7 @@ def test_a_changed_fork_shares_the_past_and_nothing_else(run: Path) -> None:
     changes = ("--set", "phases.second.mixture.domains.code.ratio=0.9", "--set", "parallel.tensor=2")
     told = megacode("fork", run, "--at", 10, *changes).stdout
     assert told.endswith(f"--run {new} --processes 2\n"), "as many as the layout needs"
-    megacode("train", new / "recipe.yaml", "--run", new, "--processes", "2")
+    megacode("train", new / "recipe.yaml", "--run", new, ranks=2)
     old, got = steps_of(run), steps_of(new)
     assert got.batches[:10] == old.batches[:10] and got.losses[:10] == old.losses[:10]
     assert len(got.losses) == 20 and not set(got.batches[10:]) & set(old.batches[10:])

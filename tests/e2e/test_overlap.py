@@ -14,17 +14,17 @@ from megacode.errors import UserError
 from megacode.train.profile_steps import ProfileSteps
 from tests.e2e.conftest import megacode, steps_of
 
-OVERLAP = ("--processes", "2", "--set", "parallel.overlap={grad_reduce: true, param_gather: true}")
+OVERLAP = ("--set", "parallel.overlap={grad_reduce: true, param_gather: true}")
 
 
 @pytest.mark.slow
 def test_a_run_with_late_weights_resumes_bit_for_bit(recipe: Path, tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    megacode("train", recipe, "--run", straight, *OVERLAP)
-    megacode("train", recipe, "--run", stopped, *OVERLAP, "--until-phase", "first", "--profile", "3:4")
-    megacode("train", recipe, "--run", stopped, *OVERLAP)
+    megacode("train", recipe, "--run", straight, *OVERLAP, ranks=2)
+    megacode("train", recipe, "--run", stopped, *OVERLAP, "--until-phase", "first", "--profile", "3:4", ranks=2)
+    megacode("train", recipe, "--run", stopped, *OVERLAP, ranks=2)
     plain = tmp_path / "plain"
-    megacode("train", recipe, "--run", plain, "--processes", "2")
+    megacode("train", recipe, "--run", plain, ranks=2)
     for name, expected in weights(plain).items():  # a rank's own share alone would be right in a stale one
         np.testing.assert_allclose(weights(straight)[name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
     assert steps_of(stopped) == steps_of(straight)

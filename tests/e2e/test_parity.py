@@ -38,8 +38,8 @@ def single(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_layouts_agree(layout: str, recipe: Path, single: Path, tmp_path: Path) -> None:
     processes, settings = LAYOUTS[layout]
     changes = [part for setting in settings for part in ("--set", setting)]
-    megacode("train", recipe, "--run", tmp_path / "run", "--processes", processes,
-             "--set", f"initialize_from={single / 'start'}", *changes)  # fmt: skip
+    megacode("train", recipe, "--run", tmp_path / "run",
+             "--set", f"initialize_from={single / 'start'}", *changes, ranks=processes)  # fmt: skip
     expected, got = steps_of(single / "run"), steps_of(tmp_path / "run")
     assert got.batches == expected.batches
     assert len(got.losses) == 20 and got.losses[-1] < 0.95 * got.losses[0], "the model does not learn"

@@ -15,7 +15,7 @@ import pytest
 from megacode.runtime.launch import STOPPED
 from tests.e2e.conftest import ROOT, megacode, steps_of
 
-LAYOUT = ("--processes", "2", "--set", "parallel.tensor=2")
+LAYOUT = ("--set", "parallel.tensor=2")
 # Step 20 is inside the second phase: its ratios move, its rate falls and Adam's state is its own.
 FORTY = """
 extends: small.yaml
@@ -47,7 +47,7 @@ def forty(recipe: Path) -> Path:
 @pytest.fixture(scope="module")
 def straight(forty: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("straight") / "run"
-    megacode("train", forty, "--run", run, *LAYOUT)
+    megacode("train", forty, "--run", run, *LAYOUT, ranks=2)
     assert len(steps_of(run).losses) == 40
     return run
 
@@ -57,7 +57,7 @@ def killed(forty: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two processes, killed with -9 once the checkpoint after step 20 is named by `latest`."""
     run = tmp_path_factory.mktemp("killed") / "run"
     child = subprocess.Popen(
-        [sys.executable, "-m", "megacode.cli", "train", str(forty), "--run", str(run), *LAYOUT],
+        [sys.executable, "-m", "megacode.cli", "train", str(forty), "--run", str(run), "--processes", "2", *LAYOUT],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     latest = run / "checkpoints" / "latest"
@@ -73,7 +73,7 @@ def killed(forty: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resume(killed: Path, run: Path, forty: Path, *layout: str) -> None:
     shutil.copytree(killed, run)
-    done = megacode("train", forty, "--run", run, *layout)
+    done = megacode("train", forty, "--run", run, *layout, ranks=2)
     assert f"continuing from {run / 'checkpoints/step_00000020'}: step 20 of 40" in done.stdout
 
 
@@ -90,7 +90,7 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(
 def test_resumed_in_another_layout_reads_the_same_tokens(
     change: str, forty: Path, straight: Path, killed: Path, tmp_path: Path
 ) -> None:
-    resume(killed, tmp_path / "run", forty, "--processes", "2", "--set", change)
+    resume(killed, tmp_path / "run", forty, "--set", change)
     expected, got = steps_of(straight), steps_of(tmp_path / "run")
     assert got.batches == expected.batches
     assert got.losses[:20] == expected.losses[:20] and got.losses != expected.losses, "the layout is not another"
@@ -101,7 +101,7 @@ def test_resumed_in_another_layout_reads_the_same_tokens(
 def test_a_stop_signal_saves_and_a_longer_run_keeps_its_past(forty: Path, straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     child = subprocess.Popen(
-        [sys.executable, "-m", "megacode.cli", "train", str(forty), "--run", str(run), *LAYOUT,
+        [sys.executable, "-m", "megacode.cli", "train", str(forty), "--run", str(run), "--processes", "2", *LAYOUT,
          "--set", "checkpoints.keep_phase_ends=false", "--set", "checkpoints.every=2"],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def test_a_stop_signal_saves_and_a_longer_run_keeps_its_past(forty: Path, straig
     # A third phase after them, and the first 40 steps stay as they were.
     longer = forty.with_name("third.yaml")
     longer.write_text(THIRD)
-    megacode("train", longer, "--run", run, *LAYOUT)
+    megacode("train", longer, "--run", run, *LAYOUT, ranks=2)
     expected, got = steps_of(straight), steps_of(run)
     assert len(got.losses) == 43
     assert got.losses[:40] == expected.losses and got.batches[:40] == expected.batches
@@ -125,5 +125,5 @@ def test_a_stop_signal_saves_and_a_longer_run_keeps_its_past(forty: Path, straig
 
 @pytest.mark.slow
 def test_a_changed_past_is_refused_and_named(forty: Path, straight: Path) -> None:
-    done = megacode("train", forty, "--run", straight, *LAYOUT, "--set", "seed=8", check=False)
+    done = megacode("train", forty, "--run", straight, *LAYOUT, "--set", "seed=8", check=False, ranks=2)
     assert done.returncode == 2 and "seed" in done.stderr and "Traceback" not in done.stderr

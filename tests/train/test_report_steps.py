@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -110,28 +112,31 @@ def test_a_phase_begins_once_also_when_resumed_at_its_start(tmp_path: Path) -> N
     assert [record["step"] for record in records if record.get("event") == "resume"] == [3, 3]
 
 
-def compared_with_bf16(world: Any, folder: str) -> None:
+def compared_with_bf16(world: Any, folder: str) -> str:
+    """What is said."""
     import torch
 
     from megacode.train.report_steps import StepReports
 
     plan = two_phases()
     batch: Any = type("Batch", (), {"digest": 1})()
-    with StepReports.open(plan, Path(folder), world, first_step=0, vocab_size=10) as reports:
+    said = io.StringIO()
+    with redirect_stdout(said), StepReports.open(plan, Path(folder), world, first_step=0, vocab_size=10) as reports:
         fp8, bf16 = (torch.tensor([[loss], [2.0]], dtype=torch.float64) for loss in (4.04, 4.0))
         reports.step(0, fp8, 1.0, batch, 0.1, reference=bf16)
         reports.step(1, fp8, 1.0, batch, 0.1)
         reports.flush()
+    return said.getvalue()
 
 
-def test_a_step_compared_with_bf16_tells_the_drift(tmp_path: Path, capfd: Any) -> None:
-    run_on(1, compared_with_bf16, str(tmp_path))
+def test_a_step_compared_with_bf16_tells_the_drift(tmp_path: Path) -> None:
+    (said,) = run_on(1, compared_with_bf16, str(tmp_path))
     first, second = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert (
         abs(first["loss"] - 2.02) < 1e-9 and abs(first["loss_bf16"] - 2.0) < 1e-9 and abs(first["drift"] - 0.01) < 1e-9
     )
     assert "drift" not in second
-    assert "step 1: the loss in FP8 differs from bf16's by +1.000%" in capfd.readouterr().out
+    assert "step 1: the loss in FP8 differs from bf16's by +1.000%" in said
 
 
 def told_late(world: Any, folder: str) -> list[int]:

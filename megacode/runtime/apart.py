@@ -7,10 +7,13 @@ import ctypes
 import multiprocessing
 import pickle
 import signal
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_OF_A_JOB = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class ApartQueue:
@@ -26,7 +29,10 @@ class ApartQueue:
 
     def __init__(self) -> None:
         self._manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        self._manager.start(_stay_apart)
+        with _held_back():
+            resource_tracker.ensure_running()  # multiprocessing's own process, which lets signals through again
+        with _held_back():
+            self._manager.start(_stay_apart)
         self._queue = self._manager.Queue()
 
     def put(self, item: Any) -> None:
@@ -41,8 +47,19 @@ class ApartQueue:
         return pickle.loads(self._queue.get_nowait())
 
 
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """A job's signals wait, here and in processes that are started meanwhile: one that comes before such a process ignores
+    it would end it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_A_JOB)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _stay_apart() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in _OF_A_JOB:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         # Else it would outlive a killed parent, and hold its output open: Slurm waits a minute for that.

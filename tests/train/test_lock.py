@@ -16,7 +16,7 @@ import pytest
 
 from megacode.errors import UserError
 from megacode.train import lock
-from megacode.train.lock import Lock, Owner, take, this_process
+from megacode.train.lock import STALE, Lock, Owner, take, this_process
 from megacode.train.run_folder import start_over
 
 ELSEWHERE = Owner("theirs", "node7", "another boot", 4711, "99", "", 0, "2026-01-01 00:00:00")
@@ -34,7 +34,7 @@ def quietly(_: str) -> None:
     pass
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_for(what: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "did not happen"
@@ -69,7 +69,7 @@ def test_a_living_process_on_this_machine_refuses_at_once_in_one_sentence(tmp_pa
         UserError, match=rf"this run is being trained by process {os.getpid()} on .* since .*; "
     ) as error:
         take(tmp_path)
-    assert time.monotonic() - start < 1 and "\n" not in str(error.value)
+    assert time.monotonic() - start < STALE / 4 and "\n" not in str(error.value)
     held.check()
     held.release()
 
@@ -85,7 +85,7 @@ def test_a_process_killed_here_leaves_a_lock_that_is_taken_over_at_once(tmp_path
     said: list[str] = []
     start = time.monotonic()
     take(tmp_path, said.append).release()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < STALE / 4
     assert len(said) == 1 and "left over by" in said[0] and "its process is gone" in said[0]
 
 
@@ -117,12 +117,12 @@ def test_a_machine_that_is_gone_is_watched_for_and_then_taken_over_from(tmp_path
     said: list[str] = []
     start = time.monotonic()
     take(tmp_path, said.append, stale=1.0).release()
-    assert 0.9 < time.monotonic() - start < 5
+    assert 0.9 < time.monotonic() - start < STALE / 4
     assert "watching" in said[0] and "no sign of life" in said[1]
     left_by(tmp_path, ELSEWHERE, age=200)
     start = time.monotonic()
     take(tmp_path, quietly).release()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < STALE / 4
 
 
 def test_the_machines_clock_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -424,6 +424,22 @@ def test_two_runs_do_not_write_one_output(model: Path, corpus: Path, tmp_path: P
     assert not preprocess(mine, on_stage=meanwhile).kept
 
 
+def test_a_lock_that_its_holder_removed_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other run ends between this one's opening the file and taking the lock."""
+    from megacode.data.preprocess import folder
+
+    parts, lock = tmp_path / "out.parts", folder._lock
+
+    def late(*args: Any) -> bool:
+        folder.remove_folder(parts)
+        return lock(*args)
+
+    monkeypatch.setattr(folder, "_lock", late)
+    with pytest.raises(UserError, match="has just finished"), folder.open_folder(parts, {}, None):
+        pass
+    assert not parts.exists()
+
+
 # ------------------------------------------------------------------------------------------------------------ mistakes
 
 

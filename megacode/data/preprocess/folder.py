@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +32,8 @@ def open_folder(folder: Path, settings: dict[str, Any], share: tuple[int, int] |
         alone = _lock(lock, fcntl.LOCK_EX)
         if not alone and (share is None or not _lock(lock, fcntl.LOCK_SH, _PATIENCE)):
             raise UserError(f"{folder}: another run is writing this output; wait for it, or choose another --output")
+        if not _is_there(lock, folder / "lock"):
+            raise UserError(f"{folder}: another run has just finished this output; run again to see what it made")
         if alone:
             _prepare(folder, settings)
         elif not _same_settings(folder, settings):
@@ -66,6 +69,14 @@ def _lock(file: IO[str], how: int, patience: float = 0.0) -> bool:
             time.sleep(0.05)
 
 
+def _is_there(file: IO[str], path: Path) -> bool:
+    """Whether that is still the file of this name: who held it before may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def remove_folder(folder: Path) -> None:
     """Killed on the way it is still known as a run's: what says so goes last."""
     last = [folder / "settings.json", folder / "lock"]
@@ -74,7 +85,8 @@ def remove_folder(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    folder.rmdir()
+    with suppress(OSError):  # the next run has begun in it
+        folder.rmdir()
 
 
 def _same_settings(folder: Path, settings: dict[str, Any]) -> bool:

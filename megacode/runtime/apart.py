@@ -7,13 +7,13 @@ import ctypes
 import multiprocessing
 import pickle
 import signal
-from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 from typing import Any
 
+from megacode.runtime.signals import STOPPING, held_back
+
 _PR_SET_PDEATHSIG = 1
-_OF_A_JOB = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class ApartQueue:
@@ -29,9 +29,10 @@ class ApartQueue:
 
     def __init__(self) -> None:
         self._manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        with _held_back():
-            resource_tracker.ensure_running()  # multiprocessing's own process, which lets signals through again
-        with _held_back():
+        # One that comes before a process ignores it would end it.
+        with held_back(STOPPING):
+            resource_tracker.ensure_running()  # multiprocessing's own process; its start lets signals through again
+        with held_back(STOPPING):
             self._manager.start(_stay_apart)
         self._queue = self._manager.Queue()
 
@@ -47,19 +48,8 @@ class ApartQueue:
         return pickle.loads(self._queue.get_nowait())
 
 
-@contextlib.contextmanager
-def _held_back() -> Iterator[None]:
-    """A job's signals wait, here and in processes that are started meanwhile: one that comes before such a process ignores
-    it would end it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_A_JOB)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _stay_apart() -> None:
-    for number in _OF_A_JOB:
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         # Else it would outlive a killed parent, and hold its output open: Slurm waits a minute for that.

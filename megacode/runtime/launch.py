@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megacode.errors import UserError
+from megacode.runtime.signals import STOPPING, let_through
 
 STOPPED = 75
 """Exit code of a run that a signal stopped: saved, to be started again (EX_TEMPFAIL of sysexits.h)."""
@@ -76,9 +77,10 @@ def launch(
             if child.poll() is None:
                 child.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    previous = {number: signal.signal(number, forward) for number in STOPPING}
     try:
-        return _wait(children, grace_seconds)
+        with let_through(STOPPING):
+            return _wait(children, grace_seconds)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

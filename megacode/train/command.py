@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 from megacode.errors import UserError
 from megacode.runtime.launch import STOPPED, Rendezvous, launch
+from megacode.runtime.signals import forget, held_back
 from megacode.train.profile_steps import ProfileSteps
 
 EXAMPLE = """examples:
@@ -48,11 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        return _run(args)
-    except UserError as error:
-        _tell(args.logs, error, _rank(args.processes))
-        return 2
+    # A request to save and stop that comes while the run starts waits for the first step: there it is heeded.
+    with held_back([signal.SIGUSR1]):
+        try:
+            return _run(args)
+        except UserError as error:
+            _tell(args.logs, error, _rank(args.processes))
+            return 2
+        finally:
+            forget([signal.SIGUSR1])
 
 
 def _tell(logs: Path | None, error: UserError, rank: int | None) -> None:

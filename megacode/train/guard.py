@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from megacode.runtime.signals import STOPPING
+
 _ONE_PRESS = 1.0
 """Seconds in which several SIGINTs are one Ctrl-C: a terminal sends it to every process, and a launcher hands it on."""
 
@@ -32,8 +33,9 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in _STOPPING:
+        for number in STOPPING:
             self._previous[number] = signal.signal(number, self._remember)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # one may have come while the run started
         return self
 
     def __exit__(

@@ -2,6 +2,7 @@
 layout; in any other the same tokens (the digest of every step's batch) and losses within 1e-5."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -121,6 +122,33 @@ def test_a_stop_signal_saves_and_a_longer_run_keeps_its_past(forty: Path, straig
     expected, got = steps_of(straight), steps_of(run)
     assert len(got.losses) == 43
     assert got.losses[:40] == expected.losses and got.batches[:40] == expected.batches
+
+
+def holds_back(pid: int, number: int) -> bool:
+    mask = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(mask and int(mask[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stop_signal_while_it_starts_is_heeded_after_the_first_step(
+    processes: int, forty: Path, tmp_path: Path
+) -> None:
+    """Also by the processes that it starts."""
+    run = tmp_path / "run"
+    child = subprocess.Popen(
+        [sys.executable, "-m", "megacode.cli", "train", str(forty), "--run", str(run), "--processes", str(processes)],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 60
+    while not holds_back(child.pid, signal.SIGUSR1):
+        assert time.time() < deadline and child.poll() is None
+        time.sleep(0.001)
+    child.send_signal(signal.SIGUSR1)
+    told, _ = child.communicate(timeout=120)
+    assert child.returncode == STOPPED, told
+    assert (run / "checkpoints/latest").read_text() == f"step_{processes:08d}\n", "agreed a step later"
 
 
 @pytest.mark.slow

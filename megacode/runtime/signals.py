@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-@contextmanager
-def held_back(numbers: Iterable[signal.Signals]) -> Iterator[None]:
+def held_back(numbers: Iterable[signal.Signals]) -> AbstractContextManager[None]:
     """Signals wait meanwhile, for this thread and for what it starts: threads, processes."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return _masked(signal.SIG_BLOCK, numbers)
+
+
+def let_through(numbers: Iterable[signal.Signals]) -> AbstractContextManager[None]:
+    """Signals that an outer `held_back` holds come meanwhile."""
+    return _masked(signal.SIG_UNBLOCK, numbers)
 
 
 @contextmanager
-def let_through(numbers: Iterable[signal.Signals]) -> Iterator[None]:
-    """Signals that an outer `held_back` holds come meanwhile."""
-    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+def _masked(how: int, numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    before = signal.pthread_sigmask(how, numbers)
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import argparse
 import gzip
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -31,7 +32,7 @@ from megacode.data.preprocess.counts import Group
 from megacode.data.preprocess.part import in_validation
 from megacode.data.preprocess.parts import plan_units
 from megacode.data.tokenizer_training import train_tokenizer
-from megacode.data.workers import run_tasks
+from megacode.data.workers import _serve, run_tasks
 from megacode.errors import UserError
 from megacode.recipe import schema
 
@@ -310,7 +311,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(model: Path, co
 
 
 @pytest.mark.parametrize("reordered", [False, True])
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(
+def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(
     model: Path, corpus: Path, tmp_path: Path, reordered: bool
 ) -> None:
     """A real process with workers, kill -9, again and again; its workers go with it."""
@@ -326,7 +327,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     folder = killed.with_name("out.parts")
     choose = random.Random(5)
     kills = 0
-    for _ in range(8):
+    for _ in range(20):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         seen = set(folder.glob("*")) if folder.exists() else set()
         while process.poll() is None and not (folder.exists() and set(folder.glob("*")) - seen):
@@ -505,3 +506,18 @@ def _squares(context: int) -> Any:
 @pytest.mark.parametrize(("tasks", "workers"), [(0, 1), (0, 2), (1, 4), (9, 1), (9, 3)])
 def test_every_task_is_done_once(tasks: int, workers: int) -> None:
     assert sorted(run_tasks(_squares, 2, range(tasks), workers)) == [2 * i * i for i in range(tasks)]
+
+
+def test_a_worker_whose_parent_is_gone_ends_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
+    """What it had sent was not read: then its end of the pipe is reset, not closed."""
+    here, there = multiprocessing.Pipe()
+    worker = multiprocessing.get_context("spawn").Process(target=_serve, args=(there, _squares, 2))
+    worker.start()
+    there.close()
+    here.send(3)
+    assert here.poll(60)
+    time.sleep(0.5)  # it has sent all and waits for another task
+    here.close()
+    worker.join(60)
+    assert worker.exitcode == 0
+    assert "Traceback" not in capfd.readouterr().err

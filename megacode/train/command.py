@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    # A request to save and stop that comes while the run starts waits for the first step: there it is heeded. Here is the place to
-    # say so: threads inherit it, and one that were there before would take the signal and end the process.
+    # A request to save and stop that comes while the run starts waits for the first step: there it is heeded. Said before
+    # there are threads, which inherit it; one that did not would take the signal and end the process.
     with held_back([signal.SIGUSR1]):
         try:
             return _run(args)

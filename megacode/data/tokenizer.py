@@ -141,6 +141,17 @@ class Tokenizer:
         digest.update(json.dumps([self.kind, *ids]).encode())
         return digest.hexdigest()
 
+    def facts(self) -> dict[str, Any]:
+        """What maps text to ids, as JSON-able data: equal facts, equal ids. `file` is the SHA-256 of the file."""
+        return {
+            "file": hashlib.sha256(self.path.read_bytes()).hexdigest(),
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "bos_id": self.base.bos_id,
+            "eod_id": self.base.eod_id,
+            "added_tokens": dict(self.added_tokens),
+        }
+
     @cached_property
     def _control_names(self) -> dict[int, str]:
         return {token: name for name, token in self.control_tokens.items()}

@@ -239,7 +239,7 @@ def _suggestion(place: KeyPath) -> str:
     hint = did_you_mean(word, beside)
     if hint.startswith("; did"):
         return hint
-    elsewhere = [dotted for dotted in _all_keys(Recipe, ()) if dotted.rsplit(".", 1)[-1] == word]
+    elsewhere = [dotted for dotted in all_keys() if dotted.rsplit(".", 1)[-1] == word]
     return f"; there is `{elsewhere[0]}`" if elsewhere else hint
 
 
@@ -275,10 +275,15 @@ def _is_container(annotation: Any) -> bool:
     return False
 
 
-def _all_keys(model: type[BaseModel], above: KeyPath) -> Iterator[str]:
+def all_keys() -> Iterator[str]:
+    """Every dotted key that a recipe may have, sections too; NAME stands for the name of an entry."""
+    return _keys(Recipe, ())
+
+
+def _keys(model: type[BaseModel], above: KeyPath) -> Iterator[str]:
     for name, field in model.model_fields.items():
         here = (*above, name)
         yield ".".join(here)
         inner = (*here, "NAME") if _is_container(field.annotation) else here
         for part in _models_in(field.annotation):
-            yield from _all_keys(part, inner)
+            yield from _keys(part, inner)

@@ -77,6 +77,13 @@ def facts(run: Run, parameters: int | None) -> list[tuple[str, str]]:
         ]
         rows.append(("Software", ", ".join([f"megacode {environment.get('megacode', '?')}", *known])))
         rows.append(("Started", str(environment.get("started", "–"))))
+    accepted = [
+        f"{event['key']} from step {event['step']:,} on: {event['before']} → {event['now']}"
+        for event in run.events
+        if event.get("event") == "accepted change"
+    ]
+    if accepted:
+        rows.append(("Changed on the way", "; ".join(accepted)))
     return [*rows, ("Seed", str(recipe.seed))]
 
 

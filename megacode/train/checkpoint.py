@@ -207,6 +207,7 @@ class Checkpointer:
         kept: steps that are kept for good (phase ends); `keep_every` adds to them.
         announce: called on rank 0 with (step, path) once a checkpoint is complete.
         may_write: called on rank 0 before one gets its name; raises if it must not.
+        is_own: whether a checkpoint is of this run's history; others are never removed.
     """
 
     folder: Path
@@ -214,6 +215,7 @@ class Checkpointer:
     kept: frozenset[int] = frozenset()
     announce: Callable[[int, Path], None] = lambda step, path: None
     may_write: Callable[[], None] = lambda: None
+    is_own: Callable[[Path], bool] = lambda path: True
     _queue: AsyncCallsQueue = field(default_factory=AsyncCallsQueue)
 
     def save(self, step: int, chunks: Sequence[Any], optimizer: Any, info: dict[str, Any], recipe_text: str) -> None:
@@ -278,12 +280,9 @@ class Checkpointer:
         def for_good(step: int) -> bool:
             return step in self.kept or bool(every and step % every == 0)
 
-        # A run that was resumed from an older checkpoint leaves later ones of another future behind: they go too.
-        passing = [(s, p) for s, p in complete_checkpoints(self.folder) if s > newest or not for_good(s)]
-        keep = {s for s, _ in passing if s <= newest}
-        keep = set(sorted(keep)[-self.settings.keep_last :])
-        for step, path in passing:
-            if step not in keep:
+        passing = [(s, path) for s, path in complete_checkpoints(self.folder) if s <= newest and not for_good(s)]
+        for _, path in passing[: -self.settings.keep_last]:
+            if self.is_own(path):
                 _remove(path)
 
 

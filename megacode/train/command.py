@@ -36,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--until-phase", metavar="NAME", help="end with that phase; if it is past, do nothing and exit with 0"
     )
     parser.add_argument(
+        "--accept-change", action="append", default=[], metavar="KEY",
+        help="go on although this key, of model, optimizer or past rates, was another before; the run's record says so",
+    )  # fmt: skip
+    parser.add_argument(
         "--processes",
         type=int,
         help="start this many processes here, without torchrun; in a task of srun: of each task",
@@ -92,7 +96,7 @@ def _run(args: argparse.Namespace) -> int:
     until = plan.phase_end(args.until_phase)
     # A job that Slurm starts again goes on with what its first start began.
     restart = args.restart and not int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    if not restart and (line := nothing_to_do(folder, plan, args.until_phase)):
+    if not restart and (line := nothing_to_do(folder, plan, args.until_phase, args.accept_change)):
         if not rank:
             print(line, flush=True)
         return 0
@@ -103,7 +107,7 @@ def _run(args: argparse.Namespace) -> int:
         if profile:
             profile.check(0, until, processes)
         return _launch(args, folder, among)
-    return _train(plan, folder, restart, until, args.logs, profile)
+    return _train(plan, folder, restart, until, args.logs, profile, args.accept_change)
 
 
 def _rank(processes: int | None) -> int | None:
@@ -137,6 +141,8 @@ def _launch(args: argparse.Namespace, folder: Path, among: Rendezvous | None) ->
     arguments = ["train", str(args.recipe), "--run", str(folder)]
     for override in args.overrides:
         arguments += ["--set", override]
+    for key in args.accept_change:
+        arguments += ["--accept-change", key]
     arguments += ["--until-phase", args.until_phase] if args.until_phase else []
     arguments += ["--logs", str(args.logs)] if args.logs else []
     arguments += ["--restart"] if args.restart else []
@@ -145,7 +151,7 @@ def _launch(args: argparse.Namespace, folder: Path, among: Rendezvous | None) ->
 
 
 def _train(  # type: ignore[no-untyped-def]  # Plan
-    plan, folder: Path, restart: bool, until: int, logs: Path | None, profile: ProfileSteps | None
+    plan, folder: Path, restart: bool, until: int, logs: Path | None, profile: ProfileSteps | None, accept: list[str]
 ) -> int:
     import torch
 
@@ -177,7 +183,7 @@ def _train(  # type: ignore[no-untyped-def]  # Plan
             print(packing_line(packing_losses(plan)), flush=True)
         vocabulary = vocab_size(recipe, tokenizer)
         may_write = held.check if held else lambda: None
-        code = train(plan, folder, world, tokenizer, vocabulary, until, may_write, profile)
+        code = train(plan, folder, world, tokenizer, vocabulary, until, may_write, profile, accept)
     except UserError as error:
         # Peers may wait in a collective for this rank, so it leaves without the usual goodbyes.
         # The main rank's exit ends the others while they wait; a mistake that only they see is told by them.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import secrets
@@ -16,12 +15,12 @@ from pathlib import Path
 from megacode.data.files import write_json, write_text
 from megacode.data.planning import plan_with_data
 from megacode.errors import UserError
-from megacode.recipe.fingerprint import differences, fingerprint
 from megacode.recipe.load import dump_recipe, load_recipe
 from megacode.recipe.mixtures import mixture_entries
 from megacode.recipe.plan import Plan
 from megacode.recipe.schema import Mixture, Part, Phase, Recipe, Within
 from megacode.train.checkpoint_files import LATEST, checkpoint_name, complete_checkpoints, read_info
+from megacode.train.history import past_changes
 from megacode.train.metrics import FILE as METRICS
 from megacode.train.metrics import MetricsWriter, read_metrics
 
@@ -83,17 +82,20 @@ def fork(
     if _NAME.match(new.name) and changed.name == before.recipe.name:
         recipe = recipe.model_copy(update={"name": new.name})
     plan = plan_with_data(recipe, recipe_file or source)
-    past = differences(read_info(checkpoint)["facts"], json.loads(json.dumps(fingerprint(plan, step))))
-    if past:
+    batches, others = past_changes(checkpoint, read_info(checkpoint), plan)
+    # Keys that hold for the whole run change where the fork's own steps begin; rates of the past have places of their own.
+    asked = [change for change in others if not change.key.startswith("phases.")]
+    if past := [*batches, *(str(change) for change in others if change not in asked)]:
         raise UserError(
             f"{old}: its first {step:,} steps were not trained as this recipe says: {'; '.join(past[:6])}; a fork changes "
             "what follows"
         )
     if recipe.parallel.distributed_optimizer != read_info(checkpoint)["distributed_optimizer"]:
         raise UserError(f"parallel.distributed_optimizer: {checkpoint} was saved otherwise; leave it as it is")
-    _write(old, checkpoint, step, new, plan, overrides or [])
+    _write(old, checkpoint, step, new, plan, overrides or [], [change.key for change in asked])
     return [
         f"{new}: {checkpoint_name(step)} of {old}, then {plan.total_steps - step:,} steps of its own",
+        *(f"  {change}, from step {step + 1:,} on" for change in asked),
         *_told(plan, step),
     ]
 
@@ -223,7 +225,9 @@ def _told(plan: Plan, step: int) -> Iterator[str]:
 # ----------------------------------------------------------------------------------------------------- the folder
 
 
-def _write(old: Path, checkpoint: Path, step: int, new: Path, plan: Plan, overrides: list[str]) -> None:
+def _write(
+    old: Path, checkpoint: Path, step: int, new: Path, plan: Plan, overrides: list[str], accepted: list[str]
+) -> None:
     """The new run folder, there whole or not at all."""
     partial = new.with_name(f".{new.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -234,6 +238,7 @@ def _write(old: Path, checkpoint: Path, step: int, new: Path, plan: Plan, overri
             "run": str(old.resolve()),
             "step": step,
             "changes": overrides,
+            "accepted": accepted,
             "made": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         write_json(partial / "fork.json", facts)

@@ -7,7 +7,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,11 +33,12 @@ from megacode.train import garbage
 from megacode.train.checkpoint import Checkpointer, load_checkpoint
 from megacode.train.checkpoint_files import complete_checkpoints, find_checkpoint, remove_unfinished
 from megacode.train.guard import StopRequest
+from megacode.train.history import initial_changes, is_own, put_other_futures_aside
 from megacode.train.optimizer import adam_of, build_optimizer, forget_state, set_rates, wrap_data_parallel
 from megacode.train.profile import Profiler
 from megacode.train.profile_steps import ProfileSteps
 from megacode.train.report_steps import StepReports
-from megacode.train.run_folder import checkpoint_to_resume, write_start
+from megacode.train.run_folder import Resume, checkpoint_to_resume, write_start
 from megacode.train.step import forward_backward, gathered_weights, prepare_model_for_training, train_step, without_fp8
 
 
@@ -54,6 +55,8 @@ class Trainer:
     reports: StepReports
     profiler: Profiler
     vocab_size: int
+    history: dict[str, Any]
+    """What every checkpoint says of the run so far, beside its own step: tokenizer, accepted changes."""
 
 
 def train(
@@ -65,6 +68,7 @@ def train(
     until: int | None = None,
     may_write: Callable[[], None] = lambda: None,
     profile: ProfileSteps | None = None,
+    accept: Sequence[str] = (),
 ) -> int:
     """Train `plan` in the folder `run`, from its latest checkpoint if it has one.
 
@@ -72,6 +76,7 @@ def train(
         until: finished steps to end at; default: the plan's. A checkpoint is there afterwards.
         may_write: called on rank 0 before a checkpoint becomes one; raises if another process has the run by now.
         profile: steps to profile into `RUN/profile`.
+        accept: keys of the recipe whose change in a run's past is accepted.
 
     Returns:
         0 when all is done, `STOPPED` when a signal asked to stop before (state saved); errors are raised.
@@ -80,13 +85,17 @@ def train(
         UserError: what the run starts from or how it is to train does not fit, or a gradient is not finite.
     """
     recipe = plan.recipe
-    resume = checkpoint_to_resume(run, plan)
-    done = int(resume[1]["step"]) if resume else 0
+    resume = checkpoint_to_resume(run, plan, accept)
+    done = resume.step if resume else 0
+    changes = resume.changes if resume else initial_changes(recipe, accept)
+    accepted = [*(resume.info.get("accepted", []) if resume else []), *({"step": done, **asdict(c)} for c in changes)]
     end = plan.total_steps if until is None else until
     if profile:
         profile.check(done, end, world.size)
     if world.is_main:
         remove_unfinished(run / "checkpoints")
+        if resume and (line := put_other_futures_aside(run, plan, resume.step, accepted)):
+            print(line, flush=True)
         write_start(run, plan, world, vocab_size)
     reports = StepReports.open(plan, run, world, first_step=done, vocab_size=vocab_size)
 
@@ -110,13 +119,16 @@ def train(
                 kept=plan.kept_checkpoints(),
                 announce=reports.checkpoint,
                 may_write=may_write,
+                is_own=lambda checkpoint: is_own(checkpoint, plan, accepted),
             ),
             validation=Validation.open(plan, world, tokenizer),
             reports=reports,
             profiler=Profiler(profile, run / "profile", world, reports.say),
             vocab_size=vocab_size,
+            history={"tokenizer": tokenizer.facts() if tokenizer else None, "accepted": accepted},
         )
         _restore(trainer, resume)
+        reports.accepted(done, changes)
         mixture = Mixture(plan, open_sources(plan))
         stream = batches(mixture, rank=world.data_rank, world=world.data_size, first_step=done, tokenizer=tokenizer)
         held.enter_context(contextlib.closing(stream))
@@ -219,20 +231,20 @@ def _due(done: int, every: int | None) -> bool:
     return bool(every) and done % every == 0
 
 
-def _restore(trainer: Trainer, resume: tuple[Path, dict[str, Any]] | None) -> None:
+def _restore(trainer: Trainer, resume: Resume | None) -> None:
     """Load what the run starts from."""
     recipe = trainer.plan.recipe
     if resume:
-        checkpoint, info = resume
+        checkpoint, info = resume.checkpoint, resume.info
         if info["distributed_optimizer"] != recipe.parallel.distributed_optimizer:
             raise UserError(
                 f"{checkpoint}: was saved with parallel.distributed_optimizer: {info['distributed_optimizer']}; set it so, or "
                 "start a new run from its weights with `initialize_from`"
             )
         load_checkpoint(checkpoint, trainer.chunks, trainer.optimizer)
-        trainer.reports.resumed(checkpoint, int(info["step"]))
+        trainer.reports.resumed(checkpoint, resume.step, resume.note)
     elif recipe.initialize_from:
-        checkpoint = find_checkpoint(recipe.initialize_from)
+        checkpoint = find_checkpoint(recipe.initialize_from, trainer.reports.say)
         load_checkpoint(checkpoint, trainer.chunks, None)
         trainer.optimizer.reload_model_params()
         trainer.reports.initialized(checkpoint)
@@ -249,6 +261,7 @@ def _save(trainer: Trainer, done: int) -> None:
         "tokens": plan.tokens_before(done),
         "facts": fingerprint(plan, done),
         "vocab_size": trainer.vocab_size,
+        **trainer.history,
         "distributed_optimizer": recipe.parallel.distributed_optimizer,
         "layout": {
             "tensor": recipe.parallel.tensor,

@@ -7,7 +7,8 @@ and what that gave is read a step later, when it has long arrived. So the host n
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megacode.evaluate.validation import by_domain
 from megacode.recipe.devices import peak_flops
 from megacode.recipe.estimate import flops_per_token
 from megacode.recipe.hardware import Hardware
+from megacode.recipe.past import Change
 from megacode.recipe.plan import PhasePlan, Plan
 from megacode.recipe.speedups import Speedup, speedups
 from megacode.runtime.distributed import World
@@ -238,9 +240,17 @@ class StepReports:
         self.started()
         self._event(0, "initialize", f"weights from {checkpoint}", checkpoint=str(checkpoint))
 
-    def resumed(self, checkpoint: Path, step: int) -> None:
+    def resumed(self, checkpoint: Path, step: int, note: str | None = None) -> None:
+        if note:
+            self.say(note)
         line = f"continuing from {checkpoint}: step {step:,} of {self.plan.total_steps:,}"
         self._event(step, "resume", line, checkpoint=str(checkpoint), world_size=self.world.size)
+
+    def accepted(self, done: int, changes: Sequence[Change]) -> None:
+        """Changes of the past with which the run goes on after `done` steps."""
+        for change in changes:
+            # Of the first step that has it: a start again at `done` drops it, and it is written again.
+            self._event(done + 1, "accepted change", f"accepted: {change}", **asdict(change))
 
     def phase(self, phase: PhasePlan) -> None:
         if self.progress:

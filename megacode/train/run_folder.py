@@ -8,6 +8,8 @@ import platform
 import socket
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 from megacode import __version__
 from megacode.data.files import write_text
 from megacode.errors import UserError
-from megacode.recipe.fingerprint import differences, fingerprint
 from megacode.recipe.load import dump_recipe
+from megacode.recipe.past import Change, accepts, check_accepted
 from megacode.recipe.plan import Plan
-from megacode.train.checkpoint_files import latest_checkpoint, read_info
+from megacode.train.checkpoint_files import latest_checkpoint, latest_note, read_info
+from megacode.train.history import acceptable, past_changes
 from megacode.train.lock import FILE as LOCK
+from megacode.train.metrics import FILE as METRICS
+from megacode.train.metrics import read_metrics
 
 if TYPE_CHECKING:
     from megacode.runtime.distributed import World
@@ -54,14 +59,39 @@ def environment(world: World) -> dict[str, Any]:
     }
 
 
-def checkpoint_to_resume(run: Path, plan: Plan) -> tuple[Path, dict[str, Any]] | None:
+@dataclass(frozen=True)
+class Resume:
+    """What a run goes on from.
+
+    Attributes:
+        info: the checkpoint's megacode.json.
+        step: finished steps.
+        changes: of the past, against the recipe that made the checkpoint, accepted by the user.
+        note: why this is not the checkpoint that `latest` names; None where it is.
+    """
+
+    checkpoint: Path
+    info: dict[str, Any]
+    step: int
+    changes: tuple[Change, ...] = ()
+    note: str | None = None
+
+
+def checkpoint_to_resume(run: Path, plan: Plan, accept: Sequence[str] = ()) -> Resume | None:
     """The checkpoint a run goes on from, or None for a new run.
 
+    Args:
+        accept: keys of the recipe whose change the user accepts (`--accept-change`).
+
     Raises:
-        UserError: the checkpoint's past differs from what this recipe would have done, naming every difference.
+        UserError: the checkpoint's past differs from what this recipe would have done, naming every difference; or the run had
+            checkpoints and has none.
     """
-    checkpoint = latest_checkpoint(run / "checkpoints")
+    check_accepted(accept)
+    folder = run / "checkpoints"
+    checkpoint = latest_checkpoint(folder)
     if checkpoint is None:
+        _refuse_lost_checkpoints(run)
         return None
     info = read_info(checkpoint)
     step = int(info["step"])
@@ -70,14 +100,39 @@ def checkpoint_to_resume(run: Path, plan: Plan) -> tuple[Path, dict[str, Any]] |
             f"{run}: has {step} finished steps and the recipe ends after {plan.total_steps}; lengthen the last phase, add one, "
             "or choose another --run"
         )
-    changed = differences(info["facts"], json.loads(json.dumps(fingerprint(plan, step))))
-    if changed:
-        shown = "; ".join(changed[:6]) + (f"; and {len(changed) - 6} more" if len(changed) > 6 else "")
+    keys = (*accept, *_accepted_by_fork(run, step))
+    batches, others = past_changes(checkpoint, info, plan)
+    refused = [*batches, *(str(change) for change in others if not acceptable(change) or not accepts(keys, change))]
+    if refused:
+        shown = "; ".join(refused[:6]) + (f"; and {len(refused) - 6} more" if len(refused) > 6 else "")
+        go_on = " ".join(f"--accept-change {change.key}" for change in others if acceptable(change))
+        remedy = "" if batches or not all(map(acceptable, others)) else f", go on from here with the change ({go_on})"
         raise UserError(
-            f"{run}: its first {step} steps were not trained as this recipe says: {shown}; undo the change, or choose another "
-            "--run (with `initialize_from` to start from these weights)"
+            f"{run}: its first {step} steps were not trained as this recipe says: {shown}; undo the change{remedy}, or choose "
+            "another --run (with `initialize_from` to start from these weights)"
         )
-    return checkpoint, info
+    return Resume(checkpoint, info, step, tuple(others), latest_note(folder))
+
+
+def _accepted_by_fork(run: Path, step: int) -> list[str]:
+    """What a fork changes on purpose: accepted where its own steps begin."""
+    try:
+        facts = json.loads((run / "fork.json").read_text(encoding="utf-8"))
+        return list(facts.get("accepted", [])) if facts["step"] == step else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _refuse_lost_checkpoints(run: Path) -> None:
+    """UserError if the metrics tell of checkpoints, and there are none: to begin at step 0 would end the run's history."""
+    if not (run / METRICS).is_file():
+        return
+    saved = [r["step"] for r in read_metrics(run) if r["kind"] == "event" and r.get("event") == "checkpoint"]
+    if saved:
+        raise UserError(
+            f"{run / 'checkpoints'}: is empty, and {METRICS} tells of a checkpoint at step {max(saved):,}; copy it here from "
+            "where it is, or start over with --restart, which puts this run aside"
+        )
 
 
 def start_over(run: Path) -> Path | None:
@@ -100,7 +155,7 @@ def start_over(run: Path) -> Path | None:
     return aside
 
 
-def nothing_to_do(run: Path, plan: Plan, phase: str | None = None) -> str | None:
+def nothing_to_do(run: Path, plan: Plan, phase: str | None = None, accept: Sequence[str] = ()) -> str | None:
     """A line that says so if the run, or its part up to the end of `phase`, is finished. Reads a few small files.
 
     Raises:
@@ -110,7 +165,7 @@ def nothing_to_do(run: Path, plan: Plan, phase: str | None = None) -> str | None
     end = plan.phase_end(phase)
     if checkpoint is None or int(read_info(checkpoint)["step"]) < end:
         return None
-    checkpoint_to_resume(run, plan)
+    checkpoint_to_resume(run, plan, accept)
     if end == plan.total_steps:
         return f"nothing to do: {checkpoint} is the end of this run (step {end:,}); --restart starts over"
     return f"nothing to do: {phase} ends at step {end:,}, and {checkpoint} is there or further"

@@ -1,6 +1,7 @@
 """Killed and resumed is the same as left alone: 40 steps straight against 20, kill -9, and 20 more. Bit for bit in the same
 layout; in any other the same tokens (the digest of every step's batch) and losses within 1e-5."""
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from megacode.runtime.launch import STOPPED
+from megacode.train.metrics import read_metrics
 from tests.e2e.conftest import ROOT, megacode, steps_of
 
 LAYOUT = ("--set", "parallel.tensor=2")
@@ -91,7 +93,9 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(
 def test_resumed_in_another_layout_reads_the_same_tokens(
     change: str, forty: Path, straight: Path, killed: Path, tmp_path: Path
 ) -> None:
-    resume(killed, tmp_path / "run", forty, "--set", change)
+    """Also a copy of the folder that came without `latest`."""
+    bare = shutil.copytree(killed, tmp_path / "bare", ignore=shutil.ignore_patterns("latest"))
+    resume(bare, tmp_path / "run", forty, "--set", change)
     expected, got = steps_of(straight), steps_of(tmp_path / "run")
     assert got.batches == expected.batches
     assert got.losses[:20] == expected.losses[:20] and got.losses != expected.losses, "the layout is not another"
@@ -155,3 +159,19 @@ def test_a_stop_signal_while_it_starts_is_heeded_after_the_first_step(
 def test_a_changed_past_is_refused_and_named(forty: Path, straight: Path) -> None:
     done = megacode("train", forty, "--run", straight, *LAYOUT, "--set", "seed=8", check=False, ranks=2)
     assert done.returncode == 2 and "seed" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_accepted_change_is_on_record(forty: Path, killed: Path, tmp_path: Path) -> None:
+    run, change = shutil.copytree(killed, tmp_path / "run"), ("--set", "model.rotary_base=5000")
+    done = megacode("train", forty, "--run", run, *change, check=False)
+    assert done.returncode == 2 and "model.rotary_base: 10000 before, 5000 now" in done.stderr
+    for _ in range(2):  # the same command goes on with what it began
+        done = megacode("train", forty, "--run", run, *change, "--accept-change", "model.rotary_base")
+    assert "nothing to do" in done.stdout
+    (event,) = [record for record in read_metrics(run) if record.get("event") == "accepted change"]
+    assert (event["step"], event["key"], event["before"], event["now"]) == (21, "model.rotary_base", 10000, 5000)
+    accepted = json.loads((run / "checkpoints/step_00000040/megacode.json").read_text())["accepted"]
+    assert [(change["step"], change["key"]) for change in accepted] == [(20, "model.rotary_base")]
+    megacode("report", run)
+    assert "model.rotary_base from step 21 on: 10000.0 → 5000.0" in (run / "report.html").read_text()

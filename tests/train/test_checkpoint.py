@@ -41,35 +41,18 @@ def python(folder: Path, body: str) -> str:
         ("keep_last=2", [], 50, [40, 50]),
         ("keep_last=1, keep_every=20", [], 50, [20, 40, 50]),
         ("keep_last=1", [30], 50, [30, 50]),
-        ("keep_last=2", [], 40, [30, 40]),  # 50 is of a future that this run has left
+        ("keep_last=2", [], 40, [30, 40, 50]),
+        ("keep_last=1, keep_every=30", [], 50, [20, 30, 50]),  # 20 is of another history
     ],
 )
 def test_what_stays(tmp_path: Path, settings: str, kept: list[int], newest: int, left: list[int]) -> None:
     body = f"""
 made(10, 20, 30, 40, 50)
-Checkpointer(folder, Checkpoints({settings}), frozenset({kept}))._forget_old({newest})
+Checkpointer(folder, Checkpoints({settings}), frozenset({kept}),
+    is_own=lambda path: {settings!r} != "keep_last=1, keep_every=30" or path.name != checkpoint_name(20))._forget_old({newest})
 print(there())
 """
     assert python(tmp_path, body) == str(left)
-
-
-def test_latest_names_a_complete_one_or_says_what_is_wrong(tmp_path: Path) -> None:
-    body = """
-made(10)
-(folder / ".step_00000020.tmp").mkdir()
-(folder / "step_00000030").mkdir()  # no megacode.json: not complete
-(folder / "latest").write_text("step_00000010")
-print(latest_checkpoint(folder).name, there())
-(folder / "latest").write_text("step_00000030")
-try: latest_checkpoint(folder)
-except UserError as error: print(error)
-try: find_checkpoint(folder / "nowhere")
-except UserError as error: print(error)
-"""
-    first, second, third = python(tmp_path, body).splitlines()
-    assert first == "step_00000010 [10]"
-    assert "not a complete checkpoint" in second and "step_00000010" in second
-    assert "no complete checkpoint" in third
 
 
 def test_a_damaged_file_is_not_called_another_model(tmp_path: Path) -> None:

@@ -137,8 +137,8 @@ def changed_function(before: Recipe, now: Recipe) -> list[Change]:
 
 
 def accepts(keys: Iterable[str], change: Change) -> bool:
-    """Whether one of `keys` names what changed: its key or a section above it."""
-    return any(change.key == key or change.key.startswith(key + ".") for key in keys)
+    """Whether one of `keys` names what changed: its key, a section above it, or a key of a schedule that changed."""
+    return any(f"{change.key}.".startswith(f"{key}.") or key.startswith(f"{change.key}.") for key in keys)
 
 
 def check_accepted(keys: Iterable[str]) -> None:

@@ -218,7 +218,8 @@ def test_keys_that_can_be_accepted(recipe_file: Path) -> None:
     (change,) = past.changed_past(load_recipe(recipe_file), plan, 5)
     assert str(change) == "optimizer.beta2: 0.95 before, 0.9 now"
     assert past.accepts(["optimizer"], change) and past.accepts(["optimizer.beta2"], change)
-    assert not past.accepts(["optimizer.beta", "model"], change)
+    assert not past.accepts(["optimizer.beta", "optimizer.beta1", "model"], change)
+    assert past.accepts(["phases.first.learning_rate.peak"], past.Change("phases.first.learning_rate", 1, 2))
     past.check_accepted(["optimizer", "model.rotary_base", "phases.first.learning_rate", "tokenizer"])
     past.check_accepted(["model.megatron.softmax_type"])
     for key, said in (

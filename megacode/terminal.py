@@ -1,12 +1,13 @@
-"""Tables on terminals, in pipes and in files."""
+"""Tables and numbers on terminals, in pipes and in files."""
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 PIPE = 140
-"""Characters in a line where nobody says: a pipe has no width of its own."""
+"""Table width when stdout is not a terminal."""
 _PROSE = 30
 """A column of prose is not made narrower than this."""
 
@@ -32,3 +33,33 @@ def print_table(console: Console, table: Table) -> None:
     console.width = max(width, needed)
     console.print(table)
     console.width = width
+
+
+def count(number: float) -> str:
+    """1,234 or 344.8 B: whole numbers below a million, else four digits and a suffix."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if abs(number) >= size * 0.9999:
+            scaled = number / size
+            return f"{scaled:,.{3 if scaled < 10 else 2 if scaled < 100 else 1}f} {suffix}"
+    return f"{number:,.0f}"
+
+
+def gigabytes(number: float) -> str:
+    return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"
+
+
+def duration(days: float) -> str:
+    if days >= 2:
+        return f"{days:,.1f} days"
+    if days * 24 >= 2:
+        return f"{days * 24:.1f} hours"
+    return f"{days * 1440:.1f} minutes"
+
+
+def table_of(title: str, *columns: str, left: int = 1, prose: bool = False) -> Table:
+    """A table whose first `left` columns are words; with `prose` the last of these may take several lines."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, header_style="dim")
+    table.show_header = any(columns)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < left else "right", no_wrap=number < left - prose)
+    return table

@@ -18,10 +18,10 @@ from megacode.data.files import replace_file, write_text
 from megacode.errors import UserError
 from megacode.recipe.estimate import parameter_count
 from megacode.recipe.schema import Recipe
-from megacode.recipe.show import count
 from megacode.report import figures, palette, tables
 from megacode.report.drawing import draw_png
 from megacode.report.run_data import Run, Series, read_run
+from megacode.terminal import count
 from megacode.train.checkpoint_files import read_info
 
 _WINDOW = 100

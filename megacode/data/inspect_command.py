@@ -32,9 +32,8 @@ from megacode.data.indexed import with_ending
 from megacode.data.tokenizer import Tokenizer, load_tokenizer
 from megacode.errors import UserError
 from megacode.recipe import schema
-from megacode.recipe.show import count, gigabytes
 from megacode.report.document_lengths import log_edges, merged, plot_lengths
-from megacode.terminal import print_table, table_console
+from megacode.terminal import count, gigabytes, print_table, table_console
 
 EXAMPLE = """examples:
   megacode inspect data/corpus

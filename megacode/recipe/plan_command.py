@@ -58,6 +58,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; 0, or a UserError."""
     from megacode.data.packing_losses import packing_losses
     from megacode.data.planning import plan_with_data
+    from megacode.recipe.show import print_plan
+    from megacode.recipe.show_costs import print_costs
+    from megacode.recipe.show_packing import packing_table
+    from megacode.report.plan_summary import plan_as_dict, vocabulary
 
     recipe = load_recipe(args.recipe, args.overrides)
     vocab_size = vocabulary(recipe)
@@ -68,10 +72,6 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_with_data(recipe, args.recipe)
     if args.plot:
         _draw(plan, args.plot)
-    from megacode.recipe.show import plan_as_dict, print_plan
-    from megacode.recipe.show_costs import print_costs
-    from megacode.recipe.show_packing import packing_table
-
     losses = packing_losses(plan)
     if args.json:
         packing = [dataclasses.asdict(one) for one in losses]
@@ -114,17 +114,6 @@ def _suggest(recipe: Recipe, vocab_size: int | None, args: argparse.Namespace) -
     else:
         print_suggestions(proposals, machine, str(args.recipe), args.overrides, table_console())
     return 0
-
-
-def vocabulary(recipe: Recipe) -> int | None:
-    """Size of the vocabulary: `model.vocab_size`, else the tokenizer's where it is on disk, else None."""
-    if recipe.model.vocab_size:
-        return recipe.model.vocab_size
-    if recipe.tokenizer and Path(recipe.tokenizer.path).exists():
-        from megacode.data.tokenizer import load_tokenizer
-
-        return load_tokenizer(recipe.tokenizer).vocab_size
-    return None
 
 
 def _draw(plan: Plan, path: Path) -> None:

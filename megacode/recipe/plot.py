@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from megacode.recipe.plan import Plan
-from megacode.recipe.show import count
 from megacode.report.palette import css, hues
+from megacode.terminal import count
 
 
 def plot_plan(plan: Plan, path: Path) -> None:

@@ -1,49 +1,16 @@
-"""A plan as tables for people and as plain data for programs."""
+"""A plan as tables for people."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from megacode.recipe import estimate
-from megacode.recipe.plan import PhasePlan, Plan, StreamPlan
-from megacode.terminal import print_table
-
-
-def count(number: float) -> str:
-    """1,234 or 344.8 B: whole numbers below a million, else four digits and a suffix."""
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if abs(number) >= size * 0.9999:
-            scaled = number / size
-            return f"{scaled:,.{3 if scaled < 10 else 2 if scaled < 100 else 1}f} {suffix}"
-    return f"{number:,.0f}"
-
-
-def gigabytes(number: float) -> str:
-    return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"
-
-
-def duration(days: float) -> str:
-    if days >= 2:
-        return f"{days:,.1f} days"
-    if days * 24 >= 2:
-        return f"{days * 24:.1f} hours"
-    return f"{days * 1440:.1f} minutes"
-
-
-def table_of(title: str, *columns: str, left: int = 1, prose: bool = False) -> Table:
-    """A table whose first `left` columns are words; with `prose` the last of these may take several lines."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, header_style="dim")
-    table.show_header = any(columns)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right", no_wrap=number < left - prose)
-    return table
-
+from megacode.recipe.plan import PhasePlan, Plan
+from megacode.report.plan_summary import domain_shares
+from megacode.terminal import count, print_table, table_of
 
 # ---------------------------------------------------------------------------------------------------------- tables
 
@@ -176,74 +143,3 @@ def given_weights(phase: PhasePlan) -> tuple[list[str], str]:
         last = weights.at(np.array([phase.steps - 1]))[0]
         return [f"{a:.4g} → {b:.4g}" for a, b in zip(first, last, strict=True)], f"{first.sum():.6g} → {last.sum():.6g}"
     return [f"{weight:.4g}" for weight in first], f"{first.sum():.6g}"
-
-
-def domain_shares(phase: PhasePlan) -> dict[str, float]:
-    """Share of the phase's samples by domain."""
-    shares: dict[str, float] = {}
-    for stream in phase.streams:
-        shares[stream.domain] = shares.get(stream.domain, 0.0) + stream.samples / max(phase.samples, 1)
-    return shares
-
-
-# ------------------------------------------------------------------------------------------------------------ data
-
-
-def plan_as_dict(plan: Plan, vocab_size: int | None = None) -> dict[str, Any]:
-    """The plan as plain data (JSON): what `plan.json` in a run's folder holds."""
-    model = plan.recipe.model
-    length = max(phase.sequence_length for phase in plan.phases)
-    out: dict[str, Any] = {
-        "name": plan.recipe.name,
-        "steps": plan.total_steps,
-        "samples": plan.total_samples,
-        "tokens": plan.total_tokens,
-        "checkpoints": list(plan.checkpoints()),
-        "kept_checkpoints": sorted(plan.kept_checkpoints()),
-        "phases": [_phase_as_dict(phase) for phase in plan.phases],
-    }
-    if vocab_size is not None:
-        out["vocab_size"] = vocab_size
-        out["parameters"] = estimate.parameter_count(model, vocab_size, length)
-        out["flops"] = estimate.run_flops(plan, vocab_size)
-    return out
-
-
-def _phase_as_dict(phase: PhasePlan) -> dict[str, Any]:
-    ends = phase.weights_at(np.array([phase.first_step, phase.last_step]))
-    return {
-        "name": phase.name,
-        "first_step": phase.first_step,
-        "steps": phase.steps,
-        "samples": phase.samples,
-        "tokens": phase.tokens,
-        "sequence_length": phase.sequence_length,
-        "batch_size": [phase.batch_size(phase.first_step), phase.batch_size(phase.last_step)],
-        "learning_rate": [phase.learning_rate(phase.first_step), phase.rate.peak, phase.learning_rate(phase.last_step)],
-        "fresh_optimizer": phase.fresh_optimizer,
-        "reset_at_eod": phase.reset_at_eod,
-        "domains": domain_shares(phase),
-        "streams": [_stream_as_dict(stream, *ends[:, n].tolist()) for n, stream in enumerate(phase.streams)],
-    }
-
-
-def _stream_as_dict(stream: StreamPlan, first: float, last: float) -> dict[str, Any]:
-    return {
-        "source": stream.source,
-        "label": stream.label,
-        "domain": stream.domain,
-        "subset": [stream.low, stream.high],
-        "share": [first, last],
-        "fim_rate": stream.fim_rate,
-        "fim_level": stream.fim_level,
-        "packing": stream.packing,
-        "estimated": stream.estimated,
-        "samples": stream.samples,
-        "tokens": stream.tokens,
-        "epochs": stream.epochs,
-        "epochs_after": stream.epochs_after,
-        "cursor": stream.cursor,
-        "window": stream.window,
-        "first_window": stream.first_window,
-        "windows": stream.windows,
-    }

@@ -16,10 +16,9 @@ from megacode.recipe.devices import DEVICES, Peak
 from megacode.recipe.hardware import assumed, fp8_refusal
 from megacode.recipe.memory import checkpoint_bytes, corpus_bytes, gathered_bytes, stage_memory
 from megacode.recipe.plan import Plan
-from megacode.recipe.show import count, duration, gigabytes, table_of
 from megacode.recipe.speedups import speedups
 from megacode.recipe.suggest import ASSUMPTIONS, Proposal
-from megacode.terminal import print_table
+from megacode.terminal import count, duration, gigabytes, print_table, table_of
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from megacode.recipe.show import count
 from megacode.report.curves import thin
 from megacode.report.palette import BAND, FAINT, GRID, INK, PAPER, light, with_variables
 from megacode.report.run_data import Floats
+from megacode.terminal import count
 
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: it takes the page's font, can be searched and read aloud

@@ -11,9 +11,9 @@ import numpy as np
 
 from megacode import __version__
 from megacode.recipe.estimate import parameter_count
-from megacode.recipe.show import count
 from megacode.report import comparison, figures, palette, tables
 from megacode.report.run_data import Run
+from megacode.terminal import count
 
 
 def page(runs: Sequence[Run]) -> str:

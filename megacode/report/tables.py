@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from megacode.recipe.show import count
 from megacode.report.run_data import Run
+from megacode.terminal import count
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def train(
         remove_unfinished(run / "checkpoints")
         if resume and (line := put_other_futures_aside(run, plan, resume.step, accepted)):
             print(line, flush=True)
-        write_start(run, plan, world, vocab_size)
+        write_start(run, plan, world.size, vocab_size)
     reports = StepReports.open(plan, run, world, first_step=done, vocab_size=vocab_size)
 
     hardware = detect()

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from megacode.recipe.devices import peak_flops
 from megacode.recipe.plan import PhasePlan, Plan
-from megacode.recipe.show import count
+from megacode.terminal import count
 
 _BAR_WIDTH = 16
 _RECENT = 30

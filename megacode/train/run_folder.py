@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megacode import __version__
 from megacode.data.files import write_text
@@ -26,13 +26,10 @@ from megacode.train.lock import FILE as LOCK
 from megacode.train.metrics import FILE as METRICS
 from megacode.train.metrics import read_metrics
 
-if TYPE_CHECKING:
-    from megacode.runtime.distributed import World
-
 _VERSIONS = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "sentencepiece", "tokenizers", "tiktoken")
 
 
-def environment(world: World) -> dict[str, Any]:
+def environment(world_size: int) -> dict[str, Any]:
     """Machine, versions and layout of this start, as JSON-able data."""
     import torch
 
@@ -52,7 +49,7 @@ def environment(world: World) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "cuda": torch.version.cuda,
-        "world_size": world.size,
+        "world_size": world_size,
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
@@ -171,11 +168,11 @@ def nothing_to_do(run: Path, plan: Plan, phase: str | None = None, accept: Seque
     return f"nothing to do: {phase} ends at step {end:,}, and {checkpoint} is there or further"
 
 
-def write_start(run: Path, plan: Plan, world: World, vocab_size: int) -> None:
+def write_start(run: Path, plan: Plan, world_size: int, vocab_size: int) -> None:
     """Recipe, plan and environment of this start (rank 0)."""
     from megacode.report.plan_summary import plan_summary
 
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text(run / "recipe.yaml", dump_recipe(plan.recipe))
     write_text(run / "plan.json", json.dumps(plan_summary(plan, vocab_size), indent=1))
-    write_text(run / "environment.json", json.dumps(environment(world), indent=1))
+    write_text(run / "environment.json", json.dumps(environment(world_size), indent=1))

@@ -59,6 +59,27 @@ def initialize_weights(
             parameter._high_precision_init_val = share.reshape(parameter.shape).cpu()
 
 
+def fill_new_rows(names: dict[str, torch.nn.Parameter], old_vocab: int, vocab_size: int) -> None:
+    """Give rows [old_vocab, vocab_size) of embedding and output layer the mean of the rows before them, each matrix its own.
+
+    For weights of a smaller vocabulary, whose new rows are zeros after loading: with these, a norm's gradient explodes. Sums are
+    float64, so that every layout rounds to the same rows. Collective over tensor-parallel ranks.
+
+    Args:
+        names: parameters by their names in the whole model (`gpt.global_parameter_names`).
+    """
+    rank, group = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_group()
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if (rows := names.get(name)) is None:
+            continue
+        first = rank * len(rows)
+        old, new = (min(max(size - first, 0), len(rows)) for size in (old_vocab, vocab_size))
+        with torch.no_grad():
+            total = rows[:old].double().sum(0)
+            torch.distributed.all_reduce(total, group=group)
+            rows[old:new] = (total / old_vocab).to(rows.dtype)
+
+
 def _matrix(
     name: str, local: tuple[int, ...], model: Model, vocab_size: int, ffn_size: int, padded_vocab: int
 ) -> _Matrix | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,10 @@ def acceptable(change: Change) -> bool:
     return change.key != "model.vocab_size"  # rows of embeddings and of Adam's state cannot come or go in a run
 
 
+def is_accepted(change: Change, keys: Iterable[str]) -> bool:
+    return acceptable(change) and accepts(keys, change)
+
+
 def initial_changes(recipe: Recipe, accept: Sequence[str] = ()) -> tuple[Change, ...]:
     """Accepted changes between the model of `initialize_from` and the recipe's; none without `initialize_from`.
 
@@ -57,12 +61,13 @@ def initial_changes(recipe: Recipe, accept: Sequence[str] = ()) -> tuple[Change,
     info, before = read_info(checkpoint), load_recipe(checkpoint / "recipe.yaml")
     changes = changed_function(before, recipe)
     changes += [change for change in tokenizer_changes(info, before, recipe) if not only_grows(change)]
-    if refused := [str(change) for change in changes if not accepts(accept, change)]:
+    if refused := [change for change in changes if not is_accepted(change, accept)]:
         keys = " ".join(f"--accept-change {change.key}" for change in changes)
+        remedy = f", or accept that its weights then compute something else ({keys})" * all(map(acceptable, changes))
         raise UserError(
-            f"initialize_from: {checkpoint} was trained as another model: {'; '.join(refused[:6])}"
+            f"initialize_from: {checkpoint} was trained as another model: {'; '.join(map(str, refused[:6]))}"
             + (f"; and {len(refused) - 6} more" if len(refused) > 6 else "")
-            + f"; take these from its recipe.yaml, or accept that its weights then compute something else ({keys})"
+            + f"; take these from its recipe.yaml{remedy}"
         )
     return tuple(changes)
 

@@ -21,7 +21,8 @@ from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.evaluate.validation import Validation, validate
 from megacode.model.config import transformer_config
-from megacode.model.gpt import build_model
+from megacode.model.gpt import build_model, global_parameter_names
+from megacode.model.initialize import fill_new_rows
 from megacode.recipe.fingerprint import fingerprint
 from megacode.recipe.load import dump_recipe
 from megacode.recipe.plan import Plan
@@ -245,7 +246,14 @@ def _restore(trainer: Trainer, resume: Resume | None) -> None:
         trainer.reports.resumed(checkpoint, resume.step, resume.note)
     elif recipe.initialize_from:
         checkpoint = find_checkpoint(recipe.initialize_from, trainer.reports.say)
-        load_checkpoint(checkpoint, trainer.chunks, None)
+        info = load_checkpoint(checkpoint, trainer.chunks, None)
+        old, new = int(info.get("vocab_size") or trainer.vocab_size), trainer.vocab_size
+        if old < new:
+            fill_new_rows(global_parameter_names(list(trainer.chunks)), old, new)
+            trainer.reports.say(
+                f"{checkpoint} has {old:,} tokens, the tokenizer {new:,}: rows of the {new - old:,} new ones start as the mean "
+                "of the others, in the embedding and in the output layer"
+            )
         trainer.optimizer.reload_model_params()
         trainer.reports.initialized(checkpoint)
     else:

@@ -18,10 +18,10 @@ from megacode import __version__
 from megacode.data.files import write_text
 from megacode.errors import UserError
 from megacode.recipe.load import dump_recipe
-from megacode.recipe.past import Change, accepts, check_accepted
+from megacode.recipe.past import Change, check_accepted
 from megacode.recipe.plan import Plan
 from megacode.train.checkpoint_files import latest_checkpoint, latest_note, read_info
-from megacode.train.history import acceptable, past_changes
+from megacode.train.history import acceptable, is_accepted, past_changes
 from megacode.train.lock import FILE as LOCK
 from megacode.train.metrics import FILE as METRICS
 from megacode.train.metrics import read_metrics
@@ -99,7 +99,7 @@ def checkpoint_to_resume(run: Path, plan: Plan, accept: Sequence[str] = ()) -> R
         )
     keys = (*accept, *_accepted_by_fork(run, step))
     batches, others = past_changes(checkpoint, info, plan)
-    refused = [*batches, *(str(change) for change in others if not acceptable(change) or not accepts(keys, change))]
+    refused = [*batches, *(str(change) for change in others if not is_accepted(change, keys))]
     if refused:
         shown = "; ".join(refused[:6]) + (f"; and {len(refused) - 6} more" if len(refused) > 6 else "")
         go_on = " ".join(f"--accept-change {change.key}" for change in others if acceptable(change))

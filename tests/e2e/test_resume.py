@@ -175,3 +175,19 @@ def test_an_accepted_change_is_on_record(forty: Path, killed: Path, tmp_path: Pa
     assert [(change["step"], change["key"]) for change in accepted] == [(20, "model.rotary_base")]
     megacode("report", run)
     assert "model.rotary_base from step 21 on: 10000.0 → 5000.0" in (run / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_vocabulary_larger_than_the_weights_trains_on(forty: Path, straight: Path, tmp_path: Path) -> None:
+    """Rows of new tokens that are zero made the first gradient some hundred times too long."""
+    run, start = (
+        tmp_path / "run",
+        ("--set", f"initialize_from={straight}", "--set", "phases.second=null", "--set", "phases.first.steps=1"),
+    )
+    done = megacode("train", forty, "--run", run, *start, "--set", "model.vocab_size=333")
+    assert "has 300 tokens, the tokenizer 333: rows of the 33 new ones start as the mean" in done.stdout
+    norm = [record["grad_norm"] for record in read_metrics(run) if record["kind"] == "train"]
+    assert norm and norm[0] < 2, norm
+    done = megacode("train", forty, "--run", tmp_path / "less", *start, "--set", "model.vocab_size=299", check=False)
+    assert done.returncode == 2 and "model.vocab_size: 300 before, 299 now" in done.stderr
+    assert "--accept-change" not in done.stderr

@@ -76,6 +76,37 @@ def test_every_layout_starts_from_the_same_numbers(name, layout, single) -> None
         np.testing.assert_array_equal(got[key], value, err_msg=key)
 
 
+def grown(world, model: Model, parallel: dict[str, int], old: int):
+    """Shards of a model whose rows from `old` on were not in the weights that it starts from."""
+    from megatron.core import parallel_state
+
+    from megacode.model.gpt import build_model, global_parameter_names
+    from megacode.model.initialize import fill_new_rows
+
+    names = global_parameter_names(build_model(recipe(model, **parallel), VOCAB))
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    matrices = {name: p for name, p in names.items() if name.endswith(("word_embeddings.weight", "output_layer.weight"))}
+    for parameter in matrices.values():
+        parameter.data[max(old - rank * len(parameter), 0) :] = 0
+    fill_new_rows(names, old, VOCAB)
+    padding = sum(int(p.data[max(VOCAB - rank * len(p), 0) :].count_nonzero()) for p in matrices.values())
+    return rank, {name: p.detach().numpy() for name, p in matrices.items()}, padding
+
+
+@pytest.mark.parametrize("old", [200, 499])  # on both sides of the border between two ranks
+@pytest.mark.parametrize("name", ["crystal", "untied"])
+def test_new_rows_start_as_the_mean_of_the_others_in_every_layout(name, old, single) -> None:
+    model = {"crystal": CRYSTAL, "untied": UNTIED}[name]
+    for layout in ({}, {"tensor": 2}, {"pipeline": 2}):
+        results = run_on(2 if layout else 1, grown, model, layout, old, parallel=Parallel(**layout))
+        assert not any(padding for *_, padding in results)
+        for key, value in assembled(model, [result[:2] for result in results]).items():
+            before = single[name][key if key in single[name] else "embedding.word_embeddings.weight"]
+            np.testing.assert_array_equal(value[:old], before[:old])
+            mean = before[:old].astype(np.float64).mean(0).astype(np.float32)
+            np.testing.assert_array_equal(value[old:], np.broadcast_to(mean, value[old:].shape))
+
+
 def test_crystals_published_deviations_by_role(single) -> None:
     """At the published width the same rule gives 0.073, 0.01825 and 0.00228125."""
     published = CRYSTAL.model_copy(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megacode.convert.layout import LAYER
 from megacode.errors import UserError
+from megacode.train.checkpoint_index import read_index
 
 _EXPECTED = "give a checkpoint that was written whole"
 
@@ -34,22 +35,9 @@ class CheckpointReader:
 
     @classmethod
     def open(cls, folder: Path) -> CheckpointReader:
-        """UserError: there is no readable checkpoint of Megatron-Core's distributed format."""
-        try:
-            with open(folder / ".metadata", "rb") as file:
-                metadata = pickle.load(file)
-            places = {(index.fqn, tuple(index.offset or ())): place for index, place in metadata.storage_data.items()}
-        except FileNotFoundError:
-            raise UserError(
-                f"{folder}: has no .metadata file; {_EXPECTED} (Megatron-Core's distributed format)"
-            ) from None
-        except (OSError, pickle.UnpicklingError, AttributeError, EOFError, ImportError, ValueError) as error:
-            raise UserError(f"{folder / '.metadata'}: cannot be read ({error}); {_EXPECTED}") from error
-        missing = sorted({p.relative_path for p in places.values() if not (folder / p.relative_path).is_file()})
-        if missing:
-            raise UserError(
-                f"{folder}: the file {missing[0]} is missing; copy it here from where the run was, or {_EXPECTED}"
-            )
+        """UserError: there is no readable checkpoint of Megatron-Core's distributed format; see `read_index`."""
+        metadata = read_index(folder)
+        places = {(index.fqn, tuple(index.offset or ())): place for index, place in metadata.storage_data.items()}
         return cls(folder, metadata, places)
 
     def _stored(self, key: str, layer: int | None) -> tuple[str, int | None]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megacode.convert.checkpoint_reader import Scratch
+from megacode.data.files import inside
 from megacode.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -167,13 +168,14 @@ class HuggingFaceWeights:
         for index, single in ((INDEX, "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin")):
             if (folder / index).is_file():
                 try:
-                    weight_map = json.loads((folder / index).read_text())["weight_map"]
+                    weight_map = dict(json.loads((folder / index).read_text())["weight_map"])
                 except (ValueError, KeyError, TypeError) as error:
                     raise UserError(f"{folder / index}: cannot be read ({error!r}); download the file again") from error
-                missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
+                paths = {name: inside(folder, name, f"{folder / index}") for name in set(weight_map.values())}
+                missing = sorted(name for name, path in paths.items() if not path.is_file())
                 if missing:
                     raise UserError(f"{folder}: the file {missing[0]}, which {index} names, is missing; download it")
-                return cls(folder, {name: folder / file for name, file in weight_map.items()})
+                return cls(folder, {name: paths[file] for name, file in weight_map.items()})
             if (folder / single).is_file():
                 weights = cls(folder, {})
                 return replace(weights, files=dict.fromkeys(weights._sizes_in(folder / single), folder / single))

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and names that stand in files and must not leave their folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from megacode.errors import UserError
 
 
 @contextmanager
@@ -56,6 +58,34 @@ def _is_alive(process: int) -> bool:
     except PermissionError:  # somebody else's
         return True
     return True
+
+
+def leaves(path: Path, folder: Path) -> bool:
+    """Whether `path` leads out of `folder` once links are followed. The links of a Hugging Face cache stay in it: those of
+    `models--NAME/snapshots/REVISION` lead to `models--NAME/blobs`."""
+    target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    roots = [root]
+    for snapshots in (one for one in (root, *root.parents) if one.name == "snapshots" and "--" in one.parent.name):
+        roots.append(snapshots.parent / "blobs")
+    return not any(target.is_relative_to(one) for one in roots)
+
+
+def inside(folder: Path, name: object, where: str) -> Path:
+    """`folder / name`, of a name that stands in the file `where`; `name` may have parts (`shards/a.bin`).
+
+    Raises:
+        UserError: it is no name, is absolute, has `..`, or leads out of `folder` through a link.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise UserError(f"{where}: {name!r} is not the name of a file; make that file anew")
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise UserError(f"{where}: the name {name!r} leads out of {folder}; make that file anew, with names of its own folder")
+    if leaves(folder / name, folder):
+        raise UserError(
+            f"{where}: {name!r} is a link that leads out of {folder}, to {os.path.realpath(folder / name)}, and is not followed; "
+            "put the file itself there"
+        )
+    return folder / name
 
 
 def sync_folder(folder: Path) -> None:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megacode.data.files import replace_file, write_json
+from megacode.data.files import inside, replace_file, write_json
 from megacode.errors import UserError
 
 _CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
@@ -92,12 +92,20 @@ def remove_dataset(prefix: Path) -> None:
 
 
 def listed_shards(prefix: Path) -> list[Path]:
-    """The shards that the manifest of a dataset lists, in order; none if it is one shard, or no manifest is there."""
+    """The shards that the manifest of a dataset lists, in order; none if it is one shard, or no manifest is there.
+
+    Raises:
+        UserError: a name leads out of the folder of the dataset.
+    """
+    path = with_ending(prefix, ".json")
     try:
-        manifest = json.loads(with_ending(prefix, ".json").read_text(encoding="utf-8"))
-        return [prefix.with_name(name) for name in manifest.get("shards", [])]
+        names = list(json.loads(path.read_text(encoding="utf-8")).get("shards", []))
     except (OSError, ValueError, AttributeError, TypeError):
         return []
+    for name in names:
+        for ending in ("", ".bin", ".idx"):
+            inside(prefix.parent, name + ending if isinstance(name, str) else name, f"{path}, `shards`")
+    return [prefix.parent / name for name in names]
 
 
 def is_complete(prefix: Path) -> bool:

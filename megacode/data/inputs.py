@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megacode.data.files import leaves
 from megacode.errors import UserError
 
 Form = Literal["jsonl", "parquet", "file"]
@@ -38,32 +40,45 @@ def find_inputs(
     format: str = "auto",
     include: Sequence[str] = (),
     every: tuple[int, int] = (0, 1),
+    *,
+    on_link: Callable[[Path], None],
 ) -> list[InputFile]:
     """Files of the inputs in the order given; inside a folder or a glob sorted by path; each file once. `@FILE` stands for
     the inputs that FILE lists, one a line.
 
     `auto` goes by endings. A folder whose bytes are mostly JSONL or parquet is read for those only (dataset downloads
-    come with a README); any other is a tree of plain files, each one document. Links to files and folders are followed,
-    but not to a folder that is read anyway. Hidden files, links that lead nowhere and empty folders are passed over.
-    `include`: shell patterns on the name or on the path in the folder (`*.py`). `every` (i, n): of the files found,
-    number i, i + n, i + 2n ... (from 0). Raises UserError for an input that is not there or must not be read, and for
-    none at all.
+    come with a README); any other is a tree of plain files, each one document. Links that stay in the folder are followed,
+    but not to a folder that is read anyway; links that lead nowhere, out of it, or out of the fixed start of a glob are
+    not (a repository may link to anything), and `on_link` hears of each. An input that is itself a link is followed. Hidden files
+    and empty folders are passed over. `include`: shell patterns on the name or on the path in the folder (`*.py`).
+    `every` (i, n): of the files found, number i, i + n, i + 2n ... (from 0). Raises UserError for an input that is not
+    there or must not be read, and for none at all.
     """
+    links = 0
+
+    def skip(link: Path) -> None:
+        nonlocal links
+        links += 1
+        on_link(link)
+
     found: dict[Path, InputFile] = {}
     for given in _listed(inputs):
         path = Path(given).expanduser()
         if path.name in ("", ".."):  # the folder's name may be wanted (file.repository)
             path = Path(os.path.abspath(path))
         if path.is_dir():
-            files = _folder(path, format, include)
+            files = _folder(path, format, include, skip)
         elif path.is_file():
             files = [_file(path, path.parent, format, explicit=True)]
         else:
             matches = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(given) else []
             files = []
             for match in map(Path, matches):
+                if leaves(match, _fixed_start(path)) or not match.exists():
+                    skip(match)
+                    continue
                 files += (
-                    _folder(match, format, include)
+                    _folder(match, format, include, skip)
                     if match.is_dir()
                     else [_file(match, match.parent, format, explicit=True)]
                 )
@@ -71,6 +86,8 @@ def find_inputs(
             what = "matches no file" if glob.has_magic(given) else "no such file or folder"
             if path.is_dir():
                 what = "no file in this folder" + (f" that matches {' or '.join(include)}" if include else "")
+            if links:
+                what += f" ({links:,} links lead out of it or nowhere, and are not followed: name what they lead to)"
             raise UserError(f"{given}: {what}; give JSONL, parquet or plain files, folders of them, or globs")
         for file in files:
             found.setdefault(file.path, file)
@@ -98,8 +115,14 @@ def _listed(inputs: Sequence[str | Path]) -> Iterator[str]:
         yield from (line.strip() for line in lines if line.strip())
 
 
-def _folder(folder: Path, format: str, include: Sequence[str]) -> list[InputFile]:
-    paths = [p for p in _walk(folder) if not include or _included(p, folder, include)]
+def _fixed_start(pattern: Path) -> Path:
+    """The folder that a glob names before its first wildcard."""
+    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts)
+    return Path(*fixed)
+
+
+def _folder(folder: Path, format: str, include: Sequence[str], skip: Callable[[Path], None]) -> list[InputFile]:
+    paths = [p for p in _walk(folder, skip) if not include or _included(p, folder, include)]
     if format == "files":
         return [_file(p, folder, "files") for p in paths]
     records = [_file(p, folder, format) for p in paths if _form(p) not in ("file", None)]
@@ -113,7 +136,7 @@ def _folder(folder: Path, format: str, include: Sequence[str]) -> list[InputFile
     return [_file(p, folder, "files") for p in paths]
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, skip: Callable[[Path], None]) -> Iterator[Path]:
     """Files in order. A linked folder is read as if it stood there, but for one that is read where it stands."""
 
     def refuse(error: OSError) -> None:
@@ -121,28 +144,31 @@ def _walk(folder: Path) -> Iterator[Path]:
             f"{error.filename}: this folder cannot be read ({error.strerror}); change its rights, or name others"
         )
 
+    root = os.path.realpath(folder)
     followed: list[str] = []
 
-    def is_read(path: str) -> bool:
-        if not os.path.islink(path):
+    def is_read(path: Path) -> bool:
+        if not path.is_symlink():
             return True
-        target, root = os.path.realpath(path), os.path.realpath(folder)
-        inside = os.path.relpath(target, root).split(os.sep)
-        by_itself = inside[0] != ".." and not any(name.startswith(".") for name in inside if name != ".")
-        if by_itself or any(f"{target}{os.sep}".startswith(f"{other}{os.sep}") for other in followed):
+        if leaves(path, folder):
+            skip(path)
             return False
-        if f"{root}{os.sep}".startswith(f"{target}{os.sep}"):
+        target = os.path.realpath(path)
+        hidden = any(name.startswith(".") and name != "." for name in os.path.relpath(target, root).split(os.sep))
+        if not hidden or any(f"{target}{os.sep}".startswith(f"{other}{os.sep}") for other in followed):
             return False
         followed.append(target)
         return True
 
     for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [
-            name for name in sorted(folders) if not name.startswith(".") and is_read(os.path.join(here, name))
-        ]
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and is_read(Path(here, name))]
         for name in sorted(names):
             path = Path(here, name)
-            if not name.startswith(".") and path.is_file():
+            if name.startswith("."):
+                continue
+            if path.is_symlink() and (leaves(path, folder) or not path.exists()):
+                skip(path)
+            elif path.is_file():
                 yield path
 
 

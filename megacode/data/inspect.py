@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megacode.data.files import inside
 from megacode.data.indexed import listed_shards, with_ending
 from megacode.data.lengths import length_histogram
 from megacode.data.shard import Shard, open_shard
@@ -81,15 +82,21 @@ def manifest_of(prefix: Path) -> dict[str, Any] | None:
     return manifest if known else None
 
 
-def datasets_at(prefix: Path) -> list[Path]:
+def datasets_at(prefix: Path, on_outside: Callable[[str], None]) -> list[Path]:
     """`prefix`, or the prefixes of the datasets of a corpus that megacode cut into several. UserError if there is
-    nothing of that name."""
+    nothing of that name. `on_outside`: told of each that the manifest puts into another folder, which is not followed."""
     manifest = manifest_of(prefix)
     if manifest is None and not any(with_ending(prefix, ending).exists() for ending in (".bin", ".idx")):
         raise UserError(f"{prefix}: no dataset there ({prefix.name}.bin and {prefix.name}.idx)")
     if manifest is None or manifest["kind"] != "megacode corpus":
         return [prefix]
-    return [prefix.parent / name for name in manifest["run"]["datasets"].values()]
+    found = []
+    for name in manifest["run"]["datasets"].values():
+        try:
+            found.append(inside(prefix.parent, name, str(with_ending(prefix, ".json"))))
+        except UserError:
+            on_outside(str(name))
+    return found
 
 
 def shards_at(prefix: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from rich.text import Text
 
 from megacode.data import inspect
 from megacode.data.indexed import with_ending
+from megacode.data.records import input_files
 from megacode.data.tokenizer import Tokenizer, load_tokenizer
 from megacode.errors import UserError
 from megacode.recipe import schema
@@ -36,11 +38,11 @@ from megacode.report.document_lengths import log_edges, merged, plot_lengths
 from megacode.terminal import count, gigabytes, print_table, table_console
 
 EXAMPLE = """examples:
-  megacode inspect data/corpus
-  megacode inspect data/corpus --documents 0,100:103,-1
-  megacode inspect data/text data/code data/math --plot lengths.png
-  megacode inspect data/corpus --verify
-  megacode inspect from-megatron_text_document --tokenizer tokenizer.model --documents 5 --verify
+  megacode inspect data/quickstart/python/train
+  megacode inspect data/quickstart/python/train --documents 0,100:103,-1
+  megacode inspect data/quickstart/python/train data/quickstart/docs/train --plot lengths.png
+  megacode inspect data/quickstart/python/train --verify
+  megacode inspect from-megatron_text_document --tokenizer data/quickstart/tokenizer.model --documents 5 --verify
 
 Documents are numbered from 0, through all shards. --verify reads every byte and ends with exit code 2 if anything is wrong.
 """
@@ -82,7 +84,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--vocab-size {args.vocab_size}: expected 1 or more")
     tokenizer = _given_tokenizer(args)
     console = table_console()
-    prefixes = [one for path in dict.fromkeys(map(_bare, args.prefixes)) for one in inspect.datasets_at(path)]
+    elsewhere: list[str] = []
+    given = dict.fromkeys(map(_bare, args.prefixes))
+    prefixes = [one for path in given for one in inspect.datasets_at(path, elsewhere.append)]
+    if elsewhere:
+        print(f"in other folders, to be named by themselves: {_few(elsewhere)}", file=sys.stderr)
     entries, histograms, broken, problems = [], {}, [], 0
     for prefix in prefixes:
         entry: dict[str, Any] = {"prefix": str(prefix)}
@@ -174,9 +180,16 @@ def summary(dataset: inspect.Dataset, numbers: inspect.Statistics) -> dict[str, 
         out["bytes per token"] = manifest["bytes"] / numbers.tokens
     if manifest:
         out["tokenizer"] = {**manifest.get("tokenizer", {}), "vocab_size": manifest.get("vocab_size")}
-        out["settings"] = manifest.get("settings") or run.get("settings") or {}
-        out["inputs"] = manifest.get("inputs") or run.get("inputs") or []
+        out["settings"] = run.get("settings") or {"digest": manifest.get("settings")}  # one dataset of a run names them only
+        out["inputs"] = run.get("inputs") or _input_files(dataset.prefix)
     return out
+
+
+def _input_files(prefix: Path) -> list[str]:
+    try:
+        return list(input_files(prefix))
+    except (KeyError, TypeError, OSError, ValueError):
+        return []
 
 
 def _print_summary(console: Console, entry: Mapping[str, Any], numbers: inspect.Statistics) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megacode.data.made_with import check_tokenizers
 from megacode.data.packs import open_packs
 from megacode.data.source import has_data, open_source, pack_cache, token_counts
 from megacode.recipe.mixtures import mixture_entries
@@ -28,5 +29,9 @@ def pack_counts(recipe: Recipe, base: Path = Path()) -> dict[tuple[str, int], in
 
 
 def plan_with_data(recipe: Recipe, path: Path | None = None, base: Path = Path()) -> Plan:
-    """The plan of a recipe whose sources are counted where their data is there; see `make_plan`."""
+    """The plan of a recipe whose sources are counted where their data is there; see `make_plan`.
+
+    UserError also for data that another tokenizer made (`check_tokenizers`).
+    """
+    check_tokenizers(recipe, base)
     return make_plan(recipe, token_counts(recipe, base), path, pack_counts(recipe, base))

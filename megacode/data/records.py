@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megacode.data.files import inside
 from megacode.data.indexed import with_ending
 from megacode.errors import UserError
 
@@ -54,7 +55,7 @@ def read_records(prefix: Path) -> InputRecords | None:
         records = np.load(path, mmap_mode="r", allow_pickle=False)
         if records.ndim != 2 or records.shape[1] != 2 or records.dtype.kind != "i":
             raise ValueError(f"an array of {records.dtype} {records.shape}")
-        return InputRecords(prefix, records, _files(prefix))
+        return InputRecords(prefix, records, input_files(prefix))
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise UserError(
             f"{path}: cannot be read together with the dataset's manifest ({error}); tokenize the source again, or remove "
@@ -62,13 +63,19 @@ def read_records(prefix: Path) -> InputRecords | None:
         ) from error
 
 
-def _files(prefix: Path) -> tuple[str, ...]:
+def input_files(prefix: Path) -> tuple[str, ...]:
+    """Paths of the files that a dataset was made of, as the tool was given them; KeyError where its manifest has none.
+
+    Raises:
+        UserError: a name in the manifest leads out of its folder.
+    """
     manifest = _manifest(prefix)
     if "dataset" in manifest:
-        prefix = prefix.parent / manifest["dataset"]
+        prefix = inside(prefix.parent, manifest["dataset"], f"{with_ending(prefix, '.json')}, `dataset`")
         manifest = _manifest(prefix)
     if "input files table" in manifest:
-        return _table(prefix.parent / manifest["input files table"])
+        where = f"{with_ending(prefix, '.json')}, `input files table`"
+        return _table(inside(prefix.parent, manifest["input files table"], where))
     return tuple(str(file["path"]) for file in manifest["input files"])
 
 

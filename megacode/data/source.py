@@ -233,7 +233,7 @@ def pack_cache(recipe: Recipe, base: Path = Path()) -> Path | None:
 
 def has_data(source: Source, base: Path = Path()) -> bool:
     """Whether any file of a source is there."""
-    return any(_matches(path, base) for path in source.paths)
+    return any(matching_prefixes(path, base) for path in source.paths)
 
 
 def _count(name: str, source: Source, base: Path) -> int:
@@ -253,7 +253,7 @@ def _bare(path: str) -> str:
     return path[:-4] if path.endswith((".bin", ".idx")) else path
 
 
-def _matches(path: str, base: Path) -> list[Path]:
+def matching_prefixes(path: str, base: Path) -> list[Path]:
     """Prefixes that `path` names and of which at least one file is there: itself, the shards that its manifest lists, or
     a glob's in sorted order."""
     prefix = _bare(str(base / path))
@@ -268,7 +268,7 @@ def _matches(path: str, base: Path) -> list[Path]:
 
 
 def _prefixes(path: str, base: Path, label: str) -> list[Path]:
-    found = _matches(path, base)
+    found = matching_prefixes(path, base)
     if not found:
         what = "matches no .bin/.idx files" if glob.has_magic(path) else "is not there (.bin and .idx)"
         raise UserError(f"{label}: {base / _bare(path)} {what}; tokenize the source, or correct the path")

@@ -111,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
         vocab_size = parse_count(args.vocab_size)
     except ValueError as error:
         raise UserError(f"--vocab-size: {error}") from None
-    files = find_inputs(args.inputs, args.format, args.include)
+    links: list[Path] = []
+    files = find_inputs(args.inputs, args.format, args.include, on_link=links.append)
     size = sum(file.size for file in files)
     share = min(1.0, args.max_mb * 1e6 / max(size, 1))
     counts: dict[str, Any] = {"documents": 0, "bytes": 0, "bad": 0}
@@ -138,5 +139,6 @@ def run(args: argparse.Namespace) -> int:
         f"{args.output}: {vocab_size:,} pieces from {counts['documents']:,} documents "
         f"({counts['bytes'] / 1e6:.1f} M characters, {share:.0%} of the input)"
         + (f"; {counts['bad']:,} bad or empty records left out" if counts["bad"] else "")
+        + (f"; {len(links):,} links that lead out of the input or nowhere are not followed" if links else "")
     )
     return 0

@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shots", type=int, metavar="N", help="examples before each question (default: the task's)")
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each task (default: all)")
     parser.add_argument("--batch-size", type=int, metavar="N", default=8, help="texts in a forward pass (default: 8)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="with --harness: run the Python files of a Hugging Face folder"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     from megacode.errors import UserError
     from megacode.evaluate.generate import open_for_inference
 
+    if args.trust_remote_code:
+        raise UserError("--trust-remote-code: is for --harness on a Hugging Face folder; leave it out")
     if args.samples is not None and args.samples < 1:
         raise UserError(f"--samples: expected 1 or more, not {args.samples}")
     recipe, tokenizer, model = open_for_inference(args.checkpoint)
@@ -92,7 +97,9 @@ def _run_harness(args: argparse.Namespace) -> int:
     ):
         if value is not None and value < least:
             raise UserError(f"--{option}: expected {least} or more, not {value}")
-    settings = TaskSettings(tasks, args.harness_tasks, args.shots, args.limit, args.batch_size)
+    settings = TaskSettings(
+        tasks, args.harness_tasks, args.shots, args.limit, args.batch_size, args.trust_remote_code
+    )
     try:
         results = run_tasks(args.checkpoint, settings)
     finally:

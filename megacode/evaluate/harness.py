@@ -31,6 +31,8 @@ class TaskSettings:
     shots: int | None = None
     limit: int | None = None
     batch_size: int = 8
+    trust_remote_code: bool = False
+    """Whether Python files of a Hugging Face folder may run."""
 
 
 def run_tasks(target: Path, settings: TaskSettings) -> dict[str, dict[str, float]]:
@@ -40,9 +42,10 @@ def run_tasks(target: Path, settings: TaskSettings) -> dict[str, dict[str, float
         target: run folder, checkpoint folder, or a Hugging Face folder (it has a config.json).
 
     Raises:
-        UserError: the harness is not installed, it does not know a task, a task's data cannot be loaded, or the target is
-            none of the three.
+        UserError: the harness is not installed, it does not know a task, a task's data cannot be loaded, the target is
+            none of the three, or it has code of its own that is not trusted.
     """
+    check_code(target, settings.trust_remote_code)
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -68,7 +71,7 @@ def run_tasks(target: Path, settings: TaskSettings) -> dict[str, dict[str, float
         manager.load(names)
     except Exception as error:  # whatever the task's data set or its YAML raises
         raise UserError(f"--harness {', '.join(names)}: cannot be loaded: {_first_line(error)}") from error
-    model = _model(target, settings.batch_size)
+    model = _model(target, settings)
     results = lm_eval.simple_evaluate(
         model=model,
         tasks=names,
@@ -82,28 +85,49 @@ def run_tasks(target: Path, settings: TaskSettings) -> dict[str, dict[str, float
     return {task: _numbers(values) for task, values in results["results"].items()}
 
 
-def _model(target: Path, batch_size: int) -> Any:
+def check_code(target: Path, trusted: bool) -> None:
+    """UserError for a Hugging Face folder whose configuration asks for Python files, unless they are `trusted`; and for trust
+    in a target that has none."""
+    asks = [name for name in ("config.json", "tokenizer_config.json") if "auto_map" in _settings(target / name)]
+    if asks and not trusted:
+        code = ", ".join(sorted(path.name for path in target.glob("*.py"))) or "from elsewhere"
+        raise UserError(
+            f"{target / asks[0]}: `auto_map` asks for Python code of the folder ({code}) to be run; look at it, and if you "
+            "trust it, give --trust-remote-code"
+        )
+    if trusted and not asks:
+        raise UserError(f"--trust-remote-code: {target} asks for no code of its own (`auto_map` of a config.json); leave it out")
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); download the file again") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _model(target: Path, settings: TaskSettings) -> Any:
     if not (target / "config.json").is_file():
         from megacode.evaluate.generate import open_for_inference
         from megacode.evaluate.harness_model import MegatronLM
 
-        return MegatronLM(*open_for_inference(target), batch_size)
+        return MegatronLM(*open_for_inference(target), settings.batch_size)
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise UserError(
             f"--harness on a Hugging Face folder: `import {error.name}` fails: pip install 'megacode[harness]'"
         ) from None
-    says = target / "tokenizer_config.json"
-    config = json.loads(says.read_text(encoding="utf-8")) if says.is_file() else {}
-    device = "cuda" if _cuda() else "cpu"
     return HFLM(
         pretrained=str(target),
-        trust_remote_code=any(target.glob("modeling_*.py")),
+        trust_remote_code=settings.trust_remote_code,
         dtype="auto",
-        device=device,
-        batch_size=batch_size,
-        add_bos_token=config.get("add_bos_token"),
+        device="cuda" if _cuda() else "cpu",
+        batch_size=settings.batch_size,
+        add_bos_token=_settings(target / "tokenizer_config.json").get("add_bos_token"),
     )
 
 

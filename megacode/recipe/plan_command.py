@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 0, or a UserError."""
+    from megacode.data.made_with import unknown_makers
     from megacode.data.packing_losses import packing_losses
     from megacode.data.planning import plan_with_data
     from megacode.recipe.show import print_plan
@@ -82,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     print_costs(plan, vocab_size, _machine(args), console, args.checkpoints)
     if table := packing_table(plan, losses):
         print_table(console, table)
+    if note := unknown_makers(recipe):
+        console.print(note)
     if args.plot:
         console.print(f"drawn: {args.plot}")
     return 0

@@ -53,6 +53,7 @@ from megacode.train.checkpoint_files import (
     read_info,
     remove_unfinished,
 )
+from megacode.train.checkpoint_index import read_index
 from megacode.train.master_weights import make_remainders, make_whole
 from megacode.train.optimizer import OTHER_GROUPS, load_optimizer_state, other_multipliers
 
@@ -136,6 +137,7 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | No
         UserError: shapes or names differ from this recipe's model, or its optimizer's groups do, or the folder is damaged.
     """
     info = read_info(checkpoint)
+    read_index(checkpoint)  # before anything else opens it: it may hold code
     state = _sharded_state(chunks, optimizer, loading=True)
     try:
         state = _without_foreign_extras(state, checkpoint)

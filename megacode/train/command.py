@@ -174,6 +174,7 @@ def _train(  # type: ignore[no-untyped-def]  # Plan
         if restart and held:
             _put_aside(folder)
         world = initialize(recipe.parallel, recipe.seed, place, bool(recipe.fusion.cuda_graphs))
+        from megacode.data.made_with import unknown_makers
         from megacode.data.packing_losses import packing_line, packing_losses
         from megacode.data.tokenizer import load_tokenizer
         from megacode.train.loop import train
@@ -181,6 +182,8 @@ def _train(  # type: ignore[no-untyped-def]  # Plan
         tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
         if world.is_main:
             print(packing_line(packing_losses(plan)), flush=True)
+            if note := unknown_makers(recipe):
+                print(note, flush=True)
         vocabulary = vocab_size(recipe, tokenizer)
         may_write = held.check if held else lambda: None
         code = train(plan, folder, world, tokenizer, vocabulary, until, may_write, profile, accept)

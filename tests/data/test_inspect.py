@@ -56,8 +56,8 @@ def manifest(prefix: Path, tokenizer: Tokenizer, documents: list[list[int]], seg
             "eod": True,
             "fingerprint": tokenizer.fingerprint(),
         },
-        "settings": {"text field": "content"},
-        "inputs": ["corpus/*.jsonl"],
+        "settings": "a9a9535427350cad",
+        "input files": [{"path": "corpus/a.jsonl", "bytes": 1, "xxh3_128": [[1, "0"]]}],
         "checksums": {
             "algorithm": "xxh3_128",
             "bin": [[len(piece), xxhash.xxh3_128_hexdigest(piece)] for piece in pieces],
@@ -247,7 +247,7 @@ def test_another_tokenizer_is_not_taken_for_the_one_of_the_dataset(
 def test_the_summary(whole: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(whole), "--plot", str(tmp_path / "a.png")]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    for expected in ("version 1, uint16", "4.00 bytes of text", "corpus/*.jsonl", "text field content", "eod true"):
+    for expected in ("version 1, uint16", "4.00 bytes of text", "corpus/a.jsonl", "digest a9a9535427350cad", "eod true"):
         assert expected in out
     assert (tmp_path / "a.png").stat().st_size > 10_000
     assert main(["inspect", str(whole), str(whole) + ".bin", "--json"]) == 0
@@ -261,9 +261,11 @@ def test_the_summary(whole: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: 
 
 def test_a_corpus_is_its_datasets(whole: Path, sharded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = whole.with_name("corpus")
-    write_manifest(corpus, {"kind": "megacode corpus", "run": {"datasets": {"a": "whole", "b": "sharded"}}})
+    write_manifest(corpus, {"kind": "megacode corpus", "run": {"datasets": {"a": "whole", "b": "sharded", "c": "../x"}}})
     assert main(["inspect", str(corpus), "--verify", "--json"]) == 0
-    assert [entry["prefix"] for entry in json.loads(capsys.readouterr().out)] == [str(whole), str(sharded)]
+    out, err = capsys.readouterr()
+    assert [entry["prefix"] for entry in json.loads(out)] == [str(whole), str(sharded)]
+    assert err == "in other folders, to be named by themselves: ../x\n"
 
 
 def test_mistakes_are_sentences(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -188,7 +188,7 @@ def test_the_manifest_says_what_is_there(model: Path, corpus: Path, tmp_path: Pa
 
 
 def test_units_tile_the_corpus(corpus: Path) -> None:
-    files = find_inputs([corpus])
+    files = find_inputs([corpus], on_link=print)
     units = plan_units(files)
     covered = dict.fromkeys(range(3), 0)
     for unit in units:

@@ -96,6 +96,27 @@ def test_a_dataset_of_another_run_stays_unless_overwriting_is_asked_for(model: P
         make(model, "first.jsonl", "o/one", validation=0.3, validation_output=Path("o/held"))
 
 
+@pytest.mark.parametrize("victim", ["../victim/one", "{here}/victim/one", "x/../../victim/one", "sub/one", 7])
+def test_a_manifest_deletes_nothing_elsewhere(model: Path, here: Path, victim: Any) -> None:
+    """Nor does the list of what a killed run began."""
+    victim = victim.replace("{here}", str(here)) if isinstance(victim, str) else victim
+    make(model, "first.jsonl", "victim/one", validation=0.3, validation_output=Path("victim/held"))
+    make(model, "first.jsonl", "o/sub/one")
+    made = json.loads(Path("victim/one.json").read_text())
+    made["run"]["datasets"] = {"train": victim}
+    make(model, "first.jsonl", "o/two")
+    Path("o/two.json").write_text(json.dumps(made))
+    for bad in ("two.json", "two.parts/datasets.json"):
+        before = contents()
+        with pytest.raises(UserError, match=r"o/two.*is not in o, where this command writes; nothing was deleted"):
+            make(model, "second.jsonl", "o/two", overwrite=True)
+        kept = contents()
+        assert {name: kept[name] for name in before} == before, bad
+        Path("o/two.json").unlink(missing_ok=True)
+        Path("o/two.parts").mkdir(exist_ok=True)
+        Path("o/two.parts/datasets.json").write_text(json.dumps([victim]))
+
+
 def test_files_of_no_run_stay(model: Path, here: Path) -> None:
     for name in ("corpus_validation.json", "corpus.idx", "corpus-00000.bin"):
         Path(name).write_text("mine")

@@ -22,7 +22,7 @@ from megacode.errors import UserError
 
 
 def one(path: Path, format: str = "auto") -> InputFile:
-    (file,) = find_inputs([path], format)
+    (file,) = find_inputs([path], format, on_link=unexpected)
     return file
 
 
@@ -214,13 +214,17 @@ def test_plain_files(tmp_path: Path) -> None:
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    items = [item for file in find_inputs([tmp_path]) for item in read_input(file)]
+    items = [item for file in find_inputs([tmp_path], on_link=unexpected) for item in read_input(file)]
     assert [item.text if isinstance(item, Document) else item.reason for item in items] == [
         "x = 1\r\n", "not UTF-8 (invalid start byte)", "binary file", "empty text", "hi",
     ]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- which files
+
+
+def unexpected(link: Path) -> None:
+    raise AssertionError(link)
 
 
 def names(files: list[InputFile]) -> list[tuple[str, str]]:
@@ -233,7 +237,7 @@ def test_a_download_of_records_is_read_without_its_readme(tmp_path: Path) -> Non
     (tmp_path / ".gitattributes").write_text("x" * 10000)
     for name in ("chunk2/b.jsonl.zst", "a.jsonl"):
         (tmp_path / name).write_bytes(compress(jsonl(*MANY), ".zst" if name.endswith("zst") else ""))
-    assert names(find_inputs([tmp_path])) == [("a.jsonl", "jsonl"), ("b.jsonl.zst", "jsonl")]
+    assert names(find_inputs([tmp_path], on_link=unexpected)) == [("a.jsonl", "jsonl"), ("b.jsonl.zst", "jsonl")]
 
 
 def test_a_repository_is_a_tree_of_files_even_with_a_little_data_in_it(tmp_path: Path) -> None:
@@ -243,25 +247,55 @@ def test_a_repository_is_a_tree_of_files_even_with_a_little_data_in_it(tmp_path:
     (tmp_path / "src" / "main.py").write_text("x = 1\n" * 1000)
     (tmp_path / "sample.jsonl").write_bytes(jsonl("a"))
     (tmp_path / "package.json").write_text("{}" + " " * 9000)
-    assert names(find_inputs([tmp_path])) == [("package.json", "file"), ("sample.jsonl", "file"), ("main.py", "file")]
-    assert names(find_inputs([tmp_path], include=["*.py"])) == [("main.py", "file")]
-    assert names(find_inputs([tmp_path], include=["src/*"])) == [("main.py", "file")]
-    assert names(find_inputs([tmp_path], "jsonl")) == [("package.json", "jsonl"), ("sample.jsonl", "jsonl")]
+    every = [("package.json", "file"), ("sample.jsonl", "file"), ("main.py", "file")]
+    assert names(find_inputs([tmp_path], on_link=unexpected)) == every
+    assert names(find_inputs([tmp_path], include=["*.py"], on_link=unexpected)) == [("main.py", "file")]
+    assert names(find_inputs([tmp_path], include=["src/*"], on_link=unexpected)) == [("main.py", "file")]
+    assert names(find_inputs([tmp_path], "jsonl", on_link=unexpected)) == [("package.json", "jsonl"), ("sample.jsonl", "jsonl")]
 
 
-def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+def test_links_stay_in_the_folder_and_are_read_once(tmp_path: Path) -> None:
+    """Others are counted: a repository may link to any file of the machine."""
     tree, elsewhere = tmp_path / "tree", tmp_path / "elsewhere"
     for path in (tree / "real" / "a.txt", elsewhere / "b.txt", tree / ".hidden" / "c.txt", tmp_path / "alone.txt"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(path.name)
-    (elsewhere / "round").symlink_to(elsewhere)
-    for name, target in {
-        "again": "real", "other": elsewhere, "other again": elsewhere, "up": "..", "self": ".", "seen": ".hidden",
-        "alone": tmp_path / "alone.txt", "nowhere": "nothing",
-    }.items():  # fmt: skip
+    (tree / ".hidden" / "round").symlink_to(tree / ".hidden")
+    out = {"etc": "/etc", "other": elsewhere, "up": "..", "alone": tmp_path / "alone.txt", "real/deep": "../../elsewhere/b.txt",
+           "half": "real/deep", "nowhere": "/nothing"}  # fmt: skip
+    for name, target in {**out, "again": "real", "self": ".", "seen": ".hidden", "same.txt": "real/a.txt", "lost": "no"}.items():
         (tree / name).symlink_to(target)
-    found = [file.path.relative_to(tree).as_posix() for file in find_inputs([tree], "files")]
-    assert found == ["alone", "other/b.txt", "real/a.txt", "seen/c.txt"]
+    links: list[Path] = []
+    found = [file.path.relative_to(tree).as_posix() for file in find_inputs([tree], "files", on_link=links.append)]
+    assert found == ["same.txt", "real/a.txt", "seen/c.txt"]
+    assert sorted(link.relative_to(tree).as_posix() for link in links) == sorted([*out, "lost"])
+
+    # A glob is walked as a folder is; what is named is meant.
+    links.clear()
+    globbed = find_inputs([f"{tree}/*"], "files", on_link=links.append)
+    assert {str(file.path.relative_to(tree)) for file in globbed} == {
+        "same.txt", "real/a.txt", "again/a.txt", "self/same.txt", "self/real/a.txt", "self/seen/c.txt", "seen/c.txt",
+    }  # fmt: skip
+    assert len(links) >= len(out) - 1
+    assert [file.path.name for file in find_inputs([tree / "alone", tree / "other"], on_link=unexpected)] == ["alone", "b.txt"]
+    (tmp_path / "linked").symlink_to(elsewhere)
+    assert names(find_inputs([tmp_path / "linked"], on_link=unexpected)) == [("b.txt", "file")]
+    with pytest.raises(UserError, match=r"\(1 links lead out of it or nowhere, and are not followed"):
+        find_inputs([f"{tree}/oth*"], on_link=links.append)
+
+
+def test_a_hugging_face_cache_keeps_its_files_behind_links(tmp_path: Path) -> None:
+    snapshot = tmp_path / "datasets--me--code" / "snapshots" / "abc" / "data"
+    snapshot.mkdir(parents=True)
+    blob = tmp_path / "datasets--me--code" / "blobs" / "1234"
+    blob.parent.mkdir()
+    blob.write_bytes(jsonl("a"))
+    (snapshot / "train.jsonl").symlink_to("../../../blobs/1234")
+    (snapshot / "etc.jsonl").symlink_to("/etc/passwd")
+    links: list[Path] = []
+    for place in (snapshot, snapshot.parent, f"{snapshot}/*.jsonl"):
+        assert names(find_inputs([place], on_link=links.append)) == [("train.jsonl", "jsonl")]
+    assert [link.name for link in links] == ["etc.jsonl"] * 3
 
 
 def test_what_must_not_be_read_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,16 +312,16 @@ def test_what_must_not_be_read_is_a_sentence(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:  # the tests may run as root, for whom nothing is closed
         patch.setattr(os, "scandir", closed)
         with pytest.raises(UserError, match=r"closed: this folder cannot be read \(Permission denied\)"):
-            find_inputs([tmp_path / "in"])
+            find_inputs([tmp_path / "in"], on_link=unexpected)
     monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not str(path).endswith("b.txt"))
     with pytest.raises(UserError, match=r"b\.txt: this file cannot be read"):
-        find_inputs([tmp_path / "in"])
+        find_inputs([tmp_path / "in"], on_link=unexpected)
 
 
 def test_globs_are_sorted_and_nothing_is_read_twice(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "c.json.gz"):
         (tmp_path / name).write_bytes(b"x")
-    found = find_inputs([tmp_path / "b.jsonl", f"{tmp_path}/*.json*"])
+    found = find_inputs([tmp_path / "b.jsonl", f"{tmp_path}/*.json*"], on_link=unexpected)
     assert names(found) == [("b.jsonl", "jsonl"), ("a.jsonl", "jsonl"), ("c.json.gz", "jsonl")]
 
 
@@ -298,7 +332,7 @@ def test_no_files_is_a_sentence(tmp_path: Path) -> None:
         ("", "no file in this folder"),
     ):
         with pytest.raises(UserError, match=expected):
-            find_inputs([f"{tmp_path}/{given_path}"])
+            find_inputs([f"{tmp_path}/{given_path}"], on_link=unexpected)
 
 
 def test_a_list_of_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,6 +340,6 @@ def test_a_list_of_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (tmp_path / name).write_text("{}")
     (tmp_path / "list").write_text("b.jsonl\n\n  [a-c].jsonl\nc.txt\n")
     monkeypatch.chdir(tmp_path)
-    assert [file.path.name for file in find_inputs(["@list"])] == ["b.jsonl", "a.jsonl", "c.txt"]
+    assert [file.path.name for file in find_inputs(["@list"], on_link=unexpected)] == ["b.jsonl", "a.jsonl", "c.txt"]
     with pytest.raises(UserError, match="@nothing: cannot read this list of inputs"):
-        find_inputs(["@nothing"])
+        find_inputs(["@nothing"], on_link=unexpected)

@@ -82,7 +82,7 @@ def save_in_the_middle(world: Any, folder: str) -> list[tuple[list[int], bool, l
     checkpoints: Any = Checkpoints(run, synced)
     with StepReports.open(plan, run, world, first_step=0, vocab_size=10) as reports:
         steps(reports, plan, 0, 2)
-        _save(Trainer(plan, world, [], None, checkpoints, None, reports, profiler=None, vocab_size=10), 2)
+        _save(Trainer(plan, world, [], None, checkpoints, None, reports, profiler=None, vocab_size=10, history={}), 2)
     return checkpoints.found
 
 
@@ -181,7 +181,7 @@ def diverge(world: Any, folder: str) -> list[str]:
         norms = iter([1.0, None, 1.0, float("nan"), 1.0, 1.0])
         loop.train_step = lambda *_, norms=norms: (torch.ones(2, 1, dtype=torch.float64), next(norms))
         with StepReports.open(plan, run, world, first_step=0, vocab_size=10) as reports:
-            trainer = loop.Trainer(plan, world, [], adam, made, None, reports, idle, vocab_size=10)
+            trainer = loop.Trainer(plan, world, [], adam, made, None, reports, idle, vocab_size=10, history={})
             try:
                 loop._loop(trainer, iter([batch] * 6), 0, 6, idle)
             except UserError as error:

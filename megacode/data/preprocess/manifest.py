@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from megacode.data import indexed
@@ -11,7 +12,7 @@ from megacode.data.files import replace_file
 from megacode.data.inputs import InputFile
 from megacode.data.preprocess.assemble import Dataset
 from megacode.data.preprocess.counts import Counts, Group
-from megacode.data.preprocess.old import settings_digest
+from megacode.data.preprocess.old import TABLE_ENDING, settings_digest
 from megacode.data.preprocess.order import Parts, lines_before
 from megacode.data.preprocess.part import Job
 from megacode.data.preprocess.part_files import part_file
@@ -46,14 +47,11 @@ def write_manifests(
     """A manifest a dataset, and a shard if there are several. That of the run is what a later run looks for: last."""
     rows = _input_rows(job.files, parts)
     table: dict[str, Any] = {"input files": rows}
-    table_path = indexed.with_ending(request.name, ".files.tsv")
-    table_path.unlink(missing_ok=True)
-    if len(rows) > LISTED_FILES:
-        with replace_file(table_path) as out:
-            for row in rows:
-                digests = " ".join(f"{size}:{digest}" for size, digest in row["xxh3_128"])
-                line = f"{row['path']}\t{row['bytes']}\t{digests}\n"
-                out.write(line.encode(errors="surrogateescape"))
+    tables = _table_paths(request, list(datasets))
+    for path in tables.values():
+        path.unlink(missing_ok=True)
+        if len(rows) > LISTED_FILES:
+            _write_table(path, rows)
     datasets_of_run = {str(g): os.path.relpath(request.prefix(g), request.name.parent) for g in datasets}
     run = {
         "run": {
@@ -66,7 +64,7 @@ def write_manifests(
     for group, dataset in reversed(datasets.items()):
         prefix = request.prefix(group)
         if len(rows) > LISTED_FILES:
-            table = {"input files table": os.path.relpath(table_path, prefix.parent), "input files": len(rows)}
+            table = {"input files table": tables[prefix.parent].name, "input files": len(rows)}
         common = {
             "kind": "megacode dataset",
             "split": group.split,
@@ -87,6 +85,22 @@ def write_manifests(
         indexed.write_manifest(prefix, {**common, **vars(dataset.counts), **own, **table, **of_run})
     if request.name not in {request.prefix(group) for group in datasets}:
         indexed.write_manifest(request.name, {"kind": "megacode corpus", **run})
+
+
+def _table_paths(request: Request, groups: Sequence[Group]) -> dict[Path, Path]:
+    """Where the table of input files goes, if it takes one: a file in every folder that has datasets, as a manifest names only
+    what lies beside it."""
+    paths = {request.name.parent: indexed.with_ending(request.name, TABLE_ENDING)}
+    for prefix in map(request.prefix, groups):
+        paths.setdefault(prefix.parent, indexed.with_ending(prefix, TABLE_ENDING))
+    return paths
+
+
+def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with replace_file(path) as out:
+        for row in rows:
+            digests = " ".join(f"{size}:{digest}" for size, digest in row["xxh3_128"])
+            out.write(f"{row['path']}\t{row['bytes']}\t{digests}\n".encode(errors="surrogateescape"))
 
 
 def _input_rows(files: Sequence[InputFile], parts: Parts) -> list[dict[str, Any]]:

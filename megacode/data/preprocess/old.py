@@ -25,7 +25,8 @@ from megacode.errors import UserError
 
 SPLIT_GROUPS = tuple(Group(split) for split in SPLITS)
 """The groups of a run that makes no dataset for each value."""
-_BESIDE = (".json", ".quarantine.jsonl", ".files.tsv", ".lengths.png")
+TABLE_ENDING = ".files.tsv"
+_BESIDE = (".json", ".quarantine.jsonl", TABLE_ENDING, ".lengths.png")
 """What is written for a run as a whole."""
 
 
@@ -34,10 +35,27 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(settings, sort_keys=True).encode(errors="surrogateescape"))
 
 
-def datasets_of(name: Path, manifest: Mapping[str, Any]) -> dict[Group, Path]:
-    """Prefixes of the datasets that the manifest of run `name` lists."""
+def datasets_of(request: Request, manifest: Mapping[str, Any]) -> dict[Group, Path]:
+    """Prefixes of the datasets that the manifest of this output lists. UserError: see `_within`."""
     listed = manifest.get("run", {}).get("datasets", {})
-    return {Group.parse(group): name.parent / path for group, path in listed.items()}
+    where = f"{indexed.with_ending(request.name, '.json')}, `datasets`"
+    return {Group.parse(group): _within(request, path, where) for group, path in listed.items()}
+
+
+def _within(request: Request, path: object, where: str) -> Path:
+    """The prefix that a file of this output names, which this run may delete.
+
+    Raises:
+        UserError: it is in neither of the two folders that the request itself writes into.
+    """
+    folders = list(dict.fromkeys(request.prefix(group).parent for group in SPLIT_GROUPS))
+    prefix = request.name.parent / path if isinstance(path, str) else None
+    if prefix is None or os.path.abspath(prefix.parent) not in map(os.path.abspath, folders):
+        raise UserError(
+            f"{where}: {path!r} is not in {' or '.join(map(str, folders))}, where this command writes; nothing was deleted: give "
+            " --validation-output as it was, choose another --output, or remove that file yourself"
+        )
+    return prefix
 
 
 def is_of(prefix: Path, run: Mapping[str, Any]) -> bool:
@@ -50,7 +68,8 @@ def check_inputs_stay(request: Request, files: Sequence[InputFile]) -> None:
     """UserError if a file that is read has a name that may be written, whatever the values of `split_by`."""
     value = "{value}" if request.split_by else ""
     groups = [Group(split, value) for split in SPLITS[: 2 if request.validation else 1]]
-    for prefix, endings in ((request.name, _BESIDE), *((request.prefix(group), indexed.ENDINGS) for group in groups)):
+    of_dataset = (*indexed.ENDINGS, TABLE_ENDING)
+    for prefix, endings in ((request.name, _BESIDE), *((request.prefix(group), of_dataset) for group in groups)):
         name = re.escape(prefix.name)
         if value and prefix != request.name:
             name = name.replace(re.escape(file_name(value)), ".+")
@@ -67,13 +86,13 @@ def check_inputs_stay(request: Request, files: Sequence[InputFile]) -> None:
 def _own(request: Request) -> set[Path]:
     """Prefixes of datasets that this output's runs made or began, and nobody made anew since."""
     folder = indexed.with_ending(request.name, ".parts")
-    own = {request.name.parent / path for path in begun(folder)}
+    own = {_within(request, path, str(folder)) for path in begun(folder)}
     manifest = indexed.read_manifest(request.name)
     if manifest and "run" in manifest:
         own.add(request.name)
         own |= {
             prefix
-            for prefix in datasets_of(request.name, manifest).values()
+            for prefix in datasets_of(request, manifest).values()
             if indexed.read_manifest(prefix) is None or is_of(prefix, manifest["run"])
         }
     return own

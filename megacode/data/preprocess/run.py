@@ -66,7 +66,8 @@ def preprocess(
     """
     tokenizer = load_tokenizer(request.tokenizer)
     check_tokens(request, tokenizer)
-    files = find_inputs(request.inputs, request.format, request.include, request.every)
+    links: list[Path] = []
+    files = find_inputs(request.inputs, request.format, request.include, request.every, on_link=links.append)
     settings = _settings(request, tokenizer, files)
     made = _made_before(request, settings)
     if made:
@@ -95,7 +96,7 @@ def preprocess(
         parts = _all_finished(job.folder, units)
         if parts is None or not whole():
             return Result({}, Counts(), False, len(units), kept, None)
-        made = _write(request, settings, tokenizer, job, layout, parts, on_stage, on_progress)
+        made = _write(request, settings, tokenizer, job, layout, parts, len(links), on_stage, on_progress)
         remove_folder(job.folder)
     return Result(*made, False, len(parts), kept, _quarantine_of(request))
 
@@ -206,7 +207,6 @@ def _made_before(request: Request, settings: dict[str, Any]) -> Result | None:
         )
     made = manifest["run"]
     different = [key for key in settings if settings[key] != made["settings"].get(key)]
-    outputs = datasets_of(request.name, manifest)
     if different:
         if request.overwrite:
             return None
@@ -214,6 +214,7 @@ def _made_before(request: Request, settings: dict[str, Any]) -> Result | None:
             f"{request.name}: already there, made from other settings ({', '.join(different)} differ); "
             "choose another --output or give --overwrite"
         )
+    outputs = datasets_of(request, manifest)
     if any(not indexed.is_complete(prefix) or not is_of(prefix, made) for prefix in outputs.values()):
         return None
     if folder.exists():  # a run was killed while it cleaned up
@@ -237,13 +238,17 @@ def _write(
     job: Job,
     layout: Layout,
     parts: Parts,
+    links: int,
     on_stage: Callable[[str, int, int], None],
     on_progress: Callable[[Progress], None],
 ) -> tuple[dict[Group, Path], Counts]:
-    """Lay the parts end to end. A dataset that was there goes first, whole: never an old index beside new data."""
+    """Lay the parts end to end. A dataset that was there goes first, whole: never an old index beside new data. `links` of the
+    input were not followed."""
     counts = Counts()
     for _, finished in parts:
         counts.add(finished.counts)
+    if links:
+        counts.passed_over["link that leads out of the input or nowhere (to have it, name what it leads to)"] = links
     _check_documents(request, counts)
     check_free(request, list(counts.groups))
     dtype = indexed.token_dtype(tokenizer.vocab_size)

@@ -8,13 +8,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megacode.convert.export import DTYPES, Source, chosen_family, export, stored_dtype
 from megacode.convert.family import Family
+from megacode.convert.kept import outgoing
 from megacode.convert.tokenizer_files import loads_differently, token_ids, write_tokenizer
+from megacode.data.tokenizer import Tokenizer, load_tokenizer
 from megacode.errors import UserError
 
 Extra = Callable[[Path], None]
@@ -62,29 +63,34 @@ def complete_export(
     family = wanted.family_of(source)
     section = source.recipe.tokenizer
     notes: list[str] = []
-    ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    tokenizer: Tokenizer | None = None
     if section is None:
         notes.append("the recipe names no tokenizer, so none is in the export")
     elif not wanted.tokenizer:
         with contextlib.suppress(UserError):  # its file may be elsewhere
-            ids = token_ids(section)
+            tokenizer = load_tokenizer(section)
     else:
-        ids = token_ids(section)
+        tokenizer = load_tokenizer(section)
+    about = outgoing(source.info.get("imported"), token_ids(tokenizer), tokenizer)
+    if about.note:
+        notes.append(about.note)
     prepared = tempfile.TemporaryDirectory()
     if section is not None and wanted.tokenizer:  # what cannot be is told before a minute of weights
         write_tokenizer(section, Path(prepared.name), source.vocab_size)
 
     def extra(folder: Path) -> None:
         # copytree would make the folder as private as a temporary one
-        for path in Path(prepared.name).iterdir():
-            shutil.copyfile(path, folder / path.name)
+        for path in filter(Path.is_file, Path(prepared.name).rglob("*")):
+            copy = folder / path.relative_to(prepared.name)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
         if section is not None and wanted.tokenizer and (note := loads_differently(section, folder)):
             notes.append(note)
         write_card(folder, source.recipe, source.checkpoint, run_of(source.checkpoint), family.name, out.name)
         last(folder)
 
     with prepared:
-        export(source, out, family, wanted.dtype_of(source), wanted.shard_bytes, on_bytes, ids, extra)
+        export(source, out, family, wanted.dtype_of(source), wanted.shard_bytes, on_bytes, about, extra)
     return notes
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from megacode.convert.checkpoint_reader import CheckpointReader, Scratch
 from megacode.convert.families import choose
 from megacode.convert.family import Context, Family
+from megacode.convert.kept import GENERATION, Outgoing, outgoing
 from megacode.convert.layout import EMBEDDING, Slot, shape, unpadded
 from megacode.convert.new_folder import new_folder
 from megacode.convert.safetensors_files import Planned, write_files
@@ -91,14 +92,14 @@ def stored_dtype(source: Source) -> torch.dtype:
 
 def export(
     source: Source, out: Path, family: Family, dtype: torch.dtype, shard_bytes: int = 5_000_000_000,
-    on_bytes: Callable[[int], None] = lambda count: None, tokens: dict[str, Any] | None = None,
+    on_bytes: Callable[[int], None] = lambda count: None, about: Outgoing | None = None,
     extra: Callable[[Path], None] = lambda folder: None,
 ) -> None:  # fmt: skip
     """Write a Hugging Face folder, whole or not at all.
 
     Args:
         on_bytes: told how much of the weights has been written.
-        tokens: ids of special tokens for the configs.
+        about: ids of special tokens and generation defaults for the configs.
         extra: writes further files (tokenizer, card) into the folder before it gets its name.
 
     Raises:
@@ -116,7 +117,7 @@ def export(
             shard_bytes,
             on_bytes,
         )
-        _write_configs(temporary, source, family, dtype, tokens or {})
+        _write_configs(temporary, source, family, dtype, about or outgoing(source.info.get("imported"), {}, None))
         for name in family.remote_code:
             code = Path(__file__).parent / "crystalcoder" / name
             shutil.copyfile(code, temporary / name)
@@ -137,9 +138,9 @@ def _check_shapes(source: Source, slots: list[Slot]) -> None:
             )
 
 
-def _write_configs(folder: Path, source: Source, family: Family, dtype: torch.dtype, tokens: dict[str, Any]) -> None:
+def _write_configs(folder: Path, source: Source, family: Family, dtype: torch.dtype, about: Outgoing) -> None:
     name = str(dtype).removeprefix("torch.")
-    context = Context(source.vocab_size, source.length, tokens, name)
+    context = Context(source.vocab_size, source.length, about.ids, name)
     config = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -147,12 +148,11 @@ def _write_configs(folder: Path, source: Source, family: Family, dtype: torch.dt
         "tie_word_embeddings": source.model.tie_embeddings,
         "torch_dtype": name,
         "use_cache": True,
-        **{key: value for key, value in tokens.items() if key.endswith("token_id")},
+        **about.ids,
         **family.config(source.model, context),
     }
     _write_json(folder / "config.json", config)
-    generation = {key: value for key, value in tokens.items() if key.endswith("token_id") and value is not None}
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
+    _write_json(folder / GENERATION, about.generation)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -170,17 +170,20 @@ def refuse(config: Mapping[str, Any], key: str, wanted: Any, why: str) -> None:
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Of Llama 3.1 and 3.2, and of Megatron-Core's rotary scaling."""
+_DEFAULT_BASE = 10000.0
 
 
 def rotary_section(config: Mapping[str, Any], key: str = "rope_theta") -> dict[str, Any]:
     """`rotary_base` and `rotary_scaling`, from where transformers before and since version 5 keep them.
 
-    UserError: positions are scaled in a way that Megatron-Core does not know.
+    Version 5 has everything in `rope_parameters`, older ones the base at the top and the rest in `rope_scaling`. An older one
+    that saves a config of version 5 writes its own default base beside `rope_parameters`, which it does not read.
+
+    UserError: positions are scaled in a way that Megatron-Core does not know, or two keys say different things.
     """
-    parameters = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or parameters
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    section: dict[str, Any] = {"rotary_base": float(config.get(key) or parameters.get("rope_theta") or 10000.0)}
+    parameters = _rope_parameters(config)
+    section: dict[str, Any] = {"rotary_base": _one_of_two(config, key, parameters, "rope_theta", _DEFAULT_BASE)}
+    kind = parameters.get("rope_type") or "default"
     if kind == "default":
         return section
     if kind not in ("linear", "llama3"):
@@ -189,15 +192,63 @@ def rotary_section(config: Mapping[str, Any], key: str = "rope_theta") -> dict[s
             "a model without it can be imported"
         )
     if kind == "llama3":
+        original, longest = (config.get(f"{which}max_position_embeddings") for which in ("original_", ""))
+        found = {"original_max_position_embeddings": longest, **parameters}
+        if original not in (None, found["original_max_position_embeddings"]):  # versions of transformers differ
+            used = found["original_max_position_embeddings"]
+            raise _two_values("original_max_position_embeddings", original, "that of rotary positions", used)
         for name, wanted in LLAMA3.items():
-            refuse(scaling, name, wanted, "Megatron-Core's llama3 scaling has Llama 3.1's constants")
-    return section | {"rotary_scaling": {"kind": kind, "factor": float(value(scaling, "factor"))}}
+            value(found, name)
+            refuse(found, name, wanted, "Megatron-Core's llama3 scaling has Llama 3.1's constants")
+    return section | {"rotary_scaling": {"kind": kind, "factor": float(value(parameters, "factor"))}}
 
 
 def rotary_fraction(config: Mapping[str, Any], key: str, default: float) -> float:
-    parameters = config.get("rope_parameters") or {}
-    found = config.get(key, parameters.get("partial_rotary_factor"))
-    return default if found is None else float(found)
+    """The rotated share of each head, which config.json calls `key`. UserError: two keys say different things."""
+    return _one_of_two(config, key, _rope_parameters(config), "partial_rotary_factor", default)
+
+
+def whole_heads(config: Mapping[str, Any]) -> None:
+    """UserError where a family that rotates whole heads is said to rotate a part of them."""
+    for section in (config, _rope_parameters(config)):
+        refuse(section, "partial_rotary_factor", 1, "this family rotates whole heads")
+
+
+def _rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`rope_scaling` and `rope_parameters` as one. UserError: both are there and differ, or they differ by kind of layer."""
+    old, new = ({**(config.get(key) or {})} for key in ("rope_scaling", "rope_parameters"))
+    for parameters in (old, new):
+        if nested := [name for name, one in parameters.items() if isinstance(one, Mapping)]:
+            raise UserError(
+                f"config.json: rope_parameters differ by kind of layer ({', '.join(nested)}); a recipe has one for all"
+            )
+        if "type" in parameters:
+            parameters.setdefault("rope_type", parameters.pop("type"))
+    for name in sorted(old.keys() | new.keys()) if old and new else ():
+        one, other = old.get(name), new.get(name)
+        if one != other and not (name == "rope_theta" and None in (one, other)):
+            raise _two_values(f"rope_scaling.{name}", one, f"rope_parameters.{name}", other)
+    return {**old, **new}
+
+
+def _one_of_two(
+    config: Mapping[str, Any], key: str, parameters: Mapping[str, Any], name: str, default: float
+) -> float:
+    """A number that stands in `parameters`, or at the top as `key`. Both may; of two that differ one is the default, which an
+    older transformers wrote without having read the other. UserError if neither is."""
+    inner, outer = parameters.get(name), config.get(key)
+    if inner is None or outer is None:
+        found = outer if inner is None else inner
+        return default if found is None else float(found)
+    if float(inner) != float(outer) and float(outer) != default:
+        raise _two_values(key, outer, f"rope_parameters.{name}", inner)
+    return float(inner)
+
+
+def _two_values(first: str, one: Any, second: str, other: Any) -> UserError:
+    return UserError(
+        f"config.json: {first} is {one!r} and {second} {other!r}; the model was trained with one of them: set both to it"
+    )
 
 
 def within_window(config: Mapping[str, Any], length: int) -> int:

@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
             f"note: it attends within a window of {found.model.context_length:,} tokens, and Megatron-Core's layers here to "
             f"everything before: context_length is {found.model.context_length:,} instead of {length:,}, where both are the same"
         )
-    if note:
-        print(f"note: {note}")
+    for line in filter(None, (found.note, note)):
+        print(f"note: {line}")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ import torch
 from megacode.convert.checkpoint_writer import CheckpointWriter
 from megacode.convert.families import by_architecture
 from megacode.convert.family import Family
-from megacode.convert.layout import Slot, padded, shape
+from megacode.convert.kept import imported_facts
+from megacode.convert.layout import EMBEDDING, OUTPUT, Slot, padded, shape
 from megacode.convert.new_folder import new_folder
 from megacode.convert.safetensors_files import TYPES, HuggingFaceWeights, overflows
+from megacode.data.tokenizer import load_tokenizer
 from megacode.errors import UserError
 from megacode.recipe.checks import check_recipe
 from megacode.recipe.load import dump_recipe
@@ -38,6 +40,8 @@ class Found:
     model: Model
     vocab_size: int
     weights: HuggingFaceWeights
+    note: str | None = None
+    """What the user should know of the weights."""
 
     @classmethod
     def open(cls, folder: Path) -> Found:
@@ -59,7 +63,7 @@ class Found:
             raise UserError(
                 f"{path}: {str(error).splitlines()[0]}; give a Hugging Face model's whole folder"
             ) from error
-        found = cls(folder, config, family, model, int(config["vocab_size"]), HuggingFaceWeights.open(folder))
+        found = cls(folder, config, family, model, int(config["vocab_size"]), HuggingFaceWeights.open(folder))._with_own_head()
         for problem in check_recipe(starting_recipe(found, None, torch.float32)):
             raise UserError(f"{path}: describes a model that cannot be built: {problem}")
         found._check_names()
@@ -67,6 +71,24 @@ class Found:
 
     def slots(self) -> list[Slot]:
         return list(self.family.slots(self.model))
+
+    def _with_own_head(self) -> Found:
+        """With `tie_embeddings: false` where config.json says tied and the files hold an output layer that is another matrix: as
+        transformers since version 5; older ones drop it."""
+        if not self.model.tie_embeddings:
+            return self
+        untied = self.model.model_copy(update={"tie_embeddings": False})
+        by_key = {slot.key: slot.names[0] for slot in self.family.slots(untied) if slot.layer is None}
+        head, embedding = by_key.get(OUTPUT, ""), by_key[EMBEDDING]
+        if not (self.weights.has(head) and self.weights.has(embedding)):
+            return self
+        if torch.equal(self.weights.tensor(head).float(), self.weights.tensor(embedding).float()):
+            return self
+        note = (
+            f"{head} differs from {embedding}, though config.json says tie_word_embeddings: true; both are imported "
+            "(tie_embeddings: false), as transformers 5 does, and earlier versions would drop the first"
+        )
+        return replace(self, model=untied, note=note)
 
     def _check_names(self) -> None:
         """Every weight has a place and every place a weight, before anything is written."""
@@ -135,6 +157,7 @@ def import_model(
     Raises:
         UserError: a weight does not fit, or `out` cannot be written.
     """
+    loaded = load_tokenizer(tokenizer) if tokenizer else None
     with new_folder(out) as temporary:
         writer = CheckpointWriter(temporary, found.model.layers)
         for slot in found.slots():
@@ -147,6 +170,7 @@ def import_model(
         info = {
             "step": 0, "recipe": recipe.name, "phase": None, "tokens": 0, "vocab_size": found.vocab_size,
             "imported_from": found.folder.name, "family": found.family.name,
+            "imported": imported_facts(found.folder, found.config, loaded), "tokenizer": loaded.facts() if loaded else None,
         }  # fmt: skip
         (temporary / INFO).write_text(json.dumps(info, indent=1))
     return recipe

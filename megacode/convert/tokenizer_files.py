@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megacode.convert.kept import copy_companions, tokenizer_settings
 from megacode.convert.tokenizer_json import tokenizer_json
 from megacode.data.files import replace_file, write_json
 from megacode.data.tokenizer import Tokenizer, load_tokenizer
@@ -48,15 +49,15 @@ SAMPLE: tuple[str, ...] = (
 # -------------------------------------------------------------------------------------------------------------- export
 
 
-def token_ids(section: schema.Tokenizer) -> dict[str, int | None]:
+def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     """`bos_token_id`, `eos_token_id`, `pad_token_id` for config.json; None where there is none."""
-    tokenizer = load_tokenizer(section)
-    ids = {"bos": tokenizer.base.bos_id, "eos": tokenizer.base.eod_id, "pad": tokenizer.pad_id}
+    base = tokenizer.base if tokenizer else None
+    ids = {"bos": base and base.bos_id, "eos": base and base.eod_id, "pad": base and base.pad_id}
     return {f"{key}_token_id": token for key, token in ids.items()}
 
 
 def write_tokenizer(section: schema.Tokenizer, folder: Path, vocab_size: int) -> None:
-    """Write the tokenizer files of `FILES` into `folder`.
+    """Write the tokenizer files of `FILES` into `folder`, and what else belongs to the tokenizer (`copy_companions`).
 
     Args:
         vocab_size: of the model (without padding); the tokenizer's may not be larger.
@@ -74,7 +75,7 @@ def write_tokenizer(section: schema.Tokenizer, folder: Path, vocab_size: int) ->
     contents = json.dumps(tokenizer_json(tokenizer, section.bos), ensure_ascii=False, indent=1)
     prove(tokenizer, contents, section.bos)
     names = {token: name for name, token in tokenizer.control_tokens.items()}
-    special = {key.removesuffix("_id"): names[token] for key, token in token_ids(section).items() if token is not None}
+    special = {key.removesuffix("_id"): names[token] for key, token in token_ids(tokenizer).items() if token is not None}
     unknown = [name for name in ("<unk>", "[UNK]", "<|unk|>") if name in names.values()]
     if unknown:
         special["unk_token"] = unknown[0]
@@ -91,9 +92,17 @@ def write_tokenizer(section: schema.Tokenizer, folder: Path, vocab_size: int) ->
         "model_max_length": int(1e30),
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
+        "added_tokens_decoder": _decoder(contents),
+        **tokenizer_settings(tokenizer),
     }
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", special | {"additional_special_tokens": others})
+    copy_companions(tokenizer, folder)
+
+
+def _decoder(contents: str) -> dict[str, dict[str, Any]]:
+    """Added tokens of a tokenizer.json by id, as tokenizer_config.json has them: converters to GGUF look for them there."""
+    return {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in json.loads(contents)["added_tokens"]}
 
 
 def prove(tokenizer: Tokenizer, contents: str, bos: bool) -> None:

@@ -72,6 +72,18 @@ def initial_changes(recipe: Recipe, accept: Sequence[str] = ()) -> tuple[Change,
     return tuple(changes)
 
 
+def came_with_weights(recipe: Recipe, resumed: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What every checkpoint hands on where the run's first weights were imported: `imported`, for exports.
+
+    Args:
+        resumed: megacode.json of the checkpoint that the run goes on from.
+    """
+    info = resumed
+    if info is None and recipe.initialize_from:
+        info = read_info(find_checkpoint(recipe.initialize_from, say=lambda line: None))
+    return {"imported": info["imported"]} if info and info.get("imported") else {}
+
+
 def tokenizer_changes(info: Mapping[str, Any], before: Recipe, now: Recipe) -> list[Change]:
     """How the tokenizer that a checkpoint was trained with differs from a recipe's, by contents: a file may have moved.
 

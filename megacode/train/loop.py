@@ -34,7 +34,7 @@ from megacode.train import garbage
 from megacode.train.checkpoint import Checkpointer, load_checkpoint
 from megacode.train.checkpoint_files import complete_checkpoints, find_checkpoint, remove_unfinished
 from megacode.train.guard import StopRequest
-from megacode.train.history import initial_changes, is_own, put_other_futures_aside
+from megacode.train.history import came_with_weights, initial_changes, is_own, put_other_futures_aside
 from megacode.train.optimizer import adam_of, build_optimizer, forget_state, set_rates, wrap_data_parallel
 from megacode.train.profile import Profiler
 from megacode.train.profile_steps import ProfileSteps
@@ -57,7 +57,7 @@ class Trainer:
     profiler: Profiler
     vocab_size: int
     history: dict[str, Any]
-    """What every checkpoint says of the run so far, beside its own step: tokenizer, accepted changes."""
+    """What every checkpoint says of the run so far: tokenizer, accepted changes, what came with imported weights."""
 
 
 def train(
@@ -126,7 +126,11 @@ def train(
             reports=reports,
             profiler=Profiler(profile, run / "profile", world, reports.say),
             vocab_size=vocab_size,
-            history={"tokenizer": tokenizer.facts() if tokenizer else None, "accepted": accepted},
+            history={
+                "tokenizer": tokenizer.facts() if tokenizer else None,
+                "accepted": accepted,
+                **came_with_weights(recipe, resume.info if resume else None),
+            },
         )
         _restore(trainer, resume)
         reports.accepted(done, changes)

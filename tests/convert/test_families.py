@@ -14,6 +14,7 @@ from megacode.convert.importing import Found, import_model
 from megacode.errors import UserError
 from megacode.recipe.schema import Parallel
 from tests.convert.models import MODELS, VOCAB, save_and_run, tokens_to_try
+from tests.convert.runs import damage_tensors
 from tests.processes import run_on
 
 LAYOUT = Parallel(tensor=2, pipeline=2)
@@ -116,6 +117,10 @@ def test_what_is_broken_is_told(saved, exported, tmp_path) -> None:
     cut = copy(checkpoint)
     for file in cut.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        Source.open(cut)
+    cut = copy(checkpoint)
+    damage_tensors(cut)
     source = Source.open(cut)
     with pytest.raises(UserError, match="damaged or cut short"):
         export(source, tmp_path / "out", chosen_family(source, None), torch.float32)

@@ -18,7 +18,7 @@ from megacode.cli import main  # noqa: E402
 from megacode.convert.complete import Wanted  # noqa: E402
 from megacode.convert.revisions import export_all, revisions  # noqa: E402
 from megacode.errors import UserError  # noqa: E402
-from tests.convert.runs import make_run  # noqa: E402
+from tests.convert.runs import damage_tensors, make_run  # noqa: E402
 from tests.convert.test_families import tensors_of  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -129,8 +129,7 @@ def test_another_checkpoint_or_another_way_is_made_again(run: Path, out: Path) -
 
 def test_a_failure_leaves_nothing_half_made_and_others_files_alone(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
-    for shard in (copy / "checkpoints" / "step_00000006").glob("*.distcp"):
-        shard.write_bytes(shard.read_bytes()[:500])
+    damage_tensors(copy / "checkpoints" / "step_00000006")
     with pytest.raises(UserError, match="step_00000006"):
         export_all(copy, tmp_path / "out", CRYSTAL)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == NAMES[:2]

@@ -81,7 +81,7 @@ def check(section: schema.Tokenizer, folder: Path) -> tuple[Tokenizer, Any]:
     """Write, load with AutoTokenizer, and compare every text; returns both tokenizers."""
     tokenizer = load_tokenizer(section)
     write_tokenizer(section, folder, tokenizer.vocab_size)
-    ids = token_ids(section)
+    ids = token_ids(tokenizer)
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
     start = [tokenizer.bos_id] if section.bos else []
     for text in TEXTS:
@@ -106,7 +106,8 @@ def test_own_sentencepiece_with_crystals_tokens(own_model: Path, tmp_path: Path,
     tokenizer, loaded = check(section, tmp_path)
     assert loaded.convert_tokens_to_ids(list(CRYSTAL_TOKENS)) == list(range(700, 732))
     assert loaded.decode(tokenizer.encode(SOURCE)) == SOURCE
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*FILES, "tokenizer.model"])
+    assert (tmp_path / "tokenizer.model").read_bytes() == own_model.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from megacode.convert.family import (
     rope_keys,
     rotary_section,
     value,
+    whole_heads,
     with_biases,
     within_window,
 )
@@ -72,7 +73,18 @@ def _config(model: Model, context: Context, name: str) -> dict[str, Any]:
     return out
 
 
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+}
+"""What transformers takes where a config.json is silent."""
+
+
 def _model_section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    config = {**_DEFAULTS[name], **config}
+    whole_heads(config)
     refuse(config, "hidden_act", "silu", "the feed-forward is SwiGLU")
     refuse(config, "pretraining_tp", 1, "matrix products are not cut")
     attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
@@ -81,7 +93,7 @@ def _model_section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
             f"config.json: attention_bias is {attention_bias} and mlp_bias {mlp_bias}; a recipe has biases on all linear layers "
             "or none"
         )
-    length = int(value(config, "max_position_embeddings", 2048))
+    length = int(value(config, "max_position_embeddings"))
     windowed = name == "mistral" or (name != "llama" and bool(config.get("use_sliding_window")))
     common = common_section(config)
     section: dict[str, Any] = {
@@ -99,8 +111,8 @@ def _model_section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         section["qkv_bias"] = True
     if name == "qwen3":
         section["qk_norm"] = True
-    if config.get("head_dim") or name == "qwen3":
-        section["head_dim"] = int(config.get("head_dim") or 128)
+    if config.get("head_dim"):
+        section["head_dim"] = int(config["head_dim"])
     return section
 
 

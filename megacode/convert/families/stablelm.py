@@ -57,6 +57,7 @@ def _config(model: Model, context: Context) -> dict[str, Any]:
 
 
 def _model_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    config = {"num_key_value_heads": 32, **config}  # where it is silent, as transformers
     refuse(config, "hidden_act", "silu", "the feed-forward is SwiGLU")
     refuse(config, "qk_layernorm", False, "its norms have weights for each head")
     refuse(config, "use_parallel_residual", False, "attention and feed-forward run one after the other")

@@ -23,6 +23,7 @@ from megacode.convert.family import (
     rope_keys,
     rotary_section,
     value,
+    whole_heads,
     with_biases,
     within_window,
 )
@@ -59,6 +60,8 @@ def _config(model: Model, context: Context) -> dict[str, Any]:
 
 
 def _model_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    config = {"num_key_value_heads": 2, **config}  # where it is silent, as transformers
+    whole_heads(config)
     refuse(config, "use_bias", True, "its linear layers have biases")
     known = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
     common = common_section(config)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = """examples:
   megacode export runs/crystal-tiny exported              # the latest checkpoint, in the family that fits
-  megacode export runs/crystal-7b/checkpoints/step_00294108 crystal --format crystalcoder --dtype bf16
-  megacode export runs/crystal-7b revisions --all --format crystalcoder     # revisions/phase1_checkpoint_001500 ..."""
+  megacode export runs/crystal-tiny/checkpoints/step_00000370 crystal --format crystalcoder --dtype bf16
+  megacode export runs/crystal-tiny revisions --all --format crystalcoder   # revisions/phase1_checkpoint_000110 ..."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -74,7 +74,8 @@ def sample(documents: Iterable[str], share: float) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------------------ the verb
 
 
-EXAMPLE = "example: megacode tokenizer train 'corpus/*.jsonl' --vocab-size 32k --output tokenizer.model"
+EXAMPLE = """examples:
+  megacode tokenizer train 'data/quickstart/gathered/*.jsonl' --vocab-size 8k --output my-tokenizer.model"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a SentencePiece BPE model from documents",
         description="Train a SentencePiece BPE tokenizer with byte fallback: exact round trip, digits apart.",
         epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("inputs", nargs="+", metavar="INPUT", help="JSONL, parquet or plain files, folders, globs")
     train.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the .model goes")

@@ -10,11 +10,11 @@ from typing import Any
 from megacode.errors import UserError
 
 EXAMPLE = """examples:
-  megacode trace runs/crystal-tiny --step 240                the documents of the batch, and where they come from
-  megacode trace runs/crystal-tiny --step 240 --text         with the beginning of each
-  megacode trace runs/crystal-tiny --step 240 --sample 3     one sequence in full, after fill-in-the-middle
-  megacode trace runs/crystal-tiny --step 240 --check        is it the batch that was trained on?
-  megacode trace recipes/crystal-tiny.yaml --step 1 --json   before the run, from the recipe alone
+  megacode trace runs/crystal-tiny --step 240               # the documents of the batch, and where they come from
+  megacode trace runs/crystal-tiny --step 240 --text        # with the beginning of each
+  megacode trace runs/crystal-tiny --step 240 --sample 3    # one sequence in full, after fill-in-the-middle
+  megacode trace runs/crystal-tiny --step 240 --check       # is it the batch that was trained on?
+  megacode trace recipes/crystal-tiny.yaml --step 1 --json  # before the run, from the recipe alone
 
 Steps are numbered as in metrics.jsonl, from 1; sequences within the batch from 0."""
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 EXAMPLE = """examples:
   megacode evaluate runs/crystal-tiny
-  megacode evaluate runs/crystal-tiny/checkpoints/step_00000100 --samples 500 --json
+  megacode evaluate runs/crystal-tiny/checkpoints/step_00000110 --samples 500 --json
   megacode evaluate runs/crystal-tiny --harness arc_easy,hellaswag --limit 200
-  megacode evaluate exports/crystal-tiny --harness my_task --harness-tasks tasks/"""
+  megacode evaluate exported --harness my_task --harness-tasks tasks/ --trust-remote-code"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,8 +17,8 @@ from megacode.errors import UserError
 
 EXAMPLE = """examples:
   megacode generate runs/crystal-tiny --prompt "def read(path):" --tokens 80
-  megacode generate runs/crystal-tiny/checkpoints/step_00000100 --prompt "The language" --temperature 0.8 --seed 7
-  megacode generate runs/crystal-tiny --prefix "def area(r):\\n    " --suffix "\\n    return a\\n\""""
+  megacode generate runs/crystal-tiny/checkpoints/step_00000110 --prompt "The language" --temperature 0.8 --seed 7
+  megacode generate runs/crystal-tiny --prefix $'def area(r):\\n    ' --suffix $'\\n    return a\\n'"""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from megacode.train.profile_steps import ProfileSteps
 
 EXAMPLE = """examples:
   megacode train recipes/crystal-tiny.yaml --processes 2
-  torchrun --nproc-per-node 8 -m megacode.cli train recipes/crystal-7b.yaml --run runs/crystal
-  srun megacode train recipes/crystal-7b.yaml --set parallel.tensor=2 --run runs/crystal
+  torchrun --nproc-per-node 2 -m -- megacode.cli train recipes/crystal-tiny.yaml --run runs/tiny
+  srun --ntasks 2 megacode train recipes/crystal-tiny.yaml --set parallel.tensor=2 --run runs/tiny
 
 Run again with the same --run, it goes on from the latest checkpoint, in whatever parallel layout you give it.
 Exit codes: 0 all is done; 75 stopped by a signal (SIGTERM, SIGINT, SIGUSR1) and saved, run again to go on; 2 a mistake that

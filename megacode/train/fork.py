@@ -25,8 +25,8 @@ from megacode.train.metrics import FILE as METRICS
 from megacode.train.metrics import MetricsWriter, read_metrics
 
 EXAMPLE = """examples:
-  megacode fork runs/crystal --at 120000 --set phases.phase2.mixture.sources.starcoder.weight=0.5
-  megacode fork runs/crystal --at 120000 --set phases.phase2.learning_rate.peak=0.004 --to runs/crystal-half-rate
+  megacode fork runs/crystal-tiny --at 370 --set phases.phase3.mixture.domains.code.fim_rate=0.9
+  megacode fork runs/crystal-tiny --at 300 --set phases.phase2.learning_rate.peak=0.001 --to runs/lower-rate
 
 The phase that holds the step is split there. What is changed of its mixture, learning rate or batch size begins anew at
 the split (a schedule with its first step, warm-up included); what is not changed goes on where it stood. A longer run needs

@@ -34,10 +34,10 @@ EXAMPLE = """examples:
   megacode preprocess my-repository --include '*.py' --tokenizer tokenizer.model --output data/repository
 
   SlimPajama, the even-numbered files, a dataset for each subset (Crystal's first half):
-    megacode preprocess 'SlimPajama-627B/train/**/*.jsonl.zst' --files 0/2 --split-by meta.redpajama_set_name
+    megacode preprocess 'SlimPajama-627B/train/**/*.jsonl.zst' --files 0/2 --split-by meta.redpajama_set_name \\
         --tokenizer tokenizer.model --added-tokens crystal --bos --output 'data/slimpajama-a/{value}'
   StarCoderData, a dataset for each language (its folders are named so):
-    megacode preprocess starcoderdata --text-field content --split-by file.folder --where 'max_stars_count >= 10'
+    megacode preprocess starcoderdata --text-field content --split-by file.folder --where 'max_stars_count >= 10' \\
         --tokenizer tokenizer.model --added-tokens crystal --bos --output 'data/starcoder/{value}'
 
 --where and --split-by take fields of the records, with dots for nested ones, and of every file: file.name, file.path

@@ -1,0 +1,330 @@
+"""Every command of README.md, docs/ and `--help`, run by bash as it stands there on what the quickstart makes.
+
+The quickstart runs once, with a smaller model; its run has the steps and checkpoints of the real one. Commands see what
+`tools/quickstart` installs and nothing else, whatever is installed here. A command that can be neither run nor checked fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from megacode import quickstart
+from megacode.cli import VERBS
+from tests.documented import PAGES, ROOT, Command, in_prose, of_help, of_page
+
+SMALLER = {
+    "layers: 4, hidden_size: 192, heads: 6, ffn_size: 512": "layers: 2, hidden_size: 32, heads: 2, ffn_size: 64",
+    "context_length: 256": "context_length: 64", "sequence_length: 256": "sequence_length: 64", "batch_size: 8": "batch_size: 4",
+    "micro_batch_size: 4": "micro_batch_size: 2", "samples: 64": "samples: 8",
+}  # fmt: skip
+ONLY_PLAIN = """
+import sys
+from importlib.machinery import PathFinder
+
+MISSING = frozenset({missing!r})
+
+
+class Plain(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in MISSING else super().find_spec(name, path, target)
+
+
+sys.meta_path = [Plain if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+def plain_distributions() -> set[str]:
+    """Names of what `pip install megacode` brings, without extras."""
+    wanted, found = [("megacode", "")], set()
+    while wanted:
+        name, extra = wanted.pop()
+        if (name, extra) in found:
+            continue
+        found.add((name, extra))
+        try:
+            requires = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:  # of another platform
+            continue
+        for one in map(Requirement, requires):
+            if one.marker is None or one.marker.evaluate({"extra": extra}):
+                wanted += [(normal(one.name), extra) for extra in ("", *one.extras)]
+    return {name for name, _ in found}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def missing_modules() -> list[str]:
+    """Top-level modules that are installed here and would not be."""
+    plain = {*plain_distributions(), "pip", "setuptools"}
+    return sorted(
+        module for module, of in metadata.packages_distributions().items() if not plain & {normal(name) for name in of}
+    )
+
+
+class Place:
+    """A working directory in which commands run."""
+
+    def __init__(self, folder: Path, site: Path) -> None:
+        self.folder = folder
+        self.kept: set[Path] = set()
+        path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+        python_path = os.pathsep.join([str(site), str(ROOT)])
+        self.environment = {**os.environ, "PATH": path, "PYTHONPATH": python_path, "COLUMNS": "110", "HOME": str(folder / "home")}
+
+    def keep(self) -> None:
+        """What is there now stays when `clear` takes away what commands made."""
+        self.kept = {*self.folder.glob("*"), *self.folder.glob("*/*")}
+
+    def clear(self) -> None:
+        for path in (*self.folder.glob("*/*"), *self.folder.glob("*")):
+            if path not in self.kept and not path.parent.is_symlink():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def bash(self, line: str, code: int = 0) -> str:
+        """Standard output and error of a command line that ends with `code`."""
+        command = ["bash", "-euo", "pipefail", "-c", line]
+        done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300)
+        told = f"{line} -> {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == code, told
+        assert "Warning" not in done.stderr and "Traceback" not in done.stderr, told
+        return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A checkout in which the quickstart has run."""
+    folder, site = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(ONLY_PLAIN.format(missing=missing_modules()))
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    tiny = folder / "recipes" / "crystal-tiny.yaml"
+    text = tiny.read_text()
+    for usual, small in SMALLER.items():
+        assert usual in text, usual
+        text = text.replace(usual, small)
+    tiny.write_text(text)
+    for name in ("megacode", "tools", "slurm", "bench", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+    made = Place(folder, site)
+    out = made.bash(f"{sys.executable} -m megacode.quickstart")
+    assert "starting crystal-tiny" in out and "finished: 470 steps" in out and "report.html" in out
+    make_inputs(made)
+    made.keep()
+    return made
+
+
+def make_inputs(place: Place) -> None:
+    """What commands take as the reader's own: corpora, a tokenizer, recipes, a Hugging Face model, other runs."""
+    folder = place.folder
+    tokenizer, run = folder / "data/quickstart/tokenizer.model", folder / "runs/crystal-tiny"
+    for name in ("tokenizer.model", "my.model"):
+        shutil.copy(tokenizer, folder / name)
+    lines = [{"text": f"Document {i}: a few words, and then some more of them.", "meta": {}} for i in range(300)]
+    for i, line in enumerate(lines):
+        line["meta"] = {"redpajama_set_name": ("RedPajamaGithub", "RedPajamaBook")[i % 2]}
+    write_lines(folder / "corpus/a.jsonl", lines)
+    for name in ("my/a", "my/b", "corpus/b", *(f"SlimPajama-627B/train/chunk{i}/example" for i in (1, 2, 3))):
+        write_compressed(folder / f"{name}.jsonl.zst", lines)
+    for language in ("python", "go"):
+        write_stars(folder / "starcoderdata" / language / "train.parquet")
+    for repository in ("checkouts/one", "checkouts/two", "my-repository"):
+        shutil.copytree(ROOT / "megacode/evaluate", folder / repository, ignore=shutil.ignore_patterns("__pycache__"))
+    for ending in (".bin", ".idx"):
+        shutil.copy(folder / f"data/quickstart/docs/train{ending}", folder / f"from-megatron_text_document{ending}")
+    short = "".join(f"  {name}: {{steps: 3}}\n" for name in ("phase1", "phase2", "phase3"))
+    (folder / "my-recipe.yaml").write_text(f"extends: recipes/crystal-tiny.yaml\nname: mine\nphases:\n{short}")
+    for share in (25, 50, 75):
+        shutil.copytree(run, folder / f"runs/code-{share}", ignore=shutil.ignore_patterns("checkpoints"))
+    write_llama(folder / "home/models/Llama-2-7b", tokenizer)
+    (folder / "bin").mkdir()
+    srun = folder / "bin/srun"  # a job of one task: what follows srun's own options
+    srun.write_text('#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift 2; done\nexec "$@"\n')
+    srun.chmod(0o755)
+
+
+def write_lines(path: Path, lines: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_compressed(path: Path, lines: list[dict[str, object]]) -> None:
+    import zstandard
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(zstandard.compress("".join(json.dumps({**line, "of": path.parts[-2]}) + "\n" for line in lines).encode()))
+
+
+def write_stars(path: Path) -> None:
+    """As StarCoderData's parquet files."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True)
+    rows = 60
+    table = {
+        "content": [f"# file {i} of {path.parent.name}\nprint({i})\n" for i in range(rows)],
+        "max_stars_repo_name": [f"me/repo{i // 5}" for i in range(rows)],
+        "max_stars_repo_path": [f"src/{i}.py" for i in range(rows)], "max_stars_count": list(range(rows)),
+    }  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
+
+
+def write_llama(folder: Path, tokenizer: Path) -> None:
+    """A Llama of random weights with a SentencePiece tokenizer, as its repository has them."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    hidden, ffn, vocabulary = 32, 64, 8000
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": ffn,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": vocabulary, "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    layer = "model.layers.0."
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden), "model.norm.weight": (hidden,),
+        **{f"{layer}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")},
+        **{f"{layer}self_attn.{part}_proj.weight": (hidden, hidden) for part in "qkvo"},
+        **{f"{layer}mlp.{part}_proj.weight": (ffn, hidden) for part in ("gate", "up")},
+        f"{layer}mlp.down_proj.weight": (hidden, ffn),
+    }  # fmt: skip
+    weights = {name: torch.randn(shape).to(torch.bfloat16) for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    shutil.copy(tokenizer, folder / "tokenizer.model")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "tokenizer_class": "LlamaTokenizer"}))
+
+
+# ------------------------------------------------------------------------------------------------- what is not run here
+
+
+def checked(command: Command) -> bool:
+    """Whether a command is one that something else runs, or that this machine cannot: its files and options are there."""
+    words = shlex.split(command.line, comments=True)
+    program = next(word for word in words if word not in ("python", "python3", "sbatch"))
+    if words[0] == "pip":  # CI installs from nothing
+        asked = [word for word in words if word.startswith((".[", "megacode["))]
+        extras = {normal(extra) for extra in metadata.metadata("megacode").get_all("Provides-Extra") or []}
+        return all(set(re.findall(r"\w+", word.partition("[")[2])) <= extras for word in asked)
+    if program in ("tools/quickstart", "tools/test"):  # the fixture; what runs this
+        return (ROOT / program).is_file()
+    if program.startswith("slurm/"):  # tests/slurm
+        recipes = [word for word in words if word.startswith("recipes/")]
+        return all((ROOT / one).is_file() for one in (program, *recipes))
+    if program.startswith("bench/"):  # minutes to hours
+        source = (ROOT / program).read_text() + (ROOT / "bench/gpu_cases.py").read_text()
+        return all(f'"{word}"' in source for word in words if word.startswith("--"))
+    return False
+
+
+def of_everything() -> Iterator[Command]:
+    for page in PAGES:
+        yield from of_page(page)
+
+
+def test_what_is_read_are_commands() -> None:
+    """A page's fences and indented lines, continued lines, comments."""
+    commands = list(of_everything())
+    assert len(commands) > 45 and len({command.where.split(":")[0] for command in commands}) > 8
+    slim = [command.line for command in commands if "SlimPajama" in command.line]
+    assert len(slim) == 2 and all("--split-by" in line and "{value}" in line for line in slim), "two lines each"
+    verbs = {command.line.split()[1] for command in commands if command.line.startswith("megacode ")}
+    assert verbs >= set(VERBS) - {"tokenizer"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_named_in_prose_are_there(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from megacode.cli import _parser
+
+    for command in in_prose(page):
+        words = command.line.split()
+        if words[0] != "megacode":
+            assert words[0] in ("jq", "torchrun", "srun", "sbatch") or checked(command), command
+            continue
+        assert words[1] in VERBS or words[1].startswith("-"), command
+        with pytest.raises(SystemExit):
+            _parser(words[1]).parse_args([*words[1:2], *(["train"] if words[1] == "tokenizer" else []), "--help"])
+        told = capsys.readouterr().out
+        missing = [word for word in words if word.startswith("--") and not re.search(rf"{word}\b", told)]
+        assert not missing, (command, missing)
+
+
+def test_processes_that_cannot_be_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given, told in ((("--pp", "0"), "at least 1"), (("--tp", "0"), "at least 1"), (("--pp", "3"), "no multiple")):
+        monkeypatch.setattr(sys, "argv", ["quickstart", *given])
+        assert quickstart.main() == 2
+        assert told in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- what is run
+
+
+def run_all(place: Place, commands: list[Command]) -> None:
+    """In one place, in order, without what other pages' commands made."""
+    place.clear()
+    if any("exported" in command.line for command in commands) and "megacode export" not in str(commands):
+        place.bash("megacode export runs/crystal-tiny exported")
+    for command in commands:
+        if not re.match(r"(megacode|tools/(preprocess|convert)|srun|torchrun|jq)\b", command.line):
+            assert checked(command), f"{command.where}: neither run nor checked: {command.line}"
+        elif "--harness" in command.line:
+            told = place.bash(command.line, code=2)
+            assert "pip install 'megacode[harness]'" in told, (command, told)
+        elif not command.line.startswith("jq ") or shutil.which("jq"):
+            place.bash(command.line)
+
+
+@pytest.mark.slow
+def test_the_quickstart_leaves_a_run_that_explains_itself(place: Place) -> None:
+    kept = {path.name for path in (place.folder / "runs/crystal-tiny").iterdir()}
+    files = {"recipe.yaml", "plan.json", "environment.json", "metrics.jsonl", "log.txt", "report.html", "samples.txt"}
+    assert files <= kept
+    assert "nothing to do" in place.bash(f"{sys.executable} -m megacode.quickstart"), "again, it goes on"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if of_page(page)])
+def test_commands_of_a_page_run(place: Place, page: str) -> None:
+    run_all(place, of_page(page))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_examples_of_a_help_run(place: Place, verb: str) -> None:
+    text = place.bash(f"megacode {verb} {'train' if verb == 'tokenizer' else ''} --help")
+    commands = of_help(verb, text)
+    assert commands, f"{verb}: its help shows no example"
+    run_all(place, commands)
+
+
+@pytest.mark.slow
+def test_the_readme_s_recipe_plans(place: Place) -> None:
+    recipe = (ROOT / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (place.folder / "recipes/more-code.yaml").write_text(recipe)
+    assert "more-code" in place.bash("megacode plan recipes/more-code.yaml")
+
+
+@pytest.mark.slow
+def test_nothing_but_the_plain_installation_is_seen(place: Place) -> None:
+    """What the commands above promise to whoever ran the first one only."""
+    found = place.bash("python -c 'import importlib.util as u; print([n for n in (\"pytest\", \"transformers\", \"tiktoken\", "
+                       "\"tokenizers\", \"torch\") if u.find_spec(n)])'")  # fmt: skip
+    assert found.strip() == "['tokenizers', 'torch']"

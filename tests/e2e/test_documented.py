@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -71,9 +72,14 @@ def normal(name: str) -> str:
 def missing_modules() -> list[str]:
     """Top-level modules that are installed here and would not be."""
     plain = {*plain_distributions(), "pip", "setuptools"}
-    return sorted(
-        module for module, of in metadata.packages_distributions().items() if not plain & {normal(name) for name in of}
-    )
+    others = [module for module, of in metadata.packages_distributions().items() if not plain & {normal(name) for name in of}]
+    return sorted(module for module in others if not is_vendored(module))
+
+
+def is_vendored(module: str) -> bool:
+    """Whether a module is a copy that setuptools carries and shows to whoever imports it."""
+    spec = find_spec(module)
+    return spec is not None and "_vendor" in f"{spec.origin} {list(spec.submodule_search_locations or [])}"
 
 
 class Place:

@@ -103,6 +103,7 @@ def test_planted_code_does_not_run(checkpoint: Path) -> None:
         assert f"asks for {module}.{name}" in refused(checkpoint)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     "value",
     [

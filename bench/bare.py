@@ -15,7 +15,7 @@ import numpy as np
 
 def settings_of(recipe: Any, vocab_size: int) -> dict[str, Any]:
     """What the bare loop needs to know of a recipe, as JSON-able data."""
-    from megacode.runtime.launch import free_port
+    from megacode.launch import free_port
 
     model, precision = recipe.model, recipe.precision
     return dict(
@@ -37,7 +37,7 @@ def bare(m: dict[str, Any], batches: np.ndarray) -> list[float]:
     import torch
 
     if not torch.cuda.is_available():
-        from megacode.runtime import cpu
+        from megacode.megatron import cpu
 
         cpu.install()
         cpu.quiet()

@@ -31,9 +31,9 @@ from megacode.data.loader import StepReader
 from megacode.data.mixture import Mixture
 from megacode.data.planning import plan_with_data
 from megacode.data.source import open_sources
-from megacode.data.tokenizer import Tokenizer, load_tokenizer
-from megacode.data.tokenizer_training import train_tokenizer
 from megacode.recipe import schema
+from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from megacode.tokenizer.training import train_tokenizer
 
 MICRO_BATCH, STEPS_A_ROUND = 8, 16
 Side = Callable[[], int]

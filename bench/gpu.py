@@ -9,7 +9,7 @@ end of one step to the end of the next. Same model, same batch shape, same fusio
 device in every precision. `unfused` (on request) is megacode with fusion.gradient_accumulation off.
 
 TFLOP/s count 6 FLOPs for every weight of a matrix product and token, plus attention with the causal half counted in full
-(PaLM's convention, see megacode.recipe.estimate); MFU is against the dense bf16 peak, also for FP8.
+(PaLM's convention, see megacode.plan.estimate); MFU is against the dense bf16 peak, also for FP8.
 
 Writes docs/results/gpu-DEVICE.md after every measurement, so that a visit that ends early leaves what it measured; what earlier
 runs wrote there stays below.
@@ -34,8 +34,8 @@ from gpu_cases import CASES, DEFAULT_CASES, PRECISIONS, Case, fitting_layers, re
 from gpu_page import Page
 
 from megacode.data.indexed import token_dtype, write_index
-from megacode.recipe.devices import peak_flops
-from megacode.recipe.estimate import flops_per_token
+from megacode.plan.devices import peak_flops
+from megacode.plan.estimate import flops_per_token
 from megacode.recipe.load import dump_recipe
 
 WARM_UP = 4
@@ -150,8 +150,8 @@ def _device() -> tuple[str, int, dict[str, str]]:
     kinds = sorted({name.partition("-")[0] for name in PRECISIONS} - {"bf16"})
     ask = (
         "import json, torch\n"
-        "from megacode.recipe.hardware import fp8_refusal\n"
-        "from megacode.runtime.hardware import detect\n"
+        "from megacode.plan.hardware import fp8_refusal\n"
+        "from megacode.megatron.hardware import detect\n"
         "if torch.cuda.is_available():\n"
         f"    refused = {{kind: why for kind in {kinds} if (why := fp8_refusal(kind, detect()))}}\n"
         "    print(json.dumps([torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory, refused]))"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megacode.recipe.memory import memory_per_rank
+from megacode.plan.memory import memory_per_rank
 from megacode.recipe.schema import (
     Checkpoints,
     Fusion,

@@ -50,7 +50,7 @@ def reader(
     from megacode.data.loader import StepReader
     from megacode.data.mixture import Mixture
     from megacode.data.source import open_sources, token_counts
-    from megacode.recipe.plan import make_plan
+    from megacode.plan.plan import make_plan
     from megacode.recipe.schema import LearningRate, Model, Phase, Recipe, Source
     from megacode.recipe.schema import Mixture as MixtureSection
 
@@ -71,7 +71,7 @@ def reader(
 def megatron(folder: Path, length: int, samples: int, vocab: int) -> Any:
     import torch
 
-    from megacode.runtime import cpu
+    from megacode.megatron import cpu
 
     cpu.quiet()
     if not torch.cuda.is_available():
@@ -97,9 +97,9 @@ def python_corpus(folder: Path) -> Any:
     from rich.console import Console
 
     from megacode.data.indexed import write_index
-    from megacode.data.tokenizer import load_tokenizer
-    from megacode.data.tokenizer_training import train_tokenizer
     from megacode.recipe.schema import Tokenizer
+    from megacode.tokenizer.tokenizer import load_tokenizer
+    from megacode.tokenizer.training import train_tokenizer
 
     texts, size = [], 0
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):

@@ -66,7 +66,7 @@ def write_dataset(prefix: Path, tokens: int, whole: bool) -> None:
 def measure_ours(folder: Path, tokens: int) -> dict[str, float]:
     from megacode.data.mixture import Mixture
     from megacode.data.source import open_sources, token_counts
-    from megacode.recipe.plan import make_plan
+    from megacode.plan.plan import make_plan
     from megacode.recipe.schema import LearningRate, Model, Phase, Recipe, Source
     from megacode.recipe.schema import Mixture as MixtureSection
 
@@ -92,7 +92,7 @@ def measure_ours(folder: Path, tokens: int) -> dict[str, float]:
 def measure_megatron(folder: Path, tokens: int) -> dict[str, float]:
     import torch
 
-    from megacode.runtime import cpu
+    from megacode.megatron import cpu
 
     cpu.quiet()
     if not torch.cuda.is_available():

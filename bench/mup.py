@@ -57,13 +57,13 @@ def train(width: int, side: str, rate: float, steps: int, look: Callable[[Any], 
     from megacode.data.mixture import Mixture
     from megacode.data.planning import plan_with_data
     from megacode.data.source import open_sources
-    from megacode.data.tokenizer import load_tokenizer
-    from megacode.model.config import transformer_config
-    from megacode.model.gpt import build_model
+    from megacode.megatron.config import transformer_config
+    from megacode.megatron.distributed import current_world
+    from megacode.megatron.model import build_model
+    from megacode.megatron.optimizer import build_optimizer, set_rates, wrap_data_parallel
+    from megacode.megatron.step import prepare_model_for_training, train_step
     from megacode.recipe.load import load_recipe
-    from megacode.runtime.distributed import current_world
-    from megacode.train.optimizer import build_optimizer, set_rates, wrap_data_parallel
-    from megacode.train.step import prepare_model_for_training, train_step
+    from megacode.tokenizer.tokenizer import load_tokenizer
 
     recipe = load_recipe(RECIPE, settings(width, side, rate, steps))
     plan, world = plan_with_data(recipe), current_world()
@@ -83,9 +83,9 @@ def train(width: int, side: str, rate: float, steps: int, look: Callable[[Any], 
 
 
 def one_process() -> None:
+    from megacode.launch import free_port
+    from megacode.megatron.distributed import Launch, initialize
     from megacode.recipe.schema import Parallel
-    from megacode.runtime.distributed import Launch, initialize
-    from megacode.runtime.launch import free_port
 
     initialize(Parallel(), 1234, Launch(0, 1, 0, "127.0.0.1", free_port(), "bench"))
 

@@ -296,7 +296,7 @@ def main() -> None:
     parser.add_argument("--megatron-path", action="append", default=[], help="more folders for its PYTHONPATH")
     parser.add_argument("--table", type=Path, help="write the table as Markdown")
     args = parser.parse_args()
-    from megacode.data.tokenizer_training import sample, train_tokenizer
+    from megacode.tokenizer.training import sample, train_tokenizer
 
     folder = Path(tempfile.mkdtemp(prefix="bench-preprocess-"))
     try:

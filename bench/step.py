@@ -40,9 +40,9 @@ def prepare(recipe_path: str, changes: list[str], folder: Path) -> None:
     """Write the batches of the recipe's first phase and what the bare side needs to know of the model."""
     from megacode.data.mixture import Mixture
     from megacode.data.source import open_sources, token_counts
-    from megacode.data.tokenizer import load_tokenizer
+    from megacode.plan.plan import make_plan
     from megacode.recipe.load import load_recipe
-    from megacode.recipe.plan import make_plan
+    from megacode.tokenizer.tokenizer import load_tokenizer
 
     recipe = load_recipe(recipe_path, changes)
     plan = make_plan(recipe, token_counts(recipe))

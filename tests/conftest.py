@@ -1,6 +1,7 @@
 import pytest
 
 from tests import processes
+from tests.good_recipe import good, write  # noqa: F401  # fixtures
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

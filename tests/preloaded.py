@@ -7,10 +7,10 @@ import importlib
 
 import torch
 
-from megacode.runtime import cpu
+from megacode.megatron import cpu
 
 cpu.quiet()
 cpu.install()
-importlib.import_module("megacode.train.command")
+importlib.import_module("megacode.cli.train")
 importlib.import_module("megacode.train.loop")
 torch.set_num_threads(1)

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from megacode.launch import free_port
 from megacode.recipe.schema import Parallel
-from megacode.runtime.launch import free_port
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,12 +52,12 @@ def start(target: Callable[..., None], arguments: Sequence[tuple]) -> list[int]:
 
 def _worker(rank: int, size: int, port: int, folder: str, parallel: Parallel, function: Any, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    from megacode.runtime import cpu
+    from megacode.megatron import cpu
 
     cpu.quiet()
     if not torch.cuda.is_available():
         cpu.install()
-    from megacode.runtime.distributed import Launch, initialize, shutdown
+    from megacode.megatron.distributed import Launch, initialize, shutdown
 
     try:
         world = initialize(parallel, 1234, Launch(rank, size, rank, "127.0.0.1", port, "test"))
@@ -89,7 +89,7 @@ def _command(arguments: Sequence[str], environment: dict[str, str], output: str,
         with open(path, "wb") as file:
             os.dup2(file.fileno(), number)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    from megacode.cli import main
+    from megacode.cli.main import main
 
     code = main(arguments)
     sys.stdout.flush()

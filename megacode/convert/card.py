@@ -14,15 +14,15 @@ import jinja2
 import numpy as np
 
 from megacode import __version__
-from megacode.data.files import replace_file, write_text
 from megacode.errors import UserError
-from megacode.recipe.estimate import parameter_count
+from megacode.files import replace_file, write_text
+from megacode.plan.estimate import parameter_count
 from megacode.recipe.schema import Recipe
 from megacode.report import figures, palette, tables
 from megacode.report.drawing import draw_png
 from megacode.report.run_data import Run, Series, read_run
+from megacode.run.checkpoints import read_info
 from megacode.terminal import count
-from megacode.train.checkpoint_files import read_info
 
 _WINDOW = 100
 """Steps whose training losses are averaged."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megacode.convert.layout import LAYER
 from megacode.errors import UserError
-from megacode.train.checkpoint_index import read_index
+from megacode.megatron.checkpoint_index import read_index
 
 _EXPECTED = "give a checkpoint that was written whole"
 

@@ -22,7 +22,7 @@ from megacode.convert.safetensors_files import Planned, write_files
 from megacode.errors import UserError
 from megacode.recipe.load import load_recipe
 from megacode.recipe.schema import Model, Recipe
-from megacode.train.checkpoint_files import find_checkpoint, read_info
+from megacode.run.checkpoints import find_checkpoint, read_info
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

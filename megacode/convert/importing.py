@@ -19,12 +19,12 @@ from megacode.convert.kept import imported_facts
 from megacode.convert.layout import EMBEDDING, OUTPUT, Slot, padded, shape
 from megacode.convert.new_folder import new_folder
 from megacode.convert.safetensors_files import TYPES, HuggingFaceWeights, overflows
-from megacode.data.tokenizer import load_tokenizer
 from megacode.errors import UserError
 from megacode.recipe.checks import check_recipe
 from megacode.recipe.load import dump_recipe
 from megacode.recipe.schema import LearningRate, Mixture, Model, Phase, Recipe, Source, Tokenizer
-from megacode.train.checkpoint_files import INFO
+from megacode.run.checkpoints import INFO
+from megacode.tokenizer.tokenizer import load_tokenizer
 
 _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|attention\.(bias|masked_bias)|attn\.(bias|masked_bias))$")
 """Tensors of older files that are no weights."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megacode.data.files import inside
-from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
+from megacode.files import inside
+from megacode.tokenizer.tokenizer import Tokenizer
 
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 GENERATION = "generation_config.json"

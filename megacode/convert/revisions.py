@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megacode.convert.complete import Wanted, complete_export
+from megacode.convert.complete_export import Wanted, complete_export
 from megacode.convert.export import Source, total_bytes
 from megacode.errors import UserError
 from megacode.recipe.load import load_recipe
-from megacode.train.checkpoint_files import INFO, complete_checkpoints
+from megacode.run.checkpoints import INFO, complete_checkpoints
 
 SUMS = "SHA256SUMS"
 ABOUT = "export.json"

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from megacode.convert.checkpoint_reader import Scratch
-from megacode.data.files import inside
 from megacode.errors import UserError
+from megacode.files import inside
 
 INDEX = "model.safetensors.index.json"
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

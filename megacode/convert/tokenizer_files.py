@@ -16,12 +16,12 @@ from typing import Any
 
 from megacode.convert.kept import copy_companions, tokenizer_settings
 from megacode.convert.tokenizer_json import tokenizer_json
-from megacode.data.files import replace_file, write_json
-from megacode.data.tokenizer import Tokenizer, load_tokenizer
-from megacode.data.vocabularies import library
 from megacode.errors import UserError
+from megacode.files import replace_file, write_json
+from megacode.megatron.cpu import quiet
 from megacode.recipe import schema
-from megacode.runtime.cpu import quiet
+from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from megacode.tokenizer.vocabularies import library
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 

@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
+from megacode.tokenizer.tokenizer import Tokenizer
 
 _SPACE = "\u2581"
 # sentencepiece_model.proto, SentencePiece.Type

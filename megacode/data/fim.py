@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 
 from megacode.data.fim_near import Piece, Pieces, TokenTexts, near_pieces, token_texts
 from megacode.data.permute import uniform_below, uniform_bits
-from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.recipe import schema
+from megacode.tokenizer.tokenizer import Tokenizer
 
 _BROKEN = "\ufffd"
 _MAX_BROKEN_TOKENS = 3

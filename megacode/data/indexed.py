@@ -25,8 +25,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megacode.data.files import inside, replace_file, write_json
 from megacode.errors import UserError
+from megacode.files import inside, replace_file, write_json
 
 _CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
 _CHUNK = 1 << 20

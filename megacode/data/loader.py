@@ -115,7 +115,7 @@ def batches(
     Args:
         rank, world: of the data-parallel group.
         micro_batch_size: default: the recipe's `parallel.micro_batch_size`.
-        tokenizer: a `megacode.data.tokenizer.Tokenizer`; needed for fill-in-the-middle and document boundaries.
+        tokenizer: a `megacode.tokenizer.tokenizer.Tokenizer`; needed for fill-in-the-middle and document boundaries.
         prefetch: steps prepared ahead on a thread; default: the recipe's `data.prefetch`.
     """
     reader = StepReader(mixture, rank=rank, world=world, micro_batch_size=micro_batch_size, tokenizer=tokenizer)

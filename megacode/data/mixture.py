@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from megacode.data.permute import make_key, permute, uniform_bits
 from megacode.data.source import Document, DocumentPart, TokenSource
 from megacode.errors import UserError
-from megacode.recipe.plan import PhasePlan, Plan, StreamPlan
+from megacode.plan.plan import PhasePlan, Plan, StreamPlan
 
 Int64s = NDArray[np.int64]
 

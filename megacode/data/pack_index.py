@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megacode.data.files import replace_file
 from megacode.data.packing import ALGORITHM, BLOCK, Packs, pack_documents
 from megacode.data.shard import Shard
 from megacode.errors import UserError
+from megacode.files import replace_file
 
 _TRAILER = struct.Struct("<QQ8s")
 _MAGIC = b"MEGAPACK"

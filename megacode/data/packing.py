@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacode.data.permute import make_key, permute
-from megacode.recipe.windows import PACKING_ALGORITHM
+from megacode.plan.windows import PACKING_ALGORITHM
 
 ALGORITHM = PACKING_ALGORITHM
 

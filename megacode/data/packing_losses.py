@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from megacode.data.fim_document import MAX_WINDOWS
 from megacode.data.packing import pack_documents
 from megacode.data.source import TokenSource, has_data, open_source
-from megacode.recipe.plan import Plan, StreamPlan
+from megacode.plan.plan import Plan, StreamPlan
 from megacode.recipe.schema import Packing
 
 MEASURED = 1 << 18

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megacode.data.files import inside
 from megacode.data.indexed import with_ending
 from megacode.errors import UserError
+from megacode.files import inside
 
 
 @dataclass(frozen=True, eq=False)

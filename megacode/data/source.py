@@ -22,8 +22,8 @@ from megacode.data.indexed import listed_shards
 from megacode.data.packs import SourcePacks, open_packs
 from megacode.data.shard import Shard, open_shard
 from megacode.errors import UserError
+from megacode.plan.plan import Plan
 from megacode.recipe.mixtures import mixture_entries
-from megacode.recipe.plan import Plan
 from megacode.recipe.schema import Recipe, Source
 
 _MAX_OPEN_FILES = 48

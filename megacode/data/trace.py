@@ -15,10 +15,10 @@ from megacode.data.mixture import Mixture, SampleOrigin
 from megacode.data.planning import plan_with_data
 from megacode.data.records import InputRecords, read_records
 from megacode.data.source import DocumentPart, open_sources
-from megacode.data.tokenizer import Tokenizer, load_tokenizer
 from megacode.errors import UserError
+from megacode.plan.plan import PhasePlan
 from megacode.recipe.load import load_recipe
-from megacode.recipe.plan import PhasePlan
+from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 SHOWN = 32
 """Tokens of each document of which the text is shown."""

@@ -111,8 +111,8 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _model(target: Path, settings: TaskSettings) -> Any:
     if not (target / "config.json").is_file():
-        from megacode.evaluate.generate import open_for_inference
         from megacode.evaluate.harness_model import MegatronLM
+        from megacode.megatron.inference import open_for_inference
 
         return MegatronLM(*open_for_inference(target), settings.batch_size)
     try:

@@ -16,10 +16,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from rich.progress import track
 
-from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.evaluate.generate import Sampling, continue_tokens
 from megacode.recipe.schema import Recipe
+from megacode.tokenizer.tokenizer import Tokenizer
 
 _MOST_TOKENS = 256
 """Of an answer, where the task does not say: the harness' own number."""

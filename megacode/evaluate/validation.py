@@ -14,11 +14,11 @@ import torch
 from megacode.data.batch import Batch
 from megacode.data.loader import validation_batches
 from megacode.data.source import TokenSource, open_source
-from megacode.data.tokenizer import Tokenizer
-from megacode.recipe.plan import Plan
+from megacode.megatron.distributed import World
+from megacode.megatron.step import forward_backward
+from megacode.plan.plan import Plan
 from megacode.recipe.schema import Recipe
-from megacode.runtime.distributed import World
-from megacode.train.step import forward_backward
+from megacode.tokenizer.tokenizer import Tokenizer
 
 _AT_ONCE = 32
 """Micro-batches for each pipeline stage that go through the model in one go."""

@@ -38,7 +38,7 @@ def plot_lengths(histograms: Mapping[str, NDArray[np.int64]], path: Path) -> Non
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from megacode.data.files import replace_file
+    from megacode.files import replace_file
     from megacode.report import drawing
 
     if not any(histogram[1].sum() for histogram in histograms.values()):

@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 
 from megacode import __version__
-from megacode.recipe.estimate import parameter_count
+from megacode.plan.estimate import parameter_count
 from megacode.report import comparison, figures, palette, tables
 from megacode.report.run_data import Run
 from megacode.terminal import count

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacode.errors import UserError
+from megacode.plan.summary import plan_summary
 from megacode.recipe.load import load_recipe
 from megacode.recipe.schema import Recipe
-from megacode.report.plan_summary import plan_summary
-from megacode.train.metrics import FILE, Record, add_tokens_by_source, read_metrics
+from megacode.run.metrics import FILE, Record, add_tokens_by_source, read_metrics
 
 Floats = NDArray[np.float64]
 

@@ -17,30 +17,36 @@ from torch import Tensor
 from megacode.data.loader import StepBatch, batches
 from megacode.data.mixture import Mixture
 from megacode.data.source import open_sources
-from megacode.data.tokenizer import Tokenizer
 from megacode.errors import UserError
 from megacode.evaluate.validation import Validation, validate
-from megacode.model.config import transformer_config
-from megacode.model.gpt import build_model, global_parameter_names
-from megacode.model.initialize import fill_new_rows
-from megacode.recipe.fingerprint import fingerprint
+from megacode.launch import STOPPED
+from megacode.megatron.checkpoint import Checkpointer, load_checkpoint
+from megacode.megatron.config import transformer_config
+from megacode.megatron.distributed import World, seed_step
+from megacode.megatron.hardware import detect
+from megacode.megatron.initialize import fill_new_rows
+from megacode.megatron.model import build_model, global_parameter_names
+from megacode.megatron.optimizer import adam_of, build_optimizer, forget_state, set_rates, wrap_data_parallel
+from megacode.megatron.step import (
+    forward_backward,
+    gathered_weights,
+    prepare_model_for_training,
+    train_step,
+    without_fp8,
+)
+from megacode.megatron.userbuffers import userbuffers
+from megacode.plan.fingerprint import fingerprint
+from megacode.plan.plan import Plan
 from megacode.recipe.load import dump_recipe
-from megacode.recipe.plan import Plan
-from megacode.runtime.distributed import World, seed_step
-from megacode.runtime.hardware import detect
-from megacode.runtime.launch import STOPPED
-from megacode.runtime.userbuffers import userbuffers
+from megacode.run.checkpoints import complete_checkpoints, find_checkpoint, remove_unfinished
+from megacode.run.folder import Resume, checkpoint_to_resume, write_start
+from megacode.run.history import came_with_weights, initial_changes, is_own, put_other_futures_aside
+from megacode.run.profile_steps import ProfileSteps
+from megacode.tokenizer.tokenizer import Tokenizer
 from megacode.train import garbage
-from megacode.train.checkpoint import Checkpointer, load_checkpoint
-from megacode.train.checkpoint_files import complete_checkpoints, find_checkpoint, remove_unfinished
-from megacode.train.guard import StopRequest
-from megacode.train.history import came_with_weights, initial_changes, is_own, put_other_futures_aside
-from megacode.train.optimizer import adam_of, build_optimizer, forget_state, set_rates, wrap_data_parallel
 from megacode.train.profile import Profiler
-from megacode.train.profile_steps import ProfileSteps
 from megacode.train.report_steps import StepReports
-from megacode.train.run_folder import Resume, checkpoint_to_resume, write_start
-from megacode.train.step import forward_backward, gathered_weights, prepare_model_for_training, train_step, without_fp8
+from megacode.train.stop import StopRequest
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.autograd.profiler_util import EventList
 
-from megacode.runtime.distributed import World
-from megacode.train.profile_steps import ProfileSteps
+from megacode.megatron.distributed import World
+from megacode.run.profile_steps import ProfileSteps
 
 # What makes a CUDA host wait; `aten::item` and its kin are what asked for it.
 _WAITS = re.compile(r"^cuda(Stream|Device|Event)Synchronize$|^cudaMemcpy$")
@@ -110,10 +110,10 @@ def _asked(profile: Any) -> Counter[str]:
 
 
 def _frames(event: Any) -> Iterator[str]:
-    """Python frames above an event, innermost first, without torch's and the stand-ins of `runtime/cpu.py`."""
+    """Python frames above an event, innermost first, without torch's and the stand-ins of `megatron/cpu.py`."""
     parent = event
     while parent is not None:
         name = parent.name
-        if ".py(" in name and "torch/" not in name and "megacode/runtime/cpu.py" not in name:
+        if ".py(" in name and "torch/" not in name and "megacode/megatron/cpu.py" not in name:
             yield name
         parent = parent.cpu_parent

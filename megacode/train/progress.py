@@ -15,8 +15,8 @@ from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from megacode.recipe.devices import peak_flops
-from megacode.recipe.plan import PhasePlan, Plan
+from megacode.plan.devices import peak_flops
+from megacode.plan.plan import PhasePlan, Plan
 from megacode.terminal import count
 
 _BAR_WIDTH = 16

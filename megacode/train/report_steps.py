@@ -16,14 +16,14 @@ import torch
 
 from megacode.data.loader import StepBatch
 from megacode.evaluate.validation import by_domain
-from megacode.recipe.devices import peak_flops
-from megacode.recipe.estimate import flops_per_token
-from megacode.recipe.hardware import Hardware
-from megacode.recipe.past import Change
-from megacode.recipe.plan import PhasePlan, Plan
-from megacode.recipe.speedups import Speedup, speedups
-from megacode.runtime.distributed import World
-from megacode.train.metrics import MetricsWriter
+from megacode.megatron.distributed import World
+from megacode.plan.devices import peak_flops
+from megacode.plan.estimate import flops_per_token
+from megacode.plan.hardware import Hardware
+from megacode.plan.overlap import Speedup, speedups
+from megacode.plan.past import Change
+from megacode.plan.plan import PhasePlan, Plan
+from megacode.run.metrics import MetricsWriter
 from megacode.train.progress import Progress
 
 

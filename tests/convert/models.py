@@ -67,9 +67,9 @@ def save_and_run(
     """
     from megatron.core import dist_checkpointing
 
-    from megacode.model.gpt import build_model
+    from megacode.megatron.checkpoint import _sharded_state, load_checkpoint
+    from megacode.megatron.model import build_model
     from megacode.recipe.load import dump_recipe
-    from megacode.train.checkpoint import _sharded_state, load_checkpoint
 
     out = {}
     for name, model in models.items():
@@ -94,7 +94,7 @@ def save_and_run(
 
 def randomise(chunks: list[Any]) -> None:
     """Larger weights than initial ones, biases and norms that matter; padding stays zero."""
-    from megacode.model.gpt import global_parameter_names
+    from megacode.megatron.model import global_parameter_names
 
     for name, parameter in global_parameter_names(chunks).items():
         generator = torch.Generator().manual_seed(sum(name.encode()))

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from megacode.data.tokenizer_training import train_tokenizer
+from megacode.plan.plan import make_plan
+from megacode.plan.summary import plan_summary
 from megacode.recipe.load import dump_recipe
-from megacode.recipe.plan import make_plan
 from megacode.recipe.schema import (
     LearningRate,
     Mixture,
@@ -21,11 +21,11 @@ from megacode.recipe.schema import (
     Source,
     Tokenizer,
 )  # fmt: skip
-from megacode.report.plan_summary import plan_summary
-from megacode.train.metrics import MetricsWriter
+from megacode.run.metrics import MetricsWriter
+from megacode.tokenizer.training import train_tokenizer
 from tests.convert.models import randomise
-from tests.data.test_tokenizer import CORPUS
 from tests.processes import run_on
+from tests.tokenizer.test_tokenizer import CORPUS
 
 STEPS = (2, 4, 6, 9)
 CRYSTAL = Model(
@@ -53,8 +53,8 @@ def recipe_of(folder: Path, model: Model, bos: bool = True) -> Recipe:
 def save(world: Any, run: str, recipe: Recipe, steps: tuple[int, ...], vocab_size: int) -> None:
     from megatron.core import dist_checkpointing
 
-    from megacode.model.gpt import build_model
-    from megacode.train.checkpoint import _sharded_state
+    from megacode.megatron.checkpoint import _sharded_state
+    from megacode.megatron.model import build_model
 
     for step in steps:
         chunks = build_model(recipe.model_copy(update={"seed": step}), vocab_size)
@@ -97,7 +97,7 @@ def make_run(folder: Path, model: Model = CRYSTAL, steps: tuple[int, ...] = STEP
 
 def damage_tensors(checkpoint: Path) -> None:
     """Zeros where each tensor's archive begins; what is no tensor stays whole."""
-    from megacode.train.checkpoint_index import read_index
+    from megacode.megatron.checkpoint_index import read_index
 
     index = read_index(checkpoint)
     for entry, place in index.storage_data.items():

@@ -129,7 +129,7 @@ def test_so_is_the_share_that_is_rotated(
 )
 def test_an_output_layer_of_its_own_is_kept(tmp_path: Path, kind: str, head: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Although the config says tied: transformers since version 5 keeps both, so the logits are those of both."""
-    from megacode.cli import main
+    from megacode.cli.main import main
 
     sizes = {**SIZES, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
     more = {"use_parallel_residual": False} if kind == "gpt_neox" else {}

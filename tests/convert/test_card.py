@@ -13,7 +13,7 @@ import yaml
 
 from megacode.convert.card import write_card
 from megacode.recipe.load import load_recipe
-from megacode.train.metrics import read_metrics
+from megacode.run.metrics import read_metrics
 from tests.report.conftest import make_run
 
 

@@ -15,14 +15,14 @@ import pytest
 transformers = pytest.importorskip("transformers")
 import torch  # noqa: E402
 
-from megacode.cli import main  # noqa: E402
-from megacode.convert.complete import Wanted, complete_export  # noqa: E402
+from megacode.cli.main import main  # noqa: E402
+from megacode.convert.complete_export import Wanted, complete_export  # noqa: E402
 from megacode.convert.export import Source  # noqa: E402
 from megacode.errors import UserError  # noqa: E402
 from megacode.recipe.load import dump_recipe, load_recipe  # noqa: E402
 from megacode.recipe.schema import Model, Parallel, Tokenizer  # noqa: E402
 from tests.convert.runs import CRYSTAL, make_run  # noqa: E402
-from tests.model.test_transformers_parity import LENGTH, small  # noqa: E402
+from tests.megatron.test_transformers_parity import LENGTH, small  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ def pair(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 RUN = """
 import json, sys
-from megacode.cli import main
+from megacode.cli.main import main
 for arguments in json.loads(sys.argv[1]):
     print("=====", flush=True)
     if main(arguments):

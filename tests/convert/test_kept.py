@@ -11,14 +11,14 @@ import sentencepiece
 
 transformers = pytest.importorskip("transformers")
 
-from megacode.cli import main  # noqa: E402
+from megacode.cli.main import main  # noqa: E402
 from megacode.convert.kept import imported_facts, outgoing  # noqa: E402
 from megacode.convert.tokenizer_files import write_tokenizer  # noqa: E402
-from megacode.data.tokenizer import load_tokenizer  # noqa: E402
 from megacode.errors import UserError  # noqa: E402
 from megacode.recipe import schema  # noqa: E402
 from megacode.recipe.load import load_recipe  # noqa: E402
-from megacode.train.history import came_with_weights  # noqa: E402
+from megacode.run.history import came_with_weights  # noqa: E402
+from megacode.tokenizer.tokenizer import load_tokenizer  # noqa: E402
 from tests.convert.test_tokenizer_files import byte_level, own_model  # noqa: E402, F401
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

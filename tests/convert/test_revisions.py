@@ -14,8 +14,8 @@ import pytest
 transformers = pytest.importorskip("transformers")
 import torch  # noqa: E402
 
-from megacode.cli import main  # noqa: E402
-from megacode.convert.complete import Wanted  # noqa: E402
+from megacode.cli.main import main  # noqa: E402
+from megacode.convert.complete_export import Wanted  # noqa: E402
 from megacode.convert.revisions import export_all, revisions  # noqa: E402
 from megacode.errors import UserError  # noqa: E402
 from tests.convert.runs import damage_tensors, make_run  # noqa: E402
@@ -219,8 +219,8 @@ def test_a_tokenizer_of_another_vocabulary_is_told_before_anything_is_written(
 def test_import_takes_the_tokenizer_along(
     run: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megacode.data.tokenizer import load_tokenizer
     from megacode.recipe.load import load_recipe
+    from megacode.tokenizer.tokenizer import load_tokenizer
 
     assert main(["import", str(done / NAMES[3]), str(run / "recipe.yaml" / "in")]) == 2
     assert "recipe.yaml/in: cannot be written (Not a directory)" in capsys.readouterr().err

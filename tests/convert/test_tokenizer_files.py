@@ -22,11 +22,11 @@ from megacode.convert.tokenizer_files import (  # noqa: E402
     write_tokenizer,
 )
 from megacode.convert.tokenizer_json import tokenizer_json  # noqa: E402
-from megacode.data.tokenizer import CRYSTAL_TOKENS, Tokenizer, load_tokenizer  # noqa: E402
-from megacode.data.tokenizer_training import train_tokenizer  # noqa: E402
 from megacode.errors import UserError  # noqa: E402
 from megacode.recipe import schema  # noqa: E402
-from tests.data.test_tokenizer import CORPUS, HOSTILE  # noqa: E402
+from megacode.tokenizer.tokenizer import CRYSTAL_TOKENS, Tokenizer, load_tokenizer  # noqa: E402
+from megacode.tokenizer.training import train_tokenizer  # noqa: E402
+from tests.tokenizer.test_tokenizer import CORPUS, HOSTILE  # noqa: E402
 
 SOURCE = Path(__file__).read_text() + Path(prove.__code__.co_filename).read_text()
 TEXTS = [*HOSTILE, *SAMPLE, SOURCE, " ".join(CORPUS), "Ünïcode " * 50, "if x:\n" + "\t" * 9 + "y = '" + "=" * 77 + "'"]

@@ -19,10 +19,10 @@ from megacode.data.fim import Fim, make_fim, rearrange
 from megacode.data.loader import StepReader
 from megacode.data.mixture import Mixture
 from megacode.data.permute import uniform_bits
-from megacode.data.tokenizer import Tokenizer, load_tokenizer
-from megacode.data.tokenizer_training import train_tokenizer
 from megacode.errors import UserError
 from megacode.recipe import schema
+from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from megacode.tokenizer.training import train_tokenizer
 from tests.data.conftest import mixture_of, recipe_of, write_shard
 
 CODE = "def add(left, right):\n    return left + right  # naïve, 12 + 34\n\n\nclass Point:\n\tx = 1\n" * 4

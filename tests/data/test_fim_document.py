@@ -19,9 +19,9 @@ from megacode.data.loader import StepReader
 from megacode.data.mixture import Mixture, stream_key
 from megacode.data.permute import uniform_bits
 from megacode.data.source import Document, DocumentPart
-from megacode.data.tokenizer import Tokenizer
+from megacode.plan.plan import make_plan
 from megacode.recipe import schema
-from megacode.recipe.plan import make_plan
+from megacode.tokenizer.tokenizer import Tokenizer
 from tests.data.conftest import mixture_of, recipe_of, write_shard
 from tests.data.test_fim import CODE, TEXT, trained
 

@@ -13,9 +13,9 @@ from megacode.data.loader import StepReader
 from megacode.data.mixture import Mixture
 from megacode.data.planning import plan_with_data
 from megacode.errors import UserError
+from megacode.plan.fingerprint import differences, fingerprint
+from megacode.plan.plan import make_plan
 from megacode.recipe.checks import check_recipe
-from megacode.recipe.fingerprint import differences, fingerprint
-from megacode.recipe.plan import make_plan
 from tests.data.conftest import mixture_of, recipe_of, write_shard
 
 Make = Callable[..., Mixture]

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megacode.cli import plan as plan_command
 from megacode.data import packing_losses as losses_module
 from megacode.data.packing_losses import PackingLosses, packing_line, packing_losses
 from megacode.data.planning import plan_with_data
 from megacode.data.source import open_source
-from megacode.recipe import plan_command
 from megacode.recipe.load import dump_recipe
 from megacode.recipe.schema import Recipe
 from tests.data.conftest import recipe_of, write_shard

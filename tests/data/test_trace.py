@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megacode.cli import main
+from megacode.cli.main import main
+from megacode.cli.trace import printable
 from megacode.data.loader import StepReader
 from megacode.data.records import read_records
-from megacode.data.tokenizer import load_tokenizer
-from megacode.data.tokenizer_training import train_tokenizer
-from megacode.data.trace_command import printable
 from megacode.errors import UserError
 from megacode.recipe import schema
 from megacode.recipe.load import dump_recipe, load_recipe
+from megacode.tokenizer.tokenizer import load_tokenizer
+from megacode.tokenizer.training import train_tokenizer
 from tests.data.conftest import mixture_of, recipe_of, write_shard
 from tests.data.test_fim import CODE, TEXT
 
@@ -198,7 +198,7 @@ def test_it_reads_what_preprocess_writes(folder: Path, tmp_path: Path, capsys: p
 
 def test_it_prints_for_people_without_torch_and_without_escapes(folder: Path) -> None:
     code = (
-        "import sys\nfrom megacode.cli import main\n"
+        "import sys\nfrom megacode.cli.main import main\n"
         f"code = main(['trace', {str(folder)!r}, '--step', '1', '--text'])\n"
         "assert not {'torch', 'megatron.core'} & set(sys.modules)\nsys.exit(code)\n"
     )

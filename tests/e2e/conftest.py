@@ -19,7 +19,7 @@ VOCAB = 300
 def _build(sets: dict[str, list[list[int]]]) -> None:
     import torch
 
-    from megacode.runtime import cpu
+    from megacode.megatron import cpu
 
     cpu.quiet()
     if not torch.cuda.is_available():

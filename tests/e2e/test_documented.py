@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from megacode import quickstart
-from megacode.cli import VERBS
+from megacode.cli.main import VERBS
+from megacode.quickstart import run as quickstart
 from tests.documented import PAGES, ROOT, Command, in_prose, of_help, of_page
 
 SMALLER = {
@@ -255,7 +255,7 @@ def test_what_is_read_are_commands() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_options_named_in_prose_are_there(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from megacode.cli import _parser
+    from megacode.cli.main import _parser
 
     for command in in_prose(page):
         words = command.line.split()

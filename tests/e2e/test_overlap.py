@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megacode.errors import UserError
-from megacode.train.profile_steps import ProfileSteps
+from megacode.run.profile_steps import ProfileSteps
 from tests.e2e.conftest import megacode, steps_of
 
 OVERLAP = ("--set", "parallel.overlap={grad_reduce: true, param_gather: true}")
@@ -72,7 +72,7 @@ def check_profile(folder: Path) -> None:
 def test_profiles_that_cannot_be_are_a_sentence(
     arguments: tuple[str, ...], says: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megacode.cli import main
+    from megacode.cli.main import main
 
     assert main(["train", str(recipe), "--run", str(tmp_path / "run"), *arguments]) == 2
     assert says in capsys.readouterr().err

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megacode.runtime.launch import STOPPED
-from megacode.train.metrics import read_metrics
+from megacode.launch import STOPPED
+from megacode.run.metrics import read_metrics
 from tests.e2e.conftest import ROOT, megacode, steps_of
 
 LAYOUT = ("--set", "parallel.tensor=2")

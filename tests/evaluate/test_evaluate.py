@@ -22,14 +22,14 @@ phases:
 # The model is not what this is about: opening it is replaced.
 EVALUATE = """
 import sys
-from megacode.evaluate import generate
+from megacode.megatron import inference
 from megacode.recipe.load import load_recipe
-from megacode.runtime import cpu
+from megacode.megatron import cpu
 import torch
 cpu.quiet()
 if not torch.cuda.is_available(): cpu.install()
-generate.open_for_inference = lambda folder: (load_recipe(folder / "recipe.yaml"), None, None)
-from megacode.cli import main
+inference.open_for_inference = lambda folder: (load_recipe(folder / "recipe.yaml"), None, None)
+from megacode.cli.main import main
 sys.exit(main(["evaluate", sys.argv[1]]))
 """
 

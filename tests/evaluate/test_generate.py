@@ -8,19 +8,20 @@ import pytest
 import sentencepiece
 import torch
 
-from megacode.cli import main
-from megacode.data.tokenizer import load_tokenizer
+from megacode.cli.generate import prompts_of
+from megacode.cli.main import main
 from megacode.errors import UserError
-from megacode.evaluate.generate import Sampling, continuation, continue_tokens, infill_prompt, next_token, prompts_of
+from megacode.evaluate.generate import Sampling, continuation, continue_tokens, infill_prompt, next_token
 from megacode.recipe import schema
 from megacode.recipe.schema import Model
-from tests.data.test_tokenizer import CORPUS
-from tests.model.test_transformers_parity import LENGTH, VOCAB, small
+from megacode.tokenizer.tokenizer import load_tokenizer
+from tests.megatron.test_transformers_parity import LENGTH, VOCAB, small
 from tests.processes import run_on
+from tests.tokenizer.test_tokenizer import CORPUS
 
 
 def cached_and_full(world, model: Model):
-    from megacode.model.gpt import build_model
+    from megacode.megatron.model import build_model
 
     torch.manual_seed(0)
     (chunk,) = build_model(small(model), VOCAB)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megacode.recipe.hardware import fp8_refusal
+from megacode.megatron.hardware import detect
+from megacode.plan.hardware import fp8_refusal
 from megacode.recipe.schema import LearningRate, Mixture, Model, Parallel, Phase, Precision, Recipe
-from megacode.runtime.hardware import detect
 from tests.e2e.conftest import megacode
 
 VOCAB, LENGTH = 1000, 64

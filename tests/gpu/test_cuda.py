@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 
-from megacode.recipe.hardware import Hardware
+from megacode.megatron.hardware import detect
+from megacode.plan.hardware import Hardware
 from megacode.recipe.schema import Model, Precision, Recipe
-from megacode.runtime.hardware import detect
 from tests.e2e.conftest import corpora, megacode, recipe, steps_of  # noqa: F401  # fixtures
 from tests.gpu.common import LENGTH, LOW_RATE, NARROW, VOCAB, WIDE, engine_or_skip, options, settings, train
 from tests.processes import run_on
@@ -36,14 +36,14 @@ def local_hardware() -> Hardware:
 
 
 def build_local(recipe_of_one: Recipe, vocab_size: int) -> list:
-    from megacode.model.gpt import build_model
+    from megacode.megatron.model import build_model
 
     return build_model(recipe_of_one, vocab_size, hardware=local_hardware())
 
 
 def under_local_layers(function, *arguments):
     """Call a function of a step as if Transformer Engine were not installed."""
-    from megacode.train import step
+    from megacode.megatron import step
 
     detected = step.transformer_engine_available
     step.transformer_engine_available = lambda: False
@@ -55,15 +55,15 @@ def under_local_layers(function, *arguments):
 
 def copy_weights(source, target, folder: str) -> None:
     """Through a checkpoint, as a run made with one kind of layers continues with the other."""
+    from megacode.megatron.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
     from megacode.recipe.schema import Checkpoints
-    from megacode.train.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
 
     Checkpointer(Path(folder), Checkpoints(asynchronous=False)).save(0, source, None, {}, "")
     load_checkpoint(find_checkpoint(folder), target, None)
 
 
 def logits_of_both_specs(world, model: Model, folder: str) -> tuple[np.ndarray, np.ndarray]:
-    from megacode.model.gpt import build_model
+    from megacode.megatron.model import build_model
 
     torch.backends.cuda.matmul.allow_tf32 = False
     tokens = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1)).cuda()
@@ -136,8 +136,8 @@ def test_lower_precisions_follow_fp32(compute: str, in_fp32: Path, recipe: Path,
 def packed_and_masked(world, folder: str) -> tuple[list[float], list[float], list[float]]:
     """Loss sums by sample: Transformer Engine's packed rows (bf16), the local mask (fp32), and no boundaries at all."""
     from megacode.data.batch import make_batch
-    from megacode.model.gpt import build_model
-    from megacode.train.step import forward_backward
+    from megacode.megatron.model import build_model
+    from megacode.megatron.step import forward_backward
 
     windows = torch.randint(3, VOCAB, (2, LENGTH + 1), generator=torch.Generator().manual_seed(2)).numpy()
     windows[0, 20] = windows[0, 41] = windows[1, 9] = 2

@@ -33,9 +33,9 @@ TOLERANCE = {"fp32": 5e-3, "bf16": 3e-2, "fp8": 0.15}
 
 def logits(world, models: dict[str, Model], precision: Precision, folder: str) -> dict[str, np.ndarray]:
     """`[2, LENGTH, VOCAB]` of every model, from the checkpoints in `folder`, or from its first weights, which go there."""
-    from megacode.model.gpt import build_model
+    from megacode.megatron.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
+    from megacode.megatron.model import build_model
     from megacode.recipe.schema import Checkpoints
-    from megacode.train.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
 
     torch.backends.cuda.matmul.allow_tf32 = False
     tokens = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1)).to(world.device)

@@ -24,10 +24,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def made_ready(run: Recipe, world) -> tuple[list, object, list]:
     """(chunks, optimizer, micro-batches) of a step as the loop has them."""
     from megacode.data.batch import make_batch
-    from megacode.model.config import transformer_config
-    from megacode.model.gpt import build_model
-    from megacode.train.optimizer import build_optimizer, wrap_data_parallel
-    from megacode.train.step import prepare_model_for_training
+    from megacode.megatron.config import transformer_config
+    from megacode.megatron.model import build_model
+    from megacode.megatron.optimizer import build_optimizer, wrap_data_parallel
+    from megacode.megatron.step import prepare_model_for_training
 
     config = transformer_config(run)
     chunks = wrap_data_parallel(run, config, build_model(run, VOCAB, config), world.data_size)
@@ -40,8 +40,8 @@ def made_ready(run: Recipe, world) -> tuple[list, object, list]:
 
 def waits_in_steps(world, model: Model) -> list[str]:
     """Files and lines at which the host waited for the device in steps 4 to 6."""
-    from megacode.train.optimizer import set_rates
-    from megacode.train.step import train_step
+    from megacode.megatron.optimizer import set_rates
+    from megacode.megatron.step import train_step
 
     run = settings(model, Precision(compute="bf16"))
     chunks, optimizer, batches = made_ready(run, world)
@@ -68,8 +68,8 @@ def test_the_host_waits_only_where_megatron_core_makes_it() -> None:
 
 
 def gradients(world, model: Model, fused: bool | None) -> dict[str, np.ndarray]:
-    from megacode.model.gpt import global_parameter_names
-    from megacode.train.step import forward_backward
+    from megacode.megatron.model import global_parameter_names
+    from megacode.megatron.step import forward_backward
 
     run = settings(model, Precision(compute="bf16")).model_copy(update={"fusion": Fusion(gradient_accumulation=fused)})
     chunks, _, batches = made_ready(run, world)

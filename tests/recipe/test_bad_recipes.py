@@ -3,9 +3,9 @@
 import pytest
 
 from megacode.errors import UserError
+from megacode.plan.plan import make_plan
 from megacode.recipe.checks import check_files, check_layout
 from megacode.recipe.load import load_recipe
-from megacode.recipe.plan import make_plan
 
 HEADS = "heads: 4"
 DOCS = "docs: 0.7"

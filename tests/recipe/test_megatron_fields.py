@@ -90,7 +90,7 @@ def test_names_read_from_the_source_are_those_of_the_classes():
 
 def test_names_of_dtypes_reach_megatron_core_as_dtypes():
     torch = pytest.importorskip("torch")
-    from megacode.train.optimizer import _with_dtypes
+    from megacode.megatron.optimizer import _with_dtypes
 
     given = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "fp8", "loss_scale": 1.0}
     assert _with_dtypes(given) == {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.uint8, "loss_scale": 1.0}

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megacode.plan.plan import Plan, make_plan
+from megacode.plan.summary import plan_summary
 from megacode.recipe.load import dump_recipe, load_recipe
-from megacode.recipe.plan import Plan, make_plan
-from megacode.report.plan_summary import plan_summary
-from megacode.train.metrics import MetricsWriter
+from megacode.run.metrics import MetricsWriter
 
 RECIPE = """
 name: {name}

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megacode.cli import main
+from megacode.cli.main import main
 from megacode.errors import UserError
 from megacode.report import tables
 from megacode.report.comparison import differences, losses
@@ -22,7 +22,7 @@ from megacode.report.figures import TITLES, small_figures
 from megacode.report.page import lead, page
 from megacode.report.palette import css, hues, with_variables
 from megacode.report.run_data import read_run, read_runs
-from megacode.train.metrics import read_metrics
+from megacode.run.metrics import read_metrics
 from tests.report.conftest import make_run
 
 
@@ -192,7 +192,7 @@ def test_a_mistake_is_one_sentence(fake_run: Path, tmp_path: Path, capsys: pytes
 
 def test_a_report_needs_no_torch(fake_run: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from megacode.cli import main;"
+        "import sys; from megacode.cli.main import main;"
         f"main(['report', {str(fake_run)!r}, '--output', {str(tmp_path / 'x.html')!r}]); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

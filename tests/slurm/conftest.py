@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megacode.runtime.launch import free_port
+from megacode.launch import free_port
 from tests.e2e.conftest import ROOT, VOCAB, build_corpora, documents
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")

@@ -53,7 +53,7 @@ def test_afterwards_python_collects_as_before() -> None:
 
 WATCHED = """
 import gc, json, sys
-from megacode.cli import main
+from megacode.cli.main import main
 from megacode.train import garbage
 
 seen = []

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from megacode.plan.plan import Plan, make_plan
 from megacode.recipe.load import load_recipe
-from megacode.recipe.plan import Plan, make_plan
 from megacode.train import progress as module
 from megacode.train.progress import Progress, duration, phase_line
 

@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from megacode.recipe.plan import Plan, make_plan
+from megacode.plan.plan import Plan, make_plan
 from megacode.recipe.schema import Recipe
 from tests.processes import run_on
 

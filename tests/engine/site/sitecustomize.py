@@ -1,6 +1,6 @@
 """On PYTHONPATH, this makes a machine without a GPU look like one with two H200 and Transformer Engine.
 
-`torch.cuda` answers as there, tensors "on CUDA" lie in memory (`megacode.runtime.cpu`), NCCL is gloo, and Transformer Engine is
+`torch.cuda` answers as there, tensors "on CUDA" lie in memory (`megacode.megatron.cpu`), NCCL is gloo, and Transformer Engine is
 its own Python over the kernels of `engine_kernels`. A process with an empty CUDA_VISIBLE_DEVICES has no GPU, as it would there.
 """
 
@@ -119,7 +119,7 @@ def _change_context_parallel(module: ModuleType) -> None:
 def _look_like_cuda() -> None:
     import torch
 
-    from megacode.runtime import cpu
+    from megacode.megatron import cpu
 
     cpu.install()
     for package in ("transformer_engine", "apex"):

@@ -1,0 +1,317 @@
+"""What is in an IndexedDataset, made by megacode or by Megatron-LM: statistics and documents.
+
+Of any size: the index is mapped a few megabytes at a time, so memory stays the same. Numbers of documents count through
+all shards of a dataset. Whether a dataset is whole is a question for `megacode.corpus.verify`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacode.data.indexed import listed_shards, with_ending
+from megacode.data.lengths import length_histogram
+from megacode.data.shard import Shard, open_shard
+from megacode.errors import UserError
+from megacode.files import inside
+from megacode.recipe import schema
+from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
+
+BEYOND = (2048, 4096, 8192)
+"""Statistics say how many documents are longer than each of these."""
+
+_HEADER_BYTES = 34
+CHUNK = 1 << 20
+"""Documents, sequences or tokens looked at together."""
+_COUNTED = 1 << 20
+"""Lengths below this are counted one by one."""
+
+
+def nothing(_: int) -> None:
+    """Hears of progress and says nothing."""
+
+
+# ------------------------------------------------------------------------------------------------------- opening
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One dataset: its shards in order, and the manifest PREFIX.json where megacode wrote one."""
+
+    prefix: Path
+    shards: tuple[Shard, ...]
+    manifest: Mapping[str, Any] | None
+
+    @cached_property
+    def firsts(self) -> NDArray[np.int64]:
+        """Documents before each shard, and all of them: int64 [shards + 1]."""
+        return np.cumsum([0, *(documents_of(shard) for shard in self.shards)], dtype=np.int64)
+
+    @property
+    def documents(self) -> int:
+        return int(self.firsts[-1])
+
+    def span(self, document: int) -> tuple[Shard, int, int]:
+        """(shard, first token, tokens) of a document. IndexError if there is none of this number."""
+        if not 0 <= document < self.documents:
+            raise IndexError(document)
+        number = int(np.searchsorted(self.firsts, document, side="right")) - 1
+        shard, within = self.shards[number], document - int(self.firsts[number])
+        first, end = _token_edges(shard, within, within + 1).tolist()
+        return shard, first, end - first
+
+
+def documents_of(shard: Shard) -> int:
+    return max(0, shard.boundaries - 1)
+
+
+def manifest_of(prefix: Path) -> dict[str, Any] | None:
+    """What megacode wrote about a dataset (or a corpus of several) in PREFIX.json; None if it wrote nothing there."""
+    try:
+        manifest = json.loads(with_ending(prefix, ".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    known = isinstance(manifest, dict) and manifest.get("kind") in ("megacode dataset", "megacode corpus")
+    return manifest if known else None
+
+
+def datasets_at(prefix: Path, on_outside: Callable[[str], None]) -> list[Path]:
+    """`prefix`, or the prefixes of the datasets of a corpus that megacode cut into several. UserError if there is
+    nothing of that name. `on_outside`: told of each that the manifest puts into another folder, which is not followed."""
+    manifest = manifest_of(prefix)
+    if manifest is None and not any(with_ending(prefix, ending).exists() for ending in (".bin", ".idx")):
+        raise UserError(f"{prefix}: no dataset there ({prefix.name}.bin and {prefix.name}.idx)")
+    if manifest is None or manifest["kind"] != "megacode corpus":
+        return [prefix]
+    found = []
+    for name in manifest["run"]["datasets"].values():
+        try:
+            found.append(inside(prefix.parent, name, str(with_ending(prefix, ".json"))))
+        except UserError:
+            on_outside(str(name))
+    return found
+
+
+def shards_at(prefix: Path) -> list[Path]:
+    """The prefix of each .bin/.idx pair of a dataset, in order."""
+    return listed_shards(prefix) or [prefix]
+
+
+def open_dataset(prefix: Path) -> Dataset:
+    """Open a dataset by its prefix, reading headers only. UserError if a file is missing or damaged."""
+    return Dataset(prefix, tuple(open_shard(shard) for shard in shards_at(prefix)), manifest_of(prefix))
+
+
+def tokenizer_of(prefix: Path, manifest: Mapping[str, Any] | None) -> Tokenizer:
+    """The tokenizer that the manifest names, from there or from beside the dataset.
+
+    UserError if there is no manifest, if the file is not there, or if it is not the one that made the dataset.
+    """
+    if manifest is None or "tokenizer" not in manifest:
+        raise UserError(
+            f"{prefix}: no manifest ({prefix.name}.json) says which tokenizer made it; give --tokenizer FILE"
+        )
+    fingerprint = manifest["tokenizer"].get("fingerprint")
+    named = {key: value for key, value in manifest["tokenizer"].items() if key in schema.Tokenizer.model_fields}
+    path = Path(named["path"]).expanduser()
+    if not path.exists():
+        beside = [prefix.parent / path, prefix.parent / path.name]
+        path = next((one for one in beside if one.exists()), path)
+    if not path.exists():
+        raise UserError(f"{prefix}: its tokenizer {path} is not there; give --tokenizer FILE")
+    tokenizer = load_tokenizer(schema.Tokenizer(**{**named, "path": str(path)}))
+    if fingerprint not in (None, tokenizer.fingerprint()):
+        raise UserError(
+            f"{prefix}: {path} is not the tokenizer that made it (their fingerprints differ); give --tokenizer FILE"
+        )
+    return tokenizer
+
+
+# --------------------------------------------------------------------------------------------------- the index, mapped
+
+
+def _mapped(shard: Shard, kind: str, offset: int, start: int, stop: int) -> NDArray[Any]:
+    """Part of the .idx; unmapped with the array, so that what was read does not stay in memory."""
+    if stop <= start:
+        return np.zeros(0, dtype=kind)
+    offset += _HEADER_BYTES + start * np.dtype(kind).itemsize
+    return np.memmap(shard.idx_path, kind, "r", offset, (stop - start,))
+
+
+def sequence_lengths(shard: Shard, start: int, stop: int) -> NDArray[np.int32]:
+    """Tokens of sequences [start, stop)."""
+    return _mapped(shard, "<i4", 0, start, stop)
+
+
+def sequence_offsets(shard: Shard, start: int, stop: int) -> NDArray[np.int64]:
+    """Byte offsets of sequences [start, stop)."""
+    return _mapped(shard, "<i8", 4 * shard.sequences, start, stop)
+
+
+def boundaries_of(shard: Shard, start: int, stop: int) -> NDArray[np.int64]:
+    """Document boundaries [start, stop): document d is the sequences from boundary d to boundary d + 1."""
+    return _mapped(shard, "<i8", 12 * shard.sequences, start, stop)
+
+
+def chunks(total: int, size: int = 0) -> Iterator[tuple[int, int]]:
+    """[start, stop) of consecutive runs of `size` (CHUNK)."""
+    size = size or CHUNK
+    return ((start, min(start + size, total)) for start in range(0, total, size))
+
+
+def _token_edges(shard: Shard, start: int, stop: int) -> NDArray[np.int64]:
+    """Where documents [start, stop) begin, in tokens, and where the last one ends: int64 [stop - start + 1]."""
+    sequences = np.asarray(boundaries_of(shard, start, stop + 1))
+    if sequences.min() < 0 or sequences.max() > shard.sequences:
+        raise UserError(_damaged(shard))
+    edges = np.full(len(sequences), shard.tokens, dtype=np.int64)
+    inside = sequences < shard.sequences
+    if inside.any():
+        low, high = int(sequences[inside].min()), int(sequences[inside].max())
+        edges[inside] = sequence_offsets(shard, low, high + 1)[sequences[inside] - low] // shard.dtype.itemsize
+    if (edges[1:] < edges[:-1]).any() or edges[0] < 0 or edges[-1] > shard.tokens:
+        raise UserError(_damaged(shard))
+    return edges
+
+
+def _damaged(shard: Shard) -> str:
+    return f"{shard.idx_path} is damaged; `megacode inspect --verify` says where"
+
+
+def document_lengths(shard: Shard) -> Iterator[NDArray[Any]]:
+    """Tokens of each document in order, some at a time. UserError if the index is damaged."""
+    documents = documents_of(shard)
+    size = max(1, min(CHUNK, CHUNK * documents // max(shard.sequences, 1)))
+    for start, stop in chunks(documents, size):
+        sequences = boundaries_of(shard, start, stop + 1)
+        if (np.diff(sequences) == 1).all() and sequences[0] >= 0 and sequences[-1] <= shard.sequences:
+            lengths: NDArray[Any] = sequence_lengths(shard, int(sequences[0]), int(sequences[-1]))
+        else:
+            lengths = np.diff(_token_edges(shard, start, stop))
+        if lengths.min() < 0:
+            raise UserError(_damaged(shard))
+        yield lengths
+
+
+# ----------------------------------------------------------------------------------------------------- statistics
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of all documents of a dataset, exact. A percentile is the length of a document: the shortest one such that this
+    share of the documents is no longer. `beyond` counts documents longer than each of BEYOND. `histogram` is
+    `megacode.data.lengths.length_histogram`."""
+
+    documents: int
+    sequences: int
+    tokens: int
+    empty: int
+    shortest: int
+    median: int
+    p90: int
+    p99: int
+    longest: int
+    beyond: Mapping[int, int]
+    histogram: NDArray[np.int64] = field(repr=False)
+
+    @property
+    def mean(self) -> float:
+        return self.tokens / max(self.documents, 1)
+
+
+def statistics(dataset: Dataset, on_documents: Callable[[int], None] = nothing) -> Statistics:
+    """One pass over the index. Exact by counting: each length below 2^20 has a counter, and the few longer documents
+    (at most one for each 2^20 tokens) are kept one by one. UserError if the index is damaged."""
+    counts = np.zeros(_COUNTED, dtype=np.int64)
+    longer: list[NDArray[np.int64]] = []
+    for shard in dataset.shards:
+        for lengths in document_lengths(shard):
+            if lengths.max() >= _COUNTED:
+                longer.append(lengths[lengths >= _COUNTED].astype(np.int64))
+                short = np.bincount(lengths[lengths < _COUNTED])
+            else:
+                short = np.bincount(lengths)
+            counts[: len(short)] += short
+            on_documents(len(lengths))
+    present = np.flatnonzero(counts)
+    far, far_times = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *longer]), return_counts=True)
+    values, times = np.append(present, far), np.append(counts[present], far_times)
+    ends = np.cumsum(times)
+
+    def percentile(percent: int) -> int:
+        if not len(values):
+            return 0
+        rank = -(-percent * int(ends[-1]) // 100)  # the smallest number of documents that is this share
+        return int(values[np.searchsorted(ends, rank)])
+
+    return Statistics(
+        documents=dataset.documents,
+        sequences=sum(shard.sequences for shard in dataset.shards),
+        tokens=int((values * times).sum()),
+        empty=int(counts[0]),
+        shortest=int(values[0]) if len(values) else 0,
+        median=percentile(50),
+        p90=percentile(90),
+        p99=percentile(99),
+        longest=int(values[-1]) if len(values) else 0,
+        beyond={limit: int(times[values > limit].sum()) for limit in BEYOND},
+        histogram=length_histogram(values, times),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ documents
+
+
+def parse_documents(text: str, documents: int) -> list[range]:
+    """`0,5,100:103,-1` -> the numbers it names. A range is half-open as in Python; a negative number counts from the
+    end. UserError for what is neither, and for numbers that are not there."""
+    chosen = []
+    for item in text.split(","):
+        begin, colon, end = item.strip().partition(":")
+        try:
+            if colon:
+                chosen.append(range(documents)[slice(int(begin) if begin else None, int(end) if end else None)])
+                continue
+            number = int(begin)
+        except ValueError:
+            raise UserError(f"--documents {text}: {item!r} is neither a number nor a range such as 100:103") from None
+        if not -documents <= number < documents:
+            raise UserError(f"--documents {text}: there is no document {number:,}; there are {documents:,}, from 0")
+        chosen.append(range(number % documents, number % documents + 1))
+    return chosen
+
+
+def read_tokens(shard: Shard, first: int, count: int) -> NDArray[Any]:
+    """Tokens [first, first + count) of a shard, in its token type. UserError if the file cannot give them."""
+    try:
+        ids = np.fromfile(shard.bin_path, shard.dtype, count, offset=first * shard.dtype.itemsize)
+    except OSError as error:
+        raise UserError(f"{shard.bin_path}: cannot be read ({error.strerror or error})") from error
+    if len(ids) < count:
+        raise UserError(f"{shard.bin_path}: got shorter since it was opened")
+    return ids
+
+
+def pieces_of_text(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """Decoded ids as (kind, text): `text`; `control`, the name of a control token; `unknown`, an id that the tokenizer
+    does not have."""
+    names = {token: name for name, token in tokenizer.control_tokens.items()}
+    run: list[int] = []
+    for token in ids:
+        known = 0 <= token < tokenizer.vocab_size
+        if known and token not in names:
+            run.append(token)
+            continue
+        if run:
+            yield "text", tokenizer.decode(run)
+        run = []
+        yield ("control", names[token]) if known else ("unknown", f"<id {token}>")
+    if run:
+        yield "text", tokenizer.decode(run)

@@ -1,0 +1,69 @@
+"""Mistakes in a request that can be told before any work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from megacode.corpus.inputs import InputFile
+from megacode.corpus.preprocess.fields import FILE_FIELDS, field_value
+from megacode.corpus.preprocess.request import Request
+from megacode.corpus.readers import BadRecord, read_input
+from megacode.errors import UserError
+from megacode.tokenizer.tokenizer import Tokenizer
+
+
+def check_tokens(request: Request, tokenizer: Tokenizer) -> None:
+    if request.tokenizer.bos:
+        _ = tokenizer.bos_id
+    if request.tokenizer.eod:
+        _ = tokenizer.eod_id
+    if request.repository:
+        for name in ("<reponame>", "<filename>"):
+            try:
+                tokenizer.token_id(name)
+            except UserError as error:
+                raise UserError(f"--repository puts {name} in front: {error}") from None
+        if not request.path:
+            raise UserError("--repository needs --path, the field with a file's path in its repository")
+
+
+def check_fields(files: Sequence[InputFile], text_field: str, columns: Sequence[str]) -> None:
+    """A wrong field makes every record bad or unwanted: say so from the first hundred, before any work."""
+    seen = 0
+    found: set[str] = set()
+    known: dict[str, None] = {}
+    first: tuple[InputFile, BadRecord] | None = None
+    for file in [*[f for f in files if f.form != "file"][:3], *[f for f in files if f.form == "file"][:3]]:
+        for _, item in zip(range(100), read_input(file, text_field, columns=columns), strict=False):
+            if isinstance(item, BadRecord):
+                first = first or (file, item)
+                if item.reason != f"no field {text_field!r}":
+                    seen += 1  # bad in another way: no reason to doubt the field
+                if file.form == "jsonl" and item.raw.strip() in (b"[", b"{"):
+                    raise UserError(
+                        f"{file.path}: not JSON lines but one JSON value over many lines; write one object a line"
+                    )
+                continue
+            seen += 1
+            found |= {name for name in columns if field_value(file, item, name) is not None}
+            known |= dict.fromkeys(item.values)
+    if first and not seen:
+        raise UserError(f"{first[0].path}: no field {text_field!r} in its records{_fields(*first)}; give --text-field")
+    for name in columns:
+        if seen and known and name not in found:
+            raise UserError(
+                f"{files[0].path}: no field {name!r} in the first records (they have {', '.join(list(known)[:12])}; of "
+                f"every file there are {', '.join(FILE_FIELDS)})"
+            )
+
+
+def _fields(file: InputFile, bad: BadRecord) -> str:
+    if file.form == "parquet":
+        import pyarrow.parquet
+
+        names = pyarrow.parquet.ParquetFile(file.path).schema_arrow.names
+    else:
+        record = json.loads(bad.raw)
+        names = list(record) if isinstance(record, dict) else []
+    return f" (they have {', '.join(map(str, names[:12]))})" if names else ""

@@ -1,0 +1,115 @@
+"""What is written beside the datasets: the manifests, the table of input files, the quarantined records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megacode.corpus.inputs import InputFile
+from megacode.corpus.preprocess.assemble import Dataset
+from megacode.corpus.preprocess.counts import Counts, Group
+from megacode.corpus.preprocess.existing import TABLE_ENDING, settings_digest
+from megacode.corpus.preprocess.order import Parts, lines_before
+from megacode.corpus.preprocess.part_files import part_file
+from megacode.corpus.preprocess.quarantine import append
+from megacode.corpus.preprocess.request import Request
+from megacode.corpus.preprocess.tokenize import Job
+from megacode.data import indexed
+from megacode.files import replace_file
+from megacode.tokenizer.tokenizer import Tokenizer
+
+LISTED_FILES = 1000
+"""Input files that a manifest lists itself; more go into a table beside it."""
+
+
+def write_quarantine(request: Request, job: Job, parts: Parts, counts: Counts) -> None:
+    path = indexed.with_ending(request.name, ".quarantine.jsonl")
+    before = lines_before(parts)
+    with replace_file(path) as out:
+        for part, _ in parts:
+            append(out, part_file(job.folder, part, "bad.jsonl"), before.get(part.name, 0))
+        empty = not out.tell()
+    if empty:
+        path.unlink()
+
+
+def write_manifests(
+    request: Request,
+    settings: dict[str, Any],
+    tokenizer: Tokenizer,
+    job: Job,
+    parts: Parts,
+    counts: Counts,
+    datasets: dict[Group, Dataset],
+) -> None:
+    """A manifest a dataset, and a shard if there are several. That of the run is what a later run looks for: last."""
+    rows = _input_rows(job.files, parts)
+    table: dict[str, Any] = {"input files": rows}
+    tables = _table_paths(request, list(datasets))
+    for path in tables.values():
+        path.unlink(missing_ok=True)
+        if len(rows) > LISTED_FILES:
+            _write_table(path, rows)
+    datasets_of_run = {str(g): os.path.relpath(request.prefix(g), request.name.parent) for g in datasets}
+    run = {
+        "run": {
+            "datasets": datasets_of_run,
+            "counts": counts.to_json(),
+            "settings": settings,
+            "inputs": list(request.inputs),
+        }
+    }
+    for group, dataset in reversed(datasets.items()):
+        prefix = request.prefix(group)
+        if len(rows) > LISTED_FILES:
+            table = {"input files table": tables[prefix.parent].name, "input files": len(rows)}
+        common = {
+            "kind": "megacode dataset",
+            "split": group.split,
+            **({"value": group.value} if request.split_by else {}),
+            "token type": indexed.token_dtype(tokenizer.vocab_size).name,
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer": {**request.tokenizer.model_dump(), "fingerprint": settings["tokenizer"]},
+            "settings": settings_digest(settings),
+        }
+        if request.shard_size is None:
+            own: dict[str, Any] = {"checksums": dataset.shards[0].checksums}
+        else:
+            own = {"shards": [shard.prefix.name for shard in dataset.shards]}
+            for shard in dataset.shards:
+                numbers = {"documents": shard.documents, "tokens": shard.tokens, "checksums": shard.checksums}
+                indexed.write_manifest(shard.prefix, {**common, **numbers, "dataset": prefix.name})
+        of_run = run if prefix == request.name else {}
+        indexed.write_manifest(prefix, {**common, **vars(dataset.counts), **own, **table, **of_run})
+    if request.name not in {request.prefix(group) for group in datasets}:
+        indexed.write_manifest(request.name, {"kind": "megacode corpus", **run})
+
+
+def _table_paths(request: Request, groups: Sequence[Group]) -> dict[Path, Path]:
+    """Where the table of input files goes, if it takes one: a file in every folder that has datasets, as a manifest names only
+    what lies beside it."""
+    paths = {request.name.parent: indexed.with_ending(request.name, TABLE_ENDING)}
+    for prefix in map(request.prefix, groups):
+        paths.setdefault(prefix.parent, indexed.with_ending(prefix, TABLE_ENDING))
+    return paths
+
+
+def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with replace_file(path) as out:
+        for row in rows:
+            digests = " ".join(f"{size}:{digest}" for size, digest in row["xxh3_128"])
+            out.write(f"{row['path']}\t{row['bytes']}\t{digests}\n".encode(errors="surrogateescape"))
+
+
+def _input_rows(files: Sequence[InputFile], parts: Parts) -> list[dict[str, Any]]:
+    """Input files with size and XXH3-128, of the file or of consecutive pieces of it."""
+    digests: list[list[tuple[int, str]]] = [[] for _ in files]
+    for _, finished in parts:
+        for number, size, digest in finished.inputs:
+            digests[number].append((size, digest))
+    return [
+        {"path": str(file.path), "bytes": file.size, "xxh3_128": pieces}
+        for file, pieces in zip(files, digests, strict=True)
+    ]

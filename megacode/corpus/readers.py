@@ -1,0 +1,418 @@
+"""Documents out of JSONL, parquet and plain files, as they are, plain or .gz or .zst. Memory: one record.
+
+Reading never raises for bad data. What cannot be read comes out as a BadRecord with its reason, place and bytes, in the
+order of the file, and the good records around it are all there. A record longer than the limit is bad too: its bytes
+come in pieces, so that it is never held in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import orjson
+
+from megacode.corpus.inputs import InputFile
+from megacode.tokenizer.tokenizer import well_formed
+
+BINARY_PROBE = 8192
+"""A plain file with a NUL among its first bytes is taken for binary (as grep and git do) and is no document."""
+MAX_DOCUMENT = 32 << 20
+"""Bytes of a record (a line, a plain file, a cell of parquet) beyond which it is set aside, if nothing else is asked."""
+_PIECE = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+
+
+class Document(NamedTuple):
+    raw: bytes
+    """The text as well-formed UTF-8."""
+    record: int
+    """Line (from 1) of a JSONL file, row (from 0) of a parquet file, 0 for a plain file. In a byte range of a JSONL
+    file: counted from the range's first line."""
+    values: Mapping[str, Any] = {}
+    """The whole JSON object, or the columns asked for."""
+    repaired: bool = False
+    """It had lone surrogates, which JSON can spell and UTF-8 cannot; they became U+FFFD."""
+
+    @property
+    def text(self) -> str:
+        return self.raw.decode()
+
+
+class BadRecord(NamedTuple):
+    """A record that is no document. `harmless`: empty text or a binary file, no sign that the corpus is damaged."""
+
+    reason: str
+    record: int
+    raw: bytes = b""
+    harmless: bool = False
+    rest: Iterator[bytes] | None = None
+    """More of it, in pieces; to be read before the next record is asked for."""
+
+
+Item = Document | BadRecord
+
+
+def read_input(
+    file: InputFile,
+    text_field: str = "text",
+    span: tuple[int, int] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+    *,
+    columns: Sequence[str] = (),
+    max_document: int = MAX_DOCUMENT,
+    on_lines: Callable[[int], None] | None = None,
+) -> Iterator[Item]:
+    """Records of one file, in order.
+
+    `span`: bytes [start, end) of an uncompressed JSONL file (the lines that begin in it) or row groups of a parquet
+    file; spans that tile a file give every record exactly once. `on_bytes` is told now and then how many bytes on disk
+    have been read since the last time. `columns`: what else to read of a parquet file. `on_lines` is told at the end how many
+    lines a JSONL file (or its span) has.
+    """
+    counter = _Counter(on_bytes)
+    try:
+        if file.form == "parquet":
+            yield from _read_parquet(file, text_field, columns, span, counter, max_document)
+        elif file.form == "jsonl":
+            yield from _read_jsonl(file, text_field, span, counter, max_document, on_lines)
+        else:
+            yield from _read_plain(file, counter, max_document)
+    except OSError as error:
+        yield BadRecord(f"cannot read the file: {error.strerror or error}", 0)
+
+
+class _Counter:
+    """Reports growth of a file position."""
+
+    def __init__(self, report: Callable[[int], None] | None) -> None:
+        self.report, self.last = report, 0
+
+    def at(self, position: int) -> None:
+        if self.report and position > self.last:
+            self.report(position - self.last)
+            self.last = position
+
+
+def _too_long(limit: int) -> str:
+    return f"longer than {limit / 2**20:g} MiB (--max-document)"
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+def lookup(record: Any, field: str) -> Any:
+    """The value of `field` in a JSON value: a key, or keys joined by dots. LookupError or TypeError tell a reason."""
+    if isinstance(record, dict) and field in record:  # also a key with a dot in its name
+        return record[field]
+    value = record
+    for key in field.split("."):
+        if not isinstance(value, dict):
+            raise TypeError("the record is not an object" if value is record else f"no field {field!r}")
+        if key not in value:
+            raise LookupError(f"no field {field!r}")
+        value = value[key]
+    return value
+
+
+def record_text(record: Any, field: str) -> tuple[bytes, bool]:
+    """The text of a JSON value as UTF-8, and whether it had to be repaired. LookupError or TypeError tell a reason."""
+    value = lookup(record, field)
+    if isinstance(value, bytes):
+        value.decode()
+        return value, False
+    if not isinstance(value, str):
+        raise TypeError(f"field {field!r} is {_json_type(value)}, not text")
+    try:
+        return value.encode(), False
+    except UnicodeEncodeError:
+        return well_formed(value).encode(), True
+
+
+def _json_type(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _read_jsonl(
+    file: InputFile,
+    field: str,
+    span: tuple[int, int] | None,
+    counter: _Counter,
+    limit: int,
+    on_lines: Callable[[int], None] | None,
+) -> Iterator[Item]:
+    start, end = span or (0, None)
+    number = 0
+    loads = orjson.loads
+    with open(file.path, "rb", buffering=1 << 20) as disk:
+        stream = decompressed(disk, file.compression)
+        position = start
+        if start:
+            stream.seek(start - 1)
+            position += sum(map(len, _rest_of_line(stream))) - 1
+            counter.last = start
+        while end is None or position < end:
+            try:
+                line = stream.readline(limit + 1)
+            except BrokenStream as error:
+                yield BadRecord(f"broken .{file.compression}: {error}", number + 1)
+                return
+            if not line:
+                break
+            number += 1
+            position += len(line)
+            if len(line) > limit and not line.endswith(b"\n"):
+                rest = _Rest(stream, file.compression)
+                yield BadRecord(_too_long(limit), number, line, rest=iter(rest))
+                position += rest.finish()
+                counter.at(disk.tell() if file.compression else position)
+                if rest.broken:
+                    yield BadRecord(rest.broken, number)
+                    return
+                continue
+            counter.at(disk.tell() if file.compression else position)
+            try:
+                record = loads(line)
+            except ValueError:
+                if line.isspace():
+                    continue
+                if number == 1 and not start and line.startswith(_BOM):
+                    line = line[len(_BOM) :]
+                yield _parse(line, field, number)
+                continue
+            yield _take(record, field, number, line)
+        counter.at(file.size if end is None else end)
+        if on_lines:
+            on_lines(number)
+
+
+def _rest_of_line(stream: BinaryIO) -> Iterator[bytes]:
+    while piece := stream.readline(_PIECE):
+        yield piece
+        if piece.endswith(b"\n"):
+            return
+
+
+class _Rest:
+    """What is left of a line that is too long, in pieces, and how many bytes that were."""
+
+    def __init__(self, stream: BinaryIO, compression: str | None) -> None:
+        self.pieces, self.compression = _rest_of_line(stream), compression
+        self.bytes, self.broken = 0, ""
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            for piece in self.pieces:
+                self.bytes += len(piece)
+                yield piece
+        except BrokenStream as error:
+            self.broken = f"broken .{self.compression}: {error}"
+
+    def finish(self) -> int:
+        """Pass over what nobody has read."""
+        for _ in self:
+            pass
+        return self.bytes
+
+
+def _parse(line: bytes, field: str, number: int) -> Item:
+    """A line that the fast parser refuses (it takes no lone surrogates, no NaN): the standard library's verdict."""
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return BadRecord(f"not UTF-8 ({error.reason})", number, line)
+    except ValueError as error:
+        return BadRecord(f"not JSON ({_without_place(error)})", number, line)
+    except RecursionError:
+        return BadRecord("not JSON that can be read (nested too deeply)", number, line)
+    return _take(record, field, number, line)
+
+
+def _take(record: Any, field: str, number: int, line: bytes) -> Item:
+    try:
+        raw, repaired = record_text(record, field)
+    except (LookupError, TypeError) as error:
+        return BadRecord(str(error.args[0]), number, line)
+    if not raw:
+        return BadRecord("empty text", number, line, harmless=True)
+    return Document(raw, number, record, repaired)
+
+
+def _without_place(error: ValueError) -> str:
+    """Reasons are counted by their wording, so without line and column."""
+    return getattr(error, "msg", None) or str(error)[:80]
+
+
+def _read_parquet(
+    file: InputFile,
+    field: str,
+    more: Sequence[str],
+    span: tuple[int, int] | None,
+    counter: _Counter,
+    limit: int,
+) -> Iterator[Item]:
+    import pyarrow
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(file.path)
+        groups = range(*(span or (0, table.num_row_groups)))
+        names = set(table.schema_arrow.names)
+
+        def column_of(name: str) -> str:
+            return name if name in names else name.partition(".")[0]
+
+        column = column_of(field)
+        rows = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+        row = sum(rows[: groups.start])
+        share = file.size // max(table.num_row_groups, 1)
+        if column not in names:
+            for number in range(row, row + sum(rows[i] for i in groups)):
+                yield BadRecord(f"no field {field!r}", number)
+            return
+        wanted = list(dict.fromkeys([column, *(c for c in map(column_of, more) if c in names)]))
+        for done, group in enumerate(groups, start=1):
+            # About 16 MB of rows at a time, however large each is.
+            each = table.metadata.row_group(group).total_byte_size // max(rows[group], 1)
+            size = min(1024, max(1, (16 << 20) // max(each, 1)))
+            for batch in table.iter_batches(batch_size=size, row_groups=[group], columns=wanted):
+                for values in _rows(batch, wanted):
+                    yield _row(values, column, field, row, limit)
+                    row += 1
+            counter.at(done * share)
+    except (pyarrow.ArrowException, KeyError, OSError, EOFError) as error:
+        yield BadRecord(f"broken parquet: {str(error).splitlines()[0][:120]}", row)
+
+
+def _rows(batch: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows as dicts; a cell of text that is no UTF-8 comes as bytes."""
+    lists = []
+    for name in columns:
+        column = batch.column(name)
+        try:
+            lists.append(column.to_pylist())
+        except (ValueError, OverflowError):  # no UTF-8, or a time that Python cannot hold
+            lists.append([_cell(value) for value in column])
+    for values in zip(*lists, strict=True):
+        yield dict(zip(columns, values, strict=True))
+
+
+def _cell(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return value.as_buffer().to_pybytes()
+    except (ValueError, OverflowError):
+        return _as_text(value)
+
+
+def _as_text(value: Any) -> str | None:
+    import pyarrow
+
+    try:
+        return value.cast(pyarrow.string()).as_py()
+    except pyarrow.ArrowException:  # within a list or a struct
+        return None
+
+
+def _row(values: dict[str, Any], column: str, field: str, row: int, limit: int) -> Item:
+    try:
+        raw, repaired = record_text(values, field)
+    except UnicodeDecodeError as error:
+        raw = lookup(values, field)
+        return BadRecord(f"not UTF-8 ({error.reason})", row, raw)
+    except (LookupError, TypeError) as error:
+        return BadRecord(str(error.args[0]), row, repr(values[column]).encode(errors="backslashreplace"))
+    if len(raw) > limit:
+        return BadRecord(_too_long(limit), row, raw)
+    return Document(raw, row, values, repaired) if raw else BadRecord("empty text", row, harmless=True)
+
+
+def _read_plain(file: InputFile, counter: _Counter, limit: int) -> Iterator[Item]:
+    with open(file.path, "rb") as disk:
+        stream = decompressed(disk, file.compression)
+        try:
+            raw = stream.read(BINARY_PROBE)
+            if b"\0" in raw:
+                yield BadRecord("binary file", 0, harmless=True)
+                counter.at(file.size)
+                return
+            raw += stream.read(max(limit + 1 - len(raw), 0))
+            if len(raw) > limit:
+                pieces = iter(lambda: stream.read(_PIECE), b"")
+                yield BadRecord(_too_long(limit), 0, raw, rest=pieces)
+                counter.at(file.size)
+                return
+        except BrokenStream as error:
+            yield BadRecord(f"broken .{file.compression}: {error}", 0)
+            return
+    counter.at(file.size)
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        yield BadRecord(f"not UTF-8 ({error.reason})", 0, raw)
+        return
+    yield Document(raw, 0) if raw else BadRecord("empty text", 0, harmless=True)
+
+
+# --------------------------------------------------------------------------------------------------------- compression
+
+
+class BrokenStream(Exception):
+    """A compressed stream that ends early or is damaged."""
+
+
+def decompressed(disk: BinaryIO, compression: str | None) -> BinaryIO:
+    """The contents of an open file. Reading raises BrokenStream where they are damaged."""
+    return io.BufferedReader(_Frames(disk, compression), 1 << 20) if compression else disk  # type: ignore[return-value]
+
+
+class _Frames(io.RawIOBase):
+    """The members of a .gz or the frames of a .zst file, one after another.
+
+    Why not the libraries' own readers: zstandard's takes a truncated frame for the end of the file, and gzip's, read
+    through a buffer, drops what it could still read before the damage.
+    """
+
+    def __init__(self, disk: BinaryIO, compression: str) -> None:
+        self._disk, self._frame, self._ready = disk, None, memoryview(b"")
+        self._padding = b""
+        if compression == "gz":
+            self._new, self._error = (lambda: zlib.decompressobj(wbits=31)), zlib.error
+            self._padding = b"\0"  # tapes and block devices fill up with zeros after the last member
+        else:
+            import zstandard
+
+            self._new = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
+            self._error = zstandard.ZstdError
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            chunk = self._disk.read(1 << 16)
+            if self._frame is not None and self._frame.eof:
+                chunk, self._frame = (self._frame.unused_data + chunk).lstrip(self._padding), None
+                if not chunk:
+                    continue
+            if not chunk:
+                if self._frame is not None:
+                    raise BrokenStream("the file ends before its data does")
+                return 0
+            self._frame = self._frame or self._new()
+            try:
+                self._ready = memoryview(self._frame.decompress(chunk))
+            except self._error as error:
+                raise BrokenStream(str(error)) from None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size

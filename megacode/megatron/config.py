@@ -1,0 +1,205 @@
+"""Recipe and hardware -> what Megatron-Core is handed: the fields of its TransformerConfig and its
+DistributedDataParallelConfig.
+
+`transformer_fields` and `data_parallel_fields` are pure functions of (recipe, hardware, data-parallel ranks): what a GPU run
+will be handed can be read, and is tested, on a machine without one. Differences among Megatron-Core's versions end here and in
+`mup.py`: `_known` leaves out what the installed one does not have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.transformer import TransformerConfig
+
+from megacode.errors import UserError
+from megacode.megatron.hardware import detect
+from megacode.megatron.mup import scale_fields
+from megacode.plan.hardware import Hardware, fp8_refusal
+from megacode.plan.overlap import speedups
+from megacode.recipe.schema import Recipe
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "swiglu": torch.nn.functional.silu,
+    "geglu": torch.nn.functional.gelu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu-tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+    "relu": torch.nn.functional.relu,
+    "squared-relu": lambda x: torch.nn.functional.relu(x).square(),
+}
+
+
+def transformer_config(recipe: Recipe, hardware: Hardware | None = None, data_size: int = 1) -> TransformerConfig:
+    """Megatron-Core's configuration for a recipe on this process's hardware (or the given one).
+
+    Raises:
+        UserError: as of `transformer_fields`, or a combination that Megatron-Core refuses (with its own words).
+    """
+    fields = transformer_fields(recipe, hardware or detect(), data_size)
+    try:
+        return TransformerConfig(**(fields | _with_members(recipe.model.megatron)))
+    except (AssertionError, ValueError, TypeError) as error:
+        raise UserError(
+            f"model: Megatron-Core refuses this configuration: {error}; change the keys it names"
+        ) from error
+
+
+def _with_members(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`model.megatron` with members of enumerations for their names: Megatron-Core would take a name for none of them."""
+    defaults = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
+    return {
+        name: type(defaults[name])[value] if isinstance(defaults.get(name), Enum) and isinstance(value, str) else value
+        for name, value in given.items()
+    }
+
+
+def data_parallel_config(recipe: Recipe, hardware: Hardware, data_size: int) -> DistributedDataParallelConfig:
+    """Likewise for its DistributedDataParallel."""
+    fields = data_parallel_fields(recipe, hardware, data_size)
+    try:
+        return DistributedDataParallelConfig(**(fields | dict(recipe.parallel.ddp)))
+    except (AssertionError, ValueError, TypeError) as error:
+        raise UserError(f"parallel.ddp: Megatron-Core refuses this: {error}") from error
+
+
+def transformer_fields(recipe: Recipe, hardware: Hardware, data_size: int = 1) -> dict[str, Any]:
+    """Fields of TransformerConfig, without those passed through by their own names.
+
+    Raises:
+        UserError: FP8, context parallelism, an overlap or a fusion that this hardware cannot have.
+    """
+    model, parallel, precision = recipe.model, recipe.parallel, recipe.precision
+    cuda = hardware.on_cuda
+    _refuse(recipe, hardware)
+    speed = {name: one.on for name, one in speedups(recipe, hardware, data_size).items()}
+    half = precision.compute in ("bf16", "fp8")
+    dtype = torch.bfloat16 if half else torch.float32
+    fields: dict[str, Any] = dict(
+        num_layers=model.layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.heads,
+        num_query_groups=model.resolved_kv_heads,
+        kv_channels=model.resolved_head_dim,
+        ffn_hidden_size=model.stored_ffn_size(parallel.tensor),
+        normalization={"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[model.normalization],
+        layernorm_epsilon=model.norm_epsilon,
+        qk_layernorm=model.qk_norm,
+        gated_linear_unit=model.gated,
+        activation_func=_ACTIVATIONS[model.activation],
+        add_bias_linear=model.linear_bias,
+        add_qkv_bias=model.qkv_bias or model.linear_bias,
+        rotary_interleaved=model.rotary_interleaved,
+        hidden_dropout=model.dropout,
+        attention_dropout=model.attention_dropout,
+        softmax_scale=model.resolved_softmax_scale,
+        # For what `initialize_weights` does not know; it draws the rest anew.
+        init_method_std=model.hidden_init_std,
+        init_method=_normal(model.hidden_init_std),
+        output_layer_init_method=_normal(model.residual_init_std),
+        embedding_init_method=_normal(model.resolved_embedding_init_std),
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        bf16=half,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        attention_softmax_in_fp32=True,
+        # Sum of losses over micro-batches and ranks, divided once by the number of tokens: independent of the layout.
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not cuda,
+        # gloo matches the messages of a pair of ranks in order, so a batched exchange in both directions mixes them up.
+        batch_p2p_comm=cuda and not speed["pipeline"],
+        batch_p2p_sync=False,  # a host-device synchronisation against a bug of torch before 1.11
+        overlap_p2p_comm=speed["pipeline"],
+        deallocate_pipeline_outputs=cuda,
+        tp_comm_overlap=speed["tensor"],
+        persist_layer_norm=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=speed["bias_dropout"],
+        bias_activation_fusion=speed["activation"],
+        apply_rope_fusion=speed["rope"],
+        cross_entropy_loss_fusion=speed["cross_entropy"],
+        cross_entropy_fusion_impl="te" if speed["cross_entropy"] else "native",
+        # Only with Apex, for the output layer insists on it; `gpt.py` turns it on in Transformer Engine's layers without.
+        gradient_accumulation_fusion=speed["gradient_accumulation"] and hardware.apex_gradients,
+        cuda_graph_impl="local" if speed["cuda_graphs"] else "none",
+        use_te_rng_tracker=speed["cuda_graphs"],
+    )
+    fields |= scale_fields(model)
+    if parallel.recompute.granularity == "selective":
+        fields |= dict(recompute_granularity="selective")
+    elif parallel.recompute.granularity == "full":
+        fields |= dict(
+            recompute_granularity="full",
+            recompute_method=parallel.recompute.method,
+            recompute_num_layers=parallel.recompute.layers,
+        )
+    if precision.compute == "fp8":
+        fields |= dict(
+            fp8=precision.fp8_format,
+            fp8_recipe=precision.fp8_recipe,
+            fp8_amax_history_len=precision.fp8_amax_history,
+            fp8_amax_compute_algo="max",
+            fp8_param=precision.fp8_params,
+            first_last_layers_bf16=bool(precision.bf16_first_layers or precision.bf16_last_layers),
+            num_layers_at_start_in_bf16=precision.bf16_first_layers,
+            num_layers_at_end_in_bf16=precision.bf16_last_layers,
+        )
+    return _known(TransformerConfig, fields)
+
+
+def data_parallel_fields(recipe: Recipe, hardware: Hardware, data_size: int) -> dict[str, Any]:
+    """Fields of DistributedDataParallelConfig, without those passed through by their own names."""
+    parallel, precision = recipe.parallel, recipe.precision
+    speed = {name: one.on for name, one in speedups(recipe, hardware, data_size).items()}
+    fp8_params = precision.compute == "fp8" and precision.fp8_params
+    fields = dict(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=speed["grad_reduce"],
+        overlap_param_gather=speed["param_gather"],
+        # All stages of an interleaved pipeline gather at once, so that none waits for a slower one's collective. The plain
+        # schedule (1F1B) has no place where it would start that.
+        align_param_gather=speed["param_gather"] and parallel.virtual_pipeline is not None,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        check_for_nan_in_grad=False,
+        fp8_param_gather=fp8_params,
+        # mxfp8 weights have two layouts, and what is gathered needs a buffer: the gradients', which lie idle then. The
+        # optimizer is told the same (`optimizer_fields`).
+        reuse_grad_buf_for_mxfp8_param_ag=precision.mxfp8_params,
+    )
+    return _known(DistributedDataParallelConfig, fields)
+
+
+def _refuse(recipe: Recipe, hardware: Hardware) -> None:
+    precision, parallel = recipe.precision, recipe.parallel
+    if precision.compute == "fp8" and (why := fp8_refusal(precision.fp8_recipe, hardware)):
+        raise UserError(
+            f"precision: fp8 cannot run here: {why}; use `precision: bf16`, or what is missing (`megacode doctor` says how to "
+            "get it)"
+        )
+    if parallel.context > 1 and hardware.engine is None:
+        missing = "has no Transformer Engine" if hardware.on_cuda else "shows no CUDA device"
+        raise UserError(
+            f"parallel.context: {parallel.context} needs Transformer Engine's attention on CUDA devices, and this machine "
+            f"{missing}; set it to 1 (parallel.tensor or parallel.pipeline split a model too) or install it (`megacode doctor` "
+            "says how)"
+        )
+
+
+def _normal(std: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: torch.nn.init.normal_(tensor, mean=0.0, std=std)
+
+
+def _known(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` without those that the installed version does not have and that say nothing (are off)."""
+    there = kind.__dataclass_fields__
+    return {name: value for name, value in fields.items() if name in there or value not in (False, None)}

@@ -1,0 +1,103 @@
+"""Which facts decide the batches of a run's first steps, and how two runs differ in them.
+
+A resumed run compares the facts of the steps that were already taken: making the run longer, adding phases, or another
+number of ranks leaves them equal; anything that would have changed a batch is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from megacode.plan.plan import PhasePlan, Plan
+from megacode.plan.quota import CHUNK
+from megacode.plan.windows import PACKING_ALGORITHM
+
+
+def fingerprint(plan: Plan, step: int) -> dict[str, Any]:
+    """What decides the batches of all steps before `step`, as plain data (JSON round trip leaves it equal).
+
+    Paths and names of phases are not in it: a corpus may move, and a phase may be renamed.
+    """
+    data = plan.recipe.data
+    phases = [
+        _phase(phase, min(step, phase.first_step + phase.steps)) for phase in plan.phases if phase.first_step < step
+    ]
+    fim = any(stream["fim_rate"] for phase in phases for stream in phase["streams"].values())
+    return {
+        "seed": plan.recipe.seed,
+        "mask_eod_loss": data.mask_eod_loss,
+        "fim": data.fim.model_dump(exclude={"level"}) if fim else None,
+        "phases": phases,
+    }
+
+
+def _phase(phase: PhasePlan, stop: int) -> dict[str, Any]:
+    steps = stop - phase.first_step
+    batch = phase.quota.batch
+    stairs = [[int(s), int(b)] for s, b in zip(batch.starts, batch.sizes, strict=True) if s < steps]
+    counts = phase.counts_before(stop).tolist()
+    shares = phase.weights(phase.first_step).tolist()
+    moving = phase.quota.weights.settled > 1
+    streams = {
+        stream.label: {
+            "order": column,
+            "fim_rate": stream.fim_rate,
+            "window": stream.window,
+            "first_window": stream.first_window,
+            "windows": stream.windows,
+            "cursor": stream.cursor,
+            "first share": shares[column],
+            "samples": counts[column],
+            # Absent where they are what they were before there was a choice: older checkpoints go on.
+            **({"fim_level": stream.fim_level} if stream.fim_rate and stream.fim_level != "context" else {}),
+            **({"packing": f"{stream.packing} {PACKING_ALGORITHM}"} if stream.packing != "concatenate" else {}),
+        }
+        for column, stream in enumerate(phase.streams)
+    }
+    return {
+        "first_step": phase.first_step,
+        "steps": steps,
+        "sequence_length": phase.sequence_length,
+        "reset_at_eod": phase.reset_at_eod,
+        "batch_size": stairs,
+        "streams": streams,
+        "counts of every step": _digest(phase, stop) if moving else None,
+    }
+
+
+def _digest(phase: PhasePlan, stop: int) -> str:
+    """Digest of the counts of all steps of a phase before `stop`."""
+    digest = hashlib.sha256()
+    for start in range(phase.first_step, stop, CHUNK):
+        counts = phase.counts_range(start, min(start + CHUNK, stop))[1:]
+        digest.update(np.ascontiguousarray(counts, dtype="<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """Each fact that differs: `phases.1.streams.python.fim_rate: 0.9 before, 0.3 now`. Empty: the batches are the "
+    "same."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        out = []
+        for name in dict.fromkeys([*old, *new]):
+            out += differences(old.get(name, _ABSENT), new.get(name, _ABSENT), f"{key}.{name}" if key else str(name))
+        return out
+    if isinstance(old, list) and isinstance(new, list) and any(isinstance(item, dict) for item in [*old, *new]):
+        count = max(len(old), len(new))
+        pairs = zip([*old, *[_ABSENT] * (count - len(old))], [*new, *[_ABSENT] * (count - len(new))], strict=True)
+        return [line for number, (a, b) in enumerate(pairs, 1) for line in differences(a, b, f"{key}.{number}")]
+    return [] if old == new else [f"{key}: {_shown(old)} before, {_shown(new)} now"]
+
+
+_ABSENT = object()
+
+
+def _shown(value: Any) -> str:
+    if value is _ABSENT:
+        return "absent"
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    return "present" if isinstance(value, dict) else repr(value)

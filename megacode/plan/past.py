@@ -1,0 +1,233 @@
+"""What a recipe says of the steps that a run has already taken, and where two recipes differ in it.
+
+Each key of a recipe has one of four kinds (`kind_of`):
+
+* *data*: decides the batches. `megacode.plan.fingerprint` compares these, by what they come to.
+* *function*: decides what the model computes from its weights.
+* *training*: decides how weights were updated, or which weights the run began with.
+* *free*: may change between two starts of a run (`FREE`).
+
+A run goes on only where no fact of its past has changed. What lies in the future (later phases, later rates) is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from megacode.errors import UserError
+from megacode.plan.plan import Plan, phase_steps
+from megacode.recipe.compose import did_you_mean
+from megacode.recipe.load import all_keys
+from megacode.recipe.schedules import BatchSizes, learning_rate
+from megacode.recipe.schema import Model, Phase, Recipe
+
+Kind = Literal["data", "function", "training", "free"]
+
+FREE: dict[str, tuple[str, ...]] = {
+    "names": ("name", "description", "phases.*.name"),
+    "where files are (what is in them is compared)": (
+        "sources.*.path", "sources.*.tokens", "sources.*.documents", "tokenizer.path", "data.pack_cache",
+    ),
+    "layout of the ranks and memory": (
+        "parallel", "model.pad_multiple", "optimizer.megatron.use_precision_aware_optimizer",
+        "optimizer.megatron.store_param_remainders", "optimizer.megatron.*offload*", "optimizer.megatron.pin_cpu_*",
+        "optimizer.megatron.overlap_*",
+    ),
+    "kernels and order of communication": (
+        "fusion", "data.prefetch", "model.megatron.attention_backend", "model.megatron.*_fusion",
+        "model.megatron.fused_*", "model.megatron.persist_layer_norm", "model.megatron.memory_efficient_layer_norm",
+        "model.megatron.*offload*", "model.megatron.recompute_modules", "model.megatron.distribute_saved_activations",
+        "model.megatron.tp_comm_*", "model.megatron.cp_comm_type", "model.megatron.*p2p*",
+        "model.megatron.*parallel*", "model.megatron.max_seqlen_*", "model.megatron.num_layers_in_*",
+        "model.megatron.account_for_*", "model.megatron.microbatch_*", "model.megatron.num_microbatches_*",
+        "model.megatron.delay_wgrad_compute", "model.megatron.defer_*", "model.megatron.wgrad_deferral_limit",
+        "model.megatron.deallocate_*", "model.megatron.cuda_graph_*", "model.megatron.clone_scatter_*",
+        "model.megatron.disable_parameter_transpose_cache", "model.megatron.variable_seq_lengths",
+        "model.megatron.deterministic_mode", "model.megatron.batch_invariant_mode", "model.megatron.symmetric_ar_type",
+        "model.megatron.use_cpu_initialization", "model.megatron.perform_initialization",
+        "model.megatron.init_model_with_meta_device",
+    ),
+    "saves, evaluation and logs": (
+        "checkpoints", "evaluation", "logging", "phases.*.checkpoint_every", "sources.*.validation",
+        "sources.*.validation_samples", "precision.compare_every", "model.megatron.log_*", "model.megatron.timers",
+        "model.megatron.barrier_*", "model.megatron.config_logger_dir", "model.megatron.*inference*",
+        "model.megatron.flash_decode", "model.megatron.mlp_chunks_for_prefill", "optimizer.megatron.log_*",
+        "optimizer.megatron.timers", "optimizer.megatron.barrier_*", "optimizer.megatron.config_logger_dir",
+    ),
+    "limits that only refuse": ("phases.*.mixture.*.max_epochs",),
+    "what the vocabulary and the longest sequence are compared by": ("model.vocab_size", "model.context_length"),
+}  # fmt: skip
+"""Keys that may change in a run that has begun, by why; shell patterns, each with all that is below it."""
+
+_DATA = (
+    "seed", "data", "sources.*", "phases.*.steps", "phases.*.tokens", "phases.*.batch_size", "phases.*.sequence_length",
+    "phases.*.mixture", "phases.*.fim_rate", "phases.*.fim_level", "phases.*.cursor", "phases.*.reset_at_eod",
+    "phases.*.within",
+)  # fmt: skip
+_TRAINING = (
+    "initialize_from", "optimizer", "precision", "phases.*.learning_rate", "phases.*.optimizer_state", "model.dropout",
+    "model.attention_dropout", "model.init_std", "model.init_distribution", "model.embedding_init_std",
+    "model.output_init_std", "model.megatron.fp8_*", "model.megatron.fp4*", "model.megatron.qk_clip*",
+    "model.megatron.quant_recipe", "model.megatron.tp_only_amax_red", "model.megatron.enable_autocast",
+    "model.megatron.disable_bf16_reduced_precision_matmul", "model.megatron.activation_func_fp8_input_store",
+)  # fmt: skip
+_FUNCTION = ("model", "tokenizer")
+
+
+def kind_of(key: str) -> Kind | None:
+    """The kind of a dotted key of a recipe (names and numbers of entries as they are, or `*`); None if it has none."""
+
+    def among(patterns: Iterable[str]) -> bool:
+        return any(fnmatchcase(key, pattern) or fnmatchcase(key, pattern + ".*") for pattern in patterns)
+
+    if among(pattern for patterns in FREE.values() for pattern in patterns):
+        return "free"
+    table: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+        ("training", _TRAINING), ("data", _DATA), ("function", _FUNCTION),
+    )  # fmt: skip
+    return next((kind for kind, patterns in table if among(patterns)), None)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A fact of the past that two recipes have differently. `key` is the recipe's; phases by name."""
+
+    key: str
+    before: Any
+    now: Any
+    note: str = ""
+
+    def __str__(self) -> str:
+        before, now = self.before, self.now
+        if isinstance(before, dict) and isinstance(now, dict):  # only what differs of the two
+            before, now = ({k: v for k, v in a.items() if b.get(k) != v} for a, b in ((before, now), (now, before)))
+        return f"{self.key}: {_shown(before)} before, {_shown(now)} now{self.note}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        value = ", ".join(f"{name} = {item}" for name, item in value.items()) or "none"
+    return "not given" if value is None else f"{value:.9g}" if isinstance(value, float) else str(value)[:200]
+
+
+def changed_past(before: Recipe, now: Plan, step: int) -> list[Change]:
+    """Facts of function and training, in the first `step` steps, that the recipe of `now` has otherwise than `before`.
+
+    The batches are `fingerprint`'s to compare, and are taken to be equal here: phases have the same borders up to `step`.
+    """
+    changes = _flat_changes(before, now.recipe, ("function", "training"))
+    changes += _origin(before, now.recipe)
+    for plan in now.phases:
+        if plan.first_step >= step or plan.index >= len(before.phases):
+            break
+        old, new = before.phases[plan.index], now.recipe.phases[plan.index]
+        if old.optimizer_state != new.optimizer_state and plan.first_step:
+            changes.append(Change(f"phases.{new.name}.optimizer_state", old.optimizer_state, new.optimizer_state))
+        changes += _rates(old, new, min(step - plan.first_step, plan.steps), plan.first_step)
+    return changes
+
+
+def changed_function(before: Recipe, now: Recipe) -> list[Change]:
+    """Where a model with the weights of one recipe would compute something else under the other. Tokenizers are not compared."""
+    return _flat_changes(before, now, ("function",))
+
+
+def accepts(keys: Iterable[str], change: Change) -> bool:
+    """Whether one of `keys` names what changed: its key, a section above it, or a key of a schedule that changed."""
+    return any(f"{change.key}.".startswith(f"{key}.") or key.startswith(f"{change.key}.") for key in keys)
+
+
+def check_accepted(keys: Iterable[str]) -> None:
+    """UserError for a key of `--accept-change` that no recipe has, or whose change cannot be accepted."""
+    known = [key.replace("NAME", "*") for key in all_keys()]
+    for key in keys:
+        passed_on = key.rpartition(".")[0] in ("model.megatron", "optimizer.megatron")
+        if not passed_on and not any(
+            fnmatchcase(key, pattern) and key.count(".") == pattern.count(".") for pattern in known
+        ):
+            raise UserError(f"--accept-change {key}: a recipe has no such key{did_you_mean(key, known)}")
+        if kind_of(key) == "free":
+            raise UserError(f"--accept-change {key}: may change freely; leave it out")
+        if kind_of(key) in (None, "data"):
+            raise UserError(
+                f"--accept-change {key}: decides which data the past steps read, and that cannot be changed after them; start "
+                "from the weights with `initialize_from`, or fork the run (`megacode fork`)"
+            )
+
+
+def _flat_changes(before: Recipe, now: Recipe, kinds: tuple[Kind, ...]) -> list[Change]:
+    old, new = _facts(before), _facts(now)
+    return [
+        Change(key, old.get(key), new.get(key))
+        for key in dict.fromkeys([*old, *new])
+        if kind_of(key) in kinds and old.get(key) != new.get(key)
+    ]
+
+
+def _facts(recipe: Recipe) -> dict[str, Any]:
+    """Dotted key -> value of the sections that hold for the whole run, with defaults worked out, without what has no effect."""
+    model = _model_facts(recipe)
+    precision = recipe.precision.model_dump()
+    if recipe.precision.compute != "fp8":
+        precision = {"compute": precision["compute"]}
+    sections = {"model": model, "optimizer": recipe.optimizer.model_dump(), "precision": precision}
+    return {key: value for key, value in _flattened(sections, "") if value is not None}
+
+
+def _model_facts(recipe: Recipe) -> dict[str, Any]:
+    model: Model = recipe.model
+    facts = model.model_dump() | {
+        "kv_heads": model.resolved_kv_heads,
+        "head_dim": model.resolved_head_dim,
+        "ffn_size": model.resolved_ffn_size,
+        "softmax_scale": model.resolved_softmax_scale,
+        "embedding_init_std": model.resolved_embedding_init_std,
+        "output_init_std": model.residual_init_std,
+    }
+    if model.position_embedding != "rotary":
+        facts = {key: value for key, value in facts.items() if not key.startswith("rotary_")}
+    return facts
+
+
+def _flattened(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _flattened(item, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
+
+
+def _origin(before: Recipe, now: Recipe) -> Iterator[Change]:
+    """`initialize_from`, unless it is the same folder or one that was moved."""
+    old, new = before.initialize_from, now.initialize_from
+    moved = bool(old and new) and not (Path(old or "").exists() and Path(new or "").exists())
+    if old != new and not moved and not (old and new and Path(old).samefile(new)):
+        yield Change("initialize_from", old, new)
+
+
+def _rates(old: Phase, new: Phase, steps: int, first_step: int) -> Iterator[Change]:
+    """The first step of a phase whose learning rate differs; `steps` of the phase are past."""
+    if not steps or (old.learning_rate, _rate_place(old)) == (new.learning_rate, _rate_place(new)):
+        return
+    before, now = _rate(old), _rate(new)
+    for step in range(steps):
+        if before(step) != now(step):
+            note = f" in step {first_step + step + 1:,}"
+            if old.learning_rate == new.learning_rate:
+                note += " (it decays over the phase's own steps: state `decay_steps` as it was, or add a phase)"
+            yield Change(f"phases.{new.name}.learning_rate", before(step), now(step), note)
+            return
+
+
+def _rate_place(phase: Phase) -> tuple[int, int]:
+    batch = BatchSizes.of(phase.batch_size).after(phase.placed("batch_size", 0)[0])
+    return phase.placed("learning_rate", phase_steps(phase, batch))
+
+
+def _rate(phase: Phase) -> Callable[[int], float]:
+    first, steps = _rate_place(phase)
+    return lambda step: learning_rate(phase.learning_rate, step + first, steps)

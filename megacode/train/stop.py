@@ -1,0 +1,75 @@
+"""Signals that ask a run to stop: every rank learns of it after the same step, saves, and leaves."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megacode.signals import STOPPING
+
+_ONE_PRESS = 1.0
+"""Seconds in which several SIGINTs are one Ctrl-C: a terminal sends it to every process, and a launcher hands it on."""
+
+
+class StopRequest:
+    """Remembers the first stopping signal (SIGTERM, SIGINT, SIGUSR1) that this process received.
+
+    `agreed()` is collective: after it, all ranks hold the same answer, so they leave the loop after the same step. The
+    exchange is one integer over gloo, whatever the device, so that the device never waits for it; and it goes on during the
+    next step, so that no rank does either, however many there are.
+    """
+
+    def __init__(self) -> None:
+        self.received: int = 0
+        self._when = 0.0
+        self._group = torch.distributed.new_group(backend="gloo")
+        self._alone = torch.distributed.get_world_size() == 1
+        self._exchange: tuple[Tensor, Any] | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in STOPPING:
+            self._previous[number] = signal.signal(number, self._remember)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # one may have come while the run started
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        # What was asked for is done: a time limit's warning that comes late must not make a failure of it.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        if error is None:  # every rank comes here; after an error others may not, and waiting would be for ever
+            self._finish()
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.received:
+            self._when = now
+        elif number == signal.SIGINT and now - self._when > _ONE_PRESS:
+            raise KeyboardInterrupt  # a second Ctrl-C means now
+        self.received = number
+
+    def agreed(self) -> int:
+        """The largest signal number that any rank had received when `agreed` was called the time before (of a process alone:
+        by now); 0 if none had."""
+        if self._alone:
+            return self.received
+        answer = self._finish()
+        flag = torch.tensor([self.received], dtype=torch.int32)
+        work = torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        self._exchange = flag, work
+        return answer
+
+    def _finish(self) -> int:
+        if self._exchange is None:
+            return 0
+        (flag, work), self._exchange = self._exchange, None
+        work.wait()
+        return int(flag.numpy()[0])

@@ -28,9 +28,8 @@ from megatron_data import PlainTokenizer, build_blend, machine_line
 
 from megacode.data.indexed import TokenFile, token_dtype, write_index
 from megacode.data.loader import StepReader
-from megacode.data.mixture import Mixture
+from megacode.data.mixture import open_mixture
 from megacode.data.planning import plan_with_data
-from megacode.data.source import open_sources
 from megacode.recipe import schema
 from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megacode.tokenizer.training import train_tokenizer
@@ -71,7 +70,7 @@ def ours(corpus: Path, tokenizer: Tokenizer, sequence_length: int, rate: float, 
         }
     )  # fmt: skip
     plan = plan_with_data(recipe)
-    reader = StepReader(Mixture(plan, open_sources(plan)), micro_batch_size=MICRO_BATCH, tokenizer=tokenizer)
+    reader = StepReader(open_mixture(plan), micro_batch_size=MICRO_BATCH, tokenizer=tokenizer)
     steps = count()
 
     def read() -> int:

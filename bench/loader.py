@@ -48,8 +48,8 @@ def reader(
 ) -> Any:
     """A StepReader over the sources: what the loader's thread calls."""
     from megacode.data.loader import StepReader
-    from megacode.data.mixture import Mixture
-    from megacode.data.source import open_sources, token_counts
+    from megacode.data.mixture import open_mixture
+    from megacode.data.source import token_counts
     from megacode.plan.plan import make_plan
     from megacode.recipe.schema import LearningRate, Model, Phase, Recipe, Source
     from megacode.recipe.schema import Mixture as MixtureSection
@@ -65,7 +65,7 @@ def reader(
         ],
     )  # fmt: skip
     plan = make_plan(recipe, token_counts(recipe))
-    return StepReader(Mixture(plan, open_sources(plan)), micro_batch_size=batch, tokenizer=tokenizer)
+    return StepReader(open_mixture(plan), micro_batch_size=batch, tokenizer=tokenizer)
 
 
 def megatron(folder: Path, length: int, samples: int, vocab: int) -> Any:

@@ -64,8 +64,8 @@ def write_dataset(prefix: Path, tokens: int, whole: bool) -> None:
 
 
 def measure_ours(folder: Path, tokens: int) -> dict[str, float]:
-    from megacode.data.mixture import Mixture
-    from megacode.data.source import open_sources, token_counts
+    from megacode.data.mixture import open_mixture
+    from megacode.data.source import token_counts
     from megacode.plan.plan import make_plan
     from megacode.recipe.schema import LearningRate, Model, Phase, Recipe, Source
     from megacode.recipe.schema import Mixture as MixtureSection
@@ -83,7 +83,7 @@ def measure_ours(folder: Path, tokens: int) -> dict[str, float]:
     )  # fmt: skip
     before, started = resident(), time.perf_counter()
     plan = make_plan(recipe, token_counts(recipe))
-    mixture = Mixture(plan, open_sources(plan))
+    mixture = open_mixture(plan)
     first, last = mixture.step(0), mixture.step(plan.total_steps - 1)
     assert len(first) == len(last) == BATCH
     return {"seconds": time.perf_counter() - started, "memory": resident() - before}

@@ -54,13 +54,12 @@ def settings(width: int, side: str, rate: float, steps: int) -> list[str]:
 def train(width: int, side: str, rate: float, steps: int, look: Callable[[Any], None] | None = None) -> Iterator[float]:
     """Loss of each step. `look` sees the model once, before the first."""
     from megacode.data.loader import StepReader
-    from megacode.data.mixture import Mixture
+    from megacode.data.mixture import open_mixture
     from megacode.data.planning import plan_with_data
-    from megacode.data.source import open_sources
     from megacode.megatron.config import transformer_config
     from megacode.megatron.distributed import current_world
     from megacode.megatron.model import build_model
-    from megacode.megatron.optimizer import build_optimizer, set_rates, wrap_data_parallel
+    from megacode.megatron.optimizer import build_optimizer, set_lr, wrap_data_parallel
     from megacode.megatron.step import prepare_model_for_training, train_step
     from megacode.recipe.load import load_recipe
     from megacode.tokenizer.tokenizer import load_tokenizer
@@ -68,7 +67,7 @@ def train(width: int, side: str, rate: float, steps: int, look: Callable[[Any], 
     recipe = load_recipe(RECIPE, settings(width, side, rate, steps))
     plan, world = plan_with_data(recipe), current_world()
     tokenizer = load_tokenizer(recipe.tokenizer)
-    reader = StepReader(Mixture(plan, open_sources(plan)), tokenizer=tokenizer)
+    reader = StepReader(open_mixture(plan), tokenizer=tokenizer)
     config = transformer_config(recipe)
     chunks = wrap_data_parallel(recipe, config, build_model(recipe, tokenizer.vocab_size, config), 1)
     optimizer = build_optimizer(recipe, chunks)
@@ -76,7 +75,7 @@ def train(width: int, side: str, rate: float, steps: int, look: Callable[[Any], 
     if look:
         look(chunks[0].module)
     for step in range(steps):
-        set_rates(optimizer, plan.learning_rate(step), recipe.optimizer.weight_decay)
+        set_lr(optimizer, plan.learning_rate(step), recipe.optimizer.weight_decay)
         batch = reader.read(step)
         sums, _ = train_step(chunks, optimizer, batch.micro_batches, len(plan.phases[0].streams), recipe, world)
         yield float(sums[0].sum() / sums[1].sum())

@@ -24,12 +24,11 @@ import numpy as np
 
 from megacode.data.indexed import write_index
 from megacode.data.loader import StepReader
-from megacode.data.mixture import Mixture
+from megacode.data.mixture import open_mixture
 from megacode.data.pack_index import index_path, open_pack_index
 from megacode.data.packing_losses import packing_losses
 from megacode.data.planning import plan_with_data
 from megacode.data.shard import open_shard
-from megacode.data.source import open_sources
 from megacode.recipe.schema import Recipe
 from megacode.recipe.section import parse_count
 
@@ -91,7 +90,7 @@ def reading(prefix: Path, length: int, repeats: int) -> dict[str, float]:
     sides = {}
     for packing in ("concatenate", "best_fit"):
         plan = plan_with_data(recipe_of(prefix, length, packing))
-        sides[packing] = (StepReader(Mixture(plan, open_sources(plan)), micro_batch_size=BATCH), count())
+        sides[packing] = (StepReader(open_mixture(plan), micro_batch_size=BATCH), count())
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(repeats + 1):
         for name, (reader, steps) in sides.items():

@@ -38,15 +38,15 @@ def ours(recipe: str, changes: list[str], run: Path) -> list[float]:
 
 def prepare(recipe_path: str, changes: list[str], folder: Path) -> None:
     """Write the batches of the recipe's first phase and what the bare side needs to know of the model."""
-    from megacode.data.mixture import Mixture
-    from megacode.data.source import open_sources, token_counts
+    from megacode.data.mixture import open_mixture
+    from megacode.data.source import token_counts
     from megacode.plan.plan import make_plan
     from megacode.recipe.load import load_recipe
     from megacode.tokenizer.tokenizer import load_tokenizer
 
     recipe = load_recipe(recipe_path, changes)
     plan = make_plan(recipe, token_counts(recipe))
-    mixture = Mixture(plan, open_sources(plan))
+    mixture = open_mixture(plan)
     windows = []
     for step in range(plan.phases[0].steps):
         samples = mixture.step(step)

@@ -12,5 +12,5 @@ from megacode.megatron import cpu
 cpu.quiet()
 cpu.install()
 importlib.import_module("megacode.cli.train")
-importlib.import_module("megacode.train.loop")
+importlib.import_module("megacode.train.trainer")
 torch.set_num_threads(1)

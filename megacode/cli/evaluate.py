@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megacode.recipe.schema import Recipe
 
 EXAMPLE = """examples:
   megacode evaluate runs/crystal-tiny
@@ -111,7 +115,9 @@ def _run_harness(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_table(recipe, info, losses, domains) -> None:  # type: ignore[no-untyped-def]
+def _print_table(
+    recipe: Recipe, info: dict[str, Any], losses: dict[str, tuple[float, int]], domains: dict[str, float]
+) -> None:
     import math
 
     from rich.table import Table

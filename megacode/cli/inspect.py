@@ -278,8 +278,8 @@ def _document(dataset: inspect.Dataset, number: int, tokenizer: Tokenizer | None
     if tokenizer is None:
         ids = inspect.read_tokens(shard, first, min(tokens, limit)).tolist()
         shown = int(np.searchsorted(np.cumsum([1 + len(str(token)) for token in ids]), limit + 1, side="right"))
-        left = f"{tokens - shown:,} of {tokens:,} ids left out" if shown < tokens else ""
-        return {**out, "ids": ids[:shown], "pieces": [("text", " ".join(map(str, ids[:shown])))], "left out": left}
+        rest = f"{tokens - shown:,} of {tokens:,} ids left out" if shown < tokens else ""
+        return {**out, "ids": ids[:shown], "pieces": [("text", " ".join(map(str, ids[:shown])))], "left out": rest}
     read = min(tokens, max(_READ, limit))
     while True:
         pieces = list(inspect.pieces_of_text(tokenizer, inspect.read_tokens(shard, first, read).tolist()))

@@ -7,8 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from megacode import __version__
 from megacode.errors import UserError
+from megacode.version import __version__
 
 # verb -> (module with add_arguments, run and EXAMPLE; one line of help)
 VERBS: dict[str, tuple[str, str]] = {
@@ -17,7 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "inspect": ("megacode.cli.inspect", "what is in a dataset, and whether it is whole"),
     "tokenizer": ("megacode.cli.tokenizer", "train a SentencePiece tokenizer"),
     "train": ("megacode.cli.train", "train a recipe, or go on with a run"),
-    "fork": ("megacode.run.fork", "a new run that shares another's first steps"),
+    "fork": ("megacode.cli.fork", "a new run that shares another's first steps"),
     "evaluate": ("megacode.cli.evaluate", "validation loss of a checkpoint, by source and domain"),
     "generate": ("megacode.cli.generate", "continue a prompt with a checkpoint"),
     "export": ("megacode.cli.export", "a checkpoint as a Hugging Face folder"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megacode.errors import UserError
+
+if TYPE_CHECKING:
+    from megacode.data.trace import Trace
 
 EXAMPLE = """examples:
   megacode trace runs/crystal-tiny --step 240               # the documents of the batch, and where they come from
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if facts.get("equal") is False else 0
 
 
-def _checked(trace, run: Path, step: int) -> dict[str, Any]:  # type: ignore[no-untyped-def]  # Trace, imported lazily
+def _checked(trace: Trace, run: Path, step: int) -> dict[str, Any]:
     from megacode.data.trace import recorded_digest
 
     recorded = recorded_digest(run, step)

@@ -8,11 +8,15 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megacode.errors import UserError
 from megacode.launch import STOPPED, Rendezvous, launch
 from megacode.run.profile_steps import ProfileSteps
 from megacode.signals import forget, held_back
+
+if TYPE_CHECKING:
+    from megacode.plan.plan import Plan
 
 EXAMPLE = """examples:
   megacode train recipes/crystal-tiny.yaml --processes 2
@@ -150,88 +154,30 @@ def _launch(args: argparse.Namespace, folder: Path, among: Rendezvous | None) ->
     return launch(arguments, args.processes, among=among)
 
 
-def _train(  # type: ignore[no-untyped-def]  # Plan
-    plan, folder: Path, restart: bool, until: int, logs: Path | None, profile: ProfileSteps | None, accept: list[str]
+def _train(
+    plan: Plan, folder: Path, restart: bool, end_step: int, logs: Path | None, profile: ProfileSteps | None, accept: list[str]
 ) -> int:
-    import torch
-
     from megacode.megatron import cpu
 
-    cpu.quiet()
-    if not torch.cuda.is_available():
-        cpu.install()
-    from megacode import lock
-    from megacode.megatron.distributed import initialize, read_launch, shutdown
-    from megacode.recipe.checks import check_layout
+    cpu.prepare()
+    from megacode.megatron.distributed import read_launch
+    from megacode.train.trainer import Trainer
 
-    recipe = plan.recipe
-    place = read_launch()
-    check_layout(recipe, place.world_size)
-    if profile:
-        profile.check(0, until, place.world_size)
-    held = lock.take(folder) if place.rank == 0 else None
+    launch = read_launch()
     try:
-        if restart and held:
-            _put_aside(folder)
-        world = initialize(recipe.parallel, recipe.seed, place, bool(recipe.fusion.cuda_graphs))
-        from megacode.data.packing_losses import packing_line, packing_losses
-        from megacode.data.tokenizer_check import unknown_makers
-        from megacode.tokenizer.tokenizer import load_tokenizer
-        from megacode.train.loop import train
-
-        tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
-        if world.is_main:
-            print(packing_line(packing_losses(plan)), flush=True)
-            if note := unknown_makers(recipe):
-                print(note, flush=True)
-        vocabulary = vocab_size(recipe, tokenizer)
-        may_write = held.check if held else lambda: None
-        code = train(plan, folder, world, tokenizer, vocabulary, until, may_write, profile, accept)
+        if profile:
+            profile.check(0, end_step, launch.world_size)
+        with Trainer(plan, folder, restart=restart, accept_changes=accept) as trainer:
+            stopped_by = trainer.train(end_step, profile)
     except UserError as error:
         # Peers may wait in a collective for this rank, so it leaves without the usual goodbyes.
         # The main rank's exit ends the others while they wait; a mistake that only they see is told by them.
-        if place.rank:
+        if launch.rank:
             time.sleep(3)
-        _tell(logs, error, place.rank)
-        if held:
-            held.release()
+        _tell(logs, error, launch.rank)
         os._exit(2)
-    finally:
-        if not sys.exc_info()[0]:
-            shutdown()
-        if held:
-            held.release()
-    if code != STOPPED:
-        return code
-    if place.rank:
-        return 0  # one rank says it
+    if not stopped_by or launch.rank:
+        return 0  # of a stop one rank says it
     if "SLURM_STEP_ID" in os.environ:
         time.sleep(3)  # srun ends the other tasks as soon as one leaves with a code, so this one leaves last
     return STOPPED
-
-
-def _put_aside(folder: Path) -> None:
-    from megacode.run.folder import start_over
-
-    aside = start_over(folder)
-    if aside:
-        print(f"starting over; the earlier run is kept as {aside}")
-
-
-def vocab_size(recipe, tokenizer) -> int:  # type: ignore[no-untyped-def]
-    """The tokenizer's vocabulary, which a stated `model.vocab_size` must equal; or the stated one without a tokenizer.
-
-    Raises:
-        UserError: they differ, or neither is there.
-    """
-    stated = recipe.model.vocab_size
-    if tokenizer is None:
-        if stated is None:
-            raise UserError("tokenizer: the recipe names none and model.vocab_size is not given; give one of the two")
-        return stated
-    if stated is not None and stated != tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size: is {stated}, and the tokenizer {recipe.tokenizer.path} has {tokenizer.vocab_size}; remove the "
-            "key or give that number"
-        )
-    return tokenizer.vocab_size

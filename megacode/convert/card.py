@@ -13,7 +13,6 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from megacode import __version__
 from megacode.errors import UserError
 from megacode.files import replace_file, write_text
 from megacode.plan.estimate import parameter_count
@@ -23,6 +22,7 @@ from megacode.report.drawing import draw_png
 from megacode.report.run_data import Run, Series, read_run
 from megacode.run.checkpoints import read_info
 from megacode.terminal import count
+from megacode.version import __version__
 
 _WINDOW = 100
 """Steps whose training losses are averaged."""

@@ -103,7 +103,7 @@ class CheckpointReader:
                 tensor = _numbers(part, torch.Size(chunk.sizes), dtype, scratch or Scratch())
                 if tensor is None:
                     part.seek(0)
-                    tensor = torch.load(part, map_location="cpu", weights_only=True)
+                    tensor = torch.load(io.BufferedReader(part), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: {name} cannot be read, the file is damaged or cut short; {_EXPECTED}") from error
         if tuple(tensor.shape) != tuple(chunk.sizes):
@@ -150,7 +150,8 @@ class _Part(io.RawIOBase):
     """`length` bytes of a file, from `offset` on, as a file of its own."""
 
     def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
-        self._file, self._offset, self._length, self._at = file.raw, offset, length, 0
+        self._file: Any = file.raw
+        self._offset, self._length, self._at = offset, length, 0
 
     def readable(self) -> bool:
         return True

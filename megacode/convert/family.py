@@ -299,7 +299,7 @@ def with_biases(key: str, form: Form, names: tuple[str, ...], bias: bool) -> lis
 
 def norm_rows(model: Model, key: str, name: str) -> list[tuple[str, Form, tuple[str, ...]]]:
     """Rows for a norm that Megatron-Core's checkpoints name after the linear layer behind it."""
-    rows = [(f"{key}.layer_norm_weight", SAME, (f"{name}.weight",))]
+    rows: list[tuple[str, Form, tuple[str, ...]]] = [(f"{key}.layer_norm_weight", SAME, (f"{name}.weight",))]
     if model.normalization == "layernorm":
         rows.append((f"{key}.layer_norm_bias", SAME, (f"{name}.bias",)))
     return rows

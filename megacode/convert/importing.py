@@ -22,7 +22,7 @@ from megacode.convert.safetensors_files import TYPES, HuggingFaceWeights, overfl
 from megacode.errors import UserError
 from megacode.recipe.checks import check_recipe
 from megacode.recipe.load import dump_recipe
-from megacode.recipe.schema import LearningRate, Mixture, Model, Phase, Recipe, Source, Tokenizer
+from megacode.recipe.schema import LearningRate, Mixture, Model, Phase, Precision, Recipe, Source, Tokenizer
 from megacode.run.checkpoints import INFO
 from megacode.tokenizer.tokenizer import load_tokenizer
 
@@ -180,6 +180,7 @@ def starting_recipe(found: Found, tokenizer: Tokenizer | None, dtype: torch.dtyp
     """Continued pre-training on a corpus to be named: what one extends."""
     length = min(found.model.context_length or 2048, 4096)
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", found.folder.resolve().name).lstrip("_.-") or "imported"
+    mixture = Mixture.model_validate({"sources": {"corpus": 1.0}})
     return Recipe(
         name=name,
         description=f"continued pre-training of {name}",
@@ -188,9 +189,9 @@ def starting_recipe(found: Found, tokenizer: Tokenizer | None, dtype: torch.dtyp
         sources={"corpus": Source(path="data/corpus", tokens=1_000_000_000)},
         phases=[
             Phase(
-                name="continue", steps=1000, batch_size=64, sequence_length=length, mixture=Mixture(sources={"corpus": 1.0}),
+                name="continue", steps=1000, batch_size=64, sequence_length=length, mixture=mixture,
                 learning_rate=LearningRate(schedule="cosine", peak=2e-5, final=2e-6, warmup=50),
             )
         ],
-        precision="fp32" if dtype == torch.float32 else "bf16",
+        precision=Precision(compute="fp32" if dtype == torch.float32 else "bf16"),
     )  # fmt: skip

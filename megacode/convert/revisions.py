@@ -179,9 +179,8 @@ def _missing(folder: Path, about: dict[str, Any]) -> str | None:
     if not (folder / SUMS).is_file():
         return f"made again: {SUMS} was missing"
     try:
-        listed = dict(
-            reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        )
+        lines = (line.split("  ", 1) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines())
+        listed = {name: digest for digest, name in lines}
     except ValueError:
         return f"made again: {SUMS} could not be read"
     for name, digest in listed.items():

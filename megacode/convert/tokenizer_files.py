@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megacode.convert.kept import copy_companions, tokenizer_settings
+from megacode.convert.kept import IDS, copy_companions, tokenizer_settings
 from megacode.convert.tokenizer_json import tokenizer_json
 from megacode.errors import UserError
 from megacode.files import replace_file, write_json
@@ -51,9 +51,9 @@ SAMPLE: tuple[str, ...] = (
 
 def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     """`bos_token_id`, `eos_token_id`, `pad_token_id` for config.json; None where there is none."""
-    base = tokenizer.base if tokenizer else None
-    ids = {"bos": base and base.bos_id, "eos": base and base.eod_id, "pad": base and base.pad_id}
-    return {f"{key}_token_id": token for key, token in ids.items()}
+    if tokenizer is None:
+        return dict.fromkeys(IDS)
+    return dict(zip(IDS, (tokenizer.base.bos_id, tokenizer.base.eod_id, tokenizer.pad_id), strict=True))
 
 
 def write_tokenizer(section: schema.Tokenizer, folder: Path, vocab_size: int) -> None:

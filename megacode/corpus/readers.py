@@ -369,7 +369,7 @@ class BrokenStream(Exception):
     """A compressed stream that ends early or is damaged."""
 
 
-def decompressed(disk: BinaryIO, compression: str | None) -> BinaryIO:
+def decompressed(disk: BinaryIO, compression: str | None) -> io.BufferedReader:
     """The contents of an open file. Reading raises BrokenStream where they are damaged."""
     return io.BufferedReader(_Frames(disk, compression), 1 << 20) if compression else disk  # type: ignore[return-value]
 
@@ -382,7 +382,10 @@ class _Frames(io.RawIOBase):
     """
 
     def __init__(self, disk: BinaryIO, compression: str) -> None:
-        self._disk, self._frame, self._ready = disk, None, memoryview(b"")
+        self._disk, self._ready = disk, memoryview(b"")
+        self._frame: Any = None
+        self._new: Callable[[], Any]
+        self._error: type[Exception]
         self._padding = b""
         if compression == "gz":
             self._new, self._error = (lambda: zlib.decompressobj(wbits=31)), zlib.error

@@ -229,7 +229,7 @@ class _Segments:
 
     def update(self, piece: NDArray[Any]) -> None:
         """Hash the tokens that follow those of the last call."""
-        data = memoryview(piece).cast("B")
+        data = memoryview(piece.data).cast("B")
         while len(data):
             if not self.left:
                 size, self.wanted = next(self.expected, (0, ""))
@@ -286,7 +286,7 @@ def _pieces(shard: Shard) -> Iterator[tuple[int, NDArray[Any]]]:
         with open(shard.bin_path, "rb", buffering=0) as file:
             for start, stop in chunks(shard.tokens, CHUNK):
                 piece = buffer[: stop - start]
-                rest = memoryview(piece).cast("B")
+                rest = memoryview(piece.data).cast("B")
                 while len(rest):
                     got = file.readinto(rest)
                     if not got:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megacode.data.batch import Batch, make_batch
-from megacode.data.mixture import Mixture, StepSamples
+from megacode.data.mixture import OpenMixture, StepSamples
 from megacode.data.prefetch import Prefetch
 from megacode.data.sample_tokens import SampleReader, check_ids
 from megacode.data.source import TokenSource
@@ -40,7 +40,7 @@ class StepReader:
 
     def __init__(
         self,
-        mixture: Mixture,
+        mixture: OpenMixture,
         *,
         rank: int = 0,
         world: int = 1,
@@ -101,7 +101,7 @@ class StepReader:
 
 
 def batches(
-    mixture: Mixture,
+    mixture: OpenMixture,
     *,
     rank: int = 0,
     world: int = 1,

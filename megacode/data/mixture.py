@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megacode.data.permute import make_key, permute, uniform_bits
-from megacode.data.source import Document, DocumentPart, TokenSource
+from megacode.data.source import Document, DocumentPart, TokenSource, open_sources
 from megacode.errors import UserError
 from megacode.plan.plan import PhasePlan, Plan, StreamPlan
 
@@ -88,7 +88,7 @@ class _Streams:
         self.first_window = np.array([s.first_window for s in phase.streams], dtype=np.int64)
 
 
-class Mixture:
+class OpenMixture:
     """The data order of a plan over open sources (by name). UserError if a source is not as long as the plan says."""
 
     def __init__(self, plan: Plan, sources: Mapping[str, TokenSource]) -> None:
@@ -157,6 +157,11 @@ def _positions(positions: slice | ArrayLike | None, size: int) -> Int64s:
     if len(places) and not (places.min() >= 0 and places.max() < size):
         raise IndexError(f"positions outside the step's batch of {size} were asked for")
     return places
+
+
+def open_mixture(plan: Plan) -> OpenMixture:
+    """The data order of a plan over its sources. UserError if one is not there, or is not what the plan counted."""
+    return OpenMixture(plan, open_sources(plan))
 
 
 def _check(stream: StreamPlan, sources: Mapping[str, TokenSource]) -> None:

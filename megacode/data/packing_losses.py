@@ -112,7 +112,8 @@ def packing_line(losses: Sequence[PackingLosses]) -> str:
 
     def mean(values: Sequence[float]) -> str:
         shares = (value * one.documents for value, one in zip(values, losses, strict=True))
-        return f"{100 * sum(shares) / total:.2g} %"
+        share = 100 * sum(shares) / total
+        return f"{share:.0f} %" if share >= 10 else f"{share:.2g} %"
 
     ways = {
         "concatenate": f"cuts {mean([one.cut['concatenate'] for one in losses])} of the documents",

@@ -79,7 +79,7 @@ def _put(ready: queue.Queue[object], item: object, stop: threading.Event) -> boo
     return False
 
 
-def _drain(ready: queue.Queue[object]) -> Iterator[T]:  # type: ignore[type-var]
+def _drain(ready: queue.Queue[object]) -> Iterator[T]:
     while (item := ready.get()) is not _END:
         if isinstance(item, _Failure):
             raise item.error

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from megacode.data.fim import Fim, make_fim, rearrange
 from megacode.data.fim_document import rearrange_documents
-from megacode.data.mixture import Mixture, StepSamples, sample_parts, stream_key
+from megacode.data.mixture import OpenMixture, StepSamples, sample_parts, stream_key
 from megacode.data.permute import uniform_bits
 from megacode.data.source import Document, TokenSource
 from megacode.errors import UserError
@@ -29,7 +29,7 @@ class SampleReader:
         keys, rates: of fill-in-the-middle, for each phase uint64 [streams] and float64 [streams].
     """
 
-    mixture: Mixture
+    mixture: OpenMixture
     vocab_size: int | None
     pad: int
     fim: Fim | None
@@ -37,7 +37,7 @@ class SampleReader:
     rates: tuple[NDArray[np.float64], ...]
 
     @classmethod
-    def open(cls, mixture: Mixture, tokenizer: Any) -> SampleReader:
+    def open(cls, mixture: OpenMixture, tokenizer: Any) -> SampleReader:
         """UserError if fill-in-the-middle is asked for and there is no tokenizer, or one without its tokens."""
         recipe, phases = mixture.plan.recipe, mixture.plan.phases
         settings = None

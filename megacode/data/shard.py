@@ -119,10 +119,10 @@ def open_shard(prefix: Path, label: str = "dataset") -> Shard:
             file.seek(_HEADER.size + 4 * sequences + 8 * (sequences - 1))
             (offset,) = struct.unpack("<q", file.read(8))
             end = offset + length * dtype.itemsize
-    found = data.stat().st_size
-    if found != end:
+    there = data.stat().st_size
+    if there != end:
         raise UserError(
-            f"{label}: {data} has {found:,} bytes where its index says {end:,}: one of the two is from another run or "
+            f"{label}: {data} has {there:,} bytes where its index says {end:,}: one of the two is from another run or "
             "cut short; tokenize the source again"
         )
     return Shard(prefix, dtype, end // dtype.itemsize, sequences, boundaries)

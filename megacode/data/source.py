@@ -156,9 +156,9 @@ class TokenSource:
         path = self.shards[shard].bin_path
         try:
             file = self._file(shard)
-            got = os.preadv(file, (out,), offset)
+            got = os.preadv(file, (out.data,), offset)
             while 0 < got < out.nbytes:
-                more = os.preadv(file, (memoryview(out).cast("B")[got:],), offset + got)
+                more = os.preadv(file, (memoryview(out.data).cast("B")[got:],), offset + got)
                 got = got + more if more else 0
         except OSError as error:
             raise UserError(f"sources.{self.name}: cannot read {path}: {error.strerror or error}") from error

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from megacode.data.loader import StepReader
-from megacode.data.mixture import Mixture, SampleOrigin
+from megacode.data.mixture import OpenMixture, SampleOrigin, open_mixture
 from megacode.data.planning import plan_with_data
 from megacode.data.records import InputRecords, read_records
-from megacode.data.source import DocumentPart, open_sources
+from megacode.data.source import DocumentPart
 from megacode.errors import UserError
 from megacode.plan.plan import PhasePlan
 from megacode.recipe.load import load_recipe
@@ -28,7 +28,7 @@ SHOWN = 32
 class Trace:
     """One step of a run. `step` is the run's, 0 for the first; people count from 1, as metrics.jsonl does."""
 
-    mixture: Mixture
+    mixture: OpenMixture
     step: int
     tokenizer: Tokenizer | None
 
@@ -79,7 +79,7 @@ def open_trace(run_or_recipe: Path, step: int, overrides: tuple[str, ...] = ()) 
     if not 1 <= step <= plan.total_steps:
         raise UserError(f"--step {step}: the run has steps 1 to {plan.total_steps:,}")
     tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
-    return Trace(Mixture(plan, open_sources(plan)), step - 1, tokenizer)
+    return Trace(open_mixture(plan), step - 1, tokenizer)
 
 
 def recorded_digest(run: Path, step: int) -> str | None:

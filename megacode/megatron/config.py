@@ -52,7 +52,7 @@ def transformer_config(recipe: Recipe, hardware: Hardware | None = None, data_si
 
 def _with_members(given: Mapping[str, Any]) -> dict[str, Any]:
     """`model.megatron` with members of enumerations for their names: Megatron-Core would take a name for none of them."""
-    defaults = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
     return {
         name: type(defaults[name])[value] if isinstance(defaults.get(name), Enum) and isinstance(value, str) else value
         for name, value in given.items()
@@ -199,7 +199,7 @@ def _normal(std: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda tensor: torch.nn.init.normal_(tensor, mean=0.0, std=std)
 
 
-def _known(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
+def _known(kind: Any, fields: dict[str, Any]) -> dict[str, Any]:
     """`fields` without those that the installed version does not have and that say nothing (are off)."""
     there = kind.__dataclass_fields__
     return {name: value for name, value in fields.items() if name in there or value not in (False, None)}

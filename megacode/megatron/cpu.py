@@ -76,9 +76,13 @@ def _redirect_tensors() -> None:
         # Optimizers compare the name of a parameter's type with CUDA's.
         return _CUDA_TYPE_NAMES.get(answer, answer) if isinstance(answer, str) else answer
 
-    torch.Tensor.to, torch.Tensor.type = tensor_to, tensor_type
-    torch.Tensor.cuda = lambda self, *_, **__: self
-    torch.nn.Module.cuda = lambda self, *_, **__: self
+    for kind, name, function in (
+        (torch.Tensor, "to", tensor_to),
+        (torch.Tensor, "type", tensor_type),
+        (torch.Tensor, "cuda", lambda self, *_, **__: self),
+        (torch.nn.Module, "cuda", lambda self, *_, **__: self),
+    ):
+        setattr(kind, name, function)
 
 
 class _Inert:
@@ -113,6 +117,13 @@ def installed() -> bool:
 
 def _current_device() -> torch.device:
     return _CPU
+
+
+def prepare() -> None:
+    """What a process does before it imports Megatron-Core: quiet logs, and without a device the CPU in its place."""
+    quiet()
+    if not torch.cuda.is_available():
+        install()
 
 
 def install() -> None:
@@ -164,7 +175,8 @@ def install() -> None:
     for package in ("transformer_engine", "apex"):
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # None makes an import of it fail
     # Megatron-Core wraps its fused functions in torch.compile at import; a machine without CUDA may have no compiler.
-    torch.compile = lambda model=None, **_: model if model is not None else (lambda function: function)
+    uncompiled: Any = lambda model=None, **_: model if model is not None else (lambda function: function)  # noqa: E731
+    torch.compile = uncompiled
     _redirect_tensors()
 
 

@@ -210,7 +210,7 @@ def initialize(parallel: Parallel, seed: int, launch: Launch | None = None, cuda
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timedelta(minutes=parallel.timeout_minutes),
-        **({"device_id": device} if cuda else {}),
+        device_id=device if cuda else None,
     )
 
     from megatron.core import parallel_state, tensor_parallel

@@ -48,9 +48,7 @@ def open_for_inference(checkpoint: Path) -> tuple[Any, Any, Any]:
     """
     from megacode.megatron import cpu
 
-    cpu.quiet()
-    if not torch.cuda.is_available():
-        cpu.install()
+    cpu.prepare()
     from megacode.launch import free_port
     from megacode.megatron.checkpoint import find_checkpoint, load_checkpoint
     from megacode.megatron.distributed import Launch, initialize

@@ -23,11 +23,11 @@ class Norm(nn.Module):
         start = torch.zeros if self.zero_centered else torch.ones
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = nn.Parameter(start(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.bias: nn.Parameter | None = None
         if not self.rms:
             self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device=device))
-            self.bias.sequence_parallel = config.sequence_parallel
+            self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight + 1 if self.zero_centered else self.weight

@@ -128,7 +128,7 @@ def optimizer_fields(recipe: Recipe, overlap_param_gather: bool) -> dict[str, An
 def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> Any:
     """Megatron-Core's optimizer (FusedAdam of Transformer Engine, else of Apex, else torch's AdamW) with the recipe's groups.
 
-    Every parameter group carries `lr_mult` and `wd_mult`; `set_rates` turns them into rates.
+    Every parameter group carries `lr_mult` and `wd_mult`; `set_lr` turns them into rates.
 
     Raises:
         UserError: a group that matches no parameter on any rank, or an `optimizer.megatron` field that is refused.
@@ -216,7 +216,7 @@ def _refuse_idle_groups(settings: Optimizer, names: Iterable[str]) -> None:
             )
 
 
-def set_rates(optimizer: Any, rate: float, weight_decay: float) -> None:
+def set_lr(optimizer: Any, rate: float, weight_decay: float) -> None:
     """Rate and weight decay of this step, times each group's multipliers."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_mult", 1.0)
@@ -236,7 +236,7 @@ def adam_of(optimizer: Any) -> str:
     return " and ".join(sorted(homes.get(kind.__module__.split(".")[0], "torch's AdamW") for kind in kinds))
 
 
-def forget_state(optimizer: Any) -> None:
+def reset_optimizer_state(optimizer: Any) -> None:
     """Adam's moments and step counts as on the first step; weights, master weights and groups stay."""
     for inner in inner_optimizers(optimizer):
         for state in inner.state.values():

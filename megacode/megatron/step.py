@@ -225,7 +225,7 @@ def without_fp8(chunks: Sequence[Any]) -> Iterator[None]:
 def train_step(
     chunks: Sequence[Any], optimizer: Any, micro_batches: Sequence[Batch], streams: int, recipe: Recipe, world: World
 ) -> tuple[Tensor, float | None]:
-    """Forward, backward, clip, update. Rates are set beforehand (`optimizer.set_rates`).
+    """Forward, backward, clip, update. Rates are set beforehand (`optimizer.set_lr`).
 
     Returns:
         (sums as of `forward_backward`, global gradient norm before clipping: the same on all ranks). The norm is None where

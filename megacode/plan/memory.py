@@ -128,7 +128,7 @@ def _activations(recipe: Recipe, model: Model, vocab_size: int, length: int, sta
             per_stage = recomputed * kept + (layers - recomputed) * (layer + scores) + layer + scores
     else:
         per_stage = layers * layer
-    in_flight = stages - stage
+    in_flight = float(stages - stage)
     if parallel.virtual_pipeline:
         in_flight += (stages - 1) / parallel.virtual_pipeline  # section 4.2.3 of the paper
     total = per_stage * tokens * in_flight

@@ -48,14 +48,14 @@ class _Corpus:
     path: Path
     limit: int
     """Bytes of text."""
-    bytes: int = 0
+    size: int = 0
     by_origin: dict[str, list[int]] = field(default_factory=dict)
     """Origin -> [documents, bytes]."""
     seen: set[bytes] = field(default_factory=set)
 
     @property
     def full(self) -> bool:
-        return self.bytes >= self.limit
+        return self.size >= self.limit
 
     def new(self, text: str) -> bool:
         """Whether this text (a document, a paragraph) is the first of its kind."""
@@ -68,7 +68,7 @@ class _Corpus:
         counts = self.by_origin.setdefault(origin, [0, 0])
         counts[0] += 1
         counts[1] += size
-        self.bytes += size
+        self.size += size
         return (json.dumps({"text": text, "origin": origin, "path": name}) + "\n").encode()
 
 
@@ -102,8 +102,8 @@ def gather(
             with replace_file(corpus.path) as out:
                 for line in documents:
                     out.write(line)
-                    bar.update(task, completed=min(corpus.bytes, corpus.limit) / 1e6)
-            bar.update(task, total=corpus.bytes / 1e6)
+                    bar.update(task, completed=min(corpus.size, corpus.limit) / 1e6)
+            bar.update(task, total=corpus.size / 1e6)
     write_json(folder / "gathered.json", {"settings": wanted, "sizes": {k: _size(p) for k, p in files.items()}})
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("corpus", "from"):
@@ -111,8 +111,8 @@ def gather(
     for heading in ("documents", "MB"):
         table.add_column(heading, justify="right")
     for name, corpus in (("code", code), ("text", text)):
-        for origin, (documents, size) in corpus.by_origin.items():
-            table.add_row(name, origin, f"{documents:,}", f"{size / 1e6:.1f}")
+        for origin, (count, size) in corpus.by_origin.items():
+            table.add_row(name, origin, f"{count:,}", f"{size / 1e6:.1f}")
     print_table(console, table)
     return files
 

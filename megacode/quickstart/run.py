@@ -10,8 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megacode.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DATA = Path("data/quickstart")
 PROMPTS = {
@@ -83,7 +87,7 @@ def _check_processes(processes: int, tensor: int, pipeline: int) -> None:
         )
 
 
-def _write_samples(folder: Path, console) -> None:  # type: ignore[no-untyped-def]
+def _write_samples(folder: Path, console: Console) -> None:
     """Continue one prompt of code and one of prose, on the screen and in RUN/samples.txt."""
     from megacode.files import write_text
 

@@ -110,7 +110,7 @@ def _find(tree: Node, key: Sequence[str]) -> tuple[Node, list[str], list[str]]:
             if part in plain:
                 node = node.value[plain.index(part)]
             elif part.isdigit() and int(part) < len(node.value):
-                part = plain[int(part)] if isinstance(plain[int(part)], str) else part
+                part = str(plain[int(part)]) if isinstance(plain[int(part)], str) else part
                 node = node.value[int(rest[0])]
             else:
                 break
@@ -134,7 +134,8 @@ def _sentences(error: ValidationError, tree: Node) -> Iterator[str]:
     """One sentence per mistake. Where a key takes one of several forms, pydantic reports each form's complaint; the one
     of the form that was meant is used."""
     grouped: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for item in error.errors(include_url=False):
+    found: _Items = [dict(one) for one in error.errors(include_url=False)]
+    for item in found:
         loc = [str(part) for part in item["loc"]]
         node, done, rest = _find(tree, loc)
         item["node"] = node

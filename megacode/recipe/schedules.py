@@ -167,7 +167,7 @@ def learning_rate(rate: LearningRate, step: int, steps: int) -> float:
     if rate.schedule == "inverse-sqrt":
         warm = max(rate.warmup, 1)
         return max(rate.final, rate.peak * math.sqrt(warm / max(step, warm)))
-    x, shape = after / decay, rate.schedule
+    x, shape = after / decay, str(rate.schedule)
     if rate.schedule == "wsd":
         length = decay * rate.wsd_decay
         if after <= decay - length:

@@ -44,7 +44,7 @@ def plot_lengths(histograms: Mapping[str, NDArray[np.int64]], path: Path) -> Non
     if not any(histogram[1].sum() for histogram in histograms.values()):
         raise UserError(f"{path}: nothing to draw: {', '.join(histograms)}: no document with a token")
     form = path.suffix[1:] or "png"
-    style = {key: _on_paper(value) for key, value in drawing._STYLE.items()}
+    style: Any = {key: _on_paper(value) for key, value in drawing._STYLE.items()}
     with rc_context(style):
         figure = Figure(figsize=(10, 5.6), layout="constrained", facecolor=_on_paper(drawing.PAPER))
         _paint(figure, histograms)

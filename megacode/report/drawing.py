@@ -20,7 +20,7 @@ from megacode.report.palette import BAND, FAINT, GRID, INK, PAPER, light, with_v
 from megacode.report.run_data import Floats
 from megacode.terminal import count
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it takes the page's font, can be searched and read aloud
     "font.size": 9.0,
     "axes.edgecolor": GRID,
@@ -123,7 +123,7 @@ def phase_bands(axes: Axes, bands: Sequence[Band], labels: bool = True, shade: b
         if index:
             axes.axvline(band.start, color=GRID, linewidth=1, zorder=-4)
         # about 95 characters of this size go along a full-width picture
-        room = (band.end - band.start) / span * 13 * axes.figure.get_size_inches()[0] if span else 0
+        room = (band.end - band.start) / span * 13 * _inches(axes)[0] if span else 0
         if labels and room >= len(band.name):
             axes.annotate(
                 band.name, ((band.start + band.end) / 2, 1), (0, 4), xycoords=("data", "axes fraction"),
@@ -137,10 +137,18 @@ def curve(axes: Axes, x: Floats, y: Floats, **style: Any) -> None:
     axes.plot(*thin(x, y), **(style | few))
 
 
+def _inches(axes: Axes) -> tuple[float, float]:
+    """Width and height of the whole figure."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    width, height = figure.get_size_inches()
+    return float(width), float(height)
+
+
 def dots(axes: Axes, x: Floats, y: Floats, colour: str, size: float, mark: str = "o", **style: Any) -> None:
     """Points with a rim of the page's colour, whole also at the picture's edge."""
     if len(x):  # an empty line that is not clipped spoils matplotlib's layout
-        look = {"color": colour, "markersize": size, "markeredgecolor": PAPER, "markeredgewidth": 1.0, "zorder": 4}
+        look: Any = {"color": colour, "markersize": size, "markeredgecolor": PAPER, "markeredgewidth": 1.0, "zorder": 4}
         axes.plot(x, y, mark, clip_on=False, **(look | style))
 
 
@@ -154,7 +162,7 @@ def end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], size: float
     if not entries:
         return
     low, high = axes.get_ylim()
-    inches = axes.figure.get_size_inches()[1] * axes.get_position().height
+    inches = _inches(axes)[1] * axes.get_position().height
     gap = size * 1.25 / 72 / inches * (high - low)
     heights = [float(np.clip(entry[0], low, high)) for entry in entries]
     for _ in range(60):

@@ -9,11 +9,11 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from megacode import __version__
 from megacode.plan.estimate import parameter_count
 from megacode.report import comparison, figures, palette, tables
 from megacode.report.run_data import Run
 from megacode.terminal import count
+from megacode.version import __version__
 
 
 def page(runs: Sequence[Run]) -> str:

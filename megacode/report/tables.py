@@ -109,7 +109,7 @@ def phases(run: Run) -> Table | None:
                 (
                     Cell(f"{phase['first_step'] + 1:,}–{phase['first_step'] + phase['steps']:,}"),
                     Cell(count(phase["tokens"])),
-                    Cell(f"{_move(*phase['batch_size'], '{:,}')} × {phase['sequence_length']:,}"),
+                    Cell(f"{_move(phase['batch_size'][0], phase['batch_size'][1], '{:,}')} × {phase['sequence_length']:,}"),
                     Cell(
                         ", ".join(f"{name} {_move(100 * a, 100 * b, '{:.3g}')} %" for name, (a, b) in domains.items())
                     ),

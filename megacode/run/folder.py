@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megacode import __version__
 from megacode.errors import UserError
 from megacode.files import write_text
 from megacode.lock import FILE as LOCK
@@ -25,6 +24,7 @@ from megacode.run.checkpoints import latest_checkpoint, latest_note, read_info
 from megacode.run.history import acceptable, is_accepted, past_changes
 from megacode.run.metrics import FILE as METRICS
 from megacode.run.metrics import read_metrics
+from megacode.version import __version__
 
 _VERSIONS = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "sentencepiece", "tokenizers", "tiktoken")
 
@@ -33,7 +33,7 @@ def environment(world_size: int) -> dict[str, Any]:
     """Machine, versions and layout of this start, as JSON-able data."""
     import torch
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _VERSIONS:
         try:
             versions[name] = metadata.version(name)

@@ -1,16 +1,15 @@
-"""The verb `fork`: a new run that shares another's first steps and then takes a way of its own."""
+"""A new run that shares another's first steps and then takes a way of its own."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import secrets
-import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 from megacode.data.planning import plan_with_data
 from megacode.errors import UserError
@@ -18,45 +17,14 @@ from megacode.files import write_json, write_text
 from megacode.plan.plan import Plan
 from megacode.recipe.load import dump_recipe, load_recipe
 from megacode.recipe.mixtures import mixture_entries
-from megacode.recipe.schema import Mixture, Part, Phase, Recipe, Within
+from megacode.recipe.schema import Mixture, MixtureSource, Part, Phase, Recipe, Within
 from megacode.run.checkpoints import LATEST, checkpoint_name, complete_checkpoints, read_info
 from megacode.run.history import past_changes
 from megacode.run.metrics import FILE as METRICS
 from megacode.run.metrics import MetricsWriter, read_metrics
 
-EXAMPLE = """examples:
-  megacode fork runs/crystal-tiny --at 370 --set phases.phase3.mixture.domains.code.fim_rate=0.9
-  megacode fork runs/crystal-tiny --at 300 --set phases.phase2.learning_rate.peak=0.001 --to runs/lower-rate
-
-The phase that holds the step is split there. What is changed of its mixture, learning rate or batch size begins anew at
-the split (a schedule with its first step, warm-up included); what is not changed goes on where it stood. A longer run needs
-no fork: lengthen the recipe and train on in the same folder."""
-
 _SAME = ("model", "tokenizer", "seed")
-_ASPECTS = ("learning_rate", "batch_size", "mixture")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--at", type=int, required=True, metavar="STEP", help="finished steps that both runs share")
-    parser.add_argument("--to", type=Path, metavar="NEWRUN", help="new run folder (default: RUN-at-STEP)")
-    parser.add_argument("--recipe", type=Path, help="recipe of the new run (default: the run's own)")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-        help="change a key of the recipe from that step on, e.g. --set phases.phase2.fim_rate=0.5",
-    )  # fmt: skip
-
-
-def run(args: argparse.Namespace) -> int:
-    new = args.to or args.run.with_name(f"{args.run.name}-at-{args.at}")
-    lines = fork(args.run, args.at, new, args.recipe, args.overrides)
-    print("\n".join(lines))
-    recipe, folder = shlex.quote(str(new / "recipe.yaml")), shlex.quote(str(new))
-    parallel = load_recipe(new / "recipe.yaml").parallel
-    ranks = parallel.tensor * parallel.pipeline * parallel.context
-    processes = f" --processes {ranks}" if ranks > 1 else ""
-    print(f"train it with: megacode train {recipe} --run {folder}{processes}")
-    return 0
+_ASPECTS: tuple[Literal["learning_rate", "batch_size", "mixture"], ...] = ("learning_rate", "batch_size", "mixture")
 
 
 def fork(
@@ -188,7 +156,7 @@ def _pieces(before: Plan, index: int, given: Phase, done: int, left: int, names:
 def _continued(mixture: Mixture, read: set[tuple[str, tuple[float, float]]]) -> Mixture:
     """Without the restarts of streams that the old phase has restarted."""
 
-    def sources(entries):  # type: ignore[no-untyped-def]
+    def sources(entries: Mapping[str, MixtureSource]) -> dict[str, MixtureSource]:
         return {
             name: entry.model_copy(update={"cursor": None}) if (name, entry.subset_range) in read else entry
             for name, entry in entries.items()

@@ -97,7 +97,7 @@ def tokenizer_changes(info: Mapping[str, Any], before: Recipe, now: Recipe) -> l
     ]
     if old and new:
         pairs += [
-            ("tokenizer.path", *(f"contents {facts['file'][:12]}" for facts in (old, new))),
+            ("tokenizer.path", f"contents {old['file'][:12]}", f"contents {new['file'][:12]}"),
             ("tokenizer.kind", old["kind"], new["kind"]),
             ("tokenizer.added_tokens", old["added_tokens"], new["added_tokens"]),
         ]
@@ -105,7 +105,7 @@ def tokenizer_changes(info: Mapping[str, Any], before: Recipe, now: Recipe) -> l
         keys = ("bos", "eod") if old and new else ("bos", "eod", "added_tokens")
         pairs += [(f"tokenizer.{key}", getattr(before.tokenizer, key), getattr(now.tokenizer, key)) for key in keys]
     elif before.tokenizer or now.tokenizer:
-        pairs += [("tokenizer", *("given" if recipe.tokenizer else None for recipe in (before, now)))]
+        pairs += [("tokenizer", "given" if before.tokenizer else None, "given" if now.tokenizer else None)]
     return [Change(key, a, b) for key, a, b in pairs if a != b]
 
 

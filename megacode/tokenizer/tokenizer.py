@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megacode.errors import UserError
 from megacode.recipe import schema
-from megacode.tokenizer.vocabularies import load_huggingface, load_sentencepiece, load_tiktoken
+from megacode.tokenizer.vocabularies import Vocabulary, load_huggingface, load_sentencepiece, load_tiktoken
 
 CRYSTAL_TOKENS: tuple[str, ...] = (
     *("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
@@ -31,26 +31,12 @@ CRYSTAL_TOKENS: tuple[str, ...] = (
 )
 """Crystal's 22 added and 10 reserved tokens (arXiv 2411.04156, its public data preparation), in the order of ids."""
 
-_LOADERS = {"sentencepiece": load_sentencepiece, "huggingface": load_huggingface, "tiktoken": load_tiktoken}
+_LOADERS: dict[str, Callable[[Path, Sequence[str]], Vocabulary]] = {
+    "sentencepiece": load_sentencepiece,
+    "huggingface": load_huggingface,
+    "tiktoken": load_tiktoken,
+}
 _KIND_BY_ENDING = {".model": "sentencepiece", ".json": "huggingface", ".tiktoken": "tiktoken"}
-
-
-class Vocabulary(Protocol):
-    """A tokenizer file as its library reads it, before added tokens. Implemented in `megacode.tokenizer.vocabularies`."""
-
-    size: int
-    """Highest id + 1."""
-    control: Mapping[str, int]
-    """Tokens that no text becomes."""
-    literal: Mapping[str, int]
-    """Tokens that look like control tokens, but that the library also finds in text."""
-    bos_id: int | None
-    eod_id: int | None
-    pad_id: int | None
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -171,7 +157,7 @@ def load_tokenizer(section: schema.Tokenizer) -> Tokenizer:
             "huggingface or tiktoken"
         )
     names = _added_names(section.added_tokens)
-    base: Vocabulary = _LOADERS[kind](path, names)
+    base = _LOADERS[kind](path, names)
     added: dict[str, int] = {}
     following = base.size
     for name in names:
@@ -186,6 +172,25 @@ def load_tokenizer(section: schema.Tokenizer) -> Tokenizer:
             added[name] = following
             following += 1
     return Tokenizer(path=path, kind=kind, base=base, added_tokens=added)
+
+
+def model_vocab_size(recipe: schema.Recipe, tokenizer: Tokenizer | None) -> int:
+    """The tokenizer's vocabulary, which a stated `model.vocab_size` must equal; or the stated one without a tokenizer.
+
+    Raises:
+        UserError: they differ, or neither is there.
+    """
+    stated = recipe.model.vocab_size
+    if tokenizer is None:
+        if stated is None:
+            raise UserError("tokenizer: the recipe names none and model.vocab_size is not given; give one of the two")
+        return stated
+    if stated is not None and stated != tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size: is {stated}, and the tokenizer {tokenizer.path} has {tokenizer.vocab_size}; remove the key or "
+            "give that number"
+        )
+    return tokenizer.vocab_size
 
 
 def well_formed(text: str) -> str:

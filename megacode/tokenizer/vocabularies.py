@@ -1,4 +1,4 @@
-"""SentencePiece, Hugging Face tokenizers and tiktoken behind `megacode.tokenizer.tokenizer.Vocabulary`.
+"""SentencePiece, Hugging Face tokenizers and tiktoken behind one small class.
 
 Each library is imported only when a file of its kind is opened. Each is set so that plain text stays plain text.
 """
@@ -25,22 +25,31 @@ def library(name: str, extra: str, path: Path) -> Any:
 
 
 @dataclass(frozen=True)
-class _Ids:
-    """What every vocabulary knows; see `megacode.tokenizer.tokenizer.Vocabulary`."""
+class Vocabulary:
+    """A tokenizer file as its library reads it, before added tokens."""
 
     size: int
+    """Highest id + 1."""
     control: Mapping[str, int]
+    """Tokens that no text becomes."""
     literal: Mapping[str, int]
+    """Tokens that look like control tokens, but that the library also finds in text."""
     bos_id: int | None
     eod_id: int | None
     pad_id: int | None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> str:
+        raise NotImplementedError
 
 
 # ------------------------------------------------------------------------------------------------------ sentencepiece
 
 
 @dataclass(frozen=True)
-class SentencePieceVocabulary(_Ids):
+class SentencePieceVocabulary(Vocabulary):
     processor: Any
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -85,7 +94,7 @@ def _or_none(token: int) -> int | None:
 
 
 @dataclass(frozen=True)
-class HuggingFaceVocabulary(_Ids):
+class HuggingFaceVocabulary(Vocabulary):
     tokenizer: Any
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -155,7 +164,7 @@ def _special(config: Mapping[str, Any], key: str, usual: Sequence[str], special:
 
 
 @dataclass(frozen=True)
-class TiktokenVocabulary(_Ids):
+class TiktokenVocabulary(Vocabulary):
     encoding: Any
     pattern: str
     ranks: Mapping[bytes, int]

@@ -19,7 +19,7 @@ _ONE_PRESS = 1.0
 class StopRequest:
     """Remembers the first stopping signal (SIGTERM, SIGINT, SIGUSR1) that this process received.
 
-    `agreed()` is collective: after it, all ranks hold the same answer, so they leave the loop after the same step. The
+    `should_stop()` is collective: after it, all ranks hold the same answer, so they leave the loop after the same step. The
     exchange is one integer over gloo, whatever the device, so that the device never waits for it; and it goes on during the
     next step, so that no rank does either, however many there are.
     """
@@ -56,8 +56,8 @@ class StopRequest:
             raise KeyboardInterrupt  # a second Ctrl-C means now
         self.received = number
 
-    def agreed(self) -> int:
-        """The largest signal number that any rank had received when `agreed` was called the time before (of a process alone:
+    def should_stop(self) -> int:
+        """The largest signal number that any rank had received when `should_stop` was called the time before (of a process alone:
         by now); 0 if none had."""
         if self._alone:
             return self.received

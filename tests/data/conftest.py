@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from megacode.data.indexed import TokenFile, token_dtype, write_index
-from megacode.data.mixture import Mixture
+from megacode.data.mixture import OpenMixture, open_mixture
 from megacode.data.planning import plan_with_data
-from megacode.data.source import open_sources
 from megacode.recipe.schema import Recipe
 
 EOD = 2
@@ -48,9 +47,9 @@ def recipe_of(sources: dict[str, Any], phases: list[dict[str, Any]], **keys: Any
     )
 
 
-def mixture_of(recipe: Recipe) -> Mixture:
+def mixture_of(recipe: Recipe) -> OpenMixture:
     plan = plan_with_data(recipe)
-    return Mixture(plan, open_sources(plan))
+    return open_mixture(plan)
 
 
 @pytest.fixture(scope="session")
@@ -69,10 +68,10 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def make_mixture(corpora: dict[str, Any]) -> Callable[..., Mixture]:
-    """phases, keys -> Mixture over `corpora`."""
+def make_mixture(corpora: dict[str, Any]) -> Callable[..., OpenMixture]:
+    """phases, keys -> OpenMixture over `corpora`."""
 
-    def make(phases: list[dict[str, Any]], **keys: Any) -> Mixture:
+    def make(phases: list[dict[str, Any]], **keys: Any) -> OpenMixture:
         return mixture_of(recipe_of(corpora, phases, **keys))
 
     return make

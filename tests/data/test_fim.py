@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from megacode.data.fim import Fim, make_fim, rearrange
 from megacode.data.loader import StepReader
-from megacode.data.mixture import Mixture
+from megacode.data.mixture import OpenMixture
 from megacode.data.permute import uniform_bits
 from megacode.errors import UserError
 from megacode.recipe import schema
@@ -260,7 +260,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def mixture(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+def mixture(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> OpenMixture:
     folder = tmp_path_factory.mktemp("corpus")
     # Characters one by one are more tokens than the tokenizer would make: encoding again leaves room to pad.
     ids = [[tokenizer.bos_id, *itertools.chain(*tokenizer.encode_batch(list(CODE))), tokenizer.eod_id]]
@@ -272,7 +272,7 @@ def mixture(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> M
     return mixture_of(recipe_of(sources, [phase, {**phase, "mixture": {"sources": {"code": 1}}, "fim_rate": 0.5}]))
 
 
-def test_fim_replays_in_any_layout_and_from_any_step(mixture: Mixture, tokenizer: Tokenizer) -> None:
+def test_fim_replays_in_any_layout_and_from_any_step(mixture: OpenMixture, tokenizer: Tokenizer) -> None:
     straight = [StepReader(mixture, tokenizer=tokenizer).read(step) for step in range(24)]
     for world, size in ((1, 8), (2, 2), (4, 1)):
         ranks = [
@@ -284,7 +284,7 @@ def test_fim_replays_in_any_layout_and_from_any_step(mixture: Mixture, tokenizer
     assert len({batch.digest for batch in straight}) == 24
 
 
-def test_epochs_draw_afresh_and_rates_go_by_stream(mixture: Mixture, tokenizer: Tokenizer) -> None:
+def test_epochs_draw_afresh_and_rates_go_by_stream(mixture: OpenMixture, tokenizer: Tokenizer) -> None:
     reader = StepReader(mixture, tokenizer=tokenizer)
     prefix = tokenizer.token_id("<|fim_prefix|>")
     seen: dict[tuple[int, int], set[bytes]] = {}
@@ -299,7 +299,7 @@ def test_epochs_draw_afresh_and_rates_go_by_stream(mixture: Mixture, tokenizer: 
     assert all(len(forms) == 1 for (stream, _), forms in seen.items() if stream == 1)
 
 
-def test_padding_has_no_loss(mixture: Mixture, tokenizer: Tokenizer) -> None:
+def test_padding_has_no_loss(mixture: OpenMixture, tokenizer: Tokenizer) -> None:
     reader, pad, padded = StepReader(mixture, tokenizer=tokenizer), tokenizer.token_id("<|fim_pad|>"), 0
     for step in range(24):
         for part in reader.read(step).micro_batches:

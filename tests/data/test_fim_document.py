@@ -16,7 +16,7 @@ from megacode.data import fim_document
 from megacode.data.fim import make_fim, rearrange_rows
 from megacode.data.fim_document import rearrange_documents
 from megacode.data.loader import StepReader
-from megacode.data.mixture import Mixture, stream_key
+from megacode.data.mixture import OpenMixture, stream_key
 from megacode.data.permute import uniform_bits
 from megacode.data.source import Document, DocumentPart
 from megacode.plan.plan import make_plan
@@ -131,20 +131,20 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def make(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """keys of the recipe's data section -> Mixture over documents from a few to some hundred tokens."""
+    """keys of the recipe's data section -> OpenMixture over documents from a few to some hundred tokens."""
     folder = tmp_path_factory.mktemp("corpus")
     texts = [CODE[:40], TEXT, CODE, TEXT[:150], "x = 1\n", CODE * 3, TEXT[30:70], CODE[20:90]] * 3
     ids = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eod_id] for text in texts]
     write_shard(folder / "code", ids, tokenizer.vocab_size)
 
-    def build(rate: float = 1.0, **data: Any) -> Mixture:
+    def build(rate: float = 1.0, **data: Any) -> OpenMixture:
         phase = {"steps": 60, "sequence_length": LENGTH, "mixture": {"sources": {"code": 1}}, "fim_rate": rate}
         return mixture_of(recipe_of({"code": {"path": str(folder / "code")}}, [phase], data=data))
 
     return build
 
 
-def rearranged(mixture: Mixture, tokenizer: Tokenizer, document: Document, epoch: int, rate: float = 1.0) -> list[int]:
+def rearranged(mixture: OpenMixture, tokenizer: Tokenizer, document: Document, epoch: int, rate: float = 1.0) -> list[int]:
     """The whole document as the module's docstring says it is rearranged."""
     stream = mixture.plan.phases[0].streams[0]
     key = uniform_bits(uniform_bits(stream_key(mixture.plan.recipe.seed, "fim", stream), epoch), document.start)
@@ -153,7 +153,7 @@ def rearranged(mixture: Mixture, tokenizer: Tokenizer, document: Document, epoch
     return row.tolist() if ids is None else ids
 
 
-def samples_of(mixture: Mixture, tokenizer: Tokenizer) -> list[tuple[int, int, list[int]]]:
+def samples_of(mixture: OpenMixture, tokenizer: Tokenizer) -> list[tuple[int, int, list[int]]]:
     """(epoch, start, real tokens) of all samples."""
     reader, out = StepReader(mixture, tokenizer=tokenizer), []
     for step in range(mixture.plan.total_steps):

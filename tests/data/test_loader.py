@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from megacode.data.loader import StepBatch, StepReader, batches, validation_batches
-from megacode.data.mixture import Mixture
+from megacode.data.mixture import OpenMixture
 from megacode.data.source import TokenSource, open_source
 from megacode.errors import UserError
 from tests.data.conftest import mixture_of, numbered, recipe_of, write_shard
 
-Make = Callable[..., Mixture]
+Make = Callable[..., OpenMixture]
 MIXED = {"mixture": {"sources": {"a": 0.6, "b": 0.3, "c": 0.1}}}
 PHASES = [{"steps": 6, **MIXED}, {"steps": 6, "sequence_length": 8, "batch_size": 16, **MIXED}]
 

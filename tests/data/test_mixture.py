@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacode.data.mixture import Mixture, StepSamples
+from megacode.data.mixture import OpenMixture, StepSamples
 from megacode.errors import UserError
 from tests.data.conftest import mixture_of
 
-Make = Callable[..., Mixture]
+Make = Callable[..., OpenMixture]
 MIXED = {"mixture": {"sources": {"a": 0.6, "b": 0.3, "c": 0.1}}}
 
 
-def read(mixture: Mixture, steps: range) -> list[tuple[str, int, int]]:
+def read(mixture: OpenMixture, steps: range) -> list[tuple[str, int, int]]:
     """(source, epoch, start) in order."""
     return [one for step in steps for one in named(mixture.step(step))]
 
@@ -175,6 +175,6 @@ def test_data_that_changed_since_the_plan_is_one_sentence(make_mixture: Make) ->
     promised = replace(phase.streams[0], windows=phase.streams[0].windows + 1)
     plan = replace(mixture.plan, phases=(replace(phase, streams=(promised, *phase.streams[1:])),))
     with pytest.raises(UserError, match=r"sources\.a: has 3,000 tokens where the plan reads 3,009"):
-        Mixture(plan, mixture.sources)
+        OpenMixture(plan, mixture.sources)
     with pytest.raises(UserError, match=r"sources\.b: the plan reads it"):
-        Mixture(mixture.plan, {"a": mixture.sources["a"]})
+        OpenMixture(mixture.plan, {"a": mixture.sources["a"]})

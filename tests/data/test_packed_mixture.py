@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megacode.data.loader import StepReader
-from megacode.data.mixture import Mixture
+from megacode.data.mixture import OpenMixture
 from megacode.data.planning import plan_with_data
 from megacode.errors import UserError
 from megacode.plan.fingerprint import differences, fingerprint
@@ -18,13 +18,13 @@ from megacode.plan.plan import make_plan
 from megacode.recipe.checks import check_recipe
 from tests.data.conftest import mixture_of, recipe_of, write_shard
 
-Make = Callable[..., Mixture]
+Make = Callable[..., OpenMixture]
 TOKENS = 3000
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """phases, keys -> Mixture over `p` (3,000 counted tokens in documents of 0 to 39, two shards) and `c` (concatenated)."""
+    """phases, keys -> OpenMixture over `p` (3,000 counted tokens in documents of 0 to 39, two shards) and `c` (concatenated)."""
     folder = tmp_path_factory.mktemp("packed")
     random, ids, documents = np.random.default_rng(0), iter(range(TOKENS)), []
     while sum(map(len, documents)) < TOKENS:
@@ -40,7 +40,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         "gone": {"path": str(folder / "gone"), "packing": "best_fit", "tokens": 1000},
     }
 
-    def build(phases: list[dict[str, Any]], **keys: Any) -> Mixture:
+    def build(phases: list[dict[str, Any]], **keys: Any) -> OpenMixture:
         return mixture_of(recipe_of(sources, phases, **keys))
 
     return build
@@ -49,13 +49,13 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 ALONE = {"mixture": {"sources": {"p": 1}}}
 
 
-def of_epoch(mixture: Mixture, steps: range, epoch: int) -> list[list[int]]:
+def of_epoch(mixture: OpenMixture, steps: range, epoch: int) -> list[list[int]]:
     """What `shown` gives of one epoch (which may end within a step)."""
     epochs = [number for step in steps for number in mixture.step(step).epoch.tolist()]
     return [sample for number, sample in zip(epochs, shown(mixture, steps), strict=True) if number == epoch]
 
 
-def shown(mixture: Mixture, steps: range) -> list[list[int]]:
+def shown(mixture: OpenMixture, steps: range) -> list[list[int]]:
     """The real tokens of every sample, in order."""
     out = []
     for step in steps:
@@ -148,7 +148,7 @@ def test_packs_that_changed_since_the_plan_are_one_sentence(make: Make) -> None:
     mixture = make([{"steps": 5, **ALONE}])
     mixture.sources["p"].packs = {}
     with pytest.raises(UserError, match=r"sources\.p: has 0 packs where the plan reads \d+"):
-        Mixture(mixture.plan, mixture.sources)
+        OpenMixture(mixture.plan, mixture.sources)
 
 
 def test_a_window_has_no_meaning_in_packs() -> None:

@@ -329,6 +329,19 @@ def test_the_readme_s_recipe_plans(place: Place) -> None:
 
 
 @pytest.mark.slow
+def test_the_readme_s_python_trains_evaluates_and_generates(place: Place) -> None:
+    """As a script without a guard around it, and again where it goes on."""
+    place.clear()
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert code.count("\n") <= 10
+    (place.folder / "mine.py").write_text(code)
+    first, again = place.bash("python mine.py"), place.bash("python mine.py")
+    for told in (first, again):
+        assert "{'python': (" in told and "def main(" not in told.splitlines()[-1]
+    assert "step  20/" in first and "continuing from" in again and "step  20/" not in again
+
+
+@pytest.mark.slow
 def test_nothing_but_the_plain_installation_is_seen(place: Place) -> None:
     """What the commands above promise to whoever ran the first one only."""
     found = place.bash("python -c 'import importlib.util as u; print([n for n in (\"pytest\", \"transformers\", \"tiktoken\", "

@@ -40,7 +40,7 @@ def made_ready(run: Recipe, world) -> tuple[list, object, list]:
 
 def waits_in_steps(world, model: Model) -> list[str]:
     """Files and lines at which the host waited for the device in steps 4 to 6."""
-    from megacode.megatron.optimizer import set_rates
+    from megacode.megatron.optimizer import set_lr
     from megacode.megatron.step import train_step
 
     run = settings(model, Precision(compute="bf16"))
@@ -50,7 +50,7 @@ def waits_in_steps(world, model: Model) -> list[str]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn" if step >= 3 else "default")
-            set_rates(optimizer, 1e-3, 0.1)
+            set_lr(optimizer, 1e-3, 0.1)
             train_step(chunks, optimizer, batches, 1, run, world)
             torch.cuda.set_sync_debug_mode("default")
         waits += [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]

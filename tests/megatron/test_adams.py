@@ -49,7 +49,7 @@ def losses(world, folder: str, distributed: bool, compute: str) -> dict[str, lis
     from megacode.megatron.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
     from megacode.megatron.config import transformer_config
     from megacode.megatron.model import build_model
-    from megacode.megatron.optimizer import adam_of, build_optimizer, set_rates, wrap_data_parallel
+    from megacode.megatron.optimizer import adam_of, build_optimizer, set_lr, wrap_data_parallel
     from megacode.megatron.step import prepare_model_for_training, train_step
 
     recipe = small().model_copy(
@@ -77,7 +77,7 @@ def losses(world, folder: str, distributed: bool, compute: str) -> dict[str, lis
                 load_checkpoint(find_checkpoint(place), chunks, optimizer)
             seen = []
             for _ in range(2):
-                set_rates(optimizer, 1e-2, 0.1)
+                set_lr(optimizer, 1e-2, 0.1)
                 sums, norm = train_step(chunks, optimizer, batch, 1, recipe, world)
                 seen += [float(sums[0, 0]), float(norm)]
             Checkpointer(target, Checkpoints(asynchronous=False)).save(0, chunks, optimizer, {}, "")

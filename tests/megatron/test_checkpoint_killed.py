@@ -30,7 +30,7 @@ from megacode.megatron import cpu
 cpu.quiet()
 if not torch.cuda.is_available(): cpu.install()
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megacode.cli.main import main as cli
+from megacode.cli import main as cli
 from megacode.megatron import checkpoint
 
 armed, written = False, 0

@@ -149,7 +149,7 @@ def trained(world, steps: int, pad: int, tensor: int):
     """Losses of some steps, and what the padding holds after them."""
     from megacode.megatron.config import transformer_config
     from megacode.megatron.model import build_model, global_parameter_names
-    from megacode.megatron.optimizer import build_optimizer, set_rates, wrap_data_parallel
+    from megacode.megatron.optimizer import build_optimizer, set_lr, wrap_data_parallel
     from megacode.megatron.step import prepare_model_for_training, train_step
 
     model = CRYSTAL.model_copy(update={"pad_multiple": pad})
@@ -160,7 +160,7 @@ def trained(world, steps: int, pad: int, tensor: int):
     prepare_model_for_training(chunks, optimizer)
     losses = []
     for step in range(steps):
-        set_rates(optimizer, 0.003, 0.1)
+        set_lr(optimizer, 0.003, 0.1)
         sums, norm = train_step(chunks, optimizer, batches(step), 1, settings, world)
         losses.append((float(sums[0].sum() / sums[1].sum()), norm))
     names = global_parameter_names(chunks)

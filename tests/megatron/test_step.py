@@ -72,9 +72,9 @@ def sums_and_updates(world, recipe: Recipe) -> dict:
     from megacode.megatron.model import build_model, global_parameter_names
     from megacode.megatron.optimizer import (
         build_optimizer,
-        forget_state,
         inner_optimizers,
-        set_rates,
+        reset_optimizer_state,
+        set_lr,
         wrap_data_parallel,
     )
     from megacode.megatron.step import prepare_model_for_training, train_step
@@ -90,12 +90,12 @@ def sums_and_updates(world, recipe: Recipe) -> dict:
         make_batch(rows[i : i + 1], np.array([i], np.int32), np.array([i]), lengths=np.array([LENGTH + 1 - 8 * i]))
         for i in range(2)
     ]
-    set_rates(optimizer, 1e-2, 0.5)
+    set_lr(optimizer, 1e-2, 0.5)
     sums, norm = train_step(chunks, optimizer, parts, 2, recipe, world)
     moved = {n: float((p - first[n]).abs().max()) for n, p in global_parameter_names(chunks).items()}
     rates = {(g["lr"], g["weight_decay"]) for g in optimizer.param_groups if g["params"]}
     moments = [float(s["exp_avg"].abs().sum()) for inner in inner_optimizers(optimizer) for s in inner.state.values()]
-    forget_state(optimizer)
+    reset_optimizer_state(optimizer)
     after = [float(s["exp_avg"].abs().sum() + s["step"]) for i in inner_optimizers(optimizer) for s in i.state.values()]
     return {"sums": sums, "norm": norm, "moved": moved, "rates": rates, "moments": sum(moments), "after": sum(after)}
 
@@ -184,7 +184,7 @@ def losses_by_weights(world) -> tuple[list[list[float]], str]:
     from megacode.data.batch import make_batch
     from megacode.megatron.config import transformer_config
     from megacode.megatron.model import build_model
-    from megacode.megatron.optimizer import build_optimizer, set_rates, wrap_data_parallel
+    from megacode.megatron.optimizer import build_optimizer, set_lr, wrap_data_parallel
     from megacode.megatron.step import gathered_weights, prepare_model_for_training, train_step
 
     batch = [make_batch(windows(), np.zeros(2, np.int32), np.arange(2))]
@@ -205,7 +205,7 @@ def losses_by_weights(world) -> tuple[list[list[float]], str]:
         prepare_model_for_training(chunks, optimizer)
         out.append([])
         for _ in range(4):
-            set_rates(optimizer, 1e-2, 0.1)
+            set_lr(optimizer, 1e-2, 0.1)
             sums, norm = train_step(chunks, optimizer, batch, 1, recipe, world)
             out[-1] += [float(sums[0, 0]), norm]
         with gathered_weights(chunks):

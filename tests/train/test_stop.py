@@ -26,7 +26,7 @@ def answers(world: Any, runs: list[Told]) -> list[list[int]]:
                 rank, number = told.get(step, (-1, 0))
                 if world.rank == rank:
                     os.kill(os.getpid(), number)
-                out[-1].append(stop.agreed())
+                out[-1].append(stop.should_stop())
     return out
 
 
@@ -47,7 +47,7 @@ def interrupted(world: Any) -> tuple[list[list[int]], str]:
                 time.sleep(0.01)
         except KeyboardInterrupt:
             return known, "at once"
-        assert stop.agreed() == INT
+        assert stop.should_stop() == INT
         time.sleep(guard._ONE_PRESS + 0.1)
         try:
             os.kill(os.getpid(), INT)

@@ -254,7 +254,7 @@ class CrystalCoderModel(CrystalCoderPreTrainedModel):
 class CrystalCoderLMHeadModel(CrystalCoderPreTrainedModel, GenerationMixin):
     """The language model: layers, output matrix (tied to the embedding, if the configuration says so), muP's factor."""
 
-    _tied_weights_keys = _TIED_KEYS
+    _tied_weights_keys = _TIED_KEYS  # type: ignore[assignment]  # a list before transformers 5
 
     def __init__(self, config):
         super().__init__(config)

@@ -3,15 +3,14 @@
 The path, one file a step:
 
     request.py     what is asked for, and what comes back; checks.py tells mistakes in it
-    run.py         the order of the steps, and what was made before; folder.py holds off other runs
+    run.py         the order of the steps, and what was made before (existing.py); folder.py holds off other runs
     parts.py       cut the input files into parts by their sizes alone
-    part.py        one part -> part_files.py (the work of a process), with quarantine.py for what is bad
+    tokenize.py    one part -> part_files.py (the work of a process), with quarantine.py for what is bad
     layout.py      parts laid end to end meanwhile
     order.py       duplicates, shuffling, repositories: which documents follow which
     assemble.py    parts -> shards of datasets; manifest.py says what they are
     fields.py      metadata of records, and conditions.py: which of them are wanted (`--where`)
     counts.py      what was read and written
-    command.py     the verb, its progress and its table
 """
 
 from megacode.corpus.preprocess.request import Request, Result

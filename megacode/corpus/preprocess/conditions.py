@@ -108,7 +108,7 @@ def _check_call(name: str, arguments: list[ast.expr], text: str) -> None:
     pattern = arguments[-1]
     if name == "matches" and isinstance(pattern, ast.Constant):
         try:
-            re.compile(pattern.value)
+            re.compile(pattern.value)  # type: ignore[type-var]  # TypeError if it is no text
         except (re.error, TypeError) as error:
             raise UserError(
                 f"--where {text!r}: {pattern.value!r} is no regular expression ({error}); `.*` stands for anything, and "

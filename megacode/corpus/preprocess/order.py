@@ -166,10 +166,10 @@ def find_duplicates(folder: Path, parts: Parts) -> dict[str, NDArray[np.bool_]]:
     for (part, finished), start, end in zip(parts, starts, starts[1:], strict=False):
         marks[start:end] = marks[start:end][_as_read(folder, part, groups[part.name])]
         counts = {group["number"]: finished.counts.groups[name].documents for name, group in finished.groups.items()}
-        first = start
+        at = start
         for number in groups[part.name]:
-            found[f"{part.name}.{number}"] = marks[first : first + counts[number]]
-            first += counts[number]
+            found[f"{part.name}.{number}"] = marks[at : at + counts[number]]
+            at += counts[number]
     return found
 
 

@@ -96,9 +96,9 @@ def preprocess(
         parts = _all_finished(job.folder, units)
         if parts is None or not whole():
             return Result({}, Counts(), False, len(units), kept, None)
-        made = _write(request, settings, tokenizer, job, layout, parts, len(links), on_stage, on_progress)
+        outputs, counts = _write(request, settings, tokenizer, job, layout, parts, len(links), on_stage, on_progress)
         remove_folder(job.folder)
-    return Result(*made, False, len(parts), kept, _quarantine_of(request))
+    return Result(outputs, counts, False, len(parts), kept, _quarantine_of(request))
 
 
 def _tokenize(
@@ -152,9 +152,11 @@ def _all_finished(folder: Path, units: Sequence[Unit]) -> list[tuple[Part, Finis
     """Every part in the order of the input; None while some are missing."""
     found = []
     for unit in units:
-        for part in unit_parts(folder, unit) or [None]:
-            finished = finished_part(folder, part) if part else None
-            if part is None or finished is None:
+        parts = unit_parts(folder, unit)
+        if parts is None:
+            return None
+        for part in parts:
+            if (finished := finished_part(folder, part)) is None:
                 return None
             found.append((part, finished))
     return found

@@ -224,8 +224,10 @@ def _read(
     if part.chunk is not None:  # its bytes are reported at its end, as those of the compressed file
         chunk = chunk_path(job.folder, part)
         file, report = replace(file, path=chunk, compression=None, size=chunk.stat().st_size), None
-    more = dict(columns=job.columns, max_document=job.max_document, on_lines=on_lines)
-    for item in read_input(file, job.text_field, part.span, report, **more):
+    records = read_input(
+        file, job.text_field, part.span, report, columns=job.columns, max_document=job.max_document, on_lines=on_lines
+    )
+    for item in records:
         last = item.record
         yield item
     if part.broken:
@@ -275,8 +277,13 @@ class _Batch:
 
     def with_tokens(self) -> _Batch:
         kept = np.flatnonzero(self.lengths).tolist()
-        lists = ([values[i] for i in kept] if values else [] for values in (self.documents, self.texts, self.places))
-        return _Batch(*lists, self.ids, self.lengths[kept])
+        return _Batch(
+            [self.documents[i] for i in kept],
+            [self.texts[i] for i in kept],
+            [self.places[i] for i in kept] if self.places else [],
+            self.ids,
+            self.lengths[kept],
+        )
 
 
 def _encode(job: Job, encoder: _Encoder, documents: list[tuple[int, Document]]) -> _Batch:

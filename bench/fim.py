@@ -45,7 +45,7 @@ def code_corpus(folder: Path) -> tuple[Path, Tokenizer]:
     files = [f for f in sorted(root.rglob("*.py")) if not {"site-packages", "test", "tests"} & set(f.parts)]
     texts = [text for file in files if (text := file.read_text(encoding="utf-8", errors="replace"))]
     train_tokenizer([text for text in texts[::8] if len(text) < 50_000], folder / "tokenizer.model", 8000)
-    tokenizer = load_tokenizer(schema.Tokenizer(path=str(folder / "tokenizer.model"), added_tokens="crystal", bos=True))
+    tokenizer = load_tokenizer(schema.TokenizerSection(path=str(folder / "tokenizer.model"), added_tokens="crystal", bos=True))
     with open(folder / "code.bin", "wb") as file:
         shard = TokenFile(file, token_dtype(tokenizer.vocab_size))
         for text in texts:

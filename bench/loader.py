@@ -97,7 +97,7 @@ def python_corpus(folder: Path) -> Any:
     from rich.console import Console
 
     from megacode.data.indexed import write_index
-    from megacode.recipe.schema import Tokenizer
+    from megacode.recipe.schema import TokenizerSection
     from megacode.tokenizer.tokenizer import load_tokenizer
     from megacode.tokenizer.training import train_tokenizer
 
@@ -109,7 +109,7 @@ def python_corpus(folder: Path) -> Any:
             break
     with Console().status("training a tokenizer"):
         train_tokenizer(iter(texts), folder / "t.model", 8000)
-    tokenizer = load_tokenizer(Tokenizer(path=str(folder / "t.model"), added_tokens="crystal", bos=True, eod=True))
+    tokenizer = load_tokenizer(TokenizerSection(path=str(folder / "t.model"), added_tokens="crystal", bos=True, eod=True))
     documents = [[tokenizer.bos_id, *ids, tokenizer.eod_id] for ids in tokenizer.encode_batch(texts)]
     np.concatenate([np.array(d, np.uint16) for d in documents]).tofile(folder / "python.bin")
     write_index(folder / "python.idx", np.array([len(d) for d in documents], np.int32), np.dtype(np.uint16))

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from megacode.cli.preprocess import parse_size
     from megacode.convert.complete_export import Wanted, complete_export
-    from megacode.convert.export import Source, total_bytes
+    from megacode.convert.export import ExportSource, total_bytes
     from megacode.convert.progress import byte_bar
     from megacode.convert.revisions import check_replaceable
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.output}: already there; choose another folder or give --overwrite")
     output = args.output.resolve()  # where a link leads; and `.` has a name
     check_replaceable(output)
-    source = Source.open(args.checkpoint)
+    source = ExportSource.open(args.checkpoint)
     family, dtype = wanted.family_of(source), wanted.dtype_of(source)
     total = total_bytes(source, family, dtype)
     with byte_bar(f"{source.checkpoint.name} -> {family.name}", total) as on_bytes, _replaced(output):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megacode.errors import UserError
 
 if TYPE_CHECKING:
-    from megacode.recipe.schema import Tokenizer
+    from megacode.recipe.schema import TokenizerSection
 
 EXAMPLE = """examples:
   megacode import ~/models/Llama-2-7b imported/llama-2-7b
@@ -48,12 +48,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, str | None]:
+def _tokenizer(folder: Path, vocab_size: int) -> tuple[TokenizerSection | None, str | None]:
     """The folder's tokenizer for the recipe, and what the user should know about it."""
     from megacode.convert.tokenizer_files import read_tokenizer
-    from megacode.recipe.schema import Tokenizer
+    from megacode.recipe.schema import TokenizerSection
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return None, f"{folder}: has no tokenizer.json or tokenizer.model; give the recipe's `tokenizer.path` yourself"
     found = read_tokenizer(folder.resolve(), vocab_size)
-    return Tokenizer(**found.section), found.note
+    return TokenizerSection(**found.section), found.note

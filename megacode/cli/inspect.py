@@ -147,7 +147,7 @@ def _given_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
             raise UserError("--added-tokens and --tokenizer-kind go with --tokenizer FILE")
         return None
     added = args.added_tokens if args.added_tokens in ("none", "crystal") else args.added_tokens.split(",")
-    return load_tokenizer(schema.Tokenizer(path=args.tokenizer, kind=args.tokenizer_kind, added_tokens=added))
+    return load_tokenizer(schema.TokenizerSection(path=args.tokenizer, kind=args.tokenizer_kind, added_tokens=added))
 
 
 # -------------------------------------------------------------------------------------------------------- summary

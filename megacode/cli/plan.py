@@ -20,7 +20,6 @@ from megacode.terminal import print_table, table_console
 if TYPE_CHECKING:
     from megacode.report.plan_costs import Machine
 
-HELP = "print the whole run as tables before it starts"
 EXAMPLE = """examples:
   megacode plan recipes/crystal-7b.yaml --gpus 64 --device h100 --mfu 0.45 --price 2.5
   megacode plan recipes/crystal-7b.yaml --gpus 64 --suggest
@@ -56,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 0, or a UserError."""
-    from megacode.data.packing_losses import packing_losses
+    from megacode.data.packing_report import packing_losses
     from megacode.data.planning import plan_with_data
     from megacode.data.tokenizer_check import unknown_makers
     from megacode.plan.summary import plan_as_dict, vocabulary

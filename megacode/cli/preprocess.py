@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     if args.shuffle is not None and args.shuffle < 0:
         raise UserError(f"--shuffle {args.shuffle}: expected a seed of 0 or more")
     added = args.added_tokens if args.added_tokens in ("none", "crystal") else args.added_tokens.split(",")
-    section = schema.Tokenizer(
+    section = schema.TokenizerSection(
         path=args.tokenizer, kind=args.tokenizer_kind, added_tokens=added, bos=args.bos, eod=args.eod
     )
     output = _prefix(args.output, "--output")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megacode.corpus.inputs import FORMATS, find_inputs
-from megacode.corpus.readers import Document, read_input
+from megacode.corpus.readers import TextDocument, read_input
 from megacode.errors import UserError
 from megacode.tokenizer.training import sample, train_tokenizer
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     def texts() -> Iterator[str]:
         for file in files:
             for item in read_input(file, args.text_field):
-                if isinstance(item, Document):
+                if isinstance(item, TextDocument):
                     yield item.text
                 else:
                     counts["bad"] += 1

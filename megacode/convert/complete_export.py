@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megacode.convert.export import DTYPES, Source, chosen_family, export, stored_dtype
+from megacode.convert.export import DTYPES, ExportSource, chosen_family, export, stored_dtype
 from megacode.convert.family import Family
 from megacode.convert.kept import outgoing
 from megacode.convert.tokenizer_files import loads_differently, token_ids, write_tokenizer
@@ -36,15 +36,15 @@ class Wanted:
     shard_bytes: int = 5_000_000_000
     tokenizer: bool = True
 
-    def family_of(self, source: Source) -> Family:
+    def family_of(self, source: ExportSource) -> Family:
         return chosen_family(source, self.family)
 
-    def dtype_of(self, source: Source) -> torch.dtype:
+    def dtype_of(self, source: ExportSource) -> torch.dtype:
         return DTYPES[self.dtype] if self.dtype else stored_dtype(source)
 
 
 def complete_export(
-    source: Source, out: Path, wanted: Wanted, on_bytes: Callable[[int], None] = lambda count: None,
+    source: ExportSource, out: Path, wanted: Wanted, on_bytes: Callable[[int], None] = lambda count: None,
     last: Extra = lambda folder: None,
 ) -> list[str]:  # fmt: skip
     """Write the folder, whole or not at all.

@@ -28,7 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A checkpoint ready to be exported.
 
     Attributes:
@@ -43,7 +43,7 @@ class Source:
     vocab_size: int
 
     @classmethod
-    def open(cls, path: str | Path) -> Source:
+    def open(cls, path: str | Path) -> ExportSource:
         """A run's latest checkpoint, or the one given. UserError: there is none, or it is not whole."""
         checkpoint = find_checkpoint(path)
         info = read_info(checkpoint)
@@ -81,17 +81,17 @@ class Source:
         ]
 
 
-def total_bytes(source: Source, family: Family, dtype: torch.dtype) -> int:
+def total_bytes(source: ExportSource, family: Family, dtype: torch.dtype) -> int:
     """Of the weights that an export writes."""
     return sum(planned.nbytes(dtype) for slot in family.slots(source.model) for planned in source.planned(slot))
 
 
-def stored_dtype(source: Source) -> torch.dtype:
+def stored_dtype(source: ExportSource) -> torch.dtype:
     return source.reader.dtype(EMBEDDING)
 
 
 def export(
-    source: Source, out: Path, family: Family, dtype: torch.dtype, shard_bytes: int = 5_000_000_000,
+    source: ExportSource, out: Path, family: Family, dtype: torch.dtype, shard_bytes: int = 5_000_000_000,
     on_bytes: Callable[[int], None] = lambda count: None, about: Outgoing | None = None,
     extra: Callable[[Path], None] = lambda folder: None,
 ) -> None:  # fmt: skip
@@ -124,7 +124,7 @@ def export(
         extra(temporary)
 
 
-def _check_shapes(source: Source, slots: list[Slot]) -> None:
+def _check_shapes(source: ExportSource, slots: list[Slot]) -> None:
     """Before anything is written: every tensor is there and large enough for what the recipe says."""
     model = source.model
     for slot in slots:
@@ -138,7 +138,7 @@ def _check_shapes(source: Source, slots: list[Slot]) -> None:
             )
 
 
-def _write_configs(folder: Path, source: Source, family: Family, dtype: torch.dtype, about: Outgoing) -> None:
+def _write_configs(folder: Path, source: ExportSource, family: Family, dtype: torch.dtype, about: Outgoing) -> None:
     name = str(dtype).removeprefix("torch.")
     context = Context(source.vocab_size, source.length, about.ids, name)
     config = {
@@ -159,7 +159,7 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def chosen_family(source: Source, name: str | None) -> Family:
+def chosen_family(source: ExportSource, name: str | None) -> Family:
     """`choose`, naming the checkpoint's recipe."""
     try:
         return choose(source.model, name)

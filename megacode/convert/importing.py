@@ -22,7 +22,7 @@ from megacode.convert.safetensors_files import TYPES, HuggingFaceWeights, overfl
 from megacode.errors import UserError
 from megacode.recipe.checks import check_recipe
 from megacode.recipe.load import dump_recipe
-from megacode.recipe.schema import LearningRate, Mixture, Model, Phase, Precision, Recipe, Source, Tokenizer
+from megacode.recipe.schema import LearningRate, Mixture, Model, Phase, Precision, Recipe, Source, TokenizerSection
 from megacode.run.checkpoints import INFO
 from megacode.tokenizer.tokenizer import load_tokenizer
 
@@ -147,7 +147,7 @@ class Found:
 
 
 def import_model(
-    found: Found, out: Path, tokenizer: Tokenizer | None, on_bytes: Callable[[int], None] = lambda count: None
+    found: Found, out: Path, tokenizer: TokenizerSection | None, on_bytes: Callable[[int], None] = lambda count: None
 ) -> Recipe:
     """Write the checkpoint folder, whole or not at all, with a recipe to start from beside the weights.
 
@@ -176,7 +176,7 @@ def import_model(
     return recipe
 
 
-def starting_recipe(found: Found, tokenizer: Tokenizer | None, dtype: torch.dtype) -> Recipe:
+def starting_recipe(found: Found, tokenizer: TokenizerSection | None, dtype: torch.dtype) -> Recipe:
     """Continued pre-training on a corpus to be named: what one extends."""
     length = min(found.model.context_length or 2048, 4096)
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", found.folder.resolve().name).lstrip("_.-") or "imported"

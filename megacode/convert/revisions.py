@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megacode.convert.complete_export import Wanted, complete_export
-from megacode.convert.export import Source, total_bytes
+from megacode.convert.export import ExportSource, total_bytes
 from megacode.errors import UserError
 from megacode.recipe.load import load_recipe
 from megacode.run.checkpoints import INFO, complete_checkpoints
@@ -120,7 +120,7 @@ def export_all(
     named = revisions(run, pattern)
     outcomes, to_do = [], []
     for revision in named:
-        source = Source.open(revision.checkpoint)
+        source = ExportSource.open(revision.checkpoint)
         about = _about(source, wanted)
         check_replaceable(place := (out / revision.name).resolve())
         reason = "asked for again" if again else _missing(place, about)
@@ -144,7 +144,7 @@ def export_all(
     return sorted(outcomes, key=lambda outcome: outcome.revision.step)
 
 
-def _about(source: Source, wanted: Wanted) -> dict[str, Any]:
+def _about(source: ExportSource, wanted: Wanted) -> dict[str, Any]:
     """What makes two exports the same: the checkpoint (by its description and the age and size of its files), and how."""
     identity = hashlib.sha256((source.checkpoint / INFO).read_bytes())
     for path in sorted(source.checkpoint.iterdir()):

@@ -56,7 +56,7 @@ def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     return dict(zip(IDS, (tokenizer.base.bos_id, tokenizer.base.eod_id, tokenizer.pad_id), strict=True))
 
 
-def write_tokenizer(section: schema.Tokenizer, folder: Path, vocab_size: int) -> None:
+def write_tokenizer(section: schema.TokenizerSection, folder: Path, vocab_size: int) -> None:
     """Write the tokenizer files of `FILES` into `folder`, and what else belongs to the tokenizer (`copy_companions`).
 
     Args:
@@ -157,7 +157,7 @@ def _sample(tokenizer: Tokenizer) -> Iterator[str]:
         yield "".join(tokenizer.decode([token]) for token in ids)
 
 
-def loads_differently(section: schema.Tokenizer, folder: Path) -> str | None:
+def loads_differently(section: schema.TokenizerSection, folder: Path) -> str | None:
     """What to tell the user if `AutoTokenizer` of the installed transformers makes something else of the finished folder.
 
     For a few families (Qwen2) transformers 5 takes a class of its own, whatever the files say, and that class has its own
@@ -200,7 +200,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> ImportedTokenizer:
     Raises:
         UserError: no tokenizer there, or one that is larger than the model's vocabulary.
     """
-    tokenizer = load_tokenizer(schema.Tokenizer(path=str(folder)))
+    tokenizer = load_tokenizer(schema.TokenizerSection(path=str(folder)))
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{tokenizer.path}: has {tokenizer.vocab_size:,} tokens, but config.json says vocab_size {vocab_size:,}; the "

@@ -119,14 +119,14 @@ def tokenizer_of(prefix: Path, manifest: Mapping[str, Any] | None) -> Tokenizer:
             f"{prefix}: no manifest ({prefix.name}.json) says which tokenizer made it; give --tokenizer FILE"
         )
     fingerprint = manifest["tokenizer"].get("fingerprint")
-    named = {key: value for key, value in manifest["tokenizer"].items() if key in schema.Tokenizer.model_fields}
+    named = {key: value for key, value in manifest["tokenizer"].items() if key in schema.TokenizerSection.model_fields}
     path = Path(named["path"]).expanduser()
     if not path.exists():
         beside = [prefix.parent / path, prefix.parent / path.name]
         path = next((one for one in beside if one.exists()), path)
     if not path.exists():
         raise UserError(f"{prefix}: its tokenizer {path} is not there; give --tokenizer FILE")
-    tokenizer = load_tokenizer(schema.Tokenizer(**{**named, "path": str(path)}))
+    tokenizer = load_tokenizer(schema.TokenizerSection(**{**named, "path": str(path)}))
     if fingerprint not in (None, tokenizer.fingerprint()):
         raise UserError(
             f"{prefix}: {path} is not the tokenizer that made it (their fingerprints differ); give --tokenizer FILE"

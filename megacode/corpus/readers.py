@@ -26,7 +26,7 @@ _PIECE = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 
 
-class Document(NamedTuple):
+class TextDocument(NamedTuple):
     raw: bytes
     """The text as well-formed UTF-8."""
     record: int
@@ -53,7 +53,7 @@ class BadRecord(NamedTuple):
     """More of it, in pieces; to be read before the next record is asked for."""
 
 
-Item = Document | BadRecord
+Item = TextDocument | BadRecord
 
 
 def read_input(
@@ -241,7 +241,7 @@ def _take(record: Any, field: str, number: int, line: bytes) -> Item:
         return BadRecord(str(error.args[0]), number, line)
     if not raw:
         return BadRecord("empty text", number, line, harmless=True)
-    return Document(raw, number, record, repaired)
+    return TextDocument(raw, number, record, repaired)
 
 
 def _without_place(error: ValueError) -> str:
@@ -332,7 +332,7 @@ def _row(values: dict[str, Any], column: str, field: str, row: int, limit: int) 
         return BadRecord(str(error.args[0]), row, repr(values[column]).encode(errors="backslashreplace"))
     if len(raw) > limit:
         return BadRecord(_too_long(limit), row, raw)
-    return Document(raw, row, values, repaired) if raw else BadRecord("empty text", row, harmless=True)
+    return TextDocument(raw, row, values, repaired) if raw else BadRecord("empty text", row, harmless=True)
 
 
 def _read_plain(file: InputFile, counter: _Counter, limit: int) -> Iterator[Item]:
@@ -359,7 +359,7 @@ def _read_plain(file: InputFile, counter: _Counter, limit: int) -> Iterator[Item
     except UnicodeDecodeError as error:
         yield BadRecord(f"not UTF-8 ({error.reason})", 0, raw)
         return
-    yield Document(raw, 0) if raw else BadRecord("empty text", 0, harmless=True)
+    yield TextDocument(raw, 0) if raw else BadRecord("empty text", 0, harmless=True)
 
 
 # --------------------------------------------------------------------------------------------------------- compression

@@ -63,7 +63,7 @@ class Fim:
         return token_texts(self.tokenizer.base.size, self.decode, anchor, self.control)
 
 
-def make_fim(settings: schema.Fim, tokenizer: Tokenizer) -> Fim:
+def make_fim(settings: schema.FimSection, tokenizer: Tokenizer) -> Fim:
     """UserError if the tokenizer lacks one of the four control tokens."""
     names = {key: getattr(settings, key) for key in ("prefix", "middle", "suffix", "pad")}
     ids = {}

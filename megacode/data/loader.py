@@ -16,7 +16,7 @@ import numpy as np
 from megacode.data.batch import Batch, make_batch
 from megacode.data.mixture import OpenMixture, StepSamples
 from megacode.data.prefetch import Prefetch
-from megacode.data.sample_tokens import SampleReader, check_ids
+from megacode.data.sample_reader import SampleReader, check_ids
 from megacode.data.source import TokenSource
 from megacode.errors import UserError
 
@@ -120,7 +120,7 @@ def batches(
     """
     reader = StepReader(mixture, rank=rank, world=world, micro_batch_size=micro_batch_size, tokenizer=tokenizer)
     depth = mixture.plan.recipe.data.prefetch if prefetch is None else prefetch
-    return Prefetch(reader.read, range(first_step, mixture.plan.total_steps), depth)
+    return Prefetch(map(reader.read, range(first_step, mixture.plan.total_steps)), depth)
 
 
 def validation_batches(

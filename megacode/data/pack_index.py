@@ -20,7 +20,7 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megacode.data.packing import ALGORITHM, BLOCK, Packs, pack_documents
+from megacode.data.best_fit import ALGORITHM, BLOCK, Packs, pack_documents
 from megacode.data.shard import Shard
 from megacode.errors import UserError
 from megacode.files import replace_file
@@ -218,3 +218,26 @@ def _modified(path: Path) -> float:
         return os.stat(path).st_mtime
     except FileNotFoundError:
         return 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class SourcePacks:
+    """The packs of all shards, numbered from the first shard's on."""
+
+    indexes: tuple[PackIndex, ...]
+    _ends: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def pieces(self, pack: int) -> tuple[int, NDArray[np.int64], NDArray[np.int32]]:
+        """Shard, and first token in it and length of each piece of a pack."""
+        shard = int(np.searchsorted(self._ends, pack, side="right"))
+        starts, tokens = self.indexes[shard].pieces(pack - (int(self._ends[shard]) - self.indexes[shard].packs))
+        return shard, starts, tokens
+
+
+def open_packs(shards: Sequence[Shard], sequence_length: int, cache: Path | None = None) -> SourcePacks:
+    """The packs of a source; UserError where an index cannot be made."""
+    indexes = tuple(open_pack_index(shard, sequence_length, cache) for shard in shards)
+    return SourcePacks(indexes, np.cumsum([index.packs for index in indexes], dtype=np.int64))

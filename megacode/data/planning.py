@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megacode.data.packs import open_packs
+from megacode.data.pack_index import open_packs
 from megacode.data.source import has_data, open_source, pack_cache, token_counts
 from megacode.data.tokenizer_check import check_tokenizers
 from megacode.plan.plan import Plan, make_plan

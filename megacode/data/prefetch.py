@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -13,21 +13,21 @@ _END = object()
 
 
 class Prefetch(Iterator[T], Generic[T]):
-    """Iterates over `make(key)` for each key, up to `depth` prepared ahead; depth 0 makes each when it is asked for.
+    """Iterates over `items`, of which a thread prepares up to `depth` ahead; depth 0 prepares each when it is asked for.
 
-    An exception in `make` comes out of the `next` that would have given its item, after the items before it. `close`,
+    An exception in `items` comes out of the `next` that would have given its item, after the items before it. `close`,
     the end of a `with` block, or losing the last reference stops the thread, which holds no reference to this object.
     """
 
-    def __init__(self, make: Callable[[int], T], keys: Iterable[int], depth: int) -> None:
+    def __init__(self, items: Iterable[T], depth: int) -> None:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         if depth == 0:
-            self._items: Iterator[T] = map(make, keys)
+            self._items: Iterator[T] = iter(items)
             return
         ready: queue.Queue[object] = queue.Queue(maxsize=depth)
         self._thread = threading.Thread(
-            target=_fill, args=(make, keys, ready, self._stop), name="megacode-prefetch", daemon=True
+            target=_fill, args=(items, ready, self._stop), name="megacode-prefetch", daemon=True
         )
         self._items = _drain(ready)
         weakref.finalize(self, self._stop.set)
@@ -56,16 +56,14 @@ class _Failure:
         self.error = error
 
 
-def _fill(make: Callable[[int], T], keys: Iterable[int], ready: queue.Queue[object], stop: threading.Event) -> None:
-    item: object
-    for key in keys:
-        try:
-            item = make(key)
-        except BaseException as error:
-            item = _Failure(error)
-        if not _put(ready, item, stop) or isinstance(item, _Failure):
-            return
-    _put(ready, _END, stop)
+def _fill(items: Iterable[T], ready: queue.Queue[object], stop: threading.Event) -> None:
+    try:
+        for item in items:
+            if not _put(ready, item, stop):
+                return
+        _put(ready, _END, stop)
+    except BaseException as error:
+        _put(ready, _Failure(error), stop)
 
 
 def _put(ready: queue.Queue[object], item: object, stop: threading.Event) -> bool:

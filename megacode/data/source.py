@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacode.data.indexed import listed_shards
-from megacode.data.packs import SourcePacks, open_packs
+from megacode.data.pack_index import SourcePacks, open_packs
 from megacode.data.shard import Shard, open_shard
 from megacode.errors import UserError
 from megacode.plan.plan import Plan

@@ -25,7 +25,7 @@ from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
-class _Corpus:
+class _Made:
     """A dataset (or shard) of a source that is there. `made` is its manifest's `tokenizer`; None without a manifest."""
 
     source: str
@@ -45,7 +45,7 @@ def check_tokenizers(recipe: Recipe, base: Path = Path()) -> None:
         UserError: a line for each difference, with source, manifest, both values and what to do.
     """
     known = [corpus for corpus in _corpora(recipe, base) if corpus.made]
-    found: dict[tuple[str, str], list[_Corpus]] = {}
+    found: dict[tuple[str, str], list[_Made]] = {}
     for corpus in known:
         for problem in _problems(corpus, recipe, base):
             found.setdefault((corpus.source, problem), []).append(corpus)
@@ -76,7 +76,7 @@ def unknown_makers(recipe: Recipe, base: Path = Path()) -> str | None:
     return None
 
 
-def _corpora(recipe: Recipe, base: Path) -> Iterator[_Corpus]:
+def _corpora(recipe: Recipe, base: Path) -> Iterator[_Made]:
     read = {entry.source for phase in recipe.phases for entry in mixture_entries(recipe, phase)}
     for name, source in recipe.sources.items():
         for key, paths in (("path", source.paths if name in read else []), ("validation", source.validation_paths)):
@@ -86,7 +86,7 @@ def _corpora(recipe: Recipe, base: Path) -> Iterator[_Corpus]:
                 except UserError:  # a file of that name which is something else
                     manifest = {}
                 made, size = manifest.get("tokenizer"), manifest.get("vocab_size")
-                yield _Corpus(
+                yield _Made(
                     name,
                     f"sources.{name}.{key}",
                     with_ending(prefix, ".json"),
@@ -95,7 +95,7 @@ def _corpora(recipe: Recipe, base: Path) -> Iterator[_Corpus]:
                 )
 
 
-def _problems(corpus: _Corpus, recipe: Recipe, base: Path) -> Iterator[str]:
+def _problems(corpus: _Made, recipe: Recipe, base: Path) -> Iterator[str]:
     made, given = corpus.made or {}, recipe.tokenizer
     if given is None:
         if corpus.vocab_size and recipe.model.vocab_size and corpus.vocab_size > recipe.model.vocab_size:
@@ -135,8 +135,8 @@ def _extends(old: Tokenizer, new: Tokenizer) -> bool:
     return old.control_tokens.items() <= new.control_tokens.items() and not added & old.base.literal.keys()
 
 
-def _among_themselves(corpora: list[_Corpus]) -> Iterator[str]:
-    by_maker: dict[str, _Corpus] = {}
+def _among_themselves(corpora: list[_Made]) -> Iterator[str]:
+    by_maker: dict[str, _Made] = {}
     for corpus in corpora:
         by_maker.setdefault(str((corpus.made or {})["fingerprint"]), corpus)
     if len(by_maker) > 1:
@@ -150,20 +150,20 @@ def _listed(tokenizer: Tokenizer) -> str:
     return f"[{', '.join(names[:4])}{f', ... {len(names)} in all' if len(names) > 4 else ''}]"
 
 
-def _is_there(given: schema.Tokenizer, base: Path) -> bool:
+def _is_there(given: schema.TokenizerSection, base: Path) -> bool:
     return (base / Path(given.path).expanduser()).exists()
 
 
-def _loaded(given: schema.Tokenizer, base: Path) -> Tokenizer:
+def _loaded(given: schema.TokenizerSection, base: Path) -> Tokenizer:
     path = base / Path(given.path).expanduser()
     seen = os.stat(path)
     return _load(given.model_copy(update={"path": str(path)}).model_dump_json(), seen.st_mtime_ns, seen.st_size)
 
 
-def _loaded_with(given: schema.Tokenizer, base: Path, added_tokens: Any) -> Tokenizer | None:
+def _loaded_with(given: schema.TokenizerSection, base: Path, added_tokens: Any) -> Tokenizer | None:
     """The recipe's tokenizer with the added tokens of a manifest; None if it cannot have them."""
     try:
-        section = schema.Tokenizer.model_validate({**given.model_dump(), "added_tokens": added_tokens or "none"})
+        section = schema.TokenizerSection.model_validate({**given.model_dump(), "added_tokens": added_tokens or "none"})
         return _loaded(section, base)
     except (UserError, ValidationError):
         return None
@@ -171,4 +171,4 @@ def _loaded_with(given: schema.Tokenizer, base: Path, added_tokens: Any) -> Toke
 
 @lru_cache(maxsize=8)
 def _load(section: str, modified: int, size: int) -> Tokenizer:
-    return load_tokenizer(schema.Tokenizer.model_validate_json(section))
+    return load_tokenizer(schema.TokenizerSection.model_validate_json(section))

@@ -47,7 +47,7 @@ class Validation:
 
 
 def validate(
-    validation: Validation, chunks: Sequence[Any], plan: Plan, done: int, world: World
+    validation: Validation, model_chunks: Sequence[Any], plan: Plan, done: int, world: World
 ) -> dict[str, tuple[float, int]]:
     """Mean loss over unmasked tokens of each validation source after `done` steps, at the current phase's length. Collective.
 
@@ -57,7 +57,7 @@ def validate(
     recipe = plan.recipe
     phase = plan.phase_at(max(done - 1, 0))
     totals = torch.zeros(len(validation.sources), 2, dtype=torch.float64, device=world.device)
-    for chunk in chunks:
+    for chunk in model_chunks:
         chunk.eval()
     with torch.no_grad():
         for index, (name, source) in enumerate(validation.sources.items()):
@@ -77,8 +77,8 @@ def validate(
             while micro_batches := list(itertools.islice(every, recipe.parallel.pipeline * _AT_ONCE)):
                 if recipe.parallel.virtual_pipeline:
                     _fill_up(micro_batches, recipe.parallel.pipeline)
-                totals[index] += forward_backward(chunks, micro_batches, 1, recipe, world, forward_only=True)[:, 0]
-    for chunk in chunks:
+                totals[index] += forward_backward(model_chunks, micro_batches, 1, recipe, world, forward_only=True)[:, 0]
+    for chunk in model_chunks:
         chunk.train()
     if world.tensor_rank:
         totals.zero_()  # every tensor-parallel rank holds the same sums: one of them speaks

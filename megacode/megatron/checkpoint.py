@@ -82,9 +82,9 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _sharded_state(chunks: Sequence[Any], optimizer: Any | None, loading: bool) -> dict[str, Any]:
+def _sharded_state(model_chunks: Sequence[Any], optimizer: Any | None, loading: bool) -> dict[str, Any]:
     metadata = _metadata()
-    modules = [getattr(chunk, "module", chunk) for chunk in chunks]
+    modules = [getattr(chunk, "module", chunk) for chunk in model_chunks]
     if len(modules) == 1:
         state = {"model": modules[0].sharded_state_dict(metadata=metadata)}
     else:
@@ -127,7 +127,7 @@ def _without_foreign_extras(state: dict[str, Any], checkpoint: Path) -> dict[str
     return extract_matching_values(state, foreign)[1]
 
 
-def load_checkpoint(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | None) -> dict[str, Any]:
+def load_checkpoint(checkpoint: Path, model_chunks: Sequence[Any], optimizer: Any | None) -> dict[str, Any]:
     """Load weights, and with an `optimizer` its state too, into this rank's model chunks, in whatever layout this run has.
 
     Returns:
@@ -138,13 +138,13 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | No
     """
     info = read_info(checkpoint)
     read_index(checkpoint)  # before anything else opens it: it may hold code
-    state = _sharded_state(chunks, optimizer, loading=True)
+    state = _sharded_state(model_chunks, optimizer, loading=True)
     try:
         state = _without_foreign_extras(state, checkpoint)
         loaded = dist_checkpointing.load(state, str(checkpoint), _load_strategy())
     except (Exception, CheckpointException) as error:  # torch derives the latter from BaseException
-        raise UserError(_other_padding(checkpoint, info, chunks) or _why_not(checkpoint, error)) from error
-    modules = [getattr(chunk, "module", chunk) for chunk in chunks]
+        raise UserError(_other_padding(checkpoint, info, model_chunks) or _why_not(checkpoint, error)) from error
+    modules = [getattr(chunk, "module", chunk) for chunk in model_chunks]
     for index, module in enumerate(modules):
         module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{index}"], strict=False)
     if optimizer is not None:
@@ -155,13 +155,13 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[Any], optimizer: Any | No
     return info
 
 
-def _other_padding(checkpoint: Path, info: dict[str, Any], chunks: Sequence[Any]) -> str | None:
+def _other_padding(checkpoint: Path, info: dict[str, Any], model_chunks: Sequence[Any]) -> str | None:
     """What is wrong where the checkpoint's model is this one, but for the zeros that its tensor-parallel size took to split the
     feed-forward (3, 5, 6 ... do not divide the usual `pad_multiple`). Megatron-Core reshapes vocabularies only."""
     before = info.get("layout", {}).get("tensor")
     if before is None or not (checkpoint / "recipe.yaml").is_file():
         return None
-    model, config = load_recipe(checkpoint / "recipe.yaml").model, chunks[0].config
+    model, config = load_recipe(checkpoint / "recipe.yaml").model, model_chunks[0].config
     here = config.tensor_model_parallel_size
     stored, wanted = model.stored_ffn_size(before), config.ffn_hidden_size
     if wanted == stored or wanted != model.stored_ffn_size(here):
@@ -220,7 +220,7 @@ class Checkpointer:
     is_own: Callable[[Path], bool] = lambda path: True
     _queue: AsyncCallsQueue = field(default_factory=AsyncCallsQueue)
 
-    def save(self, step: int, chunks: Sequence[Any], optimizer: Any, info: dict[str, Any], recipe_text: str) -> None:
+    def save(self, step: int, model_chunks: Sequence[Any], optimizer: Any, info: dict[str, Any], recipe_text: str) -> None:
         """Start writing the state after `step` finished steps. Collective; returns before it is on disk when asynchronous."""
         self.wait()
         final = self.folder / checkpoint_name(step)
@@ -234,7 +234,7 @@ class Checkpointer:
             TorchDistSaveShardedStrategy("torch_dist", 1),
             parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
-        state = _sharded_state(chunks, optimizer, loading=False)
+        state = _sharded_state(model_chunks, optimizer, loading=False)
         _results_outlive_signals()
         request = dist_checkpointing.save(
             state,

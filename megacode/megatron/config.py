@@ -22,7 +22,7 @@ from megacode.errors import UserError
 from megacode.megatron.hardware import detect
 from megacode.megatron.mup import scale_fields
 from megacode.plan.hardware import Hardware, fp8_refusal
-from megacode.plan.overlap import speedups
+from megacode.plan.overlap import decide_overlaps
 from megacode.recipe.schema import Recipe
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -77,7 +77,7 @@ def transformer_fields(recipe: Recipe, hardware: Hardware, data_size: int = 1) -
     model, parallel, precision = recipe.model, recipe.parallel, recipe.precision
     cuda = hardware.on_cuda
     _refuse(recipe, hardware)
-    speed = {name: one.on for name, one in speedups(recipe, hardware, data_size).items()}
+    speed = {name: one.on for name, one in decide_overlaps(recipe, hardware, data_size).items()}
     half = precision.compute in ("bf16", "fp8")
     dtype = torch.bfloat16 if half else torch.float32
     fields: dict[str, Any] = dict(
@@ -160,7 +160,7 @@ def transformer_fields(recipe: Recipe, hardware: Hardware, data_size: int = 1) -
 def data_parallel_fields(recipe: Recipe, hardware: Hardware, data_size: int) -> dict[str, Any]:
     """Fields of DistributedDataParallelConfig, without those passed through by their own names."""
     parallel, precision = recipe.parallel, recipe.precision
-    speed = {name: one.on for name, one in speedups(recipe, hardware, data_size).items()}
+    speed = {name: one.on for name, one in decide_overlaps(recipe, hardware, data_size).items()}
     fp8_params = precision.compute == "fp8" and precision.fp8_params
     fields = dict(
         grad_reduce_in_fp32=True,

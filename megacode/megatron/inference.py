@@ -72,6 +72,6 @@ def open_for_inference(checkpoint: Path) -> tuple[Any, Any, Any]:
     initialize(recipe.parallel, recipe.seed, Launch(0, 1, 0, "127.0.0.1", free_port(), "single process"))
     from megacode.megatron.model import build_model
 
-    chunks = build_model(recipe, tokenizer.vocab_size)
-    load_checkpoint(path, chunks, None)
-    return recipe, tokenizer, chunks[0].eval()
+    model_chunks = build_model(recipe, tokenizer.vocab_size)
+    load_checkpoint(path, model_chunks, None)
+    return recipe, tokenizer, model_chunks[0].eval()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacode.megatron.chained import parts_with_state
+from megacode.megatron.chained_optimizer import parts_with_state
 
 
 def join(weight: Tensor, remainder: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from megacode.megatron.loss import Gpt
 from megacode.megatron.mup import apply_scales
 from megacode.megatron.norm import Norm
 from megacode.plan.hardware import Hardware
-from megacode.plan.overlap import speedups
+from megacode.plan.overlap import decide_overlaps
 from megacode.recipe.schema import Model, Recipe
 
 
@@ -74,7 +74,7 @@ def build_model(
     length = model.context_length or max(phase.sequence_length for phase in recipe.phases)
     padded = model.stored(vocab_size, recipe.parallel.tensor)
     stages: list[int | None] = list(range(recipe.parallel.virtual_pipeline or 0)) or [None]
-    chunks = []
+    model_chunks = []
     for vp_stage in stages:
         with _attention_in_a_sentence():
             chunk = Gpt(
@@ -104,10 +104,10 @@ def build_model(
         initialize_weights(names, model, recipe.seed, vocab_size, config.ffn_hidden_size, padded)
         apply_scales(chunk, model)
         _mask_padding(chunk, vocab_size, padded)
-        if speedups(recipe, hardware, data_size=1)["gradient_accumulation"].on:
+        if decide_overlaps(recipe, hardware, data_size=1)["gradient_accumulation"].on:
             _accumulate_in_products(chunk)
-        chunks.append(chunk)
-    return chunks
+        model_chunks.append(chunk)
+    return model_chunks
 
 
 @contextlib.contextmanager
@@ -166,10 +166,10 @@ def _mask_padding(chunk: GPTModel, vocab_size: int, padded: int) -> None:
     chunk.output_layer.register_forward_hook(mask)
 
 
-def global_parameter_names(chunks: list[Any]) -> dict[str, torch.nn.Parameter]:
+def global_parameter_names(model_chunks: list[Any]) -> dict[str, torch.nn.Parameter]:
     """Parameters of this rank by their names in the whole model: layers numbered from 0 across pipeline stages."""
     names: dict[str, torch.nn.Parameter] = {}
-    for chunk in chunks:
+    for chunk in model_chunks:
         offsets = {}
         for path, module in chunk.named_modules():
             number = getattr(module, "layer_number", None)

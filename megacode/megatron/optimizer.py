@@ -17,7 +17,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.transformer import TransformerConfig
 
 from megacode.errors import UserError
-from megacode.megatron.chained import parts_with_state
+from megacode.megatron.chained_optimizer import parts_with_state
 from megacode.megatron.config import data_parallel_config
 from megacode.megatron.hardware import detect
 from megacode.megatron.model import global_parameter_names
@@ -35,7 +35,7 @@ OTHER_GROUPS = (
 def wrap_data_parallel(
     recipe: Recipe,
     config: TransformerConfig,
-    chunks: list[Any],
+    model_chunks: list[Any],
     data_size: int,
     hardware: Hardware | None = None,
 ) -> list[DistributedDataParallel]:
@@ -49,7 +49,7 @@ def wrap_data_parallel(
         wrapped = [
             # Bucketing serves the overlap of the first chunk's communication with backward; later chunks finish earlier.
             DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0)
-            for index, chunk in enumerate(chunks)
+            for index, chunk in enumerate(model_chunks)
         ]
     if recipe.precision.mxfp8_params:
         _refuse_odd_sizes(wrapped)
@@ -125,7 +125,7 @@ def optimizer_fields(recipe: Recipe, overlap_param_gather: bool) -> dict[str, An
     )
 
 
-def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> Any:
+def build_optimizer(recipe: Recipe, model_chunks: list[DistributedDataParallel]) -> Any:
     """Megatron-Core's optimizer (FusedAdam of Transformer Engine, else of Apex, else torch's AdamW) with the recipe's groups.
 
     Every parameter group carries `lr_mult` and `wd_mult`; `set_lr` turns them into rates.
@@ -134,7 +134,7 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> An
         UserError: a group that matches no parameter on any rank, or an `optimizer.megatron` field that is refused.
     """
     settings = recipe.optimizer
-    fields = optimizer_fields(recipe, chunks[0].ddp_config.overlap_param_gather)
+    fields = optimizer_fields(recipe, model_chunks[0].ddp_config.overlap_param_gather)
     if settings.megatron.get("optimizer_cpu_offload") and not detect().on_cuda:
         raise UserError(
             "optimizer.megatron.optimizer_cpu_offload: there is nothing to offload without a CUDA device, and this machine shows "
@@ -150,7 +150,7 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> An
     except (AssertionError, ValueError, TypeError) as error:
         raise UserError(f"optimizer.megatron: Megatron-Core refuses this: {error}") from error
 
-    names = _names_of_weights(recipe, chunks)
+    names = _names_of_weights(recipe, model_chunks)
     wanted = {id(p): multipliers(recipe, name, p) for name, p in names.items()}
     _refuse_idle_groups(settings, names)
     overrides = {
@@ -163,15 +163,15 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> An
         if pair != (1.0, 1.0)
     }
     with _refusals_of("optimizer.megatron", settings.megatron):
-        optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
+        optimizer = get_megatron_optimizer(config, model_chunks, config_overrides=overrides)
     _allocate_state(optimizer)
     return optimizer
 
 
-def _names_of_weights(recipe: Recipe, chunks: list[DistributedDataParallel]) -> dict[str, torch.nn.Parameter]:
+def _names_of_weights(recipe: Recipe, model_chunks: list[DistributedDataParallel]) -> dict[str, torch.nn.Parameter]:
     """Parameters by their names in the whole model, a tied output layer by its embedding's: the last stage of a pipeline has a
     copy of that under a name of its own, and both must be updated alike to stay equal."""
-    names = global_parameter_names(chunks)
+    names = global_parameter_names(model_chunks)
     if recipe.model.tie_embeddings and (copy := names.pop("output_layer.weight", None)) is not None:
         names["embedding.word_embeddings.weight"] = copy
     return names

@@ -126,7 +126,7 @@ def _forward(streams: int, count_positions: bool, world: World, iterator: Iterat
 
 
 def forward_backward(
-    chunks: Sequence[Any],
+    model_chunks: Sequence[Any],
     micro_batches: Sequence[Batch],
     streams: int,
     recipe: Recipe,
@@ -141,11 +141,11 @@ def forward_backward(
     """
     rows, length = micro_batches[0].tokens.shape
     packed = micro_batches[0].segments is not None and transformer_engine_available()
-    with _without_graphs(chunks) if forward_only else contextlib.nullcontext():
+    with _without_graphs(model_chunks) if forward_only else contextlib.nullcontext():
         results = get_forward_backward_func()(
             forward_step_func=partial(_forward, streams, recipe.optimizer.loss_denominator == "positions", world),
-            data_iterator=[iter(micro_batches) for _ in chunks] if len(chunks) > 1 else iter(micro_batches),
-            model=list(chunks) if len(chunks) > 1 else chunks[0],
+            data_iterator=[iter(micro_batches) for _ in model_chunks] if len(model_chunks) > 1 else iter(micro_batches),
+            model=list(model_chunks) if len(model_chunks) > 1 else model_chunks[0],
             num_microbatches=len(micro_batches),
             seq_length=rows * length if packed else length,
             micro_batch_size=1 if packed else rows,
@@ -157,12 +157,12 @@ def forward_backward(
 
 
 @contextlib.contextmanager
-def _without_graphs(chunks: Sequence[Any]) -> Iterator[None]:
+def _without_graphs(model_chunks: Sequence[Any]) -> Iterator[None]:
     """Inside, layers run as they are written: what was recorded as CUDA graphs has training's shapes and precision, and
     Megatron-Core would end the run at any other."""
     held = [
         (module, module._modules.pop("cudagraph_manager"))
-        for chunk in chunks
+        for chunk in model_chunks
         for module in chunk.modules()
         if "cudagraph_manager" in module._modules
     ]
@@ -173,27 +173,27 @@ def _without_graphs(chunks: Sequence[Any]) -> Iterator[None]:
             module._modules["cudagraph_manager"] = manager
 
 
-def prepare_model_for_training(chunks: Sequence[Any], optimizer: Any) -> None:
+def prepare_model_for_training(model_chunks: Sequence[Any], optimizer: Any) -> None:
     """Tell Megatron-Core's schedule how to finish gradients and, where gradients are reduced during backward, when not to."""
-    config = chunks[0].module.config
+    config = model_chunks[0].module.config
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
-    if chunks[0].ddp_config.overlap_grad_reduce:
-        hooks: list[Callable[..., Any]] = [chunk.no_sync for chunk in chunks]
+    if model_chunks[0].ddp_config.overlap_grad_reduce:
+        hooks: list[Callable[..., Any]] = [chunk.no_sync for chunk in model_chunks]
         config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
-    if chunks[0].ddp_config.overlap_param_gather and chunks[0].ddp_config.align_param_gather:
-        syncs = [chunk.start_param_sync for chunk in chunks]
+    if model_chunks[0].ddp_config.overlap_param_gather and model_chunks[0].ddp_config.align_param_gather:
+        syncs = [chunk.start_param_sync for chunk in model_chunks]
         config.param_sync_func = syncs if len(syncs) > 1 else syncs[0]
 
 
 @contextlib.contextmanager
-def gathered_weights(chunks: Sequence[Any]) -> Iterator[None]:
+def gathered_weights(model_chunks: Sequence[Any]) -> Iterator[None]:
     """Inside, every rank has the weights that the last update made. Collective.
 
     Where the distributed optimizer's gather overlaps with the next forward, a rank has only its own share up to date until
     then: who reads weights in another way than by a training step (a checkpoint, an evaluation) does it in here.
     """
-    late = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    late = [chunk for chunk in model_chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in late:
         chunk.disable_forward_pre_hook(param_sync=True)
         # FP8 weights have a second copy, for the backward pass. Megatron-Core makes it anew after a gather, but not after this
@@ -209,9 +209,9 @@ def gathered_weights(chunks: Sequence[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_fp8(chunks: Sequence[Any]) -> Iterator[None]:
+def without_fp8(model_chunks: Sequence[Any]) -> Iterator[None]:
     """Inside, the layers' matrix products are done in bf16: Megatron-Core asks its configuration at every forward."""
-    configs = [chunk.module.config for chunk in chunks]
+    configs = [chunk.module.config for chunk in model_chunks]
     before = [config.fp8 for config in configs]
     for config in configs:
         config.fp8 = None
@@ -223,7 +223,7 @@ def without_fp8(chunks: Sequence[Any]) -> Iterator[None]:
 
 
 def train_step(
-    chunks: Sequence[Any], optimizer: Any, micro_batches: Sequence[Batch], streams: int, recipe: Recipe, world: World
+    model_chunks: Sequence[Any], optimizer: Any, micro_batches: Sequence[Batch], streams: int, recipe: Recipe, world: World
 ) -> tuple[Tensor, float | None]:
     """Forward, backward, clip, update. Rates are set beforehand (`optimizer.set_lr`).
 
@@ -231,9 +231,9 @@ def train_step(
         (sums as of `forward_backward`, global gradient norm before clipping: the same on all ranks). The norm is None where
         Megatron-Core left the update out: with a `loss_scale` it does so when a gradient is not finite.
     """
-    for chunk in chunks:
+    for chunk in model_chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    sums = forward_backward(chunks, micro_batches, streams, recipe, world)
+    sums = forward_backward(model_chunks, micro_batches, streams, recipe, world)
     _, norm, _ = optimizer.step()
     return sums, None if norm is None else float(norm)

@@ -21,7 +21,7 @@ _SAME_CORES = "gloo computes and communicates on the same cores"
 
 
 @dataclass(frozen=True)
-class Speedup:
+class OverlapDecision:
     """One overlap or fusion: whether it is on, and the reason in a clause."""
 
     key: str
@@ -29,7 +29,7 @@ class Speedup:
     why: str
 
 
-def speedups(recipe: Recipe, hardware: Hardware, data_size: int) -> dict[str, Speedup]:
+def decide_overlaps(recipe: Recipe, hardware: Hardware, data_size: int) -> dict[str, OverlapDecision]:
     """Every overlap and fusion by the name of its recipe key (`grad_reduce`, `rope` ...).
 
     Args:
@@ -38,7 +38,7 @@ def speedups(recipe: Recipe, hardware: Hardware, data_size: int) -> dict[str, Sp
     Raises:
         UserError: one is asked for that cannot be; a line for each.
     """
-    decided: dict[str, Speedup] = {}
+    decided: dict[str, OverlapDecision] = {}
     mistakes = []
     for name, (section, rule) in _RULES.items():
         key = f"{section}.{name}"
@@ -47,7 +47,7 @@ def speedups(recipe: Recipe, hardware: Hardware, data_size: int) -> dict[str, Sp
         if asked and verdict == "impossible":
             mistakes.append(f"{key}: cannot be on: {why}; take the key out, which turns it on where it can be")
         on = verdict == "on" if asked is None else asked and verdict in ("on", "only if asked")
-        decided[name] = Speedup(key, on, "turned off in the recipe" if asked is False else why)
+        decided[name] = OverlapDecision(key, on, "turned off in the recipe" if asked is False else why)
     if mistakes:
         raise UserError("\n".join(mistakes))
     return decided

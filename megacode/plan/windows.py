@@ -12,7 +12,7 @@ from megacode.recipe.mixtures import Entry, mixture_entries
 from megacode.recipe.schema import Packing, Phase, Recipe
 
 PACKING_ALGORITHM = 1
-"""Of `megacode.data.packing`: raised when the same documents would be packed otherwise."""
+"""Of `megacode.data.best_fit`: raised when the same documents would be packed otherwise."""
 
 
 @dataclass(frozen=True)

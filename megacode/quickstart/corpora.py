@@ -42,7 +42,7 @@ _SKIPPED_FOLDERS = {
 
 
 @dataclass
-class _Corpus:
+class _Gathered:
     """Documents written so far; what repeats is left out."""
 
     path: Path
@@ -86,8 +86,8 @@ def gather(
     if done and done.get("settings") == wanted and all(_size(files[k]) == done["sizes"].get(k) for k in files):
         console.print(f"{folder}: kept; gathered before from Python {wanted['python']}")
         return files
-    code = _Corpus(files["code"], int(code_mb * 1e6))
-    text = _Corpus(files["text"], int(text_mb * 1e6))
+    code = _Gathered(files["code"], int(code_mb * 1e6))
+    text = _Gathered(files["text"], int(text_mb * 1e6))
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f} of {task.total:.0f} MB"),
         TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
@@ -138,7 +138,7 @@ def prepare(
             train_tokenizer(_texts(corpora.values()), model, vocab_size)
         write_json(note, wanted)
         console.print(f"{model}: trained, {vocab_size:,} pieces")
-    section = schema.Tokenizer(path=str(model), added_tokens="crystal", bos=True, eod=True)
+    section = schema.TokenizerSection(path=str(model), added_tokens="crystal", bos=True, eod=True)
     outputs = {"code": folder / "python", "text": folder / "docs"}
     for name, output in outputs.items():
         request = Request(
@@ -156,7 +156,7 @@ def prepare(
 # -------------------------------------------------------------------------------------------------------------- code
 
 
-def _code(corpus: _Corpus, chosen: set[Path]) -> Iterator[bytes]:
+def _code(corpus: _Gathered, chosen: set[Path]) -> Iterator[bytes]:
     """Sources: the standard library by path, then packages by hash of path, so that a few MB come from all of them."""
     for origin, root, paths in _sources():
         for path in paths:
@@ -212,7 +212,7 @@ def _like_code(text: str) -> bool:
 # -------------------------------------------------------------------------------------------------------------- text
 
 
-def _text(corpus: _Corpus, in_code: set[Path]) -> Iterator[bytes]:
+def _text(corpus: _Gathered, in_code: set[Path]) -> Iterator[bytes]:
     for origin, name, kept in _prose(in_code):
         if corpus.full:
             return

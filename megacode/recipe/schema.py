@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megacode.recipe.schema_model import Model, Mup, RotaryScaling, Tokenizer  # noqa: F401 - all classes are read from here
+from megacode.recipe.schema_model import Model, Mup, RotaryScaling, TokenizerSection  # noqa: F401 - all classes are read from here
 from megacode.recipe.schema_run import (  # noqa: F401
     Checkpoints,
     Evaluation,
@@ -228,14 +228,14 @@ class BatchRamp(Section):
         return self
 
 
-class Part(Section):
+class PhasePart(Section):
     """Where a piece begins in a schedule of `steps` steps: at its step `first`."""
 
     first: CountOrZero
     steps: Count
 
     @model_validator(mode="after")
-    def _begins_inside(self) -> Part:
+    def _begins_inside(self) -> PhasePart:
         if self.first >= self.steps:
             raise ValueError(
                 f"`first` counts from 0 and is {self.first}, in a schedule of {self.steps} steps; lower it"
@@ -247,9 +247,9 @@ class Within(Section):
     """Makes a phase a piece of a longer one (`megacode fork` writes it): what is named here goes on as there, schedules
     without a length of their own included; what is not begins with the piece."""
 
-    learning_rate: Part | None = None
-    batch_size: Part | None = None
-    mixture: Part | None = None
+    learning_rate: PhasePart | None = None
+    batch_size: PhasePart | None = None
+    mixture: PhasePart | None = None
 
 
 class Phase(Section):
@@ -283,14 +283,14 @@ class Phase(Section):
 
     def placed(self, schedule: Literal["learning_rate", "batch_size", "mixture"], steps: int) -> tuple[int, int]:
         """(first step, length) of one of the phase's schedules, which has `steps` unless `within` says otherwise."""
-        part: Part | None = getattr(self.within, schedule, None)
+        part: PhasePart | None = getattr(self.within, schedule, None)
         return (part.first, part.steps) if part else (0, steps)
 
 
 # ------------------------------------------------------------------------------------------------------------ data
 
 
-class Fim(Section):
+class FimSection(Section):
     """Fill-in-the-middle (arXiv 2207.14255): of what, with which tokens, and how often suffix first."""
 
     level: FimLevel = "context"
@@ -311,7 +311,7 @@ class Data(Section):
     """Folder for the indexes of `packing: best_fit`; default: beside the corpus."""
     reset_at_eod: bool = False
     mask_eod_loss: bool = False
-    fim: Fim = Fim()
+    fim: FimSection = FimSection()
     prefetch: int = Field(default=4, ge=0)
     """Batches prepared ahead by each rank's loader thread; 0 prepares them in the loop."""
 
@@ -322,7 +322,7 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     description: str = ""
     seed: int = Field(default=1234, ge=0, lt=2**63)
-    tokenizer: Tokenizer | None = None
+    tokenizer: TokenizerSection | None = None
     model: Model
     sources: dict[str, Source]
     phases: list[Phase] = Field(min_length=1)

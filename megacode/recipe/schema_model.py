@@ -161,7 +161,7 @@ class Model(Section):
         return self.stored(self.resolved_ffn_size, tensor_parallel)
 
 
-class Tokenizer(Section):
+class TokenizerSection(Section):
     """Which tokenizer made the corpora. `path` is a SentencePiece .model, a tokenizer.json or a tiktoken vocabulary."""
 
     path: str

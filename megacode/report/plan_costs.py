@@ -15,7 +15,7 @@ from megacode.plan import estimate
 from megacode.plan.devices import DEVICES, Peak
 from megacode.plan.hardware import assumed, fp8_refusal
 from megacode.plan.memory import checkpoint_bytes, corpus_bytes, gathered_bytes, stage_memory
-from megacode.plan.overlap import speedups
+from megacode.plan.overlap import decide_overlaps
 from megacode.plan.plan import Plan
 from megacode.plan.suggest import ASSUMPTIONS, Proposal
 from megacode.terminal import count, duration, gigabytes, print_table, table_of
@@ -89,7 +89,7 @@ def _speed_table(plan: Plan, machine: Machine) -> Table:
     data = machine.devices // replica if machine.devices else 2
     hardware = assumed(machine.device)
     table = table_of(f"Overlap and fusion on {machine.device}", "", "", "", left=3, prose=True)
-    for one in speedups(recipe, hardware, data).values():
+    for one in decide_overlaps(recipe, hardware, data).values():
         table.add_row("on" if one.on else "off", one.key, Text(one.why, style="" if one.on else "dim"))
     many = "" if machine.devices else "; more than one data-parallel rank assumed (--gpus N says how many)"
     table.caption = Text(f"with CUDA, Transformer Engine and Apex{many}; `false` turns one off")

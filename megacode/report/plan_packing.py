@@ -13,7 +13,7 @@ from megacode.plan.plan import Plan
 
 
 class Losses(Protocol):
-    """See `megacode.data.packing_losses.PackingLosses` (recipe/ knows nothing of data/)."""
+    """See `megacode.data.packing_report.PackingLosses` (recipe/ knows nothing of data/)."""
 
     @property
     def source(self) -> str: ...

@@ -115,7 +115,7 @@ def _shown(path: Path) -> str:
 @contextmanager
 def _progress(
     console: Console, title: str
-) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[part.Progress], None]]]:
+) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[part.PartProgress], None]]]:
     """Callbacks for `preprocess` that move a bar. The bar goes by bytes on disk, the rates by text and tokens."""
     totals = {"bytes": 0, "tokens": 0, "bad": 0}
     started = spoke = time.monotonic()
@@ -140,7 +140,7 @@ def _progress(
         shown = title if stage == "tokenizing" else f"{title}: {stage}"
         bar.reset(task, total=total_bytes, completed=done_bytes, description=shown, rates="")
 
-    def on_progress(progress: part.Progress) -> None:
+    def on_progress(progress: part.PartProgress) -> None:
         nonlocal spoke
         totals["bytes"] += progress.text_bytes
         totals["tokens"] += progress.tokens

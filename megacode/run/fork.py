@@ -17,7 +17,7 @@ from megacode.files import write_json, write_text
 from megacode.plan.plan import Plan
 from megacode.recipe.load import dump_recipe, load_recipe
 from megacode.recipe.mixtures import mixture_entries
-from megacode.recipe.schema import Mixture, MixtureSource, Part, Phase, Recipe, Within
+from megacode.recipe.schema import Mixture, MixtureSource, Phase, PhasePart, Recipe, Within
 from megacode.run.checkpoints import LATEST, checkpoint_name, complete_checkpoints, read_info
 from megacode.run.history import past_changes
 from megacode.run.metrics import FILE as METRICS
@@ -129,11 +129,11 @@ def _pieces(before: Plan, index: int, given: Phase, done: int, left: int, names:
         update={
             "steps": done,
             "tokens": None,
-            "within": Within(**{aspect: Part(first=start, steps=length) for aspect, (start, length) in places.items()}),
+            "within": Within(**{aspect: PhasePart(first=start, steps=length) for aspect, (start, length) in places.items()}),
         }
     )
     kept = {
-        aspect: Part(first=start + done, steps=length)
+        aspect: PhasePart(first=start + done, steps=length)
         for aspect, (start, length) in places.items()
         if getattr(given, aspect) == getattr(old, aspect)
     }

@@ -143,7 +143,7 @@ class Tokenizer:
         return {token: name for name, token in self.control_tokens.items()}
 
 
-def load_tokenizer(section: schema.Tokenizer) -> Tokenizer:
+def load_tokenizer(section: schema.TokenizerSection) -> Tokenizer:
     """The tokenizer that a recipe's `tokenizer` section names. UserError if its file or its library is not there.
 
     A folder stands for the tokenizer.json or tokenizer.model in it. An added token that the base vocabulary already has

@@ -20,7 +20,7 @@ from megacode.megatron.distributed import World
 from megacode.plan.devices import peak_flops
 from megacode.plan.estimate import flops_per_token
 from megacode.plan.hardware import Hardware
-from megacode.plan.overlap import Speedup, speedups
+from megacode.plan.overlap import OverlapDecision, decide_overlaps
 from megacode.plan.past import Change
 from megacode.plan.plan import PhasePlan, Plan
 from megacode.run.metrics import MetricsWriter
@@ -221,11 +221,11 @@ class StepReports:
         layers = (
             f"layers of Transformer Engine {'.'.join(map(str, engine))}" if engine else "Megatron-Core's local layers"
         )
-        on = [one.key.rsplit(".")[-1] for one in self._speedups(hardware) if one.on]
+        on = [one.key.rsplit(".")[-1] for one in self._overlaps(hardware) if one.on]
         self.say(f"{hardware.name}: {layers}, {adam}, {computes}" + (f"; on: {', '.join(on)}" if on else ""))
 
-    def _speedups(self, hardware: Hardware) -> list[Speedup]:
-        return list(speedups(self.plan.recipe, hardware, self.world.data_size).values())
+    def _overlaps(self, hardware: Hardware) -> list[OverlapDecision]:
+        return list(decide_overlaps(self.plan.recipe, hardware, self.world.data_size).values())
 
     def started(self) -> None:
         recipe, world = self.plan.recipe, self.world

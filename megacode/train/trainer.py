@@ -22,7 +22,7 @@ from torch import Tensor
 from megacode import lock
 from megacode.data.loader import StepBatch, batches
 from megacode.data.mixture import open_mixture
-from megacode.data.packing_losses import packing_line, packing_losses
+from megacode.data.packing_report import packing_line, packing_losses
 from megacode.data.planning import plan_with_data
 from megacode.data.tokenizer_check import unknown_makers
 from megacode.errors import UserError

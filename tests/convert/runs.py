@@ -19,7 +19,7 @@ from megacode.recipe.schema import (
     Phase,
     Recipe,
     Source,
-    Tokenizer,
+    TokenizerSection,
 )  # fmt: skip
 from megacode.run.metrics import MetricsWriter
 from megacode.tokenizer.training import train_tokenizer
@@ -46,7 +46,7 @@ def recipe_of(folder: Path, model: Model, bos: bool = True) -> Recipe:
     return Recipe(
         name="tiny", model=model, sources={"a": Source(path=str(folder / "a"), tokens=100_000, domain="code")},
         phases=[Phase(name="one", steps=4, **usual), Phase(name="two", steps=5, **usual)], precision="fp32",
-        tokenizer=Tokenizer(path=str(path), added_tokens="crystal", bos=bos),
+        tokenizer=TokenizerSection(path=str(path), added_tokens="crystal", bos=bos),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megacode.convert.export import Source, chosen_family, export
+from megacode.convert.export import ExportSource, chosen_family, export
 from megacode.convert.importing import Found, import_model
 from megacode.errors import UserError
 from megacode.recipe.schema import Parallel
@@ -38,7 +38,7 @@ def place(folder: Path, name: str) -> Path:
 def exported(saved, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("exported")
     for name in MODELS:
-        source = Source.open(place(saved[0], name))
+        source = ExportSource.open(place(saved[0], name))
         export(source, place(out, name), chosen_family(source, name.split()[0]), torch.float32, shard_bytes=100_000)
     return out
 
@@ -69,7 +69,7 @@ def test_back_and_forth_is_bit_exact(name, exported, tmp_path) -> None:
     folder = place(exported, name)
     before = tensors_of(folder)
     import_model(Found.open(folder), tmp_path / "imported", None)
-    source = Source.open(tmp_path / "imported")
+    source = ExportSource.open(tmp_path / "imported")
     export(source, tmp_path / "again", chosen_family(source, name.split()[0]), torch.float32)
     after = tensors_of(tmp_path / "again")
     assert before.keys() == after.keys()
@@ -109,19 +109,19 @@ def test_what_is_broken_is_told(saved, exported, tmp_path) -> None:
     cut = copy(checkpoint)
     (cut / "megacode.json").unlink()
     with pytest.raises(UserError, match="no complete checkpoint"):
-        Source.open(cut)
+        ExportSource.open(cut)
     cut = copy(checkpoint)
     next(cut.glob("*.distcp")).unlink()
     with pytest.raises(UserError, match="is missing"):
-        Source.open(cut)
+        ExportSource.open(cut)
     cut = copy(checkpoint)
     for file in cut.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged or cut short"):
-        Source.open(cut)
+        ExportSource.open(cut)
     cut = copy(checkpoint)
     damage_tensors(cut)
-    source = Source.open(cut)
+    source = ExportSource.open(cut)
     with pytest.raises(UserError, match="damaged or cut short"):
         export(source, tmp_path / "out", chosen_family(source, None), torch.float32)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
@@ -144,4 +144,4 @@ def test_what_is_broken_is_told(saved, exported, tmp_path) -> None:
             import_model(Found.open(cut), tmp_path / "in", None)
         assert words[1] in str(caught.value) and not (tmp_path / "in").exists()
     with pytest.raises(UserError, match=r"qwen3: this model does not fit: model.qk_norm is false"):
-        chosen_family(Source.open(checkpoint), "qwen3")
+        chosen_family(ExportSource.open(checkpoint), "qwen3")

@@ -17,10 +17,10 @@ import torch  # noqa: E402
 
 from megacode.cli.main import main  # noqa: E402
 from megacode.convert.complete_export import Wanted, complete_export  # noqa: E402
-from megacode.convert.export import Source  # noqa: E402
+from megacode.convert.export import ExportSource  # noqa: E402
 from megacode.errors import UserError  # noqa: E402
 from megacode.recipe.load import dump_recipe, load_recipe  # noqa: E402
-from megacode.recipe.schema import Model, Parallel, Tokenizer  # noqa: E402
+from megacode.recipe.schema import Model, Parallel, TokenizerSection  # noqa: E402
 from tests.convert.runs import CRYSTAL, make_run  # noqa: E402
 from tests.megatron.test_transformers_parity import LENGTH, small  # noqa: E402
 
@@ -48,7 +48,7 @@ def pair(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     model, bos = MODELS[request.param]
     run = make_run(folder, model, steps=(9,), bos=bos)
     lay_out(run / "checkpoints" / "step_00000009" / "recipe.yaml")
-    complete_export(Source.open(run), folder / "export", Wanted(request.param))
+    complete_export(ExportSource.open(run), folder / "export", Wanted(request.param))
     return run, folder / "export"
 
 
@@ -151,7 +151,7 @@ def test_an_answer_leaves_room_for_the_question(monkeypatch: Any) -> None:
     from megacode.evaluate import harness_model
 
     recipe = small(Model(layers=1, hidden_size=64, heads=4))
-    recipe = recipe.model_copy(update={"tokenizer": Tokenizer(path="none")})
+    recipe = recipe.model_copy(update={"tokenizer": TokenizerSection(path="none")})
     letters: Any = SimpleNamespace(
         base=SimpleNamespace(bos_id=None), eod_id=0, vocab_size=256, encode=lambda text: list(text.encode()),
         decode=lambda ids: bytes(ids).decode(),

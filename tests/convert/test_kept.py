@@ -92,7 +92,7 @@ def test_a_run_hands_on_what_its_first_weights_came_with(tmp_path: Path) -> None
 
 
 def test_ids_of_another_tokenizer_are_not_kept_and_said(tmp_path: Path, own_model: Path) -> None:  # noqa: F811
-    tokenizer = load_tokenizer(schema.Tokenizer(path=str(own_model)))
+    tokenizer = load_tokenizer(schema.TokenizerSection(path=str(own_model)))
     ends = {"eos_token_id": [601, 602]}
     imported = {"ids": ends, "generation": {"temperature": 0.6, **ends}, "tokenizer": "0"}
     own = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
@@ -106,7 +106,7 @@ def test_ids_of_another_tokenizer_are_not_kept_and_said(tmp_path: Path, own_mode
 
 def test_a_converter_finds_scores_and_every_control_token(tmp_path: Path, own_model: Path) -> None:  # noqa: F811
     """As llama.cpp's reads them: pieces and scores from tokenizer.model, the ids beyond from `added_tokens_decoder`."""
-    section = schema.Tokenizer(path=str(own_model), added_tokens="crystal")
+    section = schema.TokenizerSection(path=str(own_model), added_tokens="crystal")
     tokenizer = load_tokenizer(section)
     write_tokenizer(section, tmp_path, tokenizer.vocab_size)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))

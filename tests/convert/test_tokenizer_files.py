@@ -77,7 +77,7 @@ def tiktoken_file(folder: Path, pattern: str = r"\p{L}+|\p{N}{1,3}|\s+|[^\s\p{L}
     return path
 
 
-def check(section: schema.Tokenizer, folder: Path) -> tuple[Tokenizer, Any]:
+def check(section: schema.TokenizerSection, folder: Path) -> tuple[Tokenizer, Any]:
     """Write, load with AutoTokenizer, and compare every text; returns both tokenizers."""
     tokenizer = load_tokenizer(section)
     write_tokenizer(section, folder, tokenizer.vocab_size)
@@ -102,7 +102,7 @@ def check(section: schema.Tokenizer, folder: Path) -> tuple[Tokenizer, Any]:
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_own_sentencepiece_with_crystals_tokens(own_model: Path, tmp_path: Path, bos: bool) -> None:
-    section = schema.Tokenizer(path=str(own_model), added_tokens="crystal", bos=bos)
+    section = schema.TokenizerSection(path=str(own_model), added_tokens="crystal", bos=bos)
     tokenizer, loaded = check(section, tmp_path)
     assert loaded.convert_tokens_to_ids(list(CRYSTAL_TOKENS)) == list(range(700, 732))
     assert loaded.decode(tokenizer.encode(SOURCE)) == SOURCE
@@ -123,11 +123,11 @@ def test_own_sentencepiece_with_crystals_tokens(own_model: Path, tmp_path: Path,
     ids=["llama", "trimmed", "no-bytes", "user-defined", "unigram"],
 )
 def test_sentencepiece_settings(tmp_path: Path, keys: dict[str, Any]) -> None:
-    check(schema.Tokenizer(path=str(spm(tmp_path, **keys)), added_tokens="crystal"), tmp_path / "out")
+    check(schema.TokenizerSection(path=str(spm(tmp_path, **keys)), added_tokens="crystal"), tmp_path / "out")
 
 
 def test_the_proof_refuses_what_differs(own_model: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(schema.Tokenizer(path=str(own_model), added_tokens="crystal"))
+    tokenizer = load_tokenizer(schema.TokenizerSection(path=str(own_model), added_tokens="crystal"))
     contents = tokenizer_json(tokenizer, bos=False)
     prove(tokenizer, json.dumps(contents), bos=False)
     for spoil in (
@@ -145,28 +145,28 @@ def test_the_proof_refuses_what_differs(own_model: Path, tmp_path: Path) -> None
         model = spm(
             tmp_path, model_type="unigram", remove_extra_whitespaces=False, texts=["=" * 16 + " a b", "==="] * 9
         )
-        write_tokenizer(schema.Tokenizer(path=str(model)), folder, 2000)
+        write_tokenizer(schema.TokenizerSection(path=str(model)), folder, 2000)
     with pytest.raises(UserError, match="cannot be said exactly"):  # its normaliser works on other units of text
         model = spm(tmp_path, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=False)
-        write_tokenizer(schema.Tokenizer(path=str(model)), folder, 2000)
+        write_tokenizer(schema.TokenizerSection(path=str(model)), folder, 2000)
     assert not folder.exists()
 
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_huggingface_files_as_qwens(tmp_path: Path, bos: bool) -> None:
     path = byte_level(tmp_path, ["<|endoftext|>", "<s>"], ["<|fim_prefix|>", "<think>"])
-    tokenizer, loaded = check(schema.Tokenizer(path=str(path), added_tokens="crystal", bos=bos), tmp_path / "out")
+    tokenizer, loaded = check(schema.TokenizerSection(path=str(path), added_tokens="crystal", bos=bos), tmp_path / "out")
     think = tokenizer.base.literal["<think>"]
     assert loaded("a<think>b").input_ids.count(think) == 1 and think in tokenizer.encode("a<think>b")
-    again = load_tokenizer(schema.Tokenizer(path=str(tmp_path / "out")))
+    again = load_tokenizer(schema.TokenizerSection(path=str(tmp_path / "out")))
     assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
 
 
 def test_tiktoken(tmp_path: Path) -> None:
-    check(schema.Tokenizer(path=str(tiktoken_file(tmp_path)), added_tokens="crystal"), tmp_path / "out")
+    check(schema.TokenizerSection(path=str(tiktoken_file(tmp_path)), added_tokens="crystal"), tmp_path / "out")
     (tmp_path / "gaps").mkdir()
     path = tiktoken_file(tmp_path / "gaps", pattern=r"\p{L}+|\s+")  # what it does not match is left out
-    check(schema.Tokenizer(path=str(path)), tmp_path / "gaps" / "out")
+    check(schema.TokenizerSection(path=str(path)), tmp_path / "gaps" / "out")
 
 
 @pytest.mark.parametrize(
@@ -175,14 +175,14 @@ def test_tiktoken(tmp_path: Path) -> None:
 def test_the_models_family_does_not_change_the_ids(own_model: Path, tmp_path: Path, model_type: str) -> None:
     """AutoTokenizer looks at config.json too, and has classes of its own for some families."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": 732}))
-    check(schema.Tokenizer(path=str(own_model), added_tokens="crystal", bos=True), tmp_path)
+    check(schema.TokenizerSection(path=str(own_model), added_tokens="crystal", bos=True), tmp_path)
 
 
 def test_a_family_whose_tokenizer_class_is_fixed_is_told(own_model: Path, tmp_path: Path) -> None:
     """Transformers 5 gives every qwen2 folder Qwen's way of splitting text."""
     config = json.dumps({"model_type": "qwen2", "vocab_size": 732})
     (tmp_path / "config.json").write_text(config)
-    section = schema.Tokenizer(path=str(own_model), added_tokens="crystal", bos=True)
+    section = schema.TokenizerSection(path=str(own_model), added_tokens="crystal", bos=True)
     tokenizer = load_tokenizer(section)
     write_tokenizer(section, tmp_path, 732)
     note = loads_differently(section, tmp_path)
@@ -198,7 +198,7 @@ def test_a_family_whose_tokenizer_class_is_fixed_is_told(own_model: Path, tmp_pa
 
 def test_a_tokenizer_larger_than_the_model_is_refused(own_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has 732 tokens and the model only 731"):
-        write_tokenizer(schema.Tokenizer(path=str(own_model), added_tokens="crystal"), tmp_path / "out", 731)
+        write_tokenizer(schema.TokenizerSection(path=str(own_model), added_tokens="crystal"), tmp_path / "out", 731)
     assert not (tmp_path / "out").exists()
 
 
@@ -207,11 +207,11 @@ def test_a_tokenizer_larger_than_the_model_is_refused(own_model: Path, tmp_path:
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_what_was_written_is_read_as_it_was(own_model: Path, tmp_path: Path, bos: bool) -> None:
-    section = schema.Tokenizer(path=str(own_model), added_tokens="crystal", bos=bos)
+    section = schema.TokenizerSection(path=str(own_model), added_tokens="crystal", bos=bos)
     write_tokenizer(section, tmp_path, 732)
     read = read_tokenizer(tmp_path, 732)
     assert read.note is None and read.section["bos"] is bos and read.section["eod"] is True
-    again, tokenizer = load_tokenizer(schema.Tokenizer(**read.section)), load_tokenizer(section)
+    again, tokenizer = load_tokenizer(schema.TokenizerSection(**read.section)), load_tokenizer(section)
     assert (again.bos_id, again.eod_id, again.vocab_size) == (1, 2, 732)
     assert again.control_tokens == tokenizer.control_tokens
     assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
@@ -220,10 +220,10 @@ def test_what_was_written_is_read_as_it_was(own_model: Path, tmp_path: Path, bos
 
 
 def test_rows_without_a_token_are_named(own_model: Path, tmp_path: Path) -> None:
-    write_tokenizer(schema.Tokenizer(path=str(own_model)), tmp_path, 800)
+    write_tokenizer(schema.TokenizerSection(path=str(own_model)), tmp_path, 800)
     read = read_tokenizer(tmp_path, 800)
     assert read.note and "has 700 tokens and the model 800 rows; the last 100" in read.note
-    assert load_tokenizer(schema.Tokenizer(**read.section)).vocab_size == 800
+    assert load_tokenizer(schema.TokenizerSection(**read.section)).vocab_size == 800
     with pytest.raises(UserError, match=r"has 700 tokens, but config\.json says vocab_size 699"):
         read_tokenizer(tmp_path, 699)
 

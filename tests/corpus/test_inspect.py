@@ -34,7 +34,7 @@ HEADER = 34
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "t.model"
     train_tokenizer(TEXTS, path, vocab_size=300)
-    return load_tokenizer(schema.Tokenizer(path=str(path), added_tokens="crystal"))
+    return load_tokenizer(schema.TokenizerSection(path=str(path), added_tokens="crystal"))
 
 
 def manifest(prefix: Path, tokenizer: Tokenizer, documents: list[list[int]], segments: int = 3) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from megacode.cli.preprocess import add_arguments, parse_share, run
 from megacode.corpus.inputs import find_inputs
 from megacode.corpus.preprocess import Request, Result, preprocess
 from megacode.corpus.preprocess.counts import Group
-from megacode.corpus.preprocess.parts import plan_units
+from megacode.corpus.preprocess.splitting import plan_units
 from megacode.corpus.preprocess.tokenize import in_validation
 from megacode.corpus.workers import _serve, run_tasks
 from megacode.data import indexed
@@ -67,7 +67,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def request(model: Path, corpus: Path, output: Path, **more: Any) -> Request:
-    tokenizer = schema.Tokenizer(path=str(model), added_tokens="crystal", bos=more.pop("bos", False))
+    tokenizer = schema.TokenizerSection(path=str(model), added_tokens="crystal", bos=more.pop("bos", False))
     return Request(inputs=(str(corpus),), tokenizer=tokenizer, output=output, **more)
 
 

@@ -44,7 +44,7 @@ def corpus(path: Path, name: str) -> Path:
 
 def make(model: Path, source: str, output: str, **more: Any) -> Result:
     inputs = (source,) if isinstance(source, str) else source
-    return preprocess(Request(inputs=inputs, tokenizer=schema.Tokenizer(path=str(model), added_tokens="crystal"),
+    return preprocess(Request(inputs=inputs, tokenizer=schema.TokenizerSection(path=str(model), added_tokens="crystal"),
                               output=Path(output), **more))  # fmt: skip
 
 

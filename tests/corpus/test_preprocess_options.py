@@ -66,7 +66,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def make(model: Path, source: Path, output: Path, workers: int = 1, share: Any = None, **more: Any) -> Any:
-    tokenizer = schema.Tokenizer(path=str(model), added_tokens="crystal")
+    tokenizer = schema.TokenizerSection(path=str(model), added_tokens="crystal")
     return preprocess(Request(inputs=(str(source),), tokenizer=tokenizer, output=output, **more), workers, share)
 
 
@@ -78,7 +78,7 @@ def read(prefix: Path) -> list[list[int]]:
 
 
 def encoded(model: Path, texts: list[str]) -> list[list[int]]:
-    tokenizer = load_tokenizer(schema.Tokenizer(path=str(model), added_tokens="crystal"))
+    tokenizer = load_tokenizer(schema.TokenizerSection(path=str(model), added_tokens="crystal"))
     return [[*ids, tokenizer.eod_id] for ids in tokenizer.encode_batch(texts)]
 
 
@@ -255,7 +255,7 @@ def test_a_shuffle_is_a_permutation_that_depends_on_the_seed_alone(
 def test_files_of_a_repository_become_one_document(
     model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = load_tokenizer(schema.Tokenizer(path=str(model), added_tokens="crystal"))
+    tokenizer = load_tokenizer(schema.TokenizerSection(path=str(model), added_tokens="crystal"))
     repositories: dict[str, list[Any]] = {}
     for r in RECORDS:
         repositories.setdefault(r["repo"], []).append(r)
@@ -277,7 +277,7 @@ def test_files_of_a_repository_become_one_document(
     assert same(read(tmp_path / "halves") + read(halves.outputs[Group("validation")]), expected)
     with pytest.raises(UserError, match=r"--repository puts <reponame> in front.*crystal"):
         preprocess(
-            Request((str(corpus),), schema.Tokenizer(path=str(model)), tmp_path / "no", repository="repo", path="path")
+            Request((str(corpus),), schema.TokenizerSection(path=str(model)), tmp_path / "no", repository="repo", path="path")
         )
 
 
@@ -288,7 +288,7 @@ def test_a_tree_of_repositories(model: Path, tmp_path: Path) -> None:
     result = make(
         model, tmp_path / "in", tmp_path / "out", repository="file.repository", path="file.path", include=("*.py",)
     )
-    tokenizer = load_tokenizer(schema.Tokenizer(path=str(model), added_tokens="crystal"))
+    tokenizer = load_tokenizer(schema.TokenizerSection(path=str(model), added_tokens="crystal"))
     texts = {tokenizer.decode(ids, control=True) for ids in read(tmp_path / "out")}
     assert texts == {
         "<reponame>a<filename>a/x.py\n# a/x.py\n<filename>a/x/1.py\n# a/x/1.py\n</s>",
@@ -513,7 +513,7 @@ def test_tokens_laid_end_to_end_are_checked_when_a_run_goes_on(model: Path, corp
     for damage in ("none", "bytes", "end", "line"):
         folder = tmp_path / damage
         folder.mkdir()
-        tokenizer = schema.Tokenizer(path=str(model), added_tokens="crystal")
+        tokenizer = schema.TokenizerSection(path=str(model), added_tokens="crystal")
         request = Request((str(tmp_path / "big.jsonl"),), tokenizer, folder / "out", validation=0.2)
         with pytest.raises(Stop):
             preprocess(request, on_progress=stop_after(3))
@@ -544,7 +544,7 @@ def test_a_fast_backend_that_is_wrong_ends_the_run(
     model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = FastEncoder.encode_documents
-    encoder = part.load_fast(load_tokenizer(schema.Tokenizer(path=str(model), added_tokens="crystal")))
+    encoder = part.load_fast(load_tokenizer(schema.TokenizerSection(path=str(model), added_tokens="crystal")))
     assert isinstance(encoder, FastEncoder)
 
     def wrong(self: FastEncoder, texts: Any) -> Any:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacode.corpus.inputs import InputFile, find_inputs
-from megacode.corpus.readers import BadRecord, Document, read_input
+from megacode.corpus.readers import BadRecord, TextDocument, read_input
 from megacode.errors import UserError
 
 
@@ -27,7 +27,7 @@ def one(path: Path, format: str = "auto") -> InputFile:
 
 
 def texts(file: InputFile, field: str = "text", span: tuple[int, int] | None = None) -> list[str]:
-    return [item.text for item in read_input(file, field, span) if isinstance(item, Document)]
+    return [item.text for item in read_input(file, field, span) if isinstance(item, TextDocument)]
 
 
 def bad(file: InputFile, field: str = "text") -> list[tuple[int, str]]:
@@ -215,7 +215,7 @@ def test_plain_files(tmp_path: Path) -> None:
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     items = [item for file in find_inputs([tmp_path], on_link=unexpected) for item in read_input(file)]
-    assert [item.text if isinstance(item, Document) else item.reason for item in items] == [
+    assert [item.text if isinstance(item, TextDocument) else item.reason for item in items] == [
         "x = 1\r\n", "not UTF-8 (invalid start byte)", "binary file", "empty text", "hi",
     ]  # fmt: skip
 

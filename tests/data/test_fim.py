@@ -47,13 +47,13 @@ def trained(path: Path, kind: str) -> Tokenizer:
         tokenizer = tokenizers.ByteLevelBPETokenizer()
         tokenizer.train_from_iterator([CODE, TEXT], 330, special_tokens=["<s>", "</s>"], show_progress=False)
         tokenizer.save(str(path / "tokenizer.json"))
-        return load_tokenizer(schema.Tokenizer(path=str(path / "tokenizer.json"), added_tokens="crystal"))
-    return load_tokenizer(schema.Tokenizer(path=str(path / "t.model"), added_tokens="crystal"))
+        return load_tokenizer(schema.TokenizerSection(path=str(path / "tokenizer.json"), added_tokens="crystal"))
+    return load_tokenizer(schema.TokenizerSection(path=str(path / "t.model"), added_tokens="crystal"))
 
 
 @pytest.fixture(scope="module", params=["ours", "llama", "bytes"])
 def fim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fim:
-    return make_fim(schema.Fim(), trained(tmp_path_factory.mktemp("t"), request.param))
+    return make_fim(schema.FimSection(), trained(tmp_path_factory.mktemp("t"), request.param))
 
 
 def apply(fim: Fim, ids: list[int], key: int = 1, rate: float = 1.0, room: int = 400) -> list[int]:
@@ -246,9 +246,9 @@ def test_a_batch_gives_what_each_window_gives_alone(fim: Fim) -> None:
 
 def test_a_tokenizer_without_the_tokens_is_one_sentence(tmp_path: Path) -> None:
     train_tokenizer([CODE, TEXT], tmp_path / "t.model", vocab_size=400)
-    tokenizer = load_tokenizer(schema.Tokenizer(path=str(tmp_path / "t.model")))
+    tokenizer = load_tokenizer(schema.TokenizerSection(path=str(tmp_path / "t.model")))
     with pytest.raises(UserError, match=r"data\.fim\.prefix: .*no control token <\|fim_prefix\|>"):
-        make_fim(schema.Fim(), tokenizer)
+        make_fim(schema.FimSection(), tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------------- in a mixture

@@ -149,7 +149,7 @@ def rearranged(mixture: OpenMixture, tokenizer: Tokenizer, document: Document, e
     stream = mixture.plan.phases[0].streams[0]
     key = uniform_bits(uniform_bits(stream_key(mixture.plan.recipe.seed, "fim", stream), epoch), document.start)
     row = mixture.sources["code"].read(np.array([document.start]), document.tokens)[0].astype(np.int64)
-    (ids,) = rearrange_rows(make_fim(schema.Fim(), tokenizer), [row], key, np.array([rate]), ["none"])
+    (ids,) = rearrange_rows(make_fim(schema.FimSection(), tokenizer), [row], key, np.array([rate]), ["none"])
     return row.tolist() if ids is None else ids
 
 

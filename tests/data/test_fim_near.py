@@ -40,7 +40,7 @@ WORDS = [
 
 @pytest.fixture(scope="module", params=["ours", "llama", "bytes"])
 def fim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fim:
-    made = make_fim(schema.Fim(), trained(tmp_path_factory.mktemp("t"), request.param))
+    made = make_fim(schema.FimSection(), trained(tmp_path_factory.mktemp("t"), request.param))
     return replace(made, spm_rate=0.0)
 
 

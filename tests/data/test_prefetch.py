@@ -24,7 +24,7 @@ def wait_for_none() -> bool:
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 50])
 def test_items_come_in_order(depth: int) -> None:
-    assert list(Prefetch(lambda i: i * i, range(20), depth)) == [i * i for i in range(20)]
+    assert list(Prefetch((i * i for i in range(20)), depth)) == [i * i for i in range(20)]
     assert wait_for_none()
 
 
@@ -35,7 +35,7 @@ def test_an_error_comes_where_its_item_would(depth: int) -> None:
             raise OSError("the disk")
         return i
 
-    items = Prefetch(make, range(9), depth)
+    items = Prefetch(map(make, range(9)), depth)
     assert [next(items), next(items)] == [0, 1]
     with pytest.raises(OSError, match="the disk"):
         next(items)
@@ -46,7 +46,7 @@ def test_an_error_comes_where_its_item_would(depth: int) -> None:
 
 def test_it_prepares_no_more_than_asked() -> None:
     made: list[int] = []
-    with Prefetch(made.append, range(100), 3) as items:
+    with Prefetch(map(made.append, range(100)), 3) as items:
         next(items)
         time.sleep(0.1)
         assert len(made) <= 1 + 3 + 1  # handed out, waiting, in the thread's hands
@@ -55,7 +55,7 @@ def test_it_prepares_no_more_than_asked() -> None:
 
 @pytest.mark.parametrize("depth", [0, 2])
 def test_nothing_comes_after_close(depth: int) -> None:
-    items = Prefetch(lambda i: i, range(100), depth)
+    items = Prefetch(range(100), depth)
     next(items)
     items.close()
     items.close()
@@ -64,7 +64,7 @@ def test_nothing_comes_after_close(depth: int) -> None:
 
 
 def test_a_lost_reference_ends_the_thread() -> None:
-    items = Prefetch(lambda i: i, range(10**9), 2)
+    items = Prefetch(range(10**9), 2)
     next(items)
     assert threads() == 1
     del items

@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("added", {"added_tokens": NAMES}, {}), ("turned", {"added_tokens": NAMES[::-1]}, {}),
     ):  # fmt: skip
         path = folder / settings.pop("path", "a.model")
-        tokenizer = schema.Tokenizer.model_validate({"path": str(path), "added_tokens": "crystal", **settings})
+        tokenizer = schema.TokenizerSection.model_validate({"path": str(path), "added_tokens": "crystal", **settings})
         inputs = (str(folder / "corpus.jsonl"),)
         preprocess(Request(inputs=inputs, tokenizer=tokenizer, output=folder / name, **more))
     for name in ("shards", "b"):

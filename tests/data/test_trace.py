@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`recipe.yaml` over `code` (two shards; the first has records, by manifest) and `text` (records by a listing)."""
     folder = tmp_path_factory.mktemp("traced")
     train_tokenizer([CODE, TEXT], folder / "t.model", vocab_size=400, character_coverage=0.98)
-    tokenizer = load_tokenizer(schema.Tokenizer(path=str(folder / "t.model"), added_tokens="crystal"))
+    tokenizer = load_tokenizer(schema.TokenizerSection(path=str(folder / "t.model"), added_tokens="crystal"))
 
     def documents(text: str, count: int) -> list[list[int]]:
         texts = [f"{number}: {text[number : number + 20 + 9 * number]}" for number in range(count)]
@@ -70,7 +70,7 @@ def test_the_documents_it_names_hold_the_tokens_of_the_batch(folder: Path, capsy
         change = ("--set", f"data.packing={packing}")
         found = traced(capsys, folder, "--step", 4, "--text", *change)
         mixture = mixture_of(load_recipe(folder / "recipe.yaml", change[1:]))
-        tokenizer = load_tokenizer(mixture.plan.recipe.tokenizer or schema.Tokenizer(path=""))
+        tokenizer = load_tokenizer(mixture.plan.recipe.tokenizer or schema.TokenizerSection(path=""))
         plain = mixture.step(3)
         assert [sample["sample"] for sample in found["samples"]] == list(range(8))
         for place, sample in enumerate(found["samples"]):

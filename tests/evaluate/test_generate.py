@@ -53,7 +53,7 @@ def test_sampling_keeps_to_the_likeliest() -> None:
 
 
 @pytest.fixture(scope="module")
-def blank_first(tmp_path_factory: pytest.TempPathFactory) -> schema.Tokenizer:
+def blank_first(tmp_path_factory: pytest.TempPathFactory) -> schema.TokenizerSection:
     """As Llama 2's: encoding puts a blank before a text, and decoding takes the first one away."""
     path: Path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     model = io.BytesIO()
@@ -62,14 +62,14 @@ def blank_first(tmp_path_factory: pytest.TempPathFactory) -> schema.Tokenizer:
         add_dummy_prefix=True, num_threads=1, minloglevel=2,
     )  # fmt: skip
     path.write_bytes(model.getvalue())
-    return schema.Tokenizer(path=str(path), added_tokens="crystal", bos=True)
+    return schema.TokenizerSection(path=str(path), added_tokens="crystal", bos=True)
 
 
 def asked(**given: object) -> argparse.Namespace:
     return argparse.Namespace(**{"prompt": [], "prefix": None, "suffix": None, "tokens": 8} | given)
 
 
-def test_what_is_written_goes_on_after_the_prompt(blank_first: schema.Tokenizer) -> None:
+def test_what_is_written_goes_on_after_the_prompt(blank_first: schema.TokenizerSection) -> None:
     tokenizer = load_tokenizer(blank_first)
     recipe = small(Model(layers=1, hidden_size=64, heads=4)).model_copy(update={"tokenizer": blank_first})
     plain, gap = prompts_of(asked(prompt=["def é"], prefix="x =", suffix="y"), recipe, tokenizer)
@@ -84,7 +84,7 @@ def test_what_is_written_goes_on_after_the_prompt(blank_first: schema.Tokenizer)
         assert continuation(tokenizer, prompt.context, half).strip("\ufffd") == ""
 
 
-def test_no_more_positions_than_were_learned(blank_first: schema.Tokenizer) -> None:
+def test_no_more_positions_than_were_learned(blank_first: schema.TokenizerSection) -> None:
     model = Model(layers=1, hidden_size=64, heads=4, position_embedding="learned")
     recipe, tokenizer = small(model).model_copy(update={"tokenizer": blank_first}), load_tokenizer(blank_first)
     many = LENGTH - len(tokenizer.encode("def")) - 1  # and BOS

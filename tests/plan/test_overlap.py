@@ -9,7 +9,7 @@ import pytest
 from megacode.errors import UserError
 from megacode.plan.devices import DEVICES
 from megacode.plan.hardware import Hardware, assumed, fp8_refusal
-from megacode.plan.overlap import speedups
+from megacode.plan.overlap import decide_overlaps
 from megacode.recipe.load import load_recipe
 
 H100 = assumed("h100")
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[Hardware, int, list[str], set[str]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_on(case: str, write) -> None:
     hardware, data, changes, expected = CASES[case]
-    decided = speedups(load_recipe(write(), changes), hardware, data)
+    decided = decide_overlaps(load_recipe(write(), changes), hardware, data)
     assert {name for name, one in decided.items() if one.on} == expected
     assert all(one.why and one.key.endswith(name) for name, one in decided.items())
 
@@ -84,7 +84,7 @@ def test_what_cannot_be_is_refused_with_its_key(hardware: Hardware, change: str,
     if change.startswith("{"):
         changes = [part.strip().replace(": ", "=") for part in change[1:-1].split(",")]
     with pytest.raises(UserError) as caught:
-        speedups(load_recipe(write(), changes), hardware, 2)
+        decide_overlaps(load_recipe(write(), changes), hardware, 2)
     assert says in str(caught.value)
     assert "take the key out" in str(caught.value)
 

@@ -82,7 +82,7 @@ def test_prepare_makes_all_that_the_tiny_recipes_read_and_keeps_it(
         code=gathered / "code.jsonl", text=gathered / "text.jsonl"
     ))  # fmt: skip
     made = prepare(tmp_path, vocab_size=2000, workers=1, console=quiet())
-    tokenizer = load_tokenizer(schema.Tokenizer(path=str(made["tokenizer"]), added_tokens="crystal"))
+    tokenizer = load_tokenizer(schema.TokenizerSection(path=str(made["tokenizer"]), added_tokens="crystal"))
     assert tokenizer.vocab_size == 2032
     for prefix in ("python/train", "python/valid", "docs/train", "docs/valid"):
         manifest = indexed.read_manifest(tmp_path / prefix)

@@ -12,7 +12,7 @@ from megacode.errors import UserError
 from megacode.plan.fingerprint import fingerprint
 from megacode.plan.plan import Plan, make_plan
 from megacode.recipe.load import dump_recipe, load_recipe
-from megacode.recipe.schema import Tokenizer
+from megacode.recipe.schema import TokenizerSection
 from megacode.run.checkpoints import INFO, checkpoint_name, find_checkpoint, latest_checkpoint, latest_note
 from megacode.run.folder import checkpoint_to_resume
 from megacode.run.history import initial_changes, is_own, past_changes, put_other_futures_aside
@@ -147,7 +147,7 @@ def test_a_tokenizer_is_known_by_its_contents(run: Path, recipe_file: Path, tmp_
 
     first, other = trained("a", "def add(left, right): return left + right\n"), trained("b", "the quick brown fox jumps\n")
     shutil.copy(first, tmp_path / "moved.model")
-    tokenizer = load_tokenizer(Tokenizer(path=str(first), added_tokens=["<x>", "<y>"]))
+    tokenizer = load_tokenizer(TokenizerSection(path=str(first), added_tokens=["<x>", "<y>"]))
     size = f"model.vocab_size={tokenizer.vocab_size}"
     named = ("tokenizer.added_tokens=[<x>, <y>]", size)
     plan = plan_of(recipe_file, f"tokenizer.path={first}", *named)

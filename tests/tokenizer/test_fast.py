@@ -135,7 +135,7 @@ def write_tiktoken(path: Path, pattern: str, reversed_bytes: bool = False) -> Pa
 
 
 def load(path: Path) -> Tokenizer:
-    return load_tokenizer(schema.Tokenizer(path=str(path), added_tokens="crystal"))
+    return load_tokenizer(schema.TokenizerSection(path=str(path), added_tokens="crystal"))
 
 
 def fast(path: Path) -> FastEncoder:

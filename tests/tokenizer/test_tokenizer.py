@@ -54,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(model: Path) -> Tokenizer:
-    return load_tokenizer(schema.Tokenizer(path=str(model), added_tokens="crystal"))
+    return load_tokenizer(schema.TokenizerSection(path=str(model), added_tokens="crystal"))
 
 
 def control_ids(tokenizer: Tokenizer) -> set[int]:
@@ -132,7 +132,7 @@ def test_batch_equals_one_by_one(tokenizer: Tokenizer) -> None:
 
 def test_a_fingerprint_tells_added_tokens_apart(model: Path) -> None:
     prints = {
-        load_tokenizer(schema.Tokenizer(path=str(model), added_tokens=added)).fingerprint()
+        load_tokenizer(schema.TokenizerSection(path=str(model), added_tokens=added)).fingerprint()
         for added in ("none", "crystal", ["<a>"], ["<b>"])
     }
     assert len(prints) == 4
@@ -152,7 +152,7 @@ def test_training_twice_gives_the_same_file(model: Path, tmp_path: Path) -> None
 
 def test_training_survives_hostile_documents(tmp_path: Path) -> None:
     train_tokenizer([*CORPUS, *HOSTILE, "a\ud800b", "\u2581\u2585\0"], tmp_path / "t.model", vocab_size=500)
-    loaded = load_tokenizer(schema.Tokenizer(path=str(tmp_path / "t.model")))
+    loaded = load_tokenizer(schema.TokenizerSection(path=str(tmp_path / "t.model")))
     assert all(loaded.decode(loaded.encode(text)) == text for text in HOSTILE)
 
 
@@ -203,7 +203,7 @@ def huggingface(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_huggingface_text_stays_text(huggingface: Path, text: str) -> None:
     import tokenizers
 
-    loaded = load_tokenizer(schema.Tokenizer(path=str(huggingface), added_tokens="crystal"))
+    loaded = load_tokenizer(schema.TokenizerSection(path=str(huggingface), added_tokens="crystal"))
     ids = loaded.encode(text)
     assert not control_ids(loaded) & set(ids)
     assert loaded.decode(ids) == text
@@ -217,7 +217,7 @@ def test_huggingface_text_stays_text(huggingface: Path, text: str) -> None:
 def test_huggingface_keeps_ids_that_are_there(huggingface: Path) -> None:
     contents = json.loads(huggingface.read_text())
     there = {token["content"]: token["id"] for token in contents["added_tokens"]}
-    loaded = load_tokenizer(schema.Tokenizer(path=str(huggingface.parent), added_tokens="crystal"))
+    loaded = load_tokenizer(schema.TokenizerSection(path=str(huggingface.parent), added_tokens="crystal"))
     assert loaded.kind == "huggingface"
     assert loaded.token_id("<|fim_prefix|>") == there["<|fim_prefix|>"]
     assert loaded.token_id("<|fim_middle|>") == max(there.values()) + 1
@@ -227,7 +227,7 @@ def test_huggingface_keeps_ids_that_are_there(huggingface: Path) -> None:
 
 
 def test_a_list_can_make_a_piece_of_the_file_a_control_token(huggingface: Path) -> None:
-    loaded = load_tokenizer(schema.Tokenizer(path=str(huggingface), added_tokens=["<think>"]))
+    loaded = load_tokenizer(schema.TokenizerSection(path=str(huggingface), added_tokens=["<think>"]))
     assert loaded.token_id("<think>") not in loaded.encode("a <think> b")
 
 
@@ -251,7 +251,7 @@ def give_pattern(path: Path, **special: Any) -> None:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_tiktoken_text_stays_text(tiktoken_file: Path, text: str) -> None:
     give_pattern(tiktoken_file, special={"<|endoftext|>": 262, "<|fim_prefix|>": 263})
-    loaded = load_tokenizer(schema.Tokenizer(path=str(tiktoken_file), added_tokens="crystal"))
+    loaded = load_tokenizer(schema.TokenizerSection(path=str(tiktoken_file), added_tokens="crystal"))
     ids = loaded.encode(text)
     assert not control_ids(loaded) & set(ids)
     assert loaded.decode(ids) == text
@@ -261,7 +261,7 @@ def test_tiktoken_text_stays_text(tiktoken_file: Path, text: str) -> None:
 
 def test_tiktoken_asks_for_a_pattern_it_does_not_know(tiktoken_file: Path) -> None:
     with pytest.raises(UserError, match=r"splitting pattern; write it to tiny\.tiktoken\.json"):
-        load_tokenizer(schema.Tokenizer(path=str(tiktoken_file)))
+        load_tokenizer(schema.TokenizerSection(path=str(tiktoken_file)))
 
 
 def test_tiktoken_finds_a_published_pattern_by_hash(tiktoken_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +275,7 @@ def test_tiktoken_finds_a_published_pattern_by_hash(tiktoken_file: Path, monkeyp
     )
     monkeypatch.setitem(published.ENCODING_CONSTRUCTORS, "tiny", published.tiny)
     try:
-        assert load_tokenizer(schema.Tokenizer(path=str(tiktoken_file))).eod_id == 300
+        assert load_tokenizer(schema.TokenizerSection(path=str(tiktoken_file))).eod_id == 300
     finally:
         del published.tiny
 
@@ -296,14 +296,14 @@ def test_mistakes_are_sentences(tmp_path: Path, model: Path, monkeypatch: pytest
         ("empty", r"no tokenizer\.json or tokenizer\.model"),
     ):
         with pytest.raises(UserError, match=expected):
-            load_tokenizer(schema.Tokenizer(path=str(tmp_path / path)))
+            load_tokenizer(schema.TokenizerSection(path=str(tmp_path / path)))
     with pytest.raises(UserError, match="every name must be there once"):
-        load_tokenizer(schema.Tokenizer(path=str(model), added_tokens=["<a>", "<a>"]))
+        load_tokenizer(schema.TokenizerSection(path=str(model), added_tokens=["<a>", "<a>"]))
     with pytest.raises(UserError, match=r"no control token <\|fim_prefix\|>; add it"):
-        load_tokenizer(schema.Tokenizer(path=str(model))).token_id("<|fim_prefix|>")
+        load_tokenizer(schema.TokenizerSection(path=str(model))).token_id("<|fim_prefix|>")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"needs `tokenizers`: pip install 'megacode\[huggingface\]'"):
-        load_tokenizer(schema.Tokenizer(path=str(tmp_path / "bad.json")))
+        load_tokenizer(schema.TokenizerSection(path=str(tmp_path / "bad.json")))
 
 
 def test_a_user_defined_symbol_cannot_be_a_control_token(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_a_user_defined_symbol_cannot_be_a_control_token(tmp_path: Path) -> None
         user_defined_symbols=["<|fim_prefix|>"], minloglevel=2,
     )  # fmt: skip
     with pytest.raises(UserError, match=r"<\|fim_prefix\|> is already an ordinary piece"):
-        load_tokenizer(schema.Tokenizer(path=f"{prefix}.model", added_tokens="crystal"))
+        load_tokenizer(schema.TokenizerSection(path=f"{prefix}.model", added_tokens="crystal"))
 
 
 # ------------------------------------------------------------------------------------------------------------ the verb
@@ -327,7 +327,7 @@ def test_the_verb_trains_from_files_and_its_mistakes_end_with_2(
     train = ["tokenizer", "train", str(source), "--vocab-size", "0.4k", "--output", str(tmp_path / "t.model")]
     assert main([*train, "--text-field", "content"]) == 0
     assert "1 bad" in capsys.readouterr().out
-    assert load_tokenizer(schema.Tokenizer(path=str(tmp_path / "t.model"))).vocab_size == 400
+    assert load_tokenizer(schema.TokenizerSection(path=str(tmp_path / "t.model"))).vocab_size == 400
     for more, expected in (
         ((), "cannot train a tokenizer"),
         (("--vocab-size", "lots"), "--vocab-size: expected a count"),

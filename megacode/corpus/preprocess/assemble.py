@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from megacode.corpus.preprocess.copying import copy_range
 from megacode.corpus.preprocess.counts import GroupCounts
+from megacode.corpus.preprocess.finished_parts import file_checksum
 from megacode.corpus.preprocess.order import Block
-from megacode.corpus.preprocess.part_files import file_checksum
 from megacode.data import indexed
 from megacode.files import replace_file, sync_folder
 
@@ -29,7 +29,7 @@ _PIECE = 64 << 20
 
 
 @dataclass(frozen=True)
-class Shard:
+class WrittenShard:
     prefix: Path
     documents: int
     tokens: int
@@ -38,8 +38,8 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    shards: list[Shard]
+class WrittenDataset:
+    shards: list[WrittenShard]
     counts: GroupCounts
 
 
@@ -50,12 +50,12 @@ def write_dataset(
     shard_size: int | None,
     on_bytes: Callable[[int], None],
     laid: Path | None = None,
-) -> Dataset:
+) -> WrittenDataset:
     """Write PREFIX, or shards PREFIX-00000, PREFIX-00001, ... of at most `shard_size` bytes (or one document) each.
 
     `laid`: a file on the same disk that holds the blocks' tokens already, one after another; it becomes the only shard's.
     """
-    shards: list[Shard] = []
+    shards: list[WrittenShard] = []
     counts = GroupCounts()
     with ExitStack() as stack:
         current: _Shard | None = None
@@ -86,7 +86,7 @@ def write_dataset(
     for shard in shards:
         _write_index(shard.prefix, dtype)
         shard.checksums["idx"] = file_checksum(indexed.with_ending(shard.prefix, ".idx"))
-    return Dataset(shards, counts)
+    return WrittenDataset(shards, counts)
 
 
 def _documents(block: Block, first: int, last: int, ends: NDArray[np.int64], dtype: np.dtype[Any]) -> Block:
@@ -148,13 +148,13 @@ class _Shard:
             self.pieces.append((self.open_bytes, self.open_piece.hexdigest()))
             self.open_piece, self.open_bytes = xxhash.xxh3_128(), 0
 
-    def close(self) -> Shard:
+    def close(self) -> WrittenShard:
         self._end_piece()
         self._wait()
         if self.laid is not None:
             _adopt(self.laid, indexed.with_ending(self.prefix, ".bin"))
         checksums = {"algorithm": "xxh3_128", "bin": [list(piece) for piece in self.pieces]}
-        return Shard(self.prefix, self.documents, self.size // self.dtype.itemsize, checksums)
+        return WrittenShard(self.prefix, self.documents, self.size // self.dtype.itemsize, checksums)
 
 
 def _adopt(laid: Path, target: Path) -> None:

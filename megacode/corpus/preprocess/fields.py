@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from megacode.corpus.inputs import InputFile
-from megacode.corpus.readers import Document, lookup
+from megacode.corpus.readers import TextDocument, lookup
 
 FILE_FIELDS = ("file.name", "file.path", "file.suffix", "file.folder", "file.repository")
 
 
-def field_value(file: InputFile, document: Document, name: str) -> Any:
+def field_value(file: InputFile, document: TextDocument, name: str) -> Any:
     """A field of the record, else what is known of the file it is in; None if it has no such field."""
     try:
         return lookup(document.values, name)

@@ -17,8 +17,8 @@ import xxhash
 
 from megacode.corpus.preprocess.copying import copy_range
 from megacode.corpus.preprocess.counts import Group
-from megacode.corpus.preprocess.part_files import Finished, file_checksum, finished_part, part_file
-from megacode.corpus.preprocess.parts import Part, Unit, unit_parts
+from megacode.corpus.preprocess.finished_parts import Finished, file_checksum, finished_part, part_file
+from megacode.corpus.preprocess.splitting import CorpusPart, Unit, unit_parts
 from megacode.files import write_text
 
 
@@ -53,14 +53,14 @@ class Layout:
     def _laid(self, group: Group) -> Path:
         return self.folder / f"laid-{xxhash.xxh3_64_hexdigest(str(group).encode())}.bin"
 
-    def place(self, part: Part, finished: Finished, group: Group) -> tuple[Path, int]:
+    def place(self, part: CorpusPart, finished: Finished, group: Group) -> tuple[Path, int]:
         """File that holds a group's tokens of a finished part, and where they begin in it (bytes)."""
         laid = self.places.get(part.name)
         if laid is not None:
             return self._laid(group), laid[group][0]
         return part_file(self.folder, part, f"{finished.groups[group]['number']}.bin"), 0
 
-    def undamaged(self, part: Part, finished: Finished) -> bool:
+    def undamaged(self, part: CorpusPart, finished: Finished) -> bool:
         """Whether a part's files are what its checksums say; they need not be after a power cut."""
         try:
             for group, about in finished.groups.items():
@@ -74,7 +74,7 @@ class Layout:
             return False
         return True
 
-    def forget(self, part: Part) -> None:
+    def forget(self, part: CorpusPart) -> None:
         """A part is to be done again."""
         part_file(self.folder, part, "json").unlink()
         self.broken = self.places.pop(part.name, None) is not None or self.broken
@@ -89,7 +89,7 @@ class Layout:
                 self._lay(part, finished)
             self._chunk += 1
 
-    def _next(self) -> Part | None:
+    def _next(self) -> CorpusPart | None:
         while self._unit < len(self.units):
             unit = self.units[self._unit]
             parts = unit_parts(self.folder, unit)
@@ -100,7 +100,7 @@ class Layout:
             self._unit, self._chunk = self._unit + 1, 0
         return None
 
-    def _lay(self, part: Part, finished: Finished) -> None:
+    def _lay(self, part: CorpusPart, finished: Finished) -> None:
         places: dict[Group, tuple[int, int]] = {}
         for group, about in finished.groups.items():
             offset, size = self.sizes.get(group, 0), about["bytes"]
@@ -117,7 +117,7 @@ class Layout:
             self.sizes[group] = sum(places[group])
             part_file(self.folder, part, f"{about['number']}.bin").unlink()
 
-    def whole(self, parts: Sequence[tuple[Part, Finished]], group: Group) -> Path | None:
+    def whole(self, parts: Sequence[tuple[CorpusPart, Finished]], group: Group) -> Path | None:
         """The file that holds all of a group's tokens in order, if there is one."""
         done = 0
         for part, finished in parts:

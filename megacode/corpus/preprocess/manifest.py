@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from megacode.corpus.inputs import InputFile
-from megacode.corpus.preprocess.assemble import Dataset
+from megacode.corpus.preprocess.assemble import WrittenDataset
 from megacode.corpus.preprocess.counts import Counts, Group
 from megacode.corpus.preprocess.existing import TABLE_ENDING, settings_digest
+from megacode.corpus.preprocess.finished_parts import part_file
 from megacode.corpus.preprocess.order import Parts, lines_before
-from megacode.corpus.preprocess.part_files import part_file
 from megacode.corpus.preprocess.quarantine import append
 from megacode.corpus.preprocess.request import Request
 from megacode.corpus.preprocess.tokenize import Job
@@ -42,7 +42,7 @@ def write_manifests(
     job: Job,
     parts: Parts,
     counts: Counts,
-    datasets: dict[Group, Dataset],
+    datasets: dict[Group, WrittenDataset],
 ) -> None:
     """A manifest a dataset, and a shard if there are several. That of the run is what a later run looks for: last."""
     rows = _input_rows(job.files, parts)

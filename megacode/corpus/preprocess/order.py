@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacode.corpus.preprocess.counts import Group
+from megacode.corpus.preprocess.finished_parts import Finished, part_file
 from megacode.corpus.preprocess.layout import Layout
-from megacode.corpus.preprocess.part_files import Finished, part_file
-from megacode.corpus.preprocess.parts import Part
+from megacode.corpus.preprocess.splitting import CorpusPart
 from megacode.data.permute import make_key, uniform_bits
 from megacode.tokenizer.tokenizer import Tokenizer
 
@@ -32,7 +32,7 @@ _SORTED_HASHES = 1 << 25
 """Hashes sorted at a time: about 1 GiB with what sorting needs."""
 _DOCUMENT = np.dtype([("key", "<u8"), ("length", "<i8"), ("file", "<i8"), ("record", "<i8")])
 
-Parts = Sequence[tuple[Part, Finished]]
+Parts = Sequence[tuple[CorpusPart, Finished]]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _places(path: Path) -> list[tuple[str, str]]:
 # ----------------------------------------------------------------------------------------------------------- duplicates
 
 
-def _hashes(folder: Path, part: Part, number: int) -> NDArray[Any]:
+def _hashes(folder: Path, part: CorpusPart, number: int) -> NDArray[Any]:
     kind = np.dtype([("high", "<u8"), ("low", "<u8"), ("size", "<i8")])
     return np.fromfile(part_file(folder, part, f"{number}.hashes"), dtype=kind)
 
@@ -173,7 +173,7 @@ def find_duplicates(folder: Path, parts: Parts) -> dict[str, NDArray[np.bool_]]:
     return found
 
 
-def _as_read(folder: Path, part: Part, groups: Sequence[int]) -> NDArray[np.int64]:
+def _as_read(folder: Path, part: CorpusPart, groups: Sequence[int]) -> NDArray[np.int64]:
     """For the documents of a part, one group after another: each one's place in the order of the input, int64 [n]."""
     records = [
         np.fromfile(part_file(folder, part, f"{number}.records"), dtype="<i8").reshape(-1, 2) for number in groups

@@ -20,7 +20,7 @@ class Request:
     """What to tokenize, and how. Everything here but `overwrite` decides the output."""
 
     inputs: tuple[str, ...]
-    tokenizer: schema.Tokenizer
+    tokenizer: schema.TokenizerSection
     output: Path
     """Prefix of the dataset: PREFIX.bin, .idx, .records.npy, .json (manifest). With `split_by`: `{value}` in it stands
     for the value."""

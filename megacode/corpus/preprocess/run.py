@@ -15,7 +15,7 @@ from typing import Any
 import xxhash
 
 from megacode.corpus.inputs import InputFile, find_inputs
-from megacode.corpus.preprocess.assemble import Dataset, write_dataset
+from megacode.corpus.preprocess.assemble import WrittenDataset, write_dataset
 from megacode.corpus.preprocess.checks import check_fields, check_tokens
 from megacode.corpus.preprocess.counts import Counts, Group
 from megacode.corpus.preprocess.existing import (
@@ -26,6 +26,7 @@ from megacode.corpus.preprocess.existing import (
     is_of,
     remove_old,
 )
+from megacode.corpus.preprocess.finished_parts import Finished, finished_part
 from megacode.corpus.preprocess.folder import open_folder, remove_folder
 from megacode.corpus.preprocess.layout import Layout
 from megacode.corpus.preprocess.manifest import write_manifests, write_quarantine
@@ -38,10 +39,9 @@ from megacode.corpus.preprocess.order import (
     find_duplicates,
     shuffled,
 )
-from megacode.corpus.preprocess.part_files import Finished, finished_part
-from megacode.corpus.preprocess.parts import Part, Unit, plan_units, unit_parts, unpack
 from megacode.corpus.preprocess.request import Request, Result
-from megacode.corpus.preprocess.tokenize import Job, Progress, part_worker
+from megacode.corpus.preprocess.splitting import CorpusPart, Unit, plan_units, unit_parts, unpack
+from megacode.corpus.preprocess.tokenize import Job, PartProgress, part_worker
 from megacode.corpus.workers import readable_errors, run_tasks
 from megacode.data import indexed
 from megacode.errors import UserError
@@ -57,7 +57,7 @@ def preprocess(
     workers: int = 1,
     share: tuple[int, int] | None = None,
     on_stage: Callable[[str, int, int], None] = lambda stage, total, done: None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[PartProgress], None] = lambda progress: None,
 ) -> Result:
     """Make the datasets, or find them made. UserError on mistakes; bad records are set aside and counted, never raised.
 
@@ -108,13 +108,13 @@ def _tokenize(
     workers: int,
     share: tuple[int, int] | None,
     on_stage: Callable[[str, int, int], None],
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[PartProgress], None],
 ) -> int:
     """Do what is missing of this share of the units. How many parts were there before."""
     number, of = share or (0, 1)
     kept = 0
 
-    def finished(part: Part) -> bool:
+    def finished(part: CorpusPart) -> bool:
         nonlocal kept
         there = finished_part(job.folder, part)
         if there is None:
@@ -133,7 +133,7 @@ def _tokenize(
             waiting.append(unit)
     on_stage("tokenizing", sum(u.size for u in mine), sum(u.size for u in mine) - sum(u.size for u in waiting))
 
-    def tasks() -> Iterator[Part]:
+    def tasks() -> Iterator[CorpusPart]:
         for unit in waiting:
             if unit.chunk_size:
                 yield from unpack(job.folder, unit, job.files[unit.part.files[0]], finished)
@@ -148,7 +148,7 @@ def _tokenize(
     return kept
 
 
-def _all_finished(folder: Path, units: Sequence[Unit]) -> list[tuple[Part, Finished]] | None:
+def _all_finished(folder: Path, units: Sequence[Unit]) -> list[tuple[CorpusPart, Finished]] | None:
     """Every part in the order of the input; None while some are missing."""
     found = []
     for unit in units:
@@ -242,7 +242,7 @@ def _write(
     parts: Parts,
     links: int,
     on_stage: Callable[[str, int, int], None],
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[PartProgress], None],
 ) -> tuple[dict[Group, Path], Counts]:
     """Lay the parts end to end. A dataset that was there goes first, whole: never an old index beside new data. `links` of the
     input were not followed."""
@@ -260,10 +260,10 @@ def _write(
     duplicates = find_duplicates(job.folder, parts) if request.deduplicate else None
     if duplicates:
         counts.passed_over["duplicate"] = sum(int(marks.sum()) for marks in duplicates.values())
-    datasets: dict[Group, Dataset] = {}
+    datasets: dict[Group, WrittenDataset] = {}
 
     def on_bytes(count: int) -> None:
-        on_progress(Progress(input_bytes=count))
+        on_progress(PartProgress(input_bytes=count))
 
     for group in sorted(counts.groups):
         blocks: Iterator[Block] = blocks_as_read(layout, parts, group, dtype, duplicates)

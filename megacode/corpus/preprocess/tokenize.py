@@ -19,10 +19,10 @@ from megacode.corpus.inputs import InputFile
 from megacode.corpus.preprocess.conditions import Condition, parse_condition
 from megacode.corpus.preprocess.counts import Counts, Group, GroupCounts
 from megacode.corpus.preprocess.fields import field_value
-from megacode.corpus.preprocess.part_files import GroupFiles, file_checksum, part_file
-from megacode.corpus.preprocess.parts import Part, chunk_path
+from megacode.corpus.preprocess.finished_parts import GroupFiles, file_checksum, part_file
 from megacode.corpus.preprocess.quarantine import write_bad
-from megacode.corpus.readers import BadRecord, Document, Item, read_input
+from megacode.corpus.preprocess.splitting import CorpusPart, chunk_path
+from megacode.corpus.readers import BadRecord, Item, TextDocument, read_input
 from megacode.data.indexed import token_dtype
 from megacode.errors import UserError
 from megacode.files import replace_file, write_json
@@ -46,7 +46,7 @@ class Job:
     """What every part needs to know."""
 
     files: tuple[InputFile, ...]
-    tokenizer: schema.Tokenizer
+    tokenizer: schema.TokenizerSection
     text_field: str
     validation: float
     """Share of documents held out, by hash of the text."""
@@ -76,7 +76,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Progress:
+class PartProgress:
     """Growth since the last one."""
 
     input_bytes: int = 0
@@ -90,7 +90,7 @@ class Progress:
 # --------------------------------------------------------------------------------------------------------- the worker
 
 
-def part_worker(job: Job) -> Callable[[Part], Iterator[Progress]]:
+def part_worker(job: Job) -> Callable[[CorpusPart], Iterator[PartProgress]]:
     """Loads the tokenizer; the function it gives tokenizes one part and writes its files."""
     alone = multiprocessing.parent_process() is not None
     if alone:
@@ -131,7 +131,7 @@ class _Encoder:
         return np.fromiter((i for ids in lists for i in ids), np.uint32, offsets[-1]), offsets
 
 
-def tokenize_part(job: Job, encoder: _Encoder, condition: Condition | None, part: Part) -> Iterator[Progress]:
+def tokenize_part(job: Job, encoder: _Encoder, condition: Condition | None, part: CorpusPart) -> Iterator[PartProgress]:
     """Write the files of one part, reporting on the way."""
     tokenizer = encoder.tokenizer
     counts = Counts(exact=encoder.reason)
@@ -154,7 +154,7 @@ def tokenize_part(job: Job, encoder: _Encoder, condition: Condition | None, part
         writer = _Writer(job, part, token_dtype(tokenizer.vocab_size), stack)
         quarantine = stack.enter_context(replace_file(part_file(job.folder, part, "bad.jsonl"), durable=False))
 
-        def good() -> Iterator[tuple[int, Document]]:
+        def good() -> Iterator[tuple[int, TextDocument]]:
             nonlocal bad_records
             for number in part.files:
                 for item in _read(job, part, number, on_bytes, on_lines):
@@ -182,7 +182,7 @@ def tokenize_part(job: Job, encoder: _Encoder, condition: Condition | None, part
             growth = writer.add(batch, *_framed(batch, before, after, writer.dtype)) if batch.documents else Counts()
             counts.add(growth)
             total = growth.total
-            yield Progress(read_bytes, total.bytes, total.tokens, total.documents, bad_records)
+            yield PartProgress(read_bytes, total.bytes, total.tokens, total.documents, bad_records)
             read_bytes = bad_records = 0
         groups = writer.finish()
     summary = {
@@ -195,11 +195,11 @@ def tokenize_part(job: Job, encoder: _Encoder, condition: Condition | None, part
     if part.chunk is not None:
         chunk_path(job.folder, part).unlink(missing_ok=True)
         read_bytes = part.chunk_bytes
-    yield Progress(input_bytes=read_bytes, bad=bad_records, part_done=True)
+    yield PartProgress(input_bytes=read_bytes, bad=bad_records, part_done=True)
     gc.collect()
 
 
-def _input_checksums(job: Job, part: Part) -> list[tuple[int, int, str]]:
+def _input_checksums(job: Job, part: CorpusPart) -> list[tuple[int, int, str]]:
     """Of the files, or of the span of bytes, that this part has just read; a file of many parts has one in its first."""
     found = []
     for number in part.files:
@@ -217,7 +217,7 @@ def _input_checksums(job: Job, part: Part) -> list[tuple[int, int, str]]:
 
 
 def _read(
-    job: Job, part: Part, number: int, on_bytes: Callable[[int], None], on_lines: Callable[[int], None]
+    job: Job, part: CorpusPart, number: int, on_bytes: Callable[[int], None], on_lines: Callable[[int], None]
 ) -> Iterator[Item]:
     file, last = job.files[number], 0
     report: Callable[[int], None] | None = on_bytes
@@ -234,11 +234,11 @@ def _read(
         yield BadRecord(f"broken .{job.files[number].compression}: {part.broken}", last + 1)
 
 
-def _fields(file: InputFile, document: Document, names: Sequence[str]) -> dict[str, Any]:
+def _fields(file: InputFile, document: TextDocument, names: Sequence[str]) -> dict[str, Any]:
     return {name: field_value(file, document, name) for name in names}
 
 
-def _place(job: Job, file: InputFile, document: Document) -> tuple[str, str]:
+def _place(job: Job, file: InputFile, document: TextDocument) -> tuple[str, str]:
     """Repository and path in it. A file without a repository stands alone."""
     assert job.repository and job.path
     repository, path = field_value(file, document, job.repository), field_value(file, document, job.path)
@@ -247,8 +247,8 @@ def _place(job: Job, file: InputFile, document: Document) -> tuple[str, str]:
     return well_formed(repository), well_formed(str(path)) if path is not None else ""
 
 
-def _batches(items: Iterator[tuple[int, Document]], limit: int) -> Iterator[list[tuple[int, Document]]]:
-    batch: list[tuple[int, Document]] = []
+def _batches(items: Iterator[tuple[int, TextDocument]], limit: int) -> Iterator[list[tuple[int, TextDocument]]]:
+    batch: list[tuple[int, TextDocument]] = []
     size = 0
     for item in items:
         batch.append(item)
@@ -262,7 +262,7 @@ def _batches(items: Iterator[tuple[int, Document]], limit: int) -> Iterator[list
 
 @dataclass(frozen=True)
 class _Batch:
-    documents: list[tuple[int, Document]]
+    documents: list[tuple[int, TextDocument]]
     """With the number of the input file."""
     texts: list[bytes]
     """What was tokenized."""
@@ -272,7 +272,7 @@ class _Batch:
     lengths: NDArray[np.int64]
     """Ids of each document, which lie one after another in `ids`."""
 
-    def without_tokens(self) -> list[tuple[int, Document]]:
+    def without_tokens(self) -> list[tuple[int, TextDocument]]:
         return [self.documents[i] for i in np.flatnonzero(self.lengths == 0)]
 
     def with_tokens(self) -> _Batch:
@@ -286,7 +286,7 @@ class _Batch:
         )
 
 
-def _encode(job: Job, encoder: _Encoder, documents: list[tuple[int, Document]]) -> _Batch:
+def _encode(job: Job, encoder: _Encoder, documents: list[tuple[int, TextDocument]]) -> _Batch:
     texts = [document.raw for _, document in documents]
     places = []
     if job.repository:
@@ -333,7 +333,7 @@ def _framed(
 class _Writer:
     """The files of one part, a set for each group."""
 
-    def __init__(self, job: Job, part: Part, dtype: np.dtype[Any], stack: ExitStack) -> None:
+    def __init__(self, job: Job, part: CorpusPart, dtype: np.dtype[Any], stack: ExitStack) -> None:
         self.job, self.part, self.dtype, self.stack = job, part, dtype, stack
         self.groups: dict[Group, GroupFiles] = {}
 

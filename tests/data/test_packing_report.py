@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from megacode.cli import plan as plan_command
-from megacode.data import packing_losses as losses_module
-from megacode.data.packing_losses import PackingLosses, packing_line, packing_losses
+from megacode.data import packing_report as losses_module
+from megacode.data.packing_report import PackingLosses, packing_line, packing_losses
 from megacode.data.planning import plan_with_data
 from megacode.data.source import open_source
 from megacode.recipe.load import dump_recipe

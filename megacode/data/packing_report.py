@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megacode.data.best_fit import pack_documents
 from megacode.data.fim_document import MAX_WINDOWS
-from megacode.data.packing import pack_documents
 from megacode.data.source import TokenSource, has_data, open_source
 from megacode.plan.plan import Plan, StreamPlan
 from megacode.recipe.schema import Packing

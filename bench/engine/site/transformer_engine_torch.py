@@ -43,6 +43,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
 
     def missing(*_: Any, **__: Any) -> None:
-        raise NotImplementedError(f"{name} is not among the kernels in tests/engine")
+        raise NotImplementedError(f"{name} is not among the kernels in bench/engine")
 
     return missing

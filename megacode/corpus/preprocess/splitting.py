@@ -8,8 +8,6 @@ it can only be read from its beginning, so one thread unpacks it and hands on ch
 from __future__ import annotations
 
 import itertools
-import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BufferedReader
@@ -18,13 +16,14 @@ from typing import BinaryIO
 
 from megacode.corpus.inputs import InputFile
 from megacode.corpus.readers import BrokenStream, decompressed
+from megacode.data.prefetch import Prefetch
 from megacode.files import replace_file
 
 _PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Part:
+class CorpusPart:
     unit: int
     files: tuple[int, ...]
     """Numbers of the input files."""
@@ -47,7 +46,7 @@ class Part:
 class Unit:
     """`part` is the unit's only one, or what its chunks are derived from."""
 
-    part: Part
+    part: CorpusPart
     size: int
     """Bytes on disk."""
     chunk_size: int = 0
@@ -66,7 +65,7 @@ def plan_units(files: Sequence[InputFile]) -> list[Unit]:
     def flush() -> None:
         nonlocal held
         if together:
-            units.append(Unit(Part(len(units), tuple(together)), held))
+            units.append(Unit(CorpusPart(len(units), tuple(together)), held))
         together.clear()
         held = 0
 
@@ -79,10 +78,10 @@ def plan_units(files: Sequence[InputFile]) -> list[Unit]:
             continue
         flush()
         if file.form == "jsonl" and file.compression:
-            units.append(Unit(Part(len(units), (number,)), file.size, chunk_size=max(size, 8 << 20)))
+            units.append(Unit(CorpusPart(len(units), (number,)), file.size, chunk_size=max(size, 8 << 20)))
         else:
             for span, share in _spans(file, size):
-                units.append(Unit(Part(len(units), (number,), span), share))
+                units.append(Unit(CorpusPart(len(units), (number,), span), share))
     flush()
     return units
 
@@ -110,11 +109,11 @@ def _spans(file: InputFile, size: int) -> list[tuple[tuple[int, int] | None, int
 # ----------------------------------------------------------------------------------------------------- unpacked chunks
 
 
-def chunk_path(folder: Path, part: Part) -> Path:
+def chunk_path(folder: Path, part: CorpusPart) -> Path:
     return folder / f"{part.name}.chunk"
 
 
-def unit_parts(folder: Path, unit: Unit) -> list[Part] | None:
+def unit_parts(folder: Path, unit: Unit) -> list[CorpusPart] | None:
     """The parts of a unit in order; None for a compressed file that nobody has unpacked to its end."""
     if not unit.chunk_size:
         return [unit.part]
@@ -125,45 +124,16 @@ def unit_parts(folder: Path, unit: Unit) -> list[Part] | None:
     return [replace(unit.part, chunk=chunk) for chunk in range(count)]
 
 
-def unpack(folder: Path, unit: Unit, file: InputFile, finished: Callable[[Part], bool]) -> Iterator[Part]:
+def unpack(folder: Path, unit: Unit, file: InputFile, finished: Callable[[CorpusPart], bool]) -> Iterator[CorpusPart]:
     """Chunks of a compressed JSONL file that are not `finished`, each written for the process that takes it.
 
     Unpacks on a thread, at most two chunks ahead of the caller.
     """
-    ready: queue.Queue[Part | BaseException | None] = queue.Queue(maxsize=2)
-    stop = threading.Event()
-
-    def put(item: Part | BaseException | None) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for part in _write_chunks(folder, unit, file, finished):
-                if not put(part):
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()
+    with Prefetch(_write_chunks(folder, unit, file, finished), depth=2) as parts:
+        yield from parts
 
 
-def _write_chunks(folder: Path, unit: Unit, file: InputFile, finished: Callable[[Part], bool]) -> Iterator[Part]:
+def _write_chunks(folder: Path, unit: Unit, file: InputFile, finished: Callable[[CorpusPart], bool]) -> Iterator[CorpusPart]:
     seen = 0
     with open(file.path, "rb") as disk:
         stream = decompressed(disk, file.compression)

@@ -24,7 +24,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from megacode.corpus.preprocess.counts import Counts, Group
-from megacode.corpus.preprocess.parts import Part
+from megacode.corpus.preprocess.splitting import CorpusPart
 from megacode.errors import UserError
 from megacode.files import replace_file
 
@@ -44,11 +44,11 @@ class Finished:
     """What was read: number of the input file, bytes, XXH3-128 of them."""
 
 
-def part_file(folder: Path, part: Part, ending: str) -> Path:
+def part_file(folder: Path, part: CorpusPart, ending: str) -> Path:
     return folder / f"{part.name}.{ending}"
 
 
-def finished_part(folder: Path, part: Part) -> Finished | None:
+def finished_part(folder: Path, part: CorpusPart) -> Finished | None:
     path = part_file(folder, part, "json")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def file_checksum(path: Path, start: int = 0, size: int | None = None) -> str:
 class GroupFiles:
     """The files of one group in one part. `more`: `hashes`, `places`, where they are wanted."""
 
-    def __init__(self, folder: Path, part: Part, number: int, more: Sequence[str], stack: ExitStack) -> None:
+    def __init__(self, folder: Path, part: CorpusPart, number: int, more: Sequence[str], stack: ExitStack) -> None:
         endings = ["bin", "lengths", "records", *more]
         self.number = number
         self.files: Mapping[str, BinaryIO] = {

@@ -22,13 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from megacode.data.indexed import write_index
+from megacode.data.indexed import open_shard, write_index
 from megacode.data.loader import StepReader
 from megacode.data.mixture import open_mixture
 from megacode.data.pack_index import index_path, open_pack_index
 from megacode.data.packing_report import packing_losses
 from megacode.data.planning import plan_with_data
-from megacode.data.shard import open_shard
 from megacode.recipe.schema import Recipe
 from megacode.recipe.section import parse_count
 

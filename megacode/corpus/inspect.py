@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megacode.data.indexed import listed_shards, with_ending
+from megacode.data.indexed import Shard, listed_shards, open_shard, with_ending
 from megacode.data.lengths import length_histogram
-from megacode.data.shard import Shard, open_shard
 from megacode.errors import UserError
 from megacode.files import inside
 from megacode.recipe import schema
@@ -27,9 +26,6 @@ from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
 BEYOND = (2048, 4096, 8192)
 """Statistics say how many documents are longer than each of these."""
 
-_HEADER_BYTES = 34
-CHUNK = 1 << 20
-"""Documents, sequences or tokens looked at together."""
 _COUNTED = 1 << 20
 """Lengths below this are counted one by one."""
 
@@ -52,7 +48,7 @@ class Dataset:
     @cached_property
     def firsts(self) -> NDArray[np.int64]:
         """Documents before each shard, and all of them: int64 [shards + 1]."""
-        return np.cumsum([0, *(documents_of(shard) for shard in self.shards)], dtype=np.int64)
+        return np.cumsum([0, *(shard.documents for shard in self.shards)], dtype=np.int64)
 
     @property
     def documents(self) -> int:
@@ -64,12 +60,8 @@ class Dataset:
             raise IndexError(document)
         number = int(np.searchsorted(self.firsts, document, side="right")) - 1
         shard, within = self.shards[number], document - int(self.firsts[number])
-        first, end = _token_edges(shard, within, within + 1).tolist()
+        first, end = shard.token_edges(within, within + 1).tolist()
         return shard, first, end - first
-
-
-def documents_of(shard: Shard) -> int:
-    return max(0, shard.boundaries - 1)
 
 
 def manifest_of(prefix: Path) -> dict[str, Any] | None:
@@ -134,72 +126,6 @@ def tokenizer_of(prefix: Path, manifest: Mapping[str, Any] | None) -> Tokenizer:
     return tokenizer
 
 
-# --------------------------------------------------------------------------------------------------- the index, mapped
-
-
-def _mapped(shard: Shard, kind: str, offset: int, start: int, stop: int) -> NDArray[Any]:
-    """Part of the .idx; unmapped with the array, so that what was read does not stay in memory."""
-    if stop <= start:
-        return np.zeros(0, dtype=kind)
-    offset += _HEADER_BYTES + start * np.dtype(kind).itemsize
-    return np.memmap(shard.idx_path, kind, "r", offset, (stop - start,))
-
-
-def sequence_lengths(shard: Shard, start: int, stop: int) -> NDArray[np.int32]:
-    """Tokens of sequences [start, stop)."""
-    return _mapped(shard, "<i4", 0, start, stop)
-
-
-def sequence_offsets(shard: Shard, start: int, stop: int) -> NDArray[np.int64]:
-    """Byte offsets of sequences [start, stop)."""
-    return _mapped(shard, "<i8", 4 * shard.sequences, start, stop)
-
-
-def boundaries_of(shard: Shard, start: int, stop: int) -> NDArray[np.int64]:
-    """Document boundaries [start, stop): document d is the sequences from boundary d to boundary d + 1."""
-    return _mapped(shard, "<i8", 12 * shard.sequences, start, stop)
-
-
-def chunks(total: int, size: int = 0) -> Iterator[tuple[int, int]]:
-    """[start, stop) of consecutive runs of `size` (CHUNK)."""
-    size = size or CHUNK
-    return ((start, min(start + size, total)) for start in range(0, total, size))
-
-
-def _token_edges(shard: Shard, start: int, stop: int) -> NDArray[np.int64]:
-    """Where documents [start, stop) begin, in tokens, and where the last one ends: int64 [stop - start + 1]."""
-    sequences = np.asarray(boundaries_of(shard, start, stop + 1))
-    if sequences.min() < 0 or sequences.max() > shard.sequences:
-        raise UserError(_damaged(shard))
-    edges = np.full(len(sequences), shard.tokens, dtype=np.int64)
-    inside = sequences < shard.sequences
-    if inside.any():
-        low, high = int(sequences[inside].min()), int(sequences[inside].max())
-        edges[inside] = sequence_offsets(shard, low, high + 1)[sequences[inside] - low] // shard.dtype.itemsize
-    if (edges[1:] < edges[:-1]).any() or edges[0] < 0 or edges[-1] > shard.tokens:
-        raise UserError(_damaged(shard))
-    return edges
-
-
-def _damaged(shard: Shard) -> str:
-    return f"{shard.idx_path} is damaged; `megacode inspect --verify` says where"
-
-
-def document_lengths(shard: Shard) -> Iterator[NDArray[Any]]:
-    """Tokens of each document in order, some at a time. UserError if the index is damaged."""
-    documents = documents_of(shard)
-    size = max(1, min(CHUNK, CHUNK * documents // max(shard.sequences, 1)))
-    for start, stop in chunks(documents, size):
-        sequences = boundaries_of(shard, start, stop + 1)
-        if (np.diff(sequences) == 1).all() and sequences[0] >= 0 and sequences[-1] <= shard.sequences:
-            lengths: NDArray[Any] = sequence_lengths(shard, int(sequences[0]), int(sequences[-1]))
-        else:
-            lengths = np.diff(_token_edges(shard, start, stop))
-        if lengths.min() < 0:
-            raise UserError(_damaged(shard))
-        yield lengths
-
-
 # ----------------------------------------------------------------------------------------------------- statistics
 
 
@@ -232,7 +158,7 @@ def statistics(dataset: Dataset, on_documents: Callable[[int], None] = nothing) 
     counts = np.zeros(_COUNTED, dtype=np.int64)
     longer: list[NDArray[np.int64]] = []
     for shard in dataset.shards:
-        for lengths in document_lengths(shard):
+        for lengths in shard.document_lengths():
             if lengths.max() >= _COUNTED:
                 longer.append(lengths[lengths >= _COUNTED].astype(np.int64))
                 short = np.bincount(lengths[lengths < _COUNTED])

@@ -15,21 +15,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megacode.corpus.inspect import (
-    CHUNK,
-    boundaries_of,
-    chunks,
-    document_lengths,
-    documents_of,
-    manifest_of,
-    nothing,
-    sequence_lengths,
-    sequence_offsets,
-    shards_at,
-    tokenizer_of,
-)
-from megacode.data.indexed import with_ending
-from megacode.data.shard import Shard, open_shard
+from megacode.corpus.inspect import manifest_of, nothing, shards_at, tokenizer_of
+from megacode.data.indexed import CHUNK, Shard, chunks, open_shard, with_ending
 from megacode.errors import UserError
 from megacode.tokenizer.tokenizer import Tokenizer
 
@@ -134,7 +121,7 @@ def verify(
             reader.check(position, piece)
             on_bytes(piece.nbytes)
         highest = max(highest, reader.highest)
-        documents, tokens = documents + documents_of(shard), tokens + shard.tokens
+        documents, tokens = documents + shard.documents, tokens + shard.tokens
     if manifest and "shards" in manifest:
         for key, found in (("documents", documents), ("tokens", tokens)):
             if manifest.get(key, found) != found:
@@ -149,7 +136,7 @@ def _check_index(shard: Shard, first: int, findings: _Findings, on_bytes: Callab
         findings.say("boundaries", f"{idx}: has no document boundaries, not even the first, 0")
     last = 0
     for start, stop in chunks(shard.boundaries):
-        edges = np.append(last, boundaries_of(shard, start, stop))
+        edges = np.append(last, shard.document_boundaries(start, stop))
         wrong = np.flatnonzero(edges[1:] < edges[:-1])
 
         def backwards(at: int, edges: NDArray[np.int64] = edges, start: int = start) -> str:
@@ -164,11 +151,11 @@ def _check_index(shard: Shard, first: int, findings: _Findings, on_bytes: Callab
         last = int(edges[-1])
         on_bytes(8 * (stop - start))
     if shard.boundaries and last != sequences:
-        number = first + documents_of(shard) - 1
+        number = first + shard.documents - 1
         findings.say(
             "boundaries", f"{idx}: the last document, {number:,}, ends at sequence {last:,}; there are {sequences:,}"
         )
-    boundaries = boundaries_of(shard, 0, shard.boundaries) if findings.count == before else None
+    boundaries = shard.document_boundaries(0, shard.boundaries) if findings.count == before else None
 
     def place(sequence: int) -> str:
         if boundaries is None:
@@ -178,7 +165,7 @@ def _check_index(shard: Shard, first: int, findings: _Findings, on_bytes: Callab
 
     end = 0
     for start, stop in chunks(sequences):
-        lengths, offsets = sequence_lengths(shard, start, stop), sequence_offsets(shard, start, stop)
+        lengths, offsets = shard.sequence_lengths(start, stop), shard.sequence_offsets(start, stop)
         ends = np.append(end, offsets + lengths.astype(np.int64) * shard.dtype.itemsize)
 
         def length(at: int, lengths: NDArray[np.int32] = lengths, start: int = start) -> str:
@@ -200,8 +187,8 @@ def _check_index(shard: Shard, first: int, findings: _Findings, on_bytes: Callab
 
 def _check_no_document_is_empty(shard: Shard, first: int, findings: _Findings) -> None:
     """Where documents end with EOD, none is without a token."""
-    for start, stop in chunks(documents_of(shard)):
-        edges = boundaries_of(shard, start, stop + 1)
+    for start, stop in chunks(shard.documents):
+        edges = shard.document_boundaries(start, stop + 1)
         findings.add(
             "empty",
             first + start + np.flatnonzero(edges[1:] == edges[:-1]),
@@ -211,7 +198,7 @@ def _check_no_document_is_empty(shard: Shard, first: int, findings: _Findings) -
 
 def _check_manifest(shard: Shard, manifest: Mapping[str, Any], findings: _Findings) -> None:
     """Numbers that the manifest of one pair repeats."""
-    numbers = {"documents": documents_of(shard), "tokens": shard.tokens, "token type": shard.dtype.name}
+    numbers = {"documents": shard.documents, "tokens": shard.tokens, "token type": shard.dtype.name}
     for key, found in numbers.items():
         if manifest.get(key, found) != found:
             findings.say("manifest", f"{shard.prefix}.json says {key} {manifest[key]}; the index says {found}")
@@ -309,7 +296,7 @@ class _TokenCheck:
         self.shard, self.first, self.limit, self.findings = shard, first, limit, findings
         self.eod = eod if first is not None else None
         self.highest = -1
-        self.lengths = document_lengths(shard)
+        self.lengths = shard.document_lengths()
         self.ends = np.zeros(0, dtype=np.int64)  # of documents whose lengths are read and whose ends are to come
         self.last_end = 0
 

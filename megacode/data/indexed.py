@@ -1,36 +1,208 @@
-"""Writing Megatron-Core IndexedDatasets (`PREFIX.bin`, `PREFIX.idx`) with numpy alone, and the manifest `PREFIX.json`.
+"""Megacode's one place for Megatron-Core's IndexedDataset: `PREFIX.bin`, `PREFIX.idx`, and our manifest `PREFIX.json`.
 
-Byte for byte what megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder writes for the same documents, one
-sequence a document. The .bin is every document's tokens, one after another. The .idx, little-endian:
+`PREFIX.bin` holds tokens and nothing else; `PREFIX.idx` says where sequences and documents begin (little-endian, after
+`_IndexWriter` in `megatron.core.datasets.indexed_dataset`):
 
     9 bytes  "MMIDIDX" 0 0
     uint64   version, 1
-    uint8    code of the token type (8: uint16, 4: int32)
-    uint64   n, number of sequences
-    uint64   n + 1, number of document boundaries
+    uint8    code of the token type
+    uint64   n, sequences
+    uint64   d, document boundaries
     int32    [n] tokens of each sequence
     int64    [n] byte offset of each sequence in the .bin
-    int64    [n + 1] document boundaries, as sequence numbers: 0 ... n
+    int64    [d] boundaries of documents, as sequence numbers: d - 1 documents
+
+What is written here has one sequence a document, byte for byte as Megatron-Core's builder writes it. Reading maps files.
 """
 
 from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megacode.errors import UserError
 from megacode.files import inside, replace_file, write_json
 
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_DTYPE_NAMES = {6: "float64", 7: "float32"}
 _CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
-_CHUNK = 1 << 20
+CHUNK = 1 << 20
+"""Documents, sequences or tokens looked at together."""
 _SHARD = re.compile(r"-\d{5,}")
+
+
+def with_ending(prefix: Path, ending: str) -> Path:
+    """`corpus/train` + `.idx` -> `corpus/train.idx`; dots in the name stay (unlike Path.with_suffix)."""
+    return prefix.with_name(prefix.name + ending)
+
+
+def chunks(total: int, size: int = 0) -> Iterator[tuple[int, int]]:
+    """[start, stop) of consecutive runs of `size` (CHUNK)."""
+    size = size or CHUNK
+    return ((start, min(start + size, total)) for start in range(0, total, size))
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One .bin/.idx pair. `tokens` and `sequences` count; `boundaries` is d, one more than the documents."""
+
+    prefix: Path
+    dtype: np.dtype[Any]
+    tokens: int
+    sequences: int
+    boundaries: int
+
+    @cached_property
+    def bin_path(self) -> Path:
+        return with_ending(self.prefix, ".bin")
+
+    @cached_property
+    def idx_path(self) -> Path:
+        return with_ending(self.prefix, ".idx")
+
+    @cached_property
+    def _offsets(self) -> NDArray[np.int64]:
+        """Byte offset of each sequence, int64 [sequences], mapped from the index."""
+        return np.memmap(self.idx_path, "<i8", "r", _HEADER.size + 4 * self.sequences, (self.sequences,))
+
+    @cached_property
+    def _boundaries(self) -> NDArray[np.int64]:
+        """First sequence of each document and the end, int64 [boundaries]."""
+        return np.memmap(self.idx_path, "<i8", "r", _HEADER.size + 12 * self.sequences, (self.boundaries,))
+
+    def document_at(self, token: int) -> tuple[int, int, int]:
+        """(document, its first token, tokens in it) of the document that holds token number `token` of this shard."""
+        sequence = int(np.searchsorted(self._offsets, token * self.dtype.itemsize, side="right")) - 1
+        document = int(np.searchsorted(self._boundaries, sequence, side="right")) - 1
+        first, after = (int(i) for i in self._boundaries[document : document + 2])
+        start = int(self._offsets[first]) // self.dtype.itemsize
+        end = int(self._offsets[after]) // self.dtype.itemsize if after < self.sequences else self.tokens
+        return document, start, end - start
+
+    def spans(self, first: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First token and length of documents [first, stop): int64 each, in O(stop - first)."""
+        sequences = np.asarray(self._boundaries[first : stop + 1])
+        edges = np.full(len(sequences), self.tokens, dtype=np.int64)
+        inside = sequences < self.sequences
+        edges[inside] = self._offsets[sequences[inside]] // self.dtype.itemsize
+        return edges[:-1], np.diff(edges)
+
+    @property
+    def documents(self) -> int:
+        return max(0, self.boundaries - 1)
+
+    # --------------------------------------------------------------------- parts of the index, for datasets of any size
+
+    def _mapped(self, kind: str, offset: int, start: int, stop: int) -> NDArray[Any]:
+        """Part of the .idx; unmapped with the array, so that what was read does not stay in memory."""
+        if stop <= start:
+            return np.zeros(0, dtype=kind)
+        offset += _HEADER.size + start * np.dtype(kind).itemsize
+        return np.memmap(self.idx_path, kind, "r", offset, (stop - start,))
+
+    def sequence_lengths(self, start: int, stop: int) -> NDArray[np.int32]:
+        """Tokens of sequences [start, stop)."""
+        return self._mapped("<i4", 0, start, stop)
+
+    def sequence_offsets(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Byte offsets of sequences [start, stop)."""
+        return self._mapped("<i8", 4 * self.sequences, start, stop)
+
+    def document_boundaries(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Document boundaries [start, stop): document d is the sequences from boundary d to boundary d + 1."""
+        return self._mapped("<i8", 12 * self.sequences, start, stop)
+
+    def token_edges(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Where documents [start, stop) begin, in tokens, and where the last one ends: int64 [stop - start + 1]."""
+        sequences = np.asarray(self.document_boundaries(start, stop + 1))
+        if sequences.min() < 0 or sequences.max() > self.sequences:
+            raise UserError(f"{self.idx_path} is damaged; `megacode inspect --verify` says where")
+        edges = np.full(len(sequences), self.tokens, dtype=np.int64)
+        inside = sequences < self.sequences
+        if inside.any():
+            low, high = int(sequences[inside].min()), int(sequences[inside].max())
+            edges[inside] = self.sequence_offsets(low, high + 1)[sequences[inside] - low] // self.dtype.itemsize
+        if (edges[1:] < edges[:-1]).any() or edges[0] < 0 or edges[-1] > self.tokens:
+            raise UserError(f"{self.idx_path} is damaged; `megacode inspect --verify` says where")
+        return edges
+
+    def document_lengths(self) -> Iterator[NDArray[Any]]:
+        """Tokens of each document in order, some at a time. UserError if the index is damaged."""
+        documents = self.documents
+        size = max(1, min(CHUNK, CHUNK * documents // max(self.sequences, 1)))
+        for start, stop in chunks(documents, size):
+            sequences = self.document_boundaries(start, stop + 1)
+            if (np.diff(sequences) == 1).all() and sequences[0] >= 0 and sequences[-1] <= self.sequences:
+                lengths: NDArray[Any] = self.sequence_lengths(int(sequences[0]), int(sequences[-1]))
+            else:
+                lengths = np.diff(self.token_edges(start, stop))
+            if lengths.min() < 0:
+                raise UserError(f"{self.idx_path} is damaged; `megacode inspect --verify` says where")
+            yield lengths
+
+
+def open_shard(prefix: Path, label: str = "dataset") -> Shard:
+    """Read the header and the last entries of one index and check them against both files' sizes: O(1).
+
+    UserError, beginning with `label`, if the pair is incomplete or damaged.
+    """
+    idx, data = with_ending(prefix, ".idx"), with_ending(prefix, ".bin")
+    for path, other in ((data, idx), (idx, data)):
+        if not path.is_file():
+            raise UserError(f"{label}: {path} is missing beside {other.name}; tokenize the source again")
+    with open(idx, "rb") as file:
+        header = file.read(_HEADER.size)
+        if header[:9] != _MAGIC:
+            raise UserError(
+                f"{label}: {idx} is not the index of a Megatron-Core IndexedDataset (MMIDIDX); tokenize the source"
+            )
+        if len(header) < _HEADER.size:
+            raise UserError(f"{label}: {idx} is cut short; tokenize the source again")
+        _, version, code, sequences, boundaries = _HEADER.unpack(header)
+        if version != 1:
+            raise UserError(f"{label}: {idx} has format version {version}; only version 1 can be read")
+        if code not in _DTYPES:
+            found = _DTYPE_NAMES.get(code, f"unknown (code {code})")
+            raise UserError(f"{label}: {idx} holds numbers of type {found}; tokens are integers")
+        # Multimodal datasets append one byte a sequence, which text does not need.
+        size, expected = os.fstat(file.fileno()).st_size, _HEADER.size + 12 * sequences + 8 * boundaries
+        if size not in (expected, expected + sequences):
+            raise UserError(
+                f"{label}: {idx} has {size:,} bytes where its header says {expected:,}; tokenize the source again"
+            )
+        dtype, end = np.dtype(_DTYPES[code]).newbyteorder("<"), 0
+        if sequences:
+            file.seek(_HEADER.size + 4 * (sequences - 1))
+            (length,) = struct.unpack("<i", file.read(4))
+            file.seek(_HEADER.size + 4 * sequences + 8 * (sequences - 1))
+            (offset,) = struct.unpack("<q", file.read(8))
+            end = offset + length * dtype.itemsize
+    there = data.stat().st_size
+    if there != end:
+        raise UserError(
+            f"{label}: {data} has {there:,} bytes where its index says {end:,}: one of the two is from another run or "
+            "cut short; tokenize the source again"
+        )
+    return Shard(prefix, dtype, end // dtype.itemsize, sequences, boundaries)
+
+
+# --------------------------------------------------------------------------------------------------------- writing
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -41,31 +213,19 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype[Any]) -> None:
     """The .idx of documents of `lengths` tokens (int32 [n]), whole or not at all. Holds no second array of n."""
     with replace_file(path) as file:
-        file.write(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, _CODES[np.dtype(dtype)], len(lengths), len(lengths) + 1))
+        file.write(_HEADER.pack(_MAGIC, 1, _CODES[np.dtype(dtype)], len(lengths), len(lengths) + 1))
         lengths.astype("<i4", copy=False).tofile(file)
         offset = 0
-        for start in range(0, len(lengths), _CHUNK):
-            ends = np.cumsum(lengths[start : start + _CHUNK], dtype=np.int64) * dtype.itemsize + offset
+        for start in range(0, len(lengths), CHUNK):
+            ends = np.cumsum(lengths[start : start + CHUNK], dtype=np.int64) * dtype.itemsize + offset
             file.write(struct.pack("<q", offset))
             ends[:-1].astype("<i8", copy=False).tofile(file)
             offset = int(ends[-1])
-        for start in range(0, len(lengths) + 1, _CHUNK):
-            np.arange(start, min(start + _CHUNK, len(lengths) + 1), dtype="<i8").tofile(file)
+        for start in range(0, len(lengths) + 1, CHUNK):
+            np.arange(start, min(start + CHUNK, len(lengths) + 1), dtype="<i8").tofile(file)
 
 
-class TokenFile:
-    """Documents appended to an open .bin file, with the count of each. `file` is the caller's to open and close."""
-
-    def __init__(self, file: BinaryIO, dtype: np.dtype[Any]) -> None:
-        self.file, self.dtype = file, dtype
-        self.lengths: list[int] = []
-        self.tokens = 0
-
-    def add(self, ids: list[int] | np.ndarray) -> None:
-        """One document's ids; each must fit the token type (numpy raises OverflowError if not)."""
-        self.file.write(np.asarray(ids, dtype=self.dtype).tobytes())
-        self.lengths.append(len(ids))
-        self.tokens += len(ids)
+# ------------------------------------------------------------------------------------------ datasets and manifests
 
 
 ENDINGS = (".json", ".idx", ".bin", ".records.npy")
@@ -115,11 +275,6 @@ def is_complete(prefix: Path) -> bool:
         return False
     prefixes = listed_shards(prefix) or [prefix]
     return all(path.exists() for one in prefixes for path in files_of(one))
-
-
-def with_ending(prefix: Path, ending: str) -> Path:
-    """`corpus/train` + `.idx` -> `corpus/train.idx`; dots in the name stay (unlike Path.with_suffix)."""
-    return prefix.with_name(prefix.name + ending)
 
 
 def write_manifest(prefix: Path, manifest: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacode.data.best_fit import ALGORITHM, BLOCK, Packs, pack_documents
-from megacode.data.shard import Shard
+from megacode.data.indexed import Shard
 from megacode.errors import UserError
 from megacode.files import replace_file
 

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megacode.data.indexed import listed_shards
+from megacode.data.indexed import Shard, listed_shards, open_shard
 from megacode.data.pack_index import SourcePacks, open_packs
-from megacode.data.shard import Shard, open_shard
 from megacode.errors import UserError
 from megacode.plan.plan import Plan
 from megacode.recipe.mixtures import mixture_entries

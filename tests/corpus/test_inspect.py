@@ -18,6 +18,7 @@ import xxhash
 from megacode.cli.main import main
 from megacode.corpus import inspect, verify
 from megacode.corpus.inspect import open_dataset, parse_documents, statistics
+from megacode.data import indexed
 from megacode.data.indexed import write_manifest
 from megacode.data.lengths import length_histogram
 from megacode.errors import UserError
@@ -116,7 +117,7 @@ def problems(prefix: Path, **more: Any) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("chunk", [1 << 20, 7])
 def test_statistics_are_those_of_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(inspect, "CHUNK", chunk)
+    monkeypatch.setattr(indexed, "CHUNK", chunk)
     monkeypatch.setattr(inspect, "_COUNTED", 1000)  # so that some documents are too long to be counted by length
     generator = np.random.default_rng(3)
     lengths = np.append(np.exp(generator.normal(5, 2, 150)).astype(int), [0, 0, 1000, 999, 2048, 4097, 8193])
@@ -133,7 +134,7 @@ def test_statistics_are_those_of_numpy(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("chunk", [1 << 20, 2])
 def test_a_document_may_be_several_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(inspect, "CHUNK", chunk)
+    monkeypatch.setattr(indexed, "CHUNK", chunk)
     monkeypatch.setattr(verify, "CHUNK", chunk)
     megatron(tmp_path / "m", [[[1, 2], [3]], [[4]], [], [[5, 6, 7], [8], [9]]])
     dataset = open_dataset(tmp_path / "m")
@@ -299,7 +300,7 @@ def test_nothing_is_wrong_with_a_whole_dataset(
     dataset: str, chunk: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix = request.getfixturevalue(dataset)
-    monkeypatch.setattr(inspect, "CHUNK", chunk)
+    monkeypatch.setattr(indexed, "CHUNK", chunk)
     monkeypatch.setattr(verify, "CHUNK", chunk)
     read: list[int] = []
     result = verify.verify(prefix, on_bytes=read.append)
@@ -370,7 +371,7 @@ BREAKS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
 def test_what_is_broken_is_found_without_checksums(
     name: str, chunk: int, whole: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inspect, "CHUNK", chunk)
+    monkeypatch.setattr(indexed, "CHUNK", chunk)
     monkeypatch.setattr(verify, "CHUNK", chunk)
     harm, expected = BREAKS[name]
     harm(whole)
@@ -491,8 +492,8 @@ def test_memory_stays_the_same(tmp_path: Path) -> None:
     from megacode.data.indexed import write_index
 
     code = (
-        "import sys; from pathlib import Path; from megacode.corpus import inspect, verify\n"
-        "p = Path(sys.argv[1]); inspect.CHUNK = verify.CHUNK = 1 << 16\n"
+        "import sys; from pathlib import Path; from megacode.corpus import inspect, verify\nfrom megacode.data import indexed\n"
+        "p = Path(sys.argv[1]); indexed.CHUNK = verify.CHUNK = 1 << 16\n"
         "inspect.statistics(inspect.open_dataset(p)); assert not verify.verify(p, vocab_size=9).count\n"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )

@@ -35,6 +35,7 @@ from megacode.errors import UserError
 from megacode.files import replace_file
 from megacode.recipe import schema
 from megacode.tokenizer.training import train_tokenizer
+from tests.data.conftest import write_shard
 
 WORDS = ["def", "return", "self", "the", "of", "(x)", "= [i]", "for", "naïve", "12", "<s>", "</s>", "\t", "\n", "  "]
 
@@ -100,11 +101,7 @@ def test_bytes_are_those_of_megatrons_builder(tmp_path: Path, vocab_size: int, d
         builder.add_item(torch.tensor(document_ids, dtype=torch.int64))
         builder.end_document()
     builder.finalize(str(tmp_path / "theirs.idx"))
-    with replace_file(tmp_path / "ours.bin") as file:
-        tokens = indexed.TokenFile(file, dtype)
-        for document_ids in ids:
-            tokens.add(document_ids)
-    indexed.write_index(tmp_path / "ours.idx", np.array(tokens.lengths, dtype=np.int32), dtype)
+    write_shard(tmp_path / "ours", ids, vocab_size)
     for ending in ("bin", "idx"):
         assert (tmp_path / f"ours.{ending}").read_bytes() == (tmp_path / f"theirs.{ending}").read_bytes()
 
@@ -112,7 +109,7 @@ def test_bytes_are_those_of_megatrons_builder(tmp_path: Path, vocab_size: int, d
 def test_an_index_longer_than_one_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = np.arange(1000, dtype=np.int32) % 7
     indexed.write_index(tmp_path / "whole.idx", lengths, np.dtype(np.uint16))
-    monkeypatch.setattr(indexed, "_CHUNK", 17)
+    monkeypatch.setattr(indexed, "CHUNK", 17)
     indexed.write_index(tmp_path / "chunks.idx", lengths, np.dtype(np.uint16))
     assert (tmp_path / "whole.idx").read_bytes() == (tmp_path / "chunks.idx").read_bytes()
 
@@ -363,7 +360,7 @@ def hook(event, args):
 def run(output, changes_allowed):
     global left
     left = changes_allowed
-    tokenizer = schema.Tokenizer(path=model, added_tokens="crystal")
+    tokenizer = schema.TokenizerSection(path=model, added_tokens="crystal")
     preprocess(Request(inputs=(corpus,), tokenizer=tokenizer, output=Path(folder, output), validation=0.1))
     made, left = changes_allowed - left, None
     return made

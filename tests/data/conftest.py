@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megacode.data.indexed import TokenFile, token_dtype, write_index
+from megacode.data.indexed import token_dtype, write_index
 from megacode.data.mixture import OpenMixture, open_mixture
 from megacode.data.planning import plan_with_data
 from megacode.recipe.schema import Recipe
@@ -21,10 +21,9 @@ def write_shard(prefix: Path, documents: Sequence[Sequence[int]], vocab_size: in
     """An IndexedDataset of these documents (written by megacode; one law says Megatron-Core writes the same)."""
     dtype = token_dtype(vocab_size)
     with open(f"{prefix}.bin", "wb") as file:
-        shard = TokenFile(file, dtype)
         for document in documents:
-            shard.add(list(document))
-    write_index(Path(f"{prefix}.idx"), np.array(shard.lengths, dtype=np.int32), dtype)
+            file.write(np.asarray(document, dtype=dtype).tobytes())
+    write_index(Path(f"{prefix}.idx"), np.array([len(document) for document in documents], dtype=np.int32), dtype)
 
 
 def numbered(tokens: int, document: int = 50, first: int = 0) -> list[list[int]]:

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from megacode.data import best_fit as packing
 from megacode.data import pack_index
 from megacode.data.best_fit import best_fit, pack_documents
+from megacode.data.indexed import Shard, open_shard
 from megacode.data.pack_index import PackIndex, index_path, open_pack_index
-from megacode.data.shard import Shard, open_shard
 from megacode.errors import UserError
 from tests.data.conftest import numbered, write_shard
 

@@ -161,12 +161,14 @@ def _train(
 
     cpu.prepare()
     from megacode.megatron.distributed import read_launch
+    from megacode.recipe.checks import check_layout
     from megacode.train.trainer import Trainer
 
     launch = read_launch()
+    check_layout(plan.recipe, launch.world_size)
+    if profile:
+        profile.check(0, end_step, launch.world_size)
     try:
-        if profile:
-            profile.check(0, end_step, launch.world_size)
         with Trainer(plan, folder, restart=restart, accept_changes=accept) as trainer:
             stopped_by = trainer.train(end_step, profile)
     except UserError as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,13 +178,18 @@ def _override(tree: Node, text: str) -> Node:
         if at is not None and isinstance(at.value, list) and not (depth == 2 and keys[0] == "phases"):
             items = list(at.value)
             items[int(keys[depth - 1])] = _merge(items[int(keys[depth - 1])], node, ("*",))
-            node = node.with_value(items)
+            node = _around(node, items)
         else:
             key = keys[depth - 1]
             if depth == 2 and keys[0] == "phases" and at is not None and isinstance(at.value, list) and key.isdigit():
                 key = _phase_name(at.value[int(key)]) or key
-            node = node.with_value({key: node})
+            node = _around(node, {key: node})
     return _expanded(node, ())
+
+
+def _around(node: Node, value: Any) -> Node:
+    """What holds `node` on the way to it: `!replace` is the node's own."""
+    return replace(node, value=value, replaces=False)
 
 
 def _at(tree: Node, keys: Sequence[str]) -> Node | None:

@@ -109,6 +109,13 @@ def test_short_forms_in_an_added_phase_are_short_forms(write, good):
     assert (code.ratio, code.fim_rate) == (0.4, 0.5)
 
 
+def test_an_override_may_replace_a_mapping_and_nothing_above_it(write, good):
+    changes = ["phases.first.mixture.sources=!replace {docs: 1}", "model=!replace {layers: 1, hidden_size: 8, heads: 1}"]
+    recipe = load_recipe(write(good), changes)
+    assert list(recipe.phases[0].mixture.sources) == ["docs"] and recipe.phases[0].steps == 100 and len(recipe.phases) == 2
+    assert recipe.model.layers == 1 and recipe.name == "small"
+
+
 def test_keys_that_exclude_each_other_replace_each_other(write, good):
     write(good, "base.yaml")
     child = """\

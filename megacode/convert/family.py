@@ -289,6 +289,39 @@ def ends(model: Model, embedding: str, norm: str, head: str | None) -> tuple[lis
     return first, last
 
 
+def decoder_slots(
+    model: Model, *, embedding: str, norm: str, head: str, layer: str, norms: tuple[str, str], qkv: tuple[Form, tuple[str, ...]],
+    output: str, fc1: tuple[Form, tuple[str, ...]], fc2: str, bias: bool, qkv_bias: bool = False,
+    more: Iterable[tuple[str, Form, tuple[str, ...]]] = (),
+) -> Iterator[Slot]:  # fmt: skip
+    """Every tensor of a decoder whose layers are norm, attention, norm, feed-forward.
+
+    Args:
+        layer: what the names of a layer begin with, with {i}; `norms`, `qkv`, `output`, `fc1` and `fc2` stand behind it.
+        bias: whether linear layers have biases; `qkv_bias`: whether only those of queries, keys and values do.
+        more: further rows of `layer_slots`, with whole names.
+    """
+
+    def named(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(layer + name for name in names)
+
+    first, last = ends(model, embedding, norm, head)
+    yield from first
+    yield from layer_slots(
+        model,
+        [
+            *norm_rows(model, "self_attention.linear_qkv", layer + norms[0]),
+            *with_biases("self_attention.linear_qkv", qkv[0], named(qkv[1]), bias or qkv_bias),
+            *with_biases("self_attention.linear_proj", SAME, named([output]), bias),
+            *norm_rows(model, "mlp.linear_fc1", layer + norms[1]),
+            *with_biases("mlp.linear_fc1", fc1[0], named(fc1[1]), bias),
+            *with_biases("mlp.linear_fc2", SAME, named([fc2]), bias),
+            *more,
+        ],
+    )
+    yield from last
+
+
 def with_biases(key: str, form: Form, names: tuple[str, ...], bias: bool) -> list[tuple[str, Form, tuple[str, ...]]]:
     """Rows of `layer_slots` for a linear layer or a norm: `key` and `names` without `.weight` and `.bias`."""
     rows = [(f"{key}.weight", form, tuple(f"{name}.weight" for name in names))]

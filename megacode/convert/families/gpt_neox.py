@@ -13,12 +13,10 @@ from megacode.convert.family import (
     common_keys,
     common_reasons,
     common_section,
-    ends,
+    decoder_slots,
     first_reason,
     is_not,
     known_activation,
-    layer_slots,
-    norm_rows,
     own_head_dim,
     refuse,
     rotary_fraction,
@@ -26,7 +24,6 @@ from megacode.convert.family import (
     scaled_positions,
     shared_heads,
     value,
-    with_biases,
 )
 from megacode.convert.layout import QKV_FUSED, SAME, Slot
 from megacode.errors import UserError
@@ -93,21 +90,12 @@ def _model_section(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _slots(model: Model) -> Iterator[Slot]:
-    first, last = ends(model, "gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm", "embed_out.weight")
-    layer = "gpt_neox.layers.{i}."
-    yield from first
-    yield from layer_slots(
-        model,
-        [
-            *norm_rows(model, "self_attention.linear_qkv", layer + "input_layernorm"),
-            *with_biases("self_attention.linear_qkv", QKV_FUSED, (layer + "attention.query_key_value",), True),
-            *with_biases("self_attention.linear_proj", SAME, (layer + "attention.dense",), True),
-            *norm_rows(model, "mlp.linear_fc1", layer + "post_attention_layernorm"),
-            *with_biases("mlp.linear_fc1", SAME, (layer + "mlp.dense_h_to_4h",), True),
-            *with_biases("mlp.linear_fc2", SAME, (layer + "mlp.dense_4h_to_h",), True),
-        ],
-    )
-    yield from last
+    return decoder_slots(
+        model, embedding="gpt_neox.embed_in.weight", norm="gpt_neox.final_layer_norm", head="embed_out.weight",
+        layer="gpt_neox.layers.{i}.", norms=("input_layernorm", "post_attention_layernorm"),
+        qkv=(QKV_FUSED, ("attention.query_key_value",)), output="attention.dense",
+        fc1=(SAME, ("mlp.dense_h_to_4h",)), fc2="mlp.dense_4h_to_h", bias=True,
+    )  # fmt: skip
 
 
 GPT_NEOX = Family("gpt_neox", "GPTNeoXForCausalLM", "gpt_neox", _fits, _config, _model_section, _slots)

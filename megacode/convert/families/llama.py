@@ -12,21 +12,18 @@ from megacode.convert.family import (
     common_keys,
     common_reasons,
     common_section,
-    ends,
+    decoder_slots,
     first_reason,
     is_not,
-    layer_slots,
-    norm_rows,
     own_head_dim,
     refuse,
     rope_keys,
     rotary_section,
     value,
     whole_heads,
-    with_biases,
     within_window,
 )
-from megacode.convert.layout import GATE_UP, HEAD_NORM, QKV, SAME, Slot
+from megacode.convert.layout import GATE_UP, HEAD_NORM, QKV, Slot
 from megacode.errors import UserError
 from megacode.recipe.schema import Model
 
@@ -117,27 +114,16 @@ def _model_section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _slots(model: Model) -> Iterator[Slot]:
-    first, last = ends(model, "model.embed_tokens.weight", "model.norm", "lm_head.weight")
-    attention, mlp = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
-    bias = model.linear_bias
-    rows = [
-        *norm_rows(model, "self_attention.linear_qkv", "model.layers.{i}.input_layernorm"),
-        *with_biases(
-            "self_attention.linear_qkv",
-            QKV,
-            tuple(attention + f"{part}_proj" for part in "qkv"),
-            bias or model.qkv_bias,
-        ),
-        *with_biases("self_attention.linear_proj", SAME, (attention + "o_proj",), bias),
-        *norm_rows(model, "mlp.linear_fc1", "model.layers.{i}.post_attention_layernorm"),
-        *with_biases("mlp.linear_fc1", GATE_UP, (mlp + "gate_proj", mlp + "up_proj"), bias),
-        *with_biases("mlp.linear_fc2", SAME, (mlp + "down_proj",), bias),
+    more = [
+        (f"self_attention.{p}_layernorm.weight", HEAD_NORM, (f"model.layers.{{i}}.self_attn.{p}_norm.weight",)) for p in "qk"
     ]
-    if model.qk_norm:
-        rows += [(f"self_attention.{p}_layernorm.weight", HEAD_NORM, (attention + f"{p}_norm.weight",)) for p in "qk"]
-    yield from first
-    yield from layer_slots(model, rows)
-    yield from last
+    return decoder_slots(
+        model, embedding="model.embed_tokens.weight", norm="model.norm", head="lm_head.weight", layer="model.layers.{i}.",
+        norms=("input_layernorm", "post_attention_layernorm"), qkv=(QKV, tuple(f"self_attn.{part}_proj" for part in "qkv")),
+        output="self_attn.o_proj",
+        fc1=(GATE_UP, ("mlp.gate_proj", "mlp.up_proj")), fc2="mlp.down_proj",
+        bias=model.linear_bias, qkv_bias=model.qkv_bias, more=more if model.qk_norm else (),
+    )  # fmt: skip
 
 
 def _family(name: str, architecture: str) -> Family:

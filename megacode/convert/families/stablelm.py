@@ -11,20 +11,17 @@ from megacode.convert.family import (
     common_keys,
     common_reasons,
     common_section,
-    ends,
+    decoder_slots,
     first_reason,
     is_not,
-    layer_slots,
-    norm_rows,
     own_head_dim,
     refuse,
     rope_keys,
     rotary_fraction,
     rotary_section,
     value,
-    with_biases,
 )
-from megacode.convert.layout import GATE_UP, QKV, SAME, Slot
+from megacode.convert.layout import GATE_UP, QKV, Slot
 from megacode.recipe.schema import Model
 
 
@@ -78,23 +75,12 @@ def _model_section(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _slots(model: Model) -> Iterator[Slot]:
-    first, last = ends(model, "model.embed_tokens.weight", "model.norm", "lm_head.weight")
-    attention, mlp = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
-    yield from first
-    yield from layer_slots(
-        model,
-        [
-            *norm_rows(model, "self_attention.linear_qkv", "model.layers.{i}.input_layernorm"),
-            *with_biases(
-                "self_attention.linear_qkv", QKV, tuple(attention + f"{p}_proj" for p in "qkv"), model.qkv_bias
-            ),
-            *with_biases("self_attention.linear_proj", SAME, (attention + "o_proj",), False),
-            *norm_rows(model, "mlp.linear_fc1", "model.layers.{i}.post_attention_layernorm"),
-            *with_biases("mlp.linear_fc1", GATE_UP, (mlp + "gate_proj", mlp + "up_proj"), False),
-            *with_biases("mlp.linear_fc2", SAME, (mlp + "down_proj",), False),
-        ],
-    )
-    yield from last
+    return decoder_slots(
+        model, embedding="model.embed_tokens.weight", norm="model.norm", head="lm_head.weight", layer="model.layers.{i}.",
+        norms=("input_layernorm", "post_attention_layernorm"), qkv=(QKV, tuple(f"self_attn.{part}_proj" for part in "qkv")),
+        output="self_attn.o_proj",
+        fc1=(GATE_UP, ("mlp.gate_proj", "mlp.up_proj")), fc2="mlp.down_proj", bias=False, qkv_bias=model.qkv_bias,
+    )  # fmt: skip
 
 
 STABLELM = Family("stablelm", "StableLmForCausalLM", "stablelm", _fits, _config, _model_section, _slots)

@@ -12,19 +12,16 @@ from megacode.convert.family import (
     common_keys,
     common_reasons,
     common_section,
-    ends,
+    decoder_slots,
     first_reason,
     is_not,
     known_activation,
-    layer_slots,
-    norm_rows,
     own_head_dim,
     refuse,
     rope_keys,
     rotary_section,
     value,
     whole_heads,
-    with_biases,
     within_window,
 )
 from megacode.convert.layout import QKV, SAME, Slot
@@ -80,21 +77,12 @@ def _model_section(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _slots(model: Model) -> Iterator[Slot]:
-    first, last = ends(model, "model.embed_tokens.weight", "model.norm", "lm_head.weight")
-    attention, mlp = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
-    yield from first
-    yield from layer_slots(
-        model,
-        [
-            *norm_rows(model, "self_attention.linear_qkv", "model.layers.{i}.input_layernorm"),
-            *with_biases("self_attention.linear_qkv", QKV, tuple(attention + f"{p}_proj" for p in "qkv"), True),
-            *with_biases("self_attention.linear_proj", SAME, (attention + "o_proj",), True),
-            *norm_rows(model, "mlp.linear_fc1", "model.layers.{i}.post_attention_layernorm"),
-            *with_biases("mlp.linear_fc1", SAME, (mlp + "c_fc",), True),
-            *with_biases("mlp.linear_fc2", SAME, (mlp + "c_proj",), True),
-        ],
-    )
-    yield from last
+    return decoder_slots(
+        model, embedding="model.embed_tokens.weight", norm="model.norm", head="lm_head.weight", layer="model.layers.{i}.",
+        norms=("input_layernorm", "post_attention_layernorm"), qkv=(QKV, tuple(f"self_attn.{part}_proj" for part in "qkv")),
+        output="self_attn.o_proj",
+        fc1=(SAME, ("mlp.c_fc",)), fc2="mlp.c_proj", bias=True,
+    )  # fmt: skip
 
 
 STARCODER2 = Family("starcoder2", "Starcoder2ForCausalLM", "starcoder2", _fits, _config, _model_section, _slots)

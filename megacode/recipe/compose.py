@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from megacode.errors import UserError
+from megacode.recipe.schema import MixtureSource, section_at
+from megacode.recipe.section import is_plain
 from megacode.recipe.yaml_tree import Node, describe, parse_yaml, read_yaml
 
 _EXCLUSIVE = ({"steps", "tokens"}, {"sources", "domains"})
@@ -64,22 +66,7 @@ def _is(path: tuple[str, ...], *pattern: str) -> bool:
 
 
 def _is_mixture_source(path: tuple[str, ...]) -> bool:
-    return _is(path, "phases", "*", "mixture", "sources", "*") or _is(
-        path, "phases", "*", "mixture", "domains", "*", "sources", "*"
-    )
-
-
-def _short_for(path: tuple[str, ...]) -> str | None:
-    """The key that a plain value at `path` is short for."""
-    if path == ("precision",):
-        return "compute"
-    if path == ("parallel", "recompute"):
-        return "granularity"
-    if _is_mixture_source(path):
-        return "weight"
-    if _is(path, "phases", "*", "mixture", "domains", "*"):
-        return "ratio"
-    return None
+    return section_at(path) is MixtureSource
 
 
 def _expanded(node: Node, path: tuple[str, ...]) -> Node:
@@ -88,9 +75,9 @@ def _expanded(node: Node, path: tuple[str, ...]) -> Node:
     is_names = isinstance(value, list) and all(isinstance(item.value, str) for item in value)
     if is_names and _is(path, "phases", "*", "mixture", "domains", "*", "sources"):
         value = {item.value: item.with_value({}) for item in value}
-    key = _short_for(path)
-    if key and (isinstance(value, str | int | float) or (isinstance(value, dict) and "shape" in value)):
-        return node.with_value({key: node.with_value(value)})
+    section = section_at(path)
+    if section and section.short_for and is_plain(value):
+        return node.with_value({section.short_for: node.with_value(value)})
     if isinstance(value, dict):
         return node.with_value({k: _expanded(child, (*path, k)) for k, child in value.items()})
     if isinstance(value, list) and path == ("phases", "+"):  # phases to be added

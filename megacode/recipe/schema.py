@@ -11,7 +11,9 @@ Counts accept `4_000`, `4k`, `1.2M`, `344.8B` and `1.4T`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -27,7 +29,6 @@ from megacode.recipe.schema_run import (  # noqa: F401
     ParameterGroup,
     Precision,
     Recompute,
-    compute_is_enough,
 )
 from megacode.recipe.section import Count, CountOrZero, Fraction, Section
 
@@ -100,6 +101,8 @@ Weight = Annotated[float, Field(ge=0)] | Schedule
 class MixtureSource(Section):
     """How a phase (or a domain of it) reads one source."""
 
+    short_for: ClassVar[str | None] = "weight"
+
     weight: Weight | None = None
     """Share of sequences before normalisation; inside a domain the default is the source's token count ("natural")."""
     fim_rate: Fraction | None = None
@@ -133,34 +136,22 @@ class MixtureSource(Section):
         return self
 
 
-def _weight_is_enough(value: Any) -> Any:
-    """`c4: 0.27` is short for `c4: {weight: 0.27}`; `c4:` (empty) for `c4: {}`; a schedule for `{weight: schedule}`."""
-    if value is None:
-        return {}
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, int | float) or (isinstance(value, dict) and "shape" in value):
-        return {"weight": value}
-    return value
-
-
-def _ratio_is_enough(value: Any) -> Any:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, int | float) or (isinstance(value, dict) and "shape" in value):
-        return {"ratio": value}
-    return value
-
-
 def _names_are_enough(value: Any) -> Any:
     return dict.fromkeys(value) if isinstance(value, list) else value
 
 
-Mixed = Annotated[MixtureSource, BeforeValidator(_weight_is_enough)]
+def _nothing_is_enough(value: Any) -> Any:
+    return {} if value is None else value
+
+
+Mixed = Annotated[MixtureSource, BeforeValidator(_nothing_is_enough)]
+"""`c4:` with nothing behind it is a source with its natural weight."""
 
 
 class MixtureDomain(Section):
     """A domain's share of a phase. Without `sources`: every source of that domain, by natural weights."""
+
+    short_for: ClassVar[str | None] = "ratio"
 
     ratio: Weight
     sources: Annotated[dict[str, Mixed], BeforeValidator(_names_are_enough)] | None = None
@@ -172,7 +163,7 @@ class Mixture(Section):
     """Either `sources` with weights, or `domains` with ratios and weights inside. Shares are of sequences."""
 
     sources: dict[str, Mixed] | None = None
-    domains: dict[str, Annotated[MixtureDomain, BeforeValidator(_ratio_is_enough)]] | None = None
+    domains: dict[str, MixtureDomain] | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Mixture:
@@ -328,7 +319,7 @@ class Recipe(Section):
     phases: list[Phase] = Field(min_length=1)
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
-    precision: Annotated[Precision, BeforeValidator(compute_is_enough)] = Precision()
+    precision: Precision = Precision()
     parallel: Parallel = Parallel()
     fusion: Fusion = Fusion()
     checkpoints: Checkpoints = Checkpoints()
@@ -340,3 +331,30 @@ class Recipe(Section):
     def packing(self, source: str) -> Packing:
         """How a source's documents become samples."""
         return self.sources[source].packing or self.data.packing
+
+
+def section_at(path: Sequence[str]) -> type[Section] | None:
+    """The section that stands at a path of keys, or None; entries of lists and mappings may have any name."""
+    kinds: list[Any] = [Recipe]
+    for key in path:
+        kinds = [inner for kind in kinds for one in _members(kind) for inner in _under(one, key)]
+    sections = (one for kind in kinds for one in _members(kind) if isinstance(one, type) and issubclass(one, Section))
+    return next(sections, None)
+
+
+def _members(kind: Any) -> list[Any]:
+    """A union's members; a type alone."""
+    if get_origin(kind) is Annotated:
+        return _members(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [one for member in get_args(kind) for one in _members(member)]
+    return [kind]
+
+
+def _under(kind: Any, key: str) -> list[Any]:
+    """Types of what a type has at a key."""
+    if get_origin(kind) in (dict, list, tuple):
+        return [get_args(kind)[-1 if get_origin(kind) is dict else 0]]
+    if isinstance(kind, type) and issubclass(kind, Section) and key in kind.model_fields:
+        return [kind.model_fields[key].annotation]
+    return []

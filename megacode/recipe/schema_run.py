@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from megacode.recipe.section import Count, Section
 
@@ -41,6 +41,8 @@ class Precision(Section):
     maximum (tensorwise), by blocks of 128 (blockwise: Hopper), by blocks of 32 (mxfp8: Blackwell).
     """
 
+    short_for: ClassVar[str | None] = "compute"
+
     compute: Literal["fp32", "bf16", "fp8"] = "bf16"
     fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
     """`hybrid`: e4m3 forward, e5m2 for gradients."""
@@ -61,20 +63,14 @@ class Precision(Section):
         return self.compute == "fp8" and self.fp8_recipe == "mxfp8" and self.fp8_params
 
 
-def compute_is_enough(value: Any) -> Any:
-    return {"compute": value} if isinstance(value, str) else value
-
-
 class Recompute(Section):
     """Activation recomputation: Megatron-Core's granularity, method and layer count."""
+
+    short_for: ClassVar[str | None] = "granularity"
 
     granularity: Literal["none", "selective", "full"] = "none"
     method: Literal["uniform", "block"] = "uniform"
     layers: int = Field(default=1, gt=0)
-
-
-def _granularity_is_enough(value: Any) -> Any:
-    return {"granularity": value} if isinstance(value, str) else value
 
 
 class Overlap(Section):
@@ -121,7 +117,7 @@ class Parallel(Section):
     micro_batch_size: int = Field(default=1, gt=0)
     distributed_optimizer: bool = True
     overlap: Overlap = Overlap()
-    recompute: Annotated[Recompute, BeforeValidator(_granularity_is_enough)] = Recompute()
+    recompute: Recompute = Recompute()
     ddp: dict[str, Any] = Field(default_factory=dict)
     """Further DistributedDataParallelConfig fields by their own names."""
     timeout_minutes: float = Field(default=30.0, gt=0)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 MOST = 10**18
@@ -33,7 +33,21 @@ CountOrZero = Annotated[int, BeforeValidator(parse_count), Field(ge=0, le=MOST)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+def is_plain(value: Any) -> bool:
+    """Text, a number, or a schedule of numbers."""
+    return (isinstance(value, str | int | float) and not isinstance(value, bool)) or (
+        isinstance(value, dict) and "shape" in value
+    )
+
+
 class Section(BaseModel):
     """Base of every part of a recipe: immutable, strict about types, and without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    short_for: ClassVar[str | None] = None
+    """The key that a plain value in the section's place is short for: `precision: bf16` is `precision: {compute: bf16}`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _written_out(cls, value: Any) -> Any:
+        return {cls.short_for: value} if cls.short_for and is_plain(value) else value

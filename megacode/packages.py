@@ -74,7 +74,7 @@ PACKAGES: tuple[Package, ...] = (
     Package("Tokenizers", "sentencepiece", "sentencepiece", "sentencepiece", _IMPORT, "SentencePiece .model files",
             "pip install sentencepiece", needed=True),
     Package("Tokenizers", "tokenizers", "tokenizers", "tokenizers", _IMPORT, "Hugging Face tokenizer.json files",
-            "pip install 'megacode[huggingface]'"),
+            "pip install tokenizers", needed=True),
     Package("Tokenizers", "tiktoken", "tiktoken", "tiktoken", _IMPORT, "tiktoken vocabularies",
             "pip install 'megacode[tiktoken]'"),
 )  # fmt: skip

@@ -111,7 +111,7 @@ def prove(tokenizer: Tokenizer, contents: str, bos: bool) -> None:
     Raises:
         UserError: a difference, with the text.
     """
-    tokenizers = library("tokenizers", "huggingface", tokenizer.path)
+    tokenizers = library("tokenizers", "tokenizers", tokenizer.path)
     try:
         loaded = tokenizers.Tokenizer.from_str(contents)
     except Exception as error:  # the library raises bare Exception

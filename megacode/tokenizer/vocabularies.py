@@ -17,11 +17,12 @@ from typing import Any
 from megacode.errors import UserError
 
 
-def library(name: str, extra: str, path: Path) -> Any:
+def library(name: str, install: str, path: Path) -> Any:
+    """The module `name`. UserError with what to install, for the tokenizer at `path`, if it does not import."""
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"{path}: this tokenizer needs `{name}`: pip install 'megacode[{extra}]' (or {name})") from None
+        raise UserError(f"{path}: this tokenizer needs `{name}`: pip install '{install}'") from None
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def load_huggingface(path: Path, control: Sequence[str]) -> HuggingFaceVocabular
     Those spelt `<|...|>`, and every one in `control`, are made special here, so that `encode_special_tokens` covers
     them.
     """
-    tokenizers = library("tokenizers", "huggingface", path)
+    tokenizers = library("tokenizers", "tokenizers", path)
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
         added = contents.get("added_tokens") or []
@@ -180,7 +181,7 @@ def load_tiktoken(path: Path, control: Sequence[str]) -> TiktokenVocabulary:
     """A .tiktoken file of ranks. The file does not hold the splitting pattern: it comes from `FILE.json` beside it,
     `{"pattern": ..., "special_tokens": {name: id}}`, or from the installed tiktoken if it knows the file by its hash.
     """
-    tiktoken = library("tiktoken", "tiktoken", path)
+    tiktoken = library("tiktoken", "megacode[tiktoken]", path)
     from tiktoken.load import load_tiktoken_bpe
 
     try:
@@ -229,7 +230,7 @@ def _known_encoding(path: Path, ranks: Mapping[bytes, int]) -> tuple[str, dict[s
         seen.append(expected_hash)
         return ranks
 
-    published = library("tiktoken_ext.openai_public", "tiktoken", path)
+    published = library("tiktoken_ext.openai_public", "megacode[tiktoken]", path)
     names = dict(vars(published))
     names["load_tiktoken_bpe"] = loader
     names["data_gym_to_mergeable_bpe_ranks"] = lambda **_: ranks

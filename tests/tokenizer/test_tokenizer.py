@@ -302,7 +302,7 @@ def test_mistakes_are_sentences(tmp_path: Path, model: Path, monkeypatch: pytest
     with pytest.raises(UserError, match=r"no control token <\|fim_prefix\|>; add it"):
         load_tokenizer(schema.TokenizerSection(path=str(model))).token_id("<|fim_prefix|>")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"needs `tokenizers`: pip install 'megacode\[huggingface\]'"):
+    with pytest.raises(UserError, match=r"needs `tokenizers`: pip install 'tokenizers'"):
         load_tokenizer(schema.TokenizerSection(path=str(tmp_path / "bad.json")))
 
 

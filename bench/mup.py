@@ -56,7 +56,7 @@ def train(width: int, side: str, rate: float, steps: int, look: Callable[[Any], 
     from megacode.data.loader import StepReader
     from megacode.data.mixture import open_mixture
     from megacode.data.planning import plan_with_data
-    from megacode.megatron.config import transformer_config
+    from megacode.megatron.config import megatron_config
     from megacode.megatron.distributed import current_world
     from megacode.megatron.model import build_model
     from megacode.megatron.optimizer import build_optimizer, set_lr, wrap_data_parallel
@@ -68,8 +68,8 @@ def train(width: int, side: str, rate: float, steps: int, look: Callable[[Any], 
     plan, world = plan_with_data(recipe), current_world()
     tokenizer = load_tokenizer(recipe.tokenizer)
     reader = StepReader(open_mixture(plan), tokenizer=tokenizer)
-    config = transformer_config(recipe)
-    chunks = wrap_data_parallel(recipe, config, build_model(recipe, tokenizer.vocab_size, config), 1)
+    config = megatron_config(recipe)
+    chunks = wrap_data_parallel(config, build_model(recipe, tokenizer.vocab_size, config))
     optimizer = build_optimizer(recipe, chunks)
     prepare_model_for_training(chunks, optimizer)
     if look:

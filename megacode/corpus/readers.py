@@ -151,15 +151,15 @@ def _read_jsonl(
     number = 0
     loads = orjson.loads
     with open(file.path, "rb", buffering=1 << 20) as disk:
-        stream = decompressed(disk, file.compression)
+        contents = decompressed(disk, file.compression)
         position = start
         if start:
-            stream.seek(start - 1)
-            position += sum(map(len, _rest_of_line(stream))) - 1
+            contents.seek(start - 1)
+            position += sum(map(len, _rest_of_line(contents))) - 1
             counter.last = start
         while end is None or position < end:
             try:
-                line = stream.readline(limit + 1)
+                line = contents.readline(limit + 1)
             except BrokenStream as error:
                 yield BadRecord(f"broken .{file.compression}: {error}", number + 1)
                 return
@@ -168,7 +168,7 @@ def _read_jsonl(
             number += 1
             position += len(line)
             if len(line) > limit and not line.endswith(b"\n"):
-                rest = _Rest(stream, file.compression)
+                rest = _Rest(contents, file.compression)
                 yield BadRecord(_too_long(limit), number, line, rest=iter(rest))
                 position += rest.finish()
                 counter.at(disk.tell() if file.compression else position)
@@ -192,8 +192,8 @@ def _read_jsonl(
             on_lines(number)
 
 
-def _rest_of_line(stream: BinaryIO) -> Iterator[bytes]:
-    while piece := stream.readline(_PIECE):
+def _rest_of_line(contents: BinaryIO) -> Iterator[bytes]:
+    while piece := contents.readline(_PIECE):
         yield piece
         if piece.endswith(b"\n"):
             return
@@ -202,8 +202,8 @@ def _rest_of_line(stream: BinaryIO) -> Iterator[bytes]:
 class _Rest:
     """What is left of a line that is too long, in pieces, and how many bytes that were."""
 
-    def __init__(self, stream: BinaryIO, compression: str | None) -> None:
-        self.pieces, self.compression = _rest_of_line(stream), compression
+    def __init__(self, contents: BinaryIO, compression: str | None) -> None:
+        self.pieces, self.compression = _rest_of_line(contents), compression
         self.bytes, self.broken = 0, ""
 
     def __iter__(self) -> Iterator[bytes]:
@@ -337,16 +337,16 @@ def _row(values: dict[str, Any], column: str, field: str, row: int, limit: int) 
 
 def _read_plain(file: InputFile, counter: _Counter, limit: int) -> Iterator[Item]:
     with open(file.path, "rb") as disk:
-        stream = decompressed(disk, file.compression)
+        contents = decompressed(disk, file.compression)
         try:
-            raw = stream.read(BINARY_PROBE)
+            raw = contents.read(BINARY_PROBE)
             if b"\0" in raw:
                 yield BadRecord("binary file", 0, harmless=True)
                 counter.at(file.size)
                 return
-            raw += stream.read(max(limit + 1 - len(raw), 0))
+            raw += contents.read(max(limit + 1 - len(raw), 0))
             if len(raw) > limit:
-                pieces = iter(lambda: stream.read(_PIECE), b"")
+                pieces = iter(lambda: contents.read(_PIECE), b"")
                 yield BadRecord(_too_long(limit), 0, raw, rest=pieces)
                 counter.at(file.size)
                 return
@@ -366,7 +366,7 @@ def _read_plain(file: InputFile, counter: _Counter, limit: int) -> Iterator[Item
 
 
 class BrokenStream(Exception):
-    """A compressed stream that ends early or is damaged."""
+    """Compressed contents that end early or are damaged."""
 
 
 def decompressed(disk: BinaryIO, compression: str | None) -> io.BufferedReader:

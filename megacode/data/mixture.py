@@ -39,7 +39,7 @@ class StepSamples:
         positions: int64 [n], places in the step's batch.
         stream: int32 [n], index into `phase.streams`.
         epoch: int64 [n], passes over the stream before this one.
-        start: int64 [n], first token in the source's stream of tokens; with `packing: best_fit` the number of the pack
+        start: int64 [n], first token of the source, counted from its first; with `packing: best_fit` the number of the pack
             times the sequence length.
     """
 

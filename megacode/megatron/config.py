@@ -1,16 +1,18 @@
 """Recipe and hardware -> what Megatron-Core is handed: the fields of its TransformerConfig and its
 DistributedDataParallelConfig.
 
-`transformer_fields` and `data_parallel_fields` are pure functions of (recipe, hardware, data-parallel ranks): what a GPU run
+`transformer_fields` and `data_parallel_fields` are pure functions of (recipe, hardware, what is on): what a GPU run
 will be handed can be read, and is tested, on a machine without one. Differences among Megatron-Core's versions end here and in
 `mup.py`: `_known` leaves out what the installed one does not have.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -22,7 +24,7 @@ from megacode.errors import UserError
 from megacode.megatron.hardware import detect
 from megacode.megatron.mup import scale_fields
 from megacode.plan.hardware import Hardware, fp8_refusal
-from megacode.plan.overlap import decide_overlaps
+from megacode.plan.overlap import OverlapDecision, decide_overlaps
 from megacode.recipe.schema import Recipe
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -35,19 +37,51 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def transformer_config(recipe: Recipe, hardware: Hardware | None = None, data_size: int = 1) -> TransformerConfig:
-    """Megatron-Core's configuration for a recipe on this process's hardware (or the given one).
+@dataclass(frozen=True)
+class MegatronConfig:
+    """All that is decided for a recipe on a process's hardware, before a model is built; decided once.
+
+    Attributes:
+        overlaps: every overlap and fusion by the name of its recipe key, and why it is on or off.
+        transformer, data_parallel: what Megatron-Core is handed.
+    """
+
+    recipe: Recipe
+    hardware: Hardware
+    overlaps: Mapping[str, OverlapDecision]
+    transformer: TransformerConfig
+    data_parallel: DistributedDataParallelConfig
+
+
+def megatron_config(recipe: Recipe, hardware: Hardware | None = None, data_size: int = 1) -> MegatronConfig:
+    """Decide for a recipe on this process's hardware (or the given one).
+
+    Args:
+        data_size: data-parallel ranks.
 
     Raises:
-        UserError: as of `transformer_fields`, or a combination that Megatron-Core refuses (with its own words).
+        UserError: FP8, context parallelism, an overlap or a fusion that this hardware cannot have, or a combination that
+            Megatron-Core refuses (with its own words).
     """
-    fields = transformer_fields(recipe, hardware or detect(), data_size)
+    hardware = hardware or detect()
+    _refuse(recipe, hardware)
+    overlaps = decide_overlaps(recipe, hardware, data_size)
+    on = {name: one.on for name, one in overlaps.items()}
+    with _refused("model", "this configuration", "; change the keys it names"):
+        transformer = TransformerConfig(
+            **(transformer_fields(recipe, hardware, on) | _with_members(recipe.model.megatron))
+        )
+    with _refused("parallel.ddp", "this"):
+        data_parallel = DistributedDataParallelConfig(**(data_parallel_fields(recipe, on) | dict(recipe.parallel.ddp)))
+    return MegatronConfig(recipe, hardware, overlaps, transformer, data_parallel)
+
+
+@contextlib.contextmanager
+def _refused(section: str, what: str, remedy: str = "") -> Iterator[None]:
     try:
-        return TransformerConfig(**(fields | _with_members(recipe.model.megatron)))
+        yield
     except (AssertionError, ValueError, TypeError) as error:
-        raise UserError(
-            f"model: Megatron-Core refuses this configuration: {error}; change the keys it names"
-        ) from error
+        raise UserError(f"{section}: Megatron-Core refuses {what}: {error}{remedy}") from error
 
 
 def _with_members(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,25 +93,14 @@ def _with_members(given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def data_parallel_config(recipe: Recipe, hardware: Hardware, data_size: int) -> DistributedDataParallelConfig:
-    """Likewise for its DistributedDataParallel."""
-    fields = data_parallel_fields(recipe, hardware, data_size)
-    try:
-        return DistributedDataParallelConfig(**(fields | dict(recipe.parallel.ddp)))
-    except (AssertionError, ValueError, TypeError) as error:
-        raise UserError(f"parallel.ddp: Megatron-Core refuses this: {error}") from error
-
-
-def transformer_fields(recipe: Recipe, hardware: Hardware, data_size: int = 1) -> dict[str, Any]:
+def transformer_fields(recipe: Recipe, hardware: Hardware, speed: Mapping[str, bool]) -> dict[str, Any]:
     """Fields of TransformerConfig, without those passed through by their own names.
 
-    Raises:
-        UserError: FP8, context parallelism, an overlap or a fusion that this hardware cannot have.
+    Args:
+        speed: which overlaps and fusions are on.
     """
     model, parallel, precision = recipe.model, recipe.parallel, recipe.precision
     cuda = hardware.on_cuda
-    _refuse(recipe, hardware)
-    speed = {name: one.on for name, one in decide_overlaps(recipe, hardware, data_size).items()}
     half = precision.compute in ("bf16", "fp8")
     dtype = torch.bfloat16 if half else torch.float32
     fields: dict[str, Any] = dict(
@@ -157,10 +180,9 @@ def transformer_fields(recipe: Recipe, hardware: Hardware, data_size: int = 1) -
     return _known(TransformerConfig, fields)
 
 
-def data_parallel_fields(recipe: Recipe, hardware: Hardware, data_size: int) -> dict[str, Any]:
-    """Fields of DistributedDataParallelConfig, without those passed through by their own names."""
+def data_parallel_fields(recipe: Recipe, speed: Mapping[str, bool]) -> dict[str, Any]:
+    """Fields of DistributedDataParallelConfig, likewise."""
     parallel, precision = recipe.parallel, recipe.precision
-    speed = {name: one.on for name, one in decide_overlaps(recipe, hardware, data_size).items()}
     fp8_params = precision.compute == "fp8" and precision.fp8_params
     fields = dict(
         grad_reduce_in_fp32=True,

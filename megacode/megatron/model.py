@@ -23,14 +23,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megacode.errors import UserError
-from megacode.megatron.config import transformer_config
-from megacode.megatron.hardware import detect
+from megacode.megatron.config import MegatronConfig, megatron_config
 from megacode.megatron.initialize import initialize_weights
 from megacode.megatron.loss import Gpt
 from megacode.megatron.mup import apply_scales
 from megacode.megatron.norm import Norm
-from megacode.plan.hardware import Hardware
-from megacode.plan.overlap import decide_overlaps
 from megacode.recipe.schema import Model, Recipe
 
 
@@ -57,11 +54,12 @@ def block_spec(config: TransformerConfig, vp_stage: int | None, engine: bool) ->
 
 
 def build_model(
-    recipe: Recipe, vocab_size: int, config: TransformerConfig | None = None, hardware: Hardware | None = None
+    recipe: Recipe, vocab_size: int, decided: MegatronConfig | None = None
 ) -> list[GPTModel]:
     """This rank's model chunks (one, or `virtual_pipeline` of them), on its device, in the recipe's precision.
 
     Args:
+        decided: by `megatron_config`; here, for one data-parallel rank, if not given.
         vocab_size: of the tokenizer, unpadded. The rows of padding are zero, take no probability and get no gradient; nor
             does the padding of the feed-forward.
 
@@ -69,8 +67,8 @@ def build_model(
         UserError: the environment chooses attention's kernels otherwise than the recipe.
     """
     model = recipe.model
-    hardware = hardware or detect()
-    config = config or transformer_config(recipe, hardware)
+    decided = decided or megatron_config(recipe)
+    config = decided.transformer
     length = model.context_length or max(phase.sequence_length for phase in recipe.phases)
     padded = model.stored(vocab_size, recipe.parallel.tensor)
     stages: list[int | None] = list(range(recipe.parallel.virtual_pipeline or 0)) or [None]
@@ -79,7 +77,7 @@ def build_model(
         with _attention_in_a_sentence():
             chunk = Gpt(
                 config=config,
-                transformer_layer_spec=block_spec(config, vp_stage, engine=hardware.engine is not None),
+                transformer_layer_spec=block_spec(config, vp_stage, engine=decided.hardware.engine is not None),
                 vocab_size=padded,
                 max_sequence_length=length,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -104,7 +102,7 @@ def build_model(
         initialize_weights(names, model, recipe.seed, vocab_size, config.ffn_hidden_size, padded)
         apply_scales(chunk, model)
         _mask_padding(chunk, vocab_size, padded)
-        if decide_overlaps(recipe, hardware, data_size=1)["gradient_accumulation"].on:
+        if decided.overlaps["gradient_accumulation"].on:
             _accumulate_in_products(chunk)
         model_chunks.append(chunk)
     return model_chunks

@@ -14,15 +14,13 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
-from megatron.core.transformer import TransformerConfig
 
 from megacode.errors import UserError
 from megacode.megatron.chained_optimizer import parts_with_state
-from megacode.megatron.config import data_parallel_config
+from megacode.megatron.config import MegatronConfig
 from megacode.megatron.hardware import detect
 from megacode.megatron.model import global_parameter_names
 from megacode.megatron.mup import rate_multiplier
-from megacode.plan.hardware import Hardware
 from megacode.recipe.megatron_fields import DTYPES
 from megacode.recipe.schema import Optimizer, Recipe
 
@@ -32,19 +30,13 @@ OTHER_GROUPS = (
 )
 
 
-def wrap_data_parallel(
-    recipe: Recipe,
-    config: TransformerConfig,
-    model_chunks: list[Any],
-    data_size: int,
-    hardware: Hardware | None = None,
-) -> list[DistributedDataParallel]:
+def wrap_data_parallel(decided: MegatronConfig, model_chunks: list[Any]) -> list[DistributedDataParallel]:
     """Megatron-Core's DistributedDataParallel around every model chunk; fp32 gradients; overlap where it is on.
 
     Raises:
         UserError: a `parallel.ddp` combination that Megatron-Core refuses.
     """
-    ddp_config = data_parallel_config(recipe, hardware or detect(), data_size)
+    recipe, config, ddp_config = decided.recipe, decided.transformer, decided.data_parallel
     with _refusals_of("parallel.ddp", recipe.parallel.ddp):
         wrapped = [
             # Bucketing serves the overlap of the first chunk's communication with backward; later chunks finish earlier.

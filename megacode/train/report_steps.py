@@ -7,7 +7,7 @@ and what that gave is read a step later, when it has long arrived. So the host n
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from megacode.megatron.distributed import World
 from megacode.plan.devices import peak_flops
 from megacode.plan.estimate import flops_per_token
 from megacode.plan.hardware import Hardware
-from megacode.plan.overlap import OverlapDecision, decide_overlaps
+from megacode.plan.overlap import OverlapDecision
 from megacode.plan.past import Change
 from megacode.plan.plan import PhasePlan, Plan
 from megacode.run.metrics import MetricsWriter
@@ -213,7 +213,7 @@ class StepReports:
             if line:
                 self.progress.say(line)
 
-    def machine(self, hardware: Hardware, adam: str) -> None:
+    def machine(self, hardware: Hardware, adam: str, overlaps: Mapping[str, OverlapDecision]) -> None:
         """What this start computes with: device, layers, Adam, precision, overlap and fusion."""
         precision = self.plan.recipe.precision
         computes = f"fp8 ({precision.fp8_recipe})" if precision.compute == "fp8" else precision.compute
@@ -221,11 +221,8 @@ class StepReports:
         layers = (
             f"layers of Transformer Engine {'.'.join(map(str, engine))}" if engine else "Megatron-Core's local layers"
         )
-        on = [one.key.rsplit(".")[-1] for one in self._overlaps(hardware) if one.on]
+        on = [one.key.rsplit(".")[-1] for one in overlaps.values() if one.on]
         self.say(f"{hardware.name}: {layers}, {adam}, {computes}" + (f"; on: {', '.join(on)}" if on else ""))
-
-    def _overlaps(self, hardware: Hardware) -> list[OverlapDecision]:
-        return list(decide_overlaps(self.plan.recipe, hardware, self.world.data_size).values())
 
     def started(self) -> None:
         recipe, world = self.plan.recipe, self.world

@@ -29,7 +29,7 @@ from megacode.errors import UserError
 from megacode.evaluate.generate import Sampling, continuation, continue_tokens
 from megacode.evaluate.validation import Validation, validate
 from megacode.megatron.checkpoint import Checkpointer, load_checkpoint
-from megacode.megatron.config import transformer_config
+from megacode.megatron.config import megatron_config
 from megacode.megatron.distributed import initialize, read_launch, seed_step, shutdown
 from megacode.megatron.hardware import detect
 from megacode.megatron.initialize import fill_new_rows
@@ -134,14 +134,12 @@ class Trainer:
             StepReports.open(plan, run, world, first_step=self.done, vocab_size=self.vocab_size)
         )
 
-        hardware = detect()
-        config = transformer_config(recipe, hardware, world.data_size)
-        stack.enter_context(userbuffers(recipe, config.tp_comm_overlap))
-        model = build_model(recipe, self.vocab_size, config, hardware)
-        self.model_chunks = wrap_data_parallel(recipe, config, model, world.data_size, hardware)
+        decided = megatron_config(recipe, detect(), world.data_size)
+        stack.enter_context(userbuffers(recipe, decided.transformer.tp_comm_overlap))
+        self.model_chunks = wrap_data_parallel(decided, build_model(recipe, self.vocab_size, decided))
         self.optimizer = build_optimizer(recipe, self.model_chunks)
         prepare_model_for_training(self.model_chunks, self.optimizer)
-        self.reports.machine(hardware, adam_of(self.optimizer))
+        self.reports.machine(decided.hardware, adam_of(self.optimizer), decided.overlaps)
         self.checkpointer = Checkpointer(
             run / "checkpoints",
             recipe.checkpoints,
@@ -171,7 +169,7 @@ class Trainer:
         end = self.plan.total_steps if end_step is None else end_step
         if profile:
             profile.check(self.done, end, self.world.size)
-        stream = batches(
+        step_batches = batches(
             open_mixture(self.plan),
             rank=self.world.data_rank,
             world=self.world.data_size,
@@ -179,10 +177,10 @@ class Trainer:
             tokenizer=self.tokenizer,
         )
         profiler = Profiler(profile, self.run / "profile", self.world, self.reports.say)
-        with contextlib.closing(stream), StopRequest() as stop, contextlib.closing(profiler), garbage.held_off():
-            return self._loop(stream, end, stop, profiler)
+        with contextlib.closing(step_batches), StopRequest() as stop, contextlib.closing(profiler), garbage.held_off():
+            return self._loop(step_batches, end, stop, profiler)
 
-    def _loop(self, stream: Iterator[StepBatch], end: int, stop: StopRequest, profiler: Profiler) -> int:
+    def _loop(self, step_batches: Iterator[StepBatch], end: int, stop: StopRequest, profiler: Profiler) -> int:
         plan, recipe, world = self.plan, self.recipe, self.world
         checkpoint_steps, last_saved = set(plan.checkpoints()), self.done
         clock = time.perf_counter()
@@ -193,7 +191,7 @@ class Trainer:
                 if phase.fresh_optimizer:
                     reset_optimizer_state(self.optimizer)
             profiler.before(step)
-            batch = next(stream)
+            batch = next(step_batches)
             seed_step(recipe, step, world)
             reference = self._bf16_sums(batch, step)
             set_lr(self.optimizer, phase.learning_rate(step), recipe.optimizer.weight_decay)

@@ -36,9 +36,10 @@ def local_hardware() -> Hardware:
 
 
 def build_local(recipe_of_one: Recipe, vocab_size: int) -> list:
+    from megacode.megatron.config import megatron_config
     from megacode.megatron.model import build_model
 
-    return build_model(recipe_of_one, vocab_size, hardware=local_hardware())
+    return build_model(recipe_of_one, vocab_size, megatron_config(recipe_of_one, local_hardware()))
 
 
 def under_local_layers(function, *arguments):

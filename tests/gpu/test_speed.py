@@ -24,13 +24,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def made_ready(run: Recipe, world) -> tuple[list, object, list]:
     """(chunks, optimizer, micro-batches) of a step as the loop has them."""
     from megacode.data.batch import make_batch
-    from megacode.megatron.config import transformer_config
+    from megacode.megatron.config import megatron_config
     from megacode.megatron.model import build_model
     from megacode.megatron.optimizer import build_optimizer, wrap_data_parallel
     from megacode.megatron.step import prepare_model_for_training
 
-    config = transformer_config(run)
-    chunks = wrap_data_parallel(run, config, build_model(run, VOCAB, config), world.data_size)
+    config = megatron_config(run, data_size=world.data_size)
+    chunks = wrap_data_parallel(config, build_model(run, VOCAB, config))
     optimizer = build_optimizer(run, chunks)
     prepare_model_for_training(chunks, optimizer)
     windows = torch.randint(3, VOCAB, (4, LENGTH + 1), generator=torch.Generator().manual_seed(2)).numpy()

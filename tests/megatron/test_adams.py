@@ -47,7 +47,7 @@ def losses(world, folder: str, distributed: bool, compute: str) -> dict[str, lis
 
     from megacode.data.batch import make_batch
     from megacode.megatron.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
-    from megacode.megatron.config import transformer_config
+    from megacode.megatron.config import megatron_config
     from megacode.megatron.model import build_model
     from megacode.megatron.optimizer import adam_of, build_optimizer, set_lr, wrap_data_parallel
     from megacode.megatron.step import prepare_model_for_training, train_step
@@ -66,8 +66,8 @@ def losses(world, folder: str, distributed: bool, compute: str) -> dict[str, lis
             patch.setattr(mcore, "USING_PYTORCH_OPTIMIZER", not fused)
             patch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", fused)
             patch.setattr(distrib_optimizer, "USING_TE_OPTIMIZER", fused)
-            config = transformer_config(recipe)
-            chunks = wrap_data_parallel(recipe, config, build_model(recipe, VOCAB, config), world.data_size)
+            config = megatron_config(recipe, data_size=world.data_size)
+            chunks = wrap_data_parallel(config, build_model(recipe, VOCAB, config))
             optimizer = build_optimizer(recipe, chunks)
             assert adam_of(optimizer) == "torch's AdamW" and fused == (
                 "FusedAdam" in repr(optimizer.chained_optimizers[0].optimizer)

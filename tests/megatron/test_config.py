@@ -45,6 +45,7 @@ def handed(world: Any, cases: dict[str, tuple[str, Hardware, int, list[str]]]) -
 
     from megacode.megatron.config import data_parallel_fields, transformer_fields
     from megacode.megatron.optimizer import optimizer_fields
+    from megacode.plan.overlap import decide_overlaps
 
     def plain(fields: dict[str, Any]) -> dict[str, Any]:
         return {k: getattr(v, "__name__", str(v)) if callable(v) or "dtype" in k else v for k, v in fields.items()}
@@ -52,8 +53,9 @@ def handed(world: Any, cases: dict[str, tuple[str, Hardware, int, list[str]]]) -
     out = {}
     for name, (recipe_name, hardware, data, changes) in cases.items():
         recipe = load_recipe(RECIPES / f"{recipe_name}.yaml", changes)
-        model = transformer_fields(recipe, hardware, data)
-        ddp = data_parallel_fields(recipe, hardware, data)
+        on = {name: one.on for name, one in decide_overlaps(recipe, hardware, data).items()}
+        model = transformer_fields(recipe, hardware, on)
+        ddp = data_parallel_fields(recipe, on)
         optimizer = optimizer_fields(recipe, ddp["overlap_param_gather"])
         TransformerConfig(**(model | {"apply_rope_fusion": False}))
         DistributedDataParallelConfig(**ddp)

@@ -90,7 +90,7 @@ def test_the_fused_loss_is_told_not_to_wait() -> None:
 
 def attention_chosen(world) -> tuple[str, dict[str, str], str]:
     """By the recipe; and what is said where the environment has chosen otherwise."""
-    from megacode.megatron.config import transformer_config
+    from megacode.megatron.config import megatron_config
     from megacode.megatron.model import build_model
 
     chosen = recipe(CRYSTAL.model_copy(update={"megatron": {"attention_backend": "fused"}}))
@@ -99,7 +99,7 @@ def attention_chosen(world) -> tuple[str, dict[str, str], str]:
     try:
         build_model(recipe(CRYSTAL), VOCAB)
     except UserError as error:
-        return transformer_config(chosen).attention_backend.name, found, str(error)
+        return megatron_config(chosen).transformer.attention_backend.name, found, str(error)
     return "", {}, ""
 
 

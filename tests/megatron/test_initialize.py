@@ -147,15 +147,15 @@ def batches(step: int):
 
 def trained(world, steps: int, pad: int, tensor: int):
     """Losses of some steps, and what the padding holds after them."""
-    from megacode.megatron.config import transformer_config
+    from megacode.megatron.config import megatron_config
     from megacode.megatron.model import build_model, global_parameter_names
     from megacode.megatron.optimizer import build_optimizer, set_lr, wrap_data_parallel
     from megacode.megatron.step import prepare_model_for_training, train_step
 
     model = CRYSTAL.model_copy(update={"pad_multiple": pad})
     settings = recipe(model, tensor=tensor)
-    config = transformer_config(settings)
-    chunks = wrap_data_parallel(settings, config, build_model(settings, VOCAB, config), world.data_size)
+    config = megatron_config(settings, data_size=world.data_size)
+    chunks = wrap_data_parallel(config, build_model(settings, VOCAB, config))
     optimizer = build_optimizer(settings, chunks)
     prepare_model_for_training(chunks, optimizer)
     losses = []
@@ -165,7 +165,7 @@ def trained(world, steps: int, pad: int, tensor: int):
         losses.append((float(sums[0].sum() / sums[1].sum()), norm))
     names = global_parameter_names(chunks)
     padding = 0.0
-    first = world.tensor_rank * (config.ffn_hidden_size // tensor)
+    first = world.tensor_rank * (config.transformer.ffn_hidden_size // tensor)
     for name, p in names.items():
         if ".mlp.linear_fc" in name and not name.endswith("fc2.bias"):
             value = p.detach()

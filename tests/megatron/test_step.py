@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_boundaries_hide_earlier_documents() -> None:
 
 def sums_and_updates(world, recipe: Recipe) -> dict:
     from megacode.data.batch import make_batch
-    from megacode.megatron.config import transformer_config
+    from megacode.megatron.config import megatron_config
     from megacode.megatron.model import build_model, global_parameter_names
     from megacode.megatron.optimizer import (
         build_optimizer,
@@ -80,8 +81,8 @@ def sums_and_updates(world, recipe: Recipe) -> dict:
     from megacode.megatron.step import prepare_model_for_training, train_step
 
     torch.manual_seed(0)
-    config = transformer_config(recipe)
-    chunks = wrap_data_parallel(recipe, config, build_model(recipe, VOCAB, config), 1)
+    config = megatron_config(recipe)
+    chunks = wrap_data_parallel(config, build_model(recipe, VOCAB, config))
     optimizer = build_optimizer(recipe, chunks)
     prepare_model_for_training(chunks, optimizer)
     first = {name: p.detach().clone() for name, p in global_parameter_names(chunks).items()}
@@ -129,7 +130,7 @@ def test_the_denominator_is_tokens_or_positions() -> None:
 
 
 def refusals(world) -> list[str]:
-    from megacode.megatron.config import transformer_config
+    from megacode.megatron.config import megatron_config
     from megacode.megatron.model import build_model
     from megacode.megatron.optimizer import build_optimizer, wrap_data_parallel
 
@@ -142,8 +143,8 @@ def refusals(world) -> list[str]:
     ):
         recipe = small().model_copy(update=changes)
         with pytest.raises(UserError) as error:
-            config = transformer_config(recipe)
-            build_optimizer(recipe, wrap_data_parallel(recipe, config, build_model(recipe, VOCAB, config), 1))
+            config = megatron_config(recipe)
+            build_optimizer(recipe, wrap_data_parallel(config, build_model(recipe, VOCAB, config)))
         said.append(str(error.value))
     return said
 
@@ -179,10 +180,10 @@ def test_a_context_rank_has_the_first_and_the_last_of_as_many_slices() -> None:
 def losses_by_weights(world) -> tuple[list[list[float]], str]:
     """Of four steps with bf16 weights, and with what Megatron-Core does with mxfp8 ones: they share the gradients' buffer.
     And what is said of sizes that it would mix up."""
-    from megatron.core.distributed import param_and_grad_buffer
+    from megatron.core.distributed import DistributedDataParallelConfig, param_and_grad_buffer
 
     from megacode.data.batch import make_batch
-    from megacode.megatron.config import transformer_config
+    from megacode.megatron.config import data_parallel_fields, megatron_config
     from megacode.megatron.model import build_model
     from megacode.megatron.optimizer import build_optimizer, set_lr, wrap_data_parallel
     from megacode.megatron.step import gathered_weights, prepare_model_for_training, train_step
@@ -195,8 +196,12 @@ def losses_by_weights(world) -> tuple[list[list[float]], str]:
         recipe = small().model_copy(update={"precision": precision, "model": model})
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(param_and_grad_buffer, "is_mxfp8tensor", lambda weight: precision == mxfp8)
-            config = transformer_config(recipe.model_copy(update={"precision": Precision(compute="bf16")}))
-            return recipe, wrap_data_parallel(recipe, config, build_model(recipe, VOCAB, config), world.data_size)
+            half = recipe.model_copy(update={"precision": Precision(compute="bf16")})
+            config = megatron_config(half, data_size=world.data_size)
+            on = {name: one.on for name, one in config.overlaps.items()}
+            buffers = DistributedDataParallelConfig(**data_parallel_fields(recipe, on))  # of weights that this machine has not
+            config = replace(config, recipe=recipe, data_parallel=buffers)
+            return recipe, wrap_data_parallel(config, build_model(recipe, VOCAB, config))
 
     out: list[list[float]] = []
     for precision in (Precision(compute="bf16"), mxfp8):
@@ -226,16 +231,15 @@ def test_weights_that_share_the_gradients_buffer_are_trained_as_others() -> None
 def precisions_seen(world) -> list[tuple[str | None, float]]:
     """What the layers are told, and the loss, in a comparison and in the step after it."""
     from megacode.data.batch import make_batch
-    from megacode.megatron.config import transformer_config
-    from megacode.megatron.hardware import detect
+    from megacode.megatron.config import megatron_config
     from megacode.megatron.model import build_model
     from megacode.megatron.optimizer import wrap_data_parallel
     from megacode.megatron.step import forward_backward, without_fp8
 
     recipe = small()
-    config = transformer_config(recipe)
-    chunks = wrap_data_parallel(recipe, config, build_model(recipe, VOCAB, config, detect()), 1)
-    config.fp8 = "hybrid"  # without Transformer Engine it changes no number
+    config = megatron_config(recipe)
+    chunks = wrap_data_parallel(config, build_model(recipe, VOCAB, config))
+    config.transformer.fp8 = "hybrid"  # without Transformer Engine it changes no number
     batch = [make_batch(windows(), np.zeros(2, np.int32), np.arange(2))]
     seen: list[str | None] = []
     chunks[0].module.decoder.register_forward_pre_hook(lambda block, _: seen.append(block.config.fp8))

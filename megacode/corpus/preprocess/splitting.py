@@ -136,15 +136,15 @@ def unpack(folder: Path, unit: Unit, file: InputFile, finished: Callable[[Corpus
 def _write_chunks(folder: Path, unit: Unit, file: InputFile, finished: Callable[[CorpusPart], bool]) -> Iterator[CorpusPart]:
     seen = 0
     with open(file.path, "rb") as disk:
-        stream = decompressed(disk, file.compression)
+        contents = decompressed(disk, file.compression)
         for chunk in itertools.count():
             part = replace(unit.part, chunk=chunk)
             broken = ""
             if finished(part):
-                end, broken = _copy_lines(stream, None, unit.chunk_size)
+                end, broken = _copy_lines(contents, None, unit.chunk_size)
             else:
                 with replace_file(chunk_path(folder, part), durable=False) as out:
-                    end, broken = _copy_lines(stream, out, unit.chunk_size)
+                    end, broken = _copy_lines(contents, out, unit.chunk_size)
                 position = disk.tell()
                 yield replace(part, broken=broken, chunk_bytes=position - seen)
                 seen = position
@@ -154,18 +154,18 @@ def _write_chunks(folder: Path, unit: Unit, file: InputFile, finished: Callable[
         out.write(b"%d" % (chunk + 1))
 
 
-def _copy_lines(stream: BufferedReader, out: BinaryIO | None, size: int) -> tuple[bool, str]:
+def _copy_lines(contents: BufferedReader, out: BinaryIO | None, size: int) -> tuple[bool, str]:
     """Copy about `size` bytes and then to the end of the line. Whether that was the end, and what is broken there."""
     done = 0
     try:
         while done < size:
-            piece = stream.read1(min(_PIECE, size - done))  # read() would lose what it has when the stream breaks
+            piece = contents.read1(min(_PIECE, size - done))  # read() would lose what it has when the stream breaks
             if not piece:
                 return True, ""
             done += len(piece)
             if out:
                 out.write(piece)
-        while piece := stream.readline(_PIECE):
+        while piece := contents.readline(_PIECE):
             if out:
                 out.write(piece)
             if piece.endswith(b"\n"):

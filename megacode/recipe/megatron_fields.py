@@ -1,17 +1,16 @@
 """Fields of Megatron-Core's own configurations that a recipe passes through, checked without importing Megatron-Core.
 
-Its dataclasses are read as text (importing them costs seconds, and torch): names and plain types come from the
-installed version, so whatever that version can do is within reach of a recipe, and a misspelt name is found before
-anything starts.
+Names and types stand in `megatron_fields.json`, which `tools/megatron-fields` prints from one version and a test keeps true.
+Where another version is installed, names that the table does not have are left for Megatron-Core to judge when a run starts.
 """
 
 from __future__ import annotations
 
-import ast
 import fnmatch
-import importlib.util
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -133,180 +132,59 @@ _DDP_REFUSED = {
 }
 
 
-@dataclass(frozen=True)
-class Field:
-    """A field of a Megatron-Core dataclass: its annotation as written, and whether a recipe can hold a value for it."""
-
-    annotation: str
-    types: tuple[type, ...]
-    choices: tuple[Any, ...] = ()
-    checked: bool = True
-    nullable: bool = False
-
-
 def check_pass_through(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key, sentence) for every pass-through field that Megatron-Core has not, that another key governs, that would have no
-    effect, or of a wrong type.
-
-    Where Megatron-Core is not installed, only names are checked that are governed or without effect.
-    """
-    sections: tuple[
-        tuple[str, Mapping[str, Any], Mapping[str, str], Mapping[str, str], tuple[tuple[str, str], ...]], ...
-    ] = (
-        (
-            "model.megatron",
-            recipe.model.megatron,
-            _MODEL_GOVERNED,
-            _MODEL_REFUSED,
-            (
-                ("model_parallel_config.py", "ModelParallelConfig"),
-                ("transformer/transformer_config.py", "TransformerConfig"),
-            ),
-        ),
-        (
-            "optimizer.megatron",
-            recipe.optimizer.megatron,
-            _OPTIMIZER_GOVERNED,
-            _OPTIMIZER_REFUSED,
-            (("optimizer/optimizer_config.py", "OptimizerConfig"),),
-        ),
-        (
-            "parallel.ddp",
-            recipe.parallel.ddp,
-            _DDP_GOVERNED,
-            _DDP_REFUSED,
-            (("distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig"),),
-        ),
+    effect, or of a wrong type."""
+    sections = (
+        ("model.megatron", recipe.model.megatron, _MODEL_GOVERNED, _MODEL_REFUSED, "TransformerConfig"),
+        ("optimizer.megatron", recipe.optimizer.megatron, _OPTIMIZER_GOVERNED, _OPTIMIZER_REFUSED, "OptimizerConfig"),
+        ("parallel.ddp", recipe.parallel.ddp, _DDP_GOVERNED, _DDP_REFUSED, "DistributedDataParallelConfig"),
     )
-    for section, given, governed, refused, classes in sections:
-        if not given:
-            continue
-        known = fields_of(classes)
+    for section, given, governed, refused, kind in sections:
         for name, value in given.items():
-            key = f"{section}.{name}"
+            key, known = f"{section}.{name}", fields_of(kind)
             if name in governed:
                 yield key, f"is what `{governed[name]}` sets; use that key"
             elif value not in (None, False) and (why := _refusal(name, refused)):
                 yield key, why
-            elif known is not None and name not in known:
-                free = [field for field in known if field not in governed]
-                hint = did_you_mean(name, free)
-                shown = hint if hint.startswith("; did") else "; its field names are in the class's source"
-                yield key, f"Megatron-Core's {classes[-1][1]} has no such field{shown}"
-            elif known is not None:
-                problem = _type_problem(known[name], value)
-                if problem:
+            elif name in known:
+                if problem := _type_problem(known[name], value):
                     yield key, problem
+            elif _is_the_tables_version():
+                hint = did_you_mean(name, [field for field in known if field not in governed])
+                shown = hint if hint.startswith("; did") else "; its field names are in the class's source"
+                yield key, f"Megatron-Core's {kind} has no such field{shown}"
+
+
+@lru_cache(maxsize=1)
+def _table() -> dict[str, Any]:
+    return dict(json.loads(Path(__file__).with_name("megatron_fields.json").read_text(encoding="utf-8")))
+
+
+def fields_of(kind: str) -> dict[str, dict[str, Any]]:
+    """Fields of one of Megatron-Core's dataclasses by name: `declared` type, what it `accepts` (null: Megatron-Core judges),
+    `choices`, `nullable`."""
+    return dict(_table()[kind])
+
+
+def _is_the_tables_version() -> bool:
+    """Whether the installed Megatron-Core is the table's version, or none is installed."""
+    try:
+        return metadata.version("megatron-core") == _table()["version"]
+    except metadata.PackageNotFoundError:
+        return True
 
 
 def _refusal(name: str, refused: Mapping[str, str]) -> str | None:
     return next((why for pattern, why in refused.items() if fnmatch.fnmatchcase(name, pattern)), None)
 
 
-def _type_problem(field: Field, value: Any) -> str | None:
-    if not field.checked or (value is None and field.nullable):
+def _type_problem(field: Mapping[str, Any], value: Any) -> str | None:
+    accepts, choices = field["accepts"], field.get("choices", [])
+    if accepts is None or (value is None and field.get("nullable")):
         return None
-    if field.choices and value in field.choices:
+    kind = type(value).__name__
+    if value in choices or kind in accepts or (kind == "int" and "float" in accepts):
         return None
-    fits = any(
-        (isinstance(value, kind) and (kind is bool or not isinstance(value, bool)))
-        or (kind is float and isinstance(value, int) and not isinstance(value, bool))
-        for kind in field.types
-    )
-    if fits:
-        return None
-    wanted = " or ".join([*(repr(choice) for choice in field.choices), *(kind.__name__ for kind in field.types)])
-    return f"expected {wanted} (Megatron-Core declares {field.annotation}), not {describe(value)}; change the value"
-
-
-def core_folder() -> Path | None:
-    """Where megatron/core is installed, or None. Does not import it."""
-    spec = importlib.util.find_spec("megatron")  # a namespace without code of its own
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        core = Path(folder) / "core"
-        if (core / "model_parallel_config.py").is_file():
-            return core
-    return None
-
-
-def fields_of(classes: tuple[tuple[str, str], ...]) -> dict[str, Field] | None:
-    """Fields of dataclasses (file in megatron/core, class), later ones over earlier ones; None where one cannot be
-    read."""
-    core = core_folder()
-    if core is None:
-        return None
-    fields: dict[str, Field] = {}
-    enumerations = _enumerations(core / "transformer/enums.py")
-    for file, name in classes:
-        try:
-            tree = ast.parse((core / file).read_text(encoding="utf-8"))
-        except (OSError, SyntaxError):
-            return None
-        found = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
-        if found is None:
-            return None
-        for statement in found.body:
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                field = statement.target.id
-                if not field.startswith("_"):
-                    fields[field] = _field(statement.annotation, enumerations)
-    return fields
-
-
-def _enumerations(file: Path) -> dict[str, list[str]]:
-    """Names of the members of every enumeration in a source file: what a recipe may say in their place."""
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError):
-        return {}
-    return {
-        node.name: [
-            statement.targets[0].id
-            for statement in node.body
-            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
-        ]
-        for node in tree.body
-        if isinstance(node, ast.ClassDef) and any("Enum" in ast.unparse(base) for base in node.bases)
-    }
-
-
-def _field(annotation: ast.expr, enumerations: Mapping[str, list[str]]) -> Field:
-    types: set[type] = set()
-    choices: list[Any] = []
-    state = {"checked": True, "nullable": False}
-    plain: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str, "list": list, "dict": dict}
-
-    def visit(node: ast.expr) -> None:
-        if isinstance(node, ast.Constant) and node.value is None:
-            state["nullable"] = True
-        elif isinstance(node, ast.Name) and node.id in plain:
-            types.add(plain[node.id])
-        elif isinstance(node, ast.Name) and node.id in enumerations:
-            choices.extend(enumerations[node.id])
-        elif isinstance(node, ast.Attribute) and node.attr == "dtype":
-            choices.extend(DTYPES)
-        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-            visit(node.left)
-            visit(node.right)
-        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
-            inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-            if node.value.id == "Optional":
-                state["nullable"] = True
-                visit(inner[0])
-            elif node.value.id == "Union":
-                for part in inner:
-                    visit(part)
-            elif node.value.id == "Literal":
-                choices.extend(part.value for part in inner if isinstance(part, ast.Constant))
-            elif node.value.id in ("List", "list", "Tuple", "tuple"):
-                types.add(list)
-            elif node.value.id in ("Dict", "dict"):
-                types.add(dict)
-            else:
-                state["checked"] = False
-        else:
-            state["checked"] = False  # a function: Megatron-Core itself says what it takes
-
-    visit(annotation)
-    ordered = tuple(sorted(types, key=lambda kind: kind.__name__))
-    return Field(ast.unparse(annotation), ordered, tuple(choices), state["checked"], state["nullable"])
+    wanted = " or ".join([*map(repr, choices), *accepts])
+    return f"expected {wanted} (Megatron-Core declares {field['declared']}), not {describe(value)}; change the value"

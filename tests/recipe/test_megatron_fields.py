@@ -1,7 +1,9 @@
 """The pass-through to Megatron-Core's own fields, checked without importing it."""
 
-import dataclasses
 import fnmatch
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,33 +61,24 @@ def test_fields_of_the_installed_version_pass(write, override):
     load_recipe(write(), [override])
 
 
-def test_without_megatron_core_names_are_not_checked(write, monkeypatch):
-    monkeypatch.setattr(megatron_fields, "core_folder", lambda: None)
+def test_another_version_s_names_are_left_to_it(write, monkeypatch):
+    monkeypatch.setattr(megatron_fields.metadata, "version", lambda name: "0.99.0")
     load_recipe(write(), ["model.megatron.anything=1"])
-    for change in ("model.megatron.num_layers=1", "model.megatron.num_moe_experts=4"):
+    for change in ("model.megatron.num_layers=1", "model.megatron.num_moe_experts=4", "model.megatron.fp8_margin=a"):
         with pytest.raises(UserError):
             load_recipe(write(), [change])
 
 
-def test_names_read_from_the_source_are_those_of_the_classes():
+def test_the_table_is_that_of_the_pinned_version():
     pytest.importorskip("torch")
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.transformer import TransformerConfig
-
-    groups = {
-        TransformerConfig: (
-            ("model_parallel_config.py", "ModelParallelConfig"),
-            ("transformer/transformer_config.py", "TransformerConfig"),
-        ),
-        OptimizerConfig: (("optimizer/optimizer_config.py", "OptimizerConfig"),),
-        DistributedDataParallelConfig: (
-            ("distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig"),
-        ),
-    }
-    for kind, classes in groups.items():
-        names = {field.name for field in dataclasses.fields(kind) if not field.name.startswith("_")}
-        assert set(megatron_fields.fields_of(classes)) == names
+    root = Path(__file__).parents[2]
+    pinned = f"megatron-core=={megatron_fields._table()['version']}"
+    assert pinned in (root / "tools/constraints.txt").read_text()
+    if megatron_fields._is_the_tables_version():
+        made = subprocess.run([sys.executable, root / "tools/megatron-fields"], capture_output=True, text=True, check=True)
+        assert made.stdout == (root / "megacode/recipe/megatron_fields.json").read_text(), (
+            "run: tools/megatron-fields > megacode/recipe/megatron_fields.json"
+        )
 
 
 def test_names_of_dtypes_reach_megatron_core_as_dtypes():
@@ -98,24 +91,14 @@ def test_names_of_dtypes_reach_megatron_core_as_dtypes():
 
 def test_every_governed_field_exists():
     newer = {name for name in megatron_fields._MODEL_GOVERNED if "mup" in name}  # from 0.17 on
-    governed = set(megatron_fields._MODEL_GOVERNED) - newer
-    classes = (
-        ("model_parallel_config.py", "ModelParallelConfig"),
-        ("transformer/transformer_config.py", "TransformerConfig"),
-    )
-    assert governed <= set(megatron_fields.fields_of(classes))
+    assert set(megatron_fields._MODEL_GOVERNED) - newer <= set(megatron_fields.fields_of("TransformerConfig"))
 
 
 def test_every_refused_pattern_is_of_a_field():
     classes = {
-        "_MODEL_REFUSED": (
-            ("model_parallel_config.py", "ModelParallelConfig"),
-            ("transformer/transformer_config.py", "TransformerConfig"),
-        ),
-        "_OPTIMIZER_REFUSED": (("optimizer/optimizer_config.py", "OptimizerConfig"),),
-        "_DDP_REFUSED": (("distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig"),),
-    }
-    for name, files in classes.items():
-        fields = megatron_fields.fields_of(files)
+        "_MODEL_REFUSED": "TransformerConfig", "_OPTIMIZER_REFUSED": "OptimizerConfig",
+        "_DDP_REFUSED": "DistributedDataParallelConfig",
+    }  # fmt: skip
+    for name, kind in classes.items():
         for pattern in getattr(megatron_fields, name):
-            assert fnmatch.filter(fields, pattern), pattern
+            assert fnmatch.filter(megatron_fields.fields_of(kind), pattern), pattern

@@ -152,7 +152,7 @@ def transformer_fields(recipe: Recipe, hardware: Hardware, speed: Mapping[str, b
         apply_rope_fusion=speed["rope"],
         cross_entropy_loss_fusion=speed["cross_entropy"],
         cross_entropy_fusion_impl="te" if speed["cross_entropy"] else "native",
-        # Only with Apex, for the output layer insists on it; `gpt.py` turns it on in Transformer Engine's layers without.
+        # Only with Apex, for the output layer insists on it; `model.py` turns it on in Transformer Engine's layers without.
         gradient_accumulation_fusion=speed["gradient_accumulation"] and hardware.apex_gradients,
         cuda_graph_impl="local" if speed["cuda_graphs"] else "none",
         use_te_rng_tracker=speed["cuda_graphs"],

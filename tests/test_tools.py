@@ -34,7 +34,7 @@ def checkout(tmp_path: Path) -> Path:
     (folder / ".venv/bin").mkdir(parents=True)
     shutil.copytree(ROOT / "tools", folder / "tools")
     shutil.copy(ROOT / "pyproject.toml", folder)
-    for name in ("python", "pip", "ruff"):
+    for name in ("python", "pip", "ruff", "mypy", "lint-imports"):
         (folder / ".venv/bin" / name).write_text(RECORDER)
         (folder / ".venv/bin" / name).chmod(0o755)
     return folder
@@ -81,7 +81,8 @@ def test_without_options_there_are_none(checkout: Path) -> None:
 def test_tests_come_after_the_linter_and_slurms_by_themselves(checkout: Path) -> None:
     tests = ["python", "-m", "pytest"]
     parallel = [*tests, "-n", "2", "--dist", "loadscope", "--no-loadscope-reorder", "--ignore", "tests/slurm"]
-    assert call(checkout, "test")[-3:] == [["ruff", "check", "."], parallel, [*tests, "tests/slurm"]]
+    checks = [["ruff", "check", "."], ["mypy"], ["lint-imports", "--no-logo"]]
+    assert call(checkout, "test")[-5:] == [*checks, parallel, [*tests, "tests/slurm"]]
     some = call(checkout, "test", "-k", "mixture")
     assert some[-1] == [*tests, "-k", "mixture"] and ["ruff", "check", "."] not in some
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megacode.errors import UserError
-from megacode.signals import STOPPING, let_through
+from megacode.signals import STOPPING, unblocked
 
 STOPPED = 75
 """Exit code of a run that a signal stopped: saved, to be started again (EX_TEMPFAIL of sysexits.h)."""
@@ -79,7 +79,7 @@ def launch(
 
     previous = {number: signal.signal(number, forward) for number in STOPPING}
     try:
-        with let_through(STOPPING):
+        with unblocked(STOPPING):
             return _wait(children, grace_seconds)
     finally:
         for number, handler in previous.items():

@@ -1,4 +1,4 @@
-"""The signals that ask a job to save and stop, and how they wait while a process cannot heed them."""
+"""Signals that ask a job to save and stop."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from contextlib import AbstractContextManager, contextmanager
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def held_back(numbers: Iterable[signal.Signals]) -> AbstractContextManager[None]:
-    """Signals wait meanwhile, for this thread and for what it starts: threads, processes."""
+def blocked(numbers: Iterable[signal.Signals]) -> AbstractContextManager[None]:
+    """Block signals inside the context, for this thread and for the threads and processes that it starts."""
     return _masked(signal.SIG_BLOCK, numbers)
 
 
-def let_through(numbers: Iterable[signal.Signals]) -> AbstractContextManager[None]:
-    """Signals that an outer `held_back` holds come meanwhile."""
+def unblocked(numbers: Iterable[signal.Signals]) -> AbstractContextManager[None]:
+    """Deliver signals that an outer `blocked` holds, inside the context."""
     return _masked(signal.SIG_UNBLOCK, numbers)
+
+
+def discard_pending(numbers: Iterable[signal.Signals]) -> None:
+    """Discard pending signals."""
+    for number in signal.sigpending() & set(numbers):
+        signal.sigwait({number})
 
 
 @contextmanager
@@ -26,9 +32,3 @@ def _masked(how: int, numbers: Iterable[signal.Signals]) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def forget(numbers: Iterable[signal.Signals]) -> None:
-    """Those that wait ask for nothing any more."""
-    for number in signal.sigpending() & set(numbers):
-        signal.sigwait({number})

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megacode.cli.main import main
-from megacode.signals import forget, held_back, let_through
+from megacode.signals import blocked, discard_pending, unblocked
 
 USR1 = [signal.SIGUSR1]
 
@@ -23,13 +23,13 @@ def test_a_held_back_signal_comes_where_it_is_let_through() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
     try:
-        with held_back(USR1):
+        with blocked(USR1):
             tell()
             assert not heard
-            with let_through(USR1):
+            with unblocked(USR1):
                 assert heard == USR1
             tell()
-            forget(USR1)
+            discard_pending(USR1)
         assert heard == USR1
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -37,11 +37,11 @@ def test_a_held_back_signal_comes_where_it_is_let_through() -> None:
 
 def test_one_that_no_step_heeded_does_not_hide_the_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Left waiting, it would end the process in place of exit code 2."""
-    with held_back(USR1):
+    with blocked(USR1):
         tell()
         try:
             assert main(["train", str(tmp_path / "none.yaml")]) == 2
             assert "none.yaml" in capsys.readouterr().err
             assert signal.SIGUSR1 not in signal.sigpending()
         finally:
-            forget(USR1)
+            discard_pending(USR1)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megacode.errors import UserError
 from megacode.launch import STOPPED, Rendezvous, launch
 from megacode.run.profile_steps import ProfileSteps
-from megacode.signals import forget, held_back
+from megacode.signals import blocked, discard_pending
 
 if TYPE_CHECKING:
     from megacode.plan.plan import Plan
@@ -60,14 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     # A request to save and stop that comes while the run starts waits for the first step: there it is heeded. Said before
     # there are threads, which inherit it; one that did not would take the signal and end the process.
-    with held_back([signal.SIGUSR1]):
+    with blocked([signal.SIGUSR1]):
         try:
             return _run(args)
         except UserError as error:
             _tell(args.logs, error, _rank(args.processes))
             return 2
         finally:
-            forget([signal.SIGUSR1])
+            discard_pending([signal.SIGUSR1])
 
 
 def _tell(logs: Path | None, error: UserError, rank: int | None) -> None:

@@ -14,7 +14,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 from typing import Any
 
-from megacode.signals import STOPPING, held_back
+from megacode.signals import STOPPING, blocked
 
 _PR_SET_PDEATHSIG = 1
 
@@ -33,9 +33,9 @@ class ApartQueue:
     def __init__(self) -> None:
         self._manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         # One that comes before a process ignores it would end it.
-        with held_back(STOPPING):
+        with blocked(STOPPING):
             resource_tracker.ensure_running()  # multiprocessing's own process; its start lets signals through again
-        with held_back(STOPPING), _without_main():
+        with blocked(STOPPING), _without_main():
             self._manager.start(_stay_apart)
         self._queue = self._manager.Queue()
 

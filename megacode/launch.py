@@ -6,13 +6,15 @@ one task a node, each task starts its node's processes with this.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megacode.errors import UserError
@@ -108,3 +110,15 @@ def _wait(children: list[subprocess.Popen[bytes]], grace_seconds: float) -> int:
     return failed or next(
         (c.returncode if c.returncode > 0 else 128 - c.returncode for c in children if c.returncode), 0
     )
+
+
+@contextlib.contextmanager
+def without_main() -> Iterator[None]:
+    """Processes that multiprocessing starts inside do not run this process's script again, as they would to find functions
+    that it defines. A script without an `if __name__ == "__main__":` would otherwise begin anew in each of them."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

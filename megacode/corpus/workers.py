@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 from megacode.errors import UserError
+from megacode.launch import without_main
 
 Message = TypeVar("Message")
 Task = TypeVar("Task")
@@ -31,7 +32,8 @@ def prepare_workers(modules: Sequence[str]) -> None:
     """Start a process that imports `modules` while this one goes on; workers are then copies of it, there at once."""
     if "forkserver" in multiprocessing.get_all_start_methods():
         multiprocessing.set_forkserver_preload(list(modules))
-        forkserver.ensure_running()
+        with without_main():
+            forkserver.ensure_running()
 
 
 def _context() -> Any:
@@ -57,7 +59,8 @@ def run_tasks(
         for _, task in zip(range(workers), waiting, strict=False):  # in this order zip takes no task it does not give
             here, there = start.Pipe()
             process = start.Process(target=_serve, args=(there, make, context), daemon=True)
-            process.start()
+            with without_main():
+                process.start()
             there.close()
             here.send(task)
             processes[here] = process

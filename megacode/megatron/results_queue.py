@@ -7,13 +7,11 @@ import ctypes
 import multiprocessing
 import pickle
 import signal
-import sys
-import types
-from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 from typing import Any
 
+from megacode.launch import without_main
 from megacode.signals import STOPPING, blocked
 
 _PR_SET_PDEATHSIG = 1
@@ -35,7 +33,7 @@ class ApartQueue:
         # One that comes before a process ignores it would end it.
         with blocked(STOPPING):
             resource_tracker.ensure_running()  # multiprocessing's own process; its start lets signals through again
-        with blocked(STOPPING), _without_main():
+        with blocked(STOPPING), without_main():
             self._manager.start(_stay_apart)
         self._queue = self._manager.Queue()
 
@@ -49,18 +47,6 @@ class ApartQueue:
             queue.Empty: there is none.
         """
         return pickle.loads(self._queue.get_nowait())
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """A spawned process runs its parent's script again, which this one has no need of: a script that trains without asking
-    whether it is `__main__` would train there."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 def _stay_apart() -> None:

@@ -504,8 +504,8 @@ def test_tokens_laid_end_to_end_are_checked_when_a_run_goes_on(model: Path, corp
 
         def on_progress(progress: Any) -> None:
             nonlocal done
-            done += progress.part_done
-            if done > parts:
+            done += bool(progress.laid)
+            if done == parts and not progress.laid:  # in the middle of the next one
                 raise Stop
 
         return on_progress
@@ -530,7 +530,7 @@ def test_tokens_laid_end_to_end_are_checked_when_a_run_goes_on(model: Path, corp
             with open(folder / "out.parts" / "laid.jsonl", "a") as file:
                 file.write('{"part": "0000')
         result = preprocess(request)
-        assert result.parts_kept == (3 if damage == "bytes" else 4)
+        assert result.parts_kept == (2 if damage == "bytes" else 3)
         for name in ("", "_validation"):
             for ending in ("bin", "idx", "records.npy"):
                 made = (folder / f"out{name}.{ending}").read_bytes()

@@ -1,16 +1,16 @@
 """Parts laid end to end while later ones are still being tokenized, so that no token lies on the disk twice.
 
 `laid-G.bin` in the job's folder holds the tokens of group G's first parts, in order; `laid.jsonl` says, a line a part, what
-lies where. A part's own .bin goes when its line is written. Killed at any moment, the lines tell what is there; the
-part's checksums tell whether it is whole.
+lies where. Workers copy (`Lay`), and the coordinator keeps the lines. A part's own .bin goes after its line is written. Killed
+at any moment, the lines tell what is there; the part's checksums tell whether it is whole.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
@@ -20,6 +20,27 @@ from megacode.corpus.preprocess.counts import Group
 from megacode.corpus.preprocess.finished_parts import Finished, file_checksum, finished_part, part_file
 from megacode.corpus.preprocess.splitting import CorpusPart, Unit, unit_parts
 from megacode.files import write_text
+
+
+@dataclass(frozen=True)
+class Lay:
+    """Copying one part's tokens behind those of the parts before it: a task for any process, as it takes the time of a disk."""
+
+    part: str
+    moves: tuple[tuple[Path, Path, int, int], ...]
+    """Of each group: the part's file, the file to lay it in, offset there, bytes."""
+    remove: tuple[Path, ...]
+    """Files of parts that are laid."""
+
+    def copy(self) -> None:
+        for source, laid, offset, size in self.moves:
+            out = os.open(laid, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                copy_range(source, 0, out, offset, size)
+            finally:
+                os.close(out)
+        for path in self.remove:
+            path.unlink()
 
 
 class Layout:
@@ -33,6 +54,10 @@ class Layout:
         self.broken = False
         """A laid part was found damaged: nothing more is laid, and all of it has to be copied at the end."""
         self._unit = self._chunk = 0
+        self._under_way: dict[str, tuple[dict[Group, tuple[int, int]], list[Path]]] = {}
+        self._ended: set[str] = set()
+        self._copied: list[Path] = []
+        """Files of laid parts that are not removed yet."""
         for line in self._lines():
             self.places[line["part"]] = {Group.parse(name): tuple(place) for name, place in line["groups"].items()}
             for group, (offset, size) in self.places[line["part"]].items():
@@ -79,15 +104,49 @@ class Layout:
         part_file(self.folder, part, "json").unlink()
         self.broken = self.places.pop(part.name, None) is not None or self.broken
 
-    def advance(self) -> None:
-        """Lay whatever parts are next and finished."""
+    def ready(self) -> Iterator[Lay]:
+        """What can be laid next: parts that are finished, behind all that are laid. The caller does each, then says so (`done`);
+        several may be under way."""
         while not self.broken and (part := self._next()):
-            if part.name not in self.places:
-                finished = finished_part(self.folder, part)
-                if finished is None:
-                    return
-                self._lay(part, finished)
+            finished = None if part.name in self.places else finished_part(self.folder, part)
+            if finished is None and part.name not in self.places:
+                return
             self._chunk += 1
+            if finished is not None:
+                yield self._assign(part, finished)
+
+    def _assign(self, part: CorpusPart, finished: Finished) -> Lay:
+        """The part's place in each group's file; the next part's is behind it."""
+        places: dict[Group, tuple[int, int]] = {}
+        moves = []
+        for group, about in finished.groups.items():
+            offset, size = self.sizes.get(group, 0), about["bytes"]
+            places[group] = (offset, size)
+            self.sizes[group] = offset + size
+            moves.append((part_file(self.folder, part, f"{about['number']}.bin"), self._laid(group), offset, size))
+        self._under_way[part.name] = (places, [move[0] for move in moves])
+        remove, self._copied = tuple(self._copied), []
+        return Lay(part.name, tuple(moves), remove)
+
+    def done(self, name: str) -> None:
+        """The copying of a part's tokens has ended. Its own copy goes with a later `Lay`, or with `finish`."""
+        self._ended.add(name)
+        while self._under_way and (first := next(iter(self._under_way))) in self._ended:  # lines stand in order
+            places, files = self._under_way.pop(first)
+            with open(self.folder / "laid.jsonl", "a", encoding="utf-8") as file:
+                line = {"part": first, "groups": {str(group): place for group, place in places.items()}}
+                file.write(json.dumps(line) + "\n")
+            self.places[first] = places
+            self._copied += files
+
+    def finish(self) -> None:
+        """Lay what is left, in this process."""
+        for lay in self.ready():
+            lay.copy()
+            self.done(lay.part)
+        for path in self._copied:
+            path.unlink()
+        self._copied = []
 
     def _next(self) -> CorpusPart | None:
         while self._unit < len(self.units):
@@ -99,23 +158,6 @@ class Layout:
                 return parts[self._chunk]
             self._unit, self._chunk = self._unit + 1, 0
         return None
-
-    def _lay(self, part: CorpusPart, finished: Finished) -> None:
-        places: dict[Group, tuple[int, int]] = {}
-        for group, about in finished.groups.items():
-            offset, size = self.sizes.get(group, 0), about["bytes"]
-            with open(self._laid(group), "ab", buffering=0) as file:
-                file.truncate(offset)
-            with open(self._laid(group), "r+b", buffering=0) as file:
-                copy_range(part_file(self.folder, part, f"{about['number']}.bin"), 0, file.fileno(), offset, size)
-            places[group] = (offset, size)
-        with open(self.folder / "laid.jsonl", "a", encoding="utf-8") as file:
-            line = {"part": part.name, "groups": {str(group): place for group, place in places.items()}}
-            file.write(json.dumps(line) + "\n")
-        self.places[part.name] = places
-        for group, about in finished.groups.items():
-            self.sizes[group] = sum(places[group])
-            part_file(self.folder, part, f"{about['number']}.bin").unlink()
 
     def whole(self, parts: Sequence[tuple[CorpusPart, Finished]], group: Group) -> Path | None:
         """The file that holds all of a group's tokens in order, if there is one."""

@@ -28,7 +28,7 @@ from megacode.corpus.preprocess.existing import (
 )
 from megacode.corpus.preprocess.finished_parts import Finished, finished_part
 from megacode.corpus.preprocess.folder import open_folder, remove_folder
-from megacode.corpus.preprocess.layout import Layout
+from megacode.corpus.preprocess.layout import Lay, Layout
 from megacode.corpus.preprocess.manifest import write_manifests, write_quarantine
 from megacode.corpus.preprocess.order import (
     Block,
@@ -133,18 +133,22 @@ def _tokenize(
             waiting.append(unit)
     on_stage("tokenizing", sum(u.size for u in mine), sum(u.size for u in mine) - sum(u.size for u in waiting))
 
-    def tasks() -> Iterator[CorpusPart]:
+    lay = lay and share is None
+
+    def tasks() -> Iterator[CorpusPart | Lay]:
         for unit in waiting:
-            if unit.chunk_size:
-                yield from unpack(job.folder, unit, job.files[unit.part.files[0]], finished)
-            else:
-                yield unit.part
+            unpacked = unit.chunk_size and unpack(job.folder, unit, job.files[unit.part.files[0]], finished)
+            for part in unpacked or [unit.part]:
+                yield from layout.ready() if lay else ()
+                yield part
 
     most = len(waiting) if not any(unit.chunk_size for unit in waiting) else workers
     for progress in run_tasks(part_worker, job, tasks(), max(1, min(workers, most))):
         on_progress(progress)
-        if lay and progress.part_done and share is None:
-            layout.advance()
+        if progress.laid:
+            layout.done(progress.laid)
+    if lay:
+        layout.finish()
     return kept
 
 

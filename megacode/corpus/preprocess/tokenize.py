@@ -20,6 +20,7 @@ from megacode.corpus.preprocess.conditions import Condition, parse_condition
 from megacode.corpus.preprocess.counts import Counts, Group, GroupCounts
 from megacode.corpus.preprocess.fields import field_value
 from megacode.corpus.preprocess.finished_parts import GroupFiles, file_checksum, part_file
+from megacode.corpus.preprocess.layout import Lay
 from megacode.corpus.preprocess.quarantine import write_bad
 from megacode.corpus.preprocess.splitting import CorpusPart, chunk_path
 from megacode.corpus.readers import BadRecord, Item, TextDocument, read_input
@@ -84,14 +85,15 @@ class PartProgress:
     tokens: int = 0
     documents: int = 0
     bad: int = 0
-    part_done: bool = False
+    laid: str = ""
+    """The part whose tokens are laid now."""
 
 
 # --------------------------------------------------------------------------------------------------------- the worker
 
 
-def part_worker(job: Job) -> Callable[[CorpusPart], Iterator[PartProgress]]:
-    """Loads the tokenizer; the function it gives tokenizes one part and writes its files."""
+def part_worker(job: Job) -> Callable[[CorpusPart | Lay], Iterator[PartProgress]]:
+    """Loads the tokenizer; the function it gives tokenizes one part and writes its files, or lays a finished one."""
     alone = multiprocessing.parent_process() is not None
     if alone:
         _keep_memory()
@@ -102,7 +104,15 @@ def part_worker(job: Job) -> Callable[[CorpusPart], Iterator[PartProgress]]:
     if alone:  # thousands of records at a time, none of them in a cycle: looking for cycles is wasted
         gc.freeze()
         gc.disable()
-    return lambda part: tokenize_part(job, encoder, condition, part)
+
+    def work(task: CorpusPart | Lay) -> Iterator[PartProgress]:
+        if isinstance(task, Lay):
+            task.copy()
+            yield PartProgress(laid=task.part)
+        else:
+            yield from tokenize_part(job, encoder, condition, task)
+
+    return work
 
 
 def _keep_memory() -> None:
@@ -195,7 +205,7 @@ def tokenize_part(job: Job, encoder: _Encoder, condition: Condition | None, part
     if part.chunk is not None:
         chunk_path(job.folder, part).unlink(missing_ok=True)
         read_bytes = part.chunk_bytes
-    yield PartProgress(input_bytes=read_bytes, bad=bad_records, part_done=True)
+    yield PartProgress(input_bytes=read_bytes, bad=bad_records)
     gc.collect()
 
 

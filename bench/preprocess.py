@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -133,6 +134,39 @@ def megacode(corpus: Path, model: Path, folder: Path, workers: int, *options: st
     ]  # fmt: skip
     name = "megacode preprocess" + (" " + " ".join(options) if options else "")
     return measured(name, command, lambda: tokens_in(output))
+
+
+COORDINATOR = """
+import sys, time
+from pathlib import Path
+from megacode.corpus.preprocess import Request, preprocess
+from megacode.recipe.schema import TokenizerSection
+corpus, model, output, workers = sys.argv[1:]
+request = Request((corpus,), TokenizerSection(path=model), Path(output))
+wall, cpu = time.perf_counter(), time.process_time()
+result = preprocess(request, int(workers))
+print(time.process_time() - cpu, time.perf_counter() - wall, result.counts.total.bytes / 1e9)
+"""
+
+
+def coordinator(corpus: Path, model: Path, folder: Path, workers: int) -> str:
+    """What the process that hands out the parts costs: CPU for each GB of text beyond a quarter of the corpus, which pays for its
+    start, and how many workers would keep it busy."""
+    quarter = folder / "quarter.jsonl"
+    with open(corpus, "rb") as lines, open(quarter, "wb") as out:
+        for number, line in enumerate(lines):
+            if number % 4 == 0:
+                out.write(line)
+    found = []
+    for name, text in (("part", quarter), ("whole", corpus)):
+        command = [sys.executable, "-c", COORDINATOR, str(text), str(model), str(folder / f"coordinator-{name}"), str(workers)]
+        found.append([float(n) for n in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()])
+    (cpu, wall, size), (all_cpu, all_wall, all_size) = found
+    each, worker = (all_cpu - cpu) / (all_size - size), workers * (all_wall - wall) / (all_size - size)
+    return (
+        f"The coordinator's CPU: {all_cpu:.2f} s for {all_size:.2f} GB of text, {each:.2f} s for each further GB; a worker takes "
+        f"{worker:.1f} s a GB, so {worker / each:,.0f} of them would keep it busy."
+    )
 
 
 def megatron_lm(corpus: Path, model: Path, folder: Path, workers: int, root: Path, more_paths: list[str]) -> Result:
@@ -338,6 +372,7 @@ def main() -> None:
                 + same_documents(folder / "round-0" / "megacode", folder / "megatron_text_document")
                 + "."
             )
+        lines.append(coordinator(corpus, model, folder, args.workers))
         lines += [f"Not measured: {', '.join(missing)}."] if missing else []
         lines += ["", f"{size:,.1f} MB of text. {date.today()}, {machine_line()}", f"    {' '.join(sys.argv)}"]
         text = "\n".join(lines)

@@ -1,9 +1,14 @@
-"""Tables and numbers on terminals, in pipes and in files."""
+"""Tables, numbers and progress on terminals, in pipes and in files."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 PIPE = 140
@@ -63,3 +68,32 @@ def table_of(title: str, *columns: str, left: int = 1, prose: bool = False) -> T
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < left else "right", no_wrap=number < left - prose)
     return table
+
+
+@contextmanager
+def progress_bar(title: str, total: int, what: str = "bytes") -> Iterator[Callable[[int], None]]:
+    """A bar with rate and time left on standard error; where that is no terminal, a line now and then. Gives the function to be
+    told how many more are done."""
+    console = Console(stderr=True, highlight=False)
+    started = spoke = time.monotonic()
+    done = 0
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    bar = Progress(*columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=console, transient=True)
+    task = bar.add_task(title, total=total, rate="")
+
+    def advance(more: int) -> None:
+        nonlocal done, spoke
+        done += more
+        now = time.monotonic()
+        speed = done / max(now - started, 1e-3)
+        rate = f"{speed / 1e6:,.0f} MB/s" if what == "bytes" else f"{speed / 1e6:,.1f} M {what}/s"
+        bar.update(task, completed=done, rate=rate)
+        if not console.is_terminal and now - spoke > 30:
+            spoke = now
+            console.print(f"{title}: {done / max(total, 1):.0%}  {rate}")
+
+    if not console.is_terminal:
+        yield advance
+        return
+    with bar:
+        yield advance

@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     from megacode.cli.preprocess import parse_size
     from megacode.convert.complete_export import Wanted, complete_export
     from megacode.convert.export import ExportSource, total_bytes
-    from megacode.convert.progress import byte_bar
     from megacode.convert.revisions import check_replaceable
+    from megacode.terminal import progress_bar
 
     wanted = Wanted(args.format, args.dtype, parse_size(args.shard_size, "--shard-size"), not args.no_tokenizer)
     if args.all:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     source = ExportSource.open(args.checkpoint)
     family, dtype = wanted.family_of(source), wanted.dtype_of(source)
     total = total_bytes(source, family, dtype)
-    with byte_bar(f"{source.checkpoint.name} -> {family.name}", total) as on_bytes, _replaced(output):
+    with progress_bar(f"{source.checkpoint.name} -> {family.name}", total) as on_bytes, _replaced(output):
         notes = complete_export(source, output, wanted, on_bytes)
     print(f"{args.output}: {family.architecture}, {str(dtype).removeprefix('torch.')}, step {source.info['step']:,}")
     for note in notes:

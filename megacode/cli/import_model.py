@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megacode.convert.importing import Found, import_model
-    from megacode.convert.progress import byte_bar
+    from megacode.terminal import progress_bar
 
     if args.output.exists():
         raise UserError(f"{args.output}: already there; choose another folder, or remove it")
     found = Found.open(args.folder)
     total = sum(path.stat().st_size for path in set(found.weights.files.values()))
     tokenizer, note = _tokenizer(args.folder, found.vocab_size)
-    with byte_bar(f"{args.folder.name} ({found.family.name})", total) as on_bytes:
+    with progress_bar(f"{args.folder.name} ({found.family.name})", total) as on_bytes:
         recipe = import_model(found, args.output, tokenizer, on_bytes)
     print(f"{args.output}: a checkpoint of {recipe.name}, {found.family.architecture}, vocabulary {found.vocab_size:,}")
     print(

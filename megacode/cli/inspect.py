@@ -6,9 +6,7 @@ import argparse
 import json
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,6 @@ import numpy as np
 from rich.bar import Bar
 from rich.color import ColorSystem
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -34,7 +24,7 @@ from megacode.data.records import input_files
 from megacode.errors import UserError
 from megacode.recipe import schema
 from megacode.report.document_lengths import log_edges, merged, plot_lengths
-from megacode.terminal import count, gigabytes, print_table, table_console
+from megacode.terminal import count, gigabytes, print_table, progress_bar, table_console
 from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 EXAMPLE = """examples:
@@ -330,7 +320,7 @@ def _visible(text: str) -> str:
 def _verified(prefix: Path, tokenizer: Tokenizer | None, vocab_size: int | None) -> dict[str, Any]:
     from megacode.corpus.verify import bytes_at, verify
 
-    with _progress(f"verifying {prefix.name}", bytes_at(prefix), "bytes") as advance:
+    with progress_bar(f"verifying {prefix.name}", bytes_at(prefix), "bytes") as advance:
         result = verify(prefix, tokenizer, vocab_size, advance)
     return {**vars(result), "problems": list(result.problems), "unchecked": list(result.unchecked)}
 
@@ -352,33 +342,5 @@ def _print_verification(console: Console, prefix: Path, result: Mapping[str, Any
 
 
 def _counted(dataset: inspect.Dataset) -> inspect.Statistics:
-    with _progress(f"counting {dataset.prefix.name}", dataset.documents, "documents") as advance:
+    with progress_bar(f"counting {dataset.prefix.name}", dataset.documents, "documents") as advance:
         return inspect.statistics(dataset, advance)
-
-
-@contextmanager
-def _progress(title: str, total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left on standard error; where that is no terminal, a line now and then."""
-    console = Console(stderr=True, highlight=False)
-    started = spoke = time.monotonic()
-    done = 0
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    bar = Progress(*columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=console, transient=True)
-    task = bar.add_task(title, total=total, rate="")
-
-    def advance(more: int) -> None:
-        nonlocal done, spoke
-        done += more
-        now = time.monotonic()
-        speed = done / max(now - started, 1e-3)
-        rate = f"{speed / 1e6:,.0f} MB/s" if what == "bytes" else f"{speed / 1e6:,.1f} M {what}/s"
-        bar.update(task, completed=done, rate=rate)
-        if not console.is_terminal and now - spoke > 30:
-            spoke = now
-            console.print(f"{title}: {done / max(total, 1):.0%}  {rate}")
-
-    if not console.is_terminal:
-        yield advance
-        return
-    with bar:
-        yield advance

@@ -115,7 +115,7 @@ def export_all(
         progress: (title, bytes) -> context manager that gives the function to be told of bytes; of all exports together.
         tell: told of each outcome as it comes.
     """
-    from megacode.convert.progress import byte_bar
+    from megacode.terminal import progress_bar
 
     named = revisions(run, pattern)
     outcomes, to_do = [], []
@@ -130,7 +130,7 @@ def export_all(
         else:
             to_do.append((revision, source, about, reason, place))
     total = sum(total_bytes(source, wanted.family_of(source), wanted.dtype_of(source)) for _, source, *_ in to_do)
-    with (progress or byte_bar)(f"{run.name}: {len(to_do)} of {len(named)} checkpoints", total) as on_bytes:
+    with (progress or progress_bar)(f"{run.name}: {len(to_do)} of {len(named)} checkpoints", total) as on_bytes:
         for revision, source, about, reason, place in to_do:
             _clear(place)
 

@@ -383,6 +383,5 @@ def _too_many_epochs(entry: Entry, stream: StreamPlan, quota: Quota | QuotaFrom,
             remedies.append(f"or a weight of at most {best:g}")
     return (
         f"{entry.key}.max_epochs: source {stream.label} would be read {stream.epochs_after:.4g} times by the end of "
-        "this phase, "
-        f"more than {cap:g}; {', '.join(remedies)}, or raise max_epochs"
+        f"this phase, more than {cap:g}; {', '.join(remedies)}, or raise max_epochs"
     )

@@ -69,9 +69,8 @@ def shuffle_units(recipe: Recipe, where: str) -> dict[str, int]:
     windows = {name: recipe.sources[name].window or read[0] for name, read in lengths.items()}
     problems = [
         f"{where}sources.{name}.window: {windows[name]:,} "
-        f"tokens{'' if recipe.sources[name].window else ' (by default)'} is "
-        f"no multiple of every sequence length the source is read at ({', '.join(map(str, dict.fromkeys(read)))}); "
-        f"set it to {math.lcm(*read)}"
+        f"tokens{'' if recipe.sources[name].window else ' (by default)'} is no multiple of every sequence length the "
+        f"source is read at ({', '.join(map(str, dict.fromkeys(read)))}); set it to {math.lcm(*read)}"
         for name, read in lengths.items()
         if any(windows[name] % length for length in read)
     ]

@@ -95,9 +95,8 @@ def check_files(recipe: Recipe, path: Path | None = None) -> None:
         problems.append(f"tokenizer.path: there is no {recipe.tokenizer.path}; correct the path")
     if recipe.initialize_from and not Path(recipe.initialize_from).is_dir():
         problems.append(
-            f"initialize_from: there is no folder {recipe.initialize_from}; give a checkpoint folder, or take the key "
-            "out to "
-            "start from fresh weights"
+            f"initialize_from: there is no folder {recipe.initialize_from}; give a checkpoint folder, or take the "
+            "key out to start from fresh weights"
         )
     if problems:
         raise UserError("\n".join(where + problem for problem in problems))
@@ -146,9 +145,8 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
         if model.context_length and phase.sequence_length > model.context_length:
             yield Problem(
                 f"phases.{phase.name}.sequence_length",
-                f"{phase.sequence_length} is longer than model.context_length {model.context_length}; raise the latter "
-                "or shorten "
-                "the phase's sequences",
+                f"{phase.sequence_length} is longer than model.context_length {model.context_length}; raise the "
+                "latter or shorten the phase's sequences",
             )
 
 
@@ -224,8 +222,7 @@ def _batch_size(recipe: Recipe, phase: Phase, size: int, data: int) -> Problem |
         return Problem(
             key,
             f"{stair} gives {size // micro} micro-batches, and an interleaved pipeline takes a multiple of "
-            "parallel.pipeline "
-            f"{parallel.pipeline}; use a multiple of {micro * parallel.pipeline}",
+            f"parallel.pipeline {parallel.pipeline}; use a multiple of {micro * parallel.pipeline}",
         )
     return None
 

@@ -46,8 +46,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> Node:
         if phases is not None and isinstance(phases.value, dict):
             raise UserError(
                 f"{phases.where}: phases: expected a list (`- name: ...`); a mapping by name changes phases of a "
-                "recipe named by "
-                "`extends:`"
+                "recipe named by `extends:`"
             )
         return tree
     if not isinstance(base.value, str):

@@ -216,8 +216,7 @@ def _difference(encoder: FastEncoder) -> str | None:
 _SETTLED_PLANES = ((0x1D400, 0x1D7FF), (0x1F000, 0x1FAFF), (0x20000, 0x2A6D6))
 """Mathematical letters, pictographs and CJK extension B: what text has of the higher planes, and does not change."""
 _LATER = (
-    "\u0897\u088f\u0c5c\u0cdc\u0cf3\u0ece\u1acf-\u1aeb\u1b4e\u1b4f\u1b7f\u1c89\u1c8a"
-    "\ua7cb-\ua7d2\ua7d4\ua7da-\ua7dc\ua7f1"
+    "\u0897\u088f\u0c5c\u0cdc\u0cf3\u0ece\u1acf-\u1aeb\u1b4e\u1b4f\u1b7f\u1c89\u1c8a\ua7cb-\ua7d2\ua7d4\ua7da-\ua7dc\ua7f1"
 )
 """Letters and marks of plane 0 that Unicode 15 to 17 brought, which Python's own table may or may not know."""
 

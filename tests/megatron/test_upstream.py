@@ -1,5 +1,5 @@
-"""What stands in megacode/megatron against faults of Megatron-Core. Each test fails once the installed version has mended its fault,
-and says what can then go. They read Megatron-Core's source, as most of these faults need devices to show."""
+"""What stands in megacode/megatron against faults of Megatron-Core: a check fails once the installed version has mended its
+fault, and says what can then go. It reads Megatron-Core's source, as most of these faults need devices to show."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ all shards of a dataset. Whether a dataset is whole is a question for `megacode.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megacode.data.indexed import Shard, listed_shards, open_shard, with_ending
+from megacode.data.indexed import Shard, listed_shards, open_shard, read_manifest, with_ending
 from megacode.data.lengths import length_histogram
 from megacode.errors import UserError
 from megacode.files import inside
@@ -67,11 +66,9 @@ class Dataset:
 def manifest_of(prefix: Path) -> dict[str, Any] | None:
     """What megacode wrote about a dataset (or a corpus of several) in PREFIX.json; None if it wrote nothing there."""
     try:
-        manifest = json.loads(with_ending(prefix, ".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_manifest(prefix)
+    except (UserError, OSError):
         return None
-    known = isinstance(manifest, dict) and manifest.get("kind") in ("megacode dataset", "megacode corpus")
-    return manifest if known else None
 
 
 def datasets_at(prefix: Path, on_outside: Callable[[str], None]) -> list[Path]:

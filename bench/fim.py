@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from megatron_data import PlainTokenizer, build_blend, machine_line
 
-from megacode.data.indexed import TokenFile, token_dtype, write_index
+from megacode.data.indexed import token_dtype, write_index
 from megacode.data.loader import StepReader
 from megacode.data.mixture import open_mixture
 from megacode.data.planning import plan_with_data
@@ -46,11 +46,13 @@ def code_corpus(folder: Path) -> tuple[Path, Tokenizer]:
     texts = [text for file in files if (text := file.read_text(encoding="utf-8", errors="replace"))]
     train_tokenizer([text for text in texts[::8] if len(text) < 50_000], folder / "tokenizer.model", 8000)
     tokenizer = load_tokenizer(schema.TokenizerSection(path=str(folder / "tokenizer.model"), added_tokens="crystal", bos=True))
+    dtype, lengths = token_dtype(tokenizer.vocab_size), []
     with open(folder / "code.bin", "wb") as file:
-        shard = TokenFile(file, token_dtype(tokenizer.vocab_size))
         for text in texts:
-            shard.add([tokenizer.bos_id, *tokenizer.encode_batch([text])[0], tokenizer.eod_id])
-    write_index(folder / "code.idx", np.array(shard.lengths, np.int32), shard.dtype)
+            ids = [tokenizer.bos_id, *tokenizer.encode_batch([text])[0], tokenizer.eod_id]
+            file.write(np.asarray(ids, dtype).tobytes())
+            lengths.append(len(ids))
+    write_index(folder / "code.idx", np.array(lengths, np.int32), dtype)
     return folder / "code", tokenizer
 
 

@@ -1,8 +1,8 @@
 """One tokenized source: the token stream of its shards, one after another.
 
-Opening a source reads index headers, whatever its size. Tokens are read with `pread` and not through a memory map: a
-random window then costs one read of its own size and not a read-ahead of 128 KiB, a truncated file or a failing disk is
-an error and not a SIGBUS, and resident memory stays that of the batch. From a warm cache the two are equally fast.
+Opening a source reads index headers, whatever its size. Tokens are read with `pread` and not through a memory map. A
+random window then costs one read of its own size and not a read-ahead of 128 KiB. A truncated file or a failing disk is
+an error and not a SIGBUS. Resident memory stays that of the batch. From a warm cache the two are equally fast.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ def stage_memory(recipe: Recipe, vocab_size: int, world_size: int, stage: int, f
 def _adam_bytes(recipe: Recipe) -> float:
     """Moments and master copy of a weight.
 
-    Megatron-Core's precision-aware optimizer keeps moments in the types that it is told, and of an fp32 master copy only the 16
-    bits that the bf16 weight has not, which is exact (not with FP8's tensorwise and finer scales).
+    Megatron-Core's precision-aware optimizer keeps the moments in the types given to it. Of an fp32 master copy it keeps only
+    the 16 bits that the bf16 weight lacks. This loses nothing; FP8's tensorwise and finer scales do not allow it.
     """
     if recipe.precision.compute == "fp32":
         return 8.0

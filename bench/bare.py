@@ -113,7 +113,9 @@ def bare(m: dict[str, Any], batches: np.ndarray) -> list[float]:
             if hasattr(module, "fuse_wgrad_accumulation"):
                 module.fuse_wgrad_accumulation = True
     data_parallel = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, fp8_param_gather=bool(m["fp8"] and m["fp8_params"])
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        fp8_param_gather=bool(m["fp8"] and m["fp8_params"]),
     )
     model = DistributedDataParallel(config, data_parallel, model)
     optimizer = get_megatron_optimizer(

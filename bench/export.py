@@ -51,7 +51,9 @@ def make_checkpoint(recipe_path: Path, folder: Path) -> int:
             writer.add(slot.key, slot.layer, padded(model, slot.key, values))
     writer.finish()
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    (folder / "megacode.json").write_text(json.dumps({"step": 1, "vocab_size": vocab_size, "recipe": recipe.name}))
+    (folder / "megacode.json").write_text(
+        json.dumps({"step": 1, "vocab_size": vocab_size, "recipe": recipe.name})
+    )
     os.sync()
     return sum(file.stat().st_size for file in folder.iterdir())
 
@@ -74,8 +76,12 @@ def timed(command: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=Path(__file__).parents[1] / "recipes" / "crystal-7b.yaml")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe", type=Path, default=Path(__file__).parents[1] / "recipes" / "crystal-7b.yaml"
+    )
     parser.add_argument("--folder", type=Path, help="where to work (a temporary folder)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--table", type=Path, help="write the table as Markdown")
@@ -102,14 +108,21 @@ def main() -> None:
                 shutil.rmtree(work / "out")
                 os.sync()
                 seconds, peak = sides[side][-1]
-                console.print(f"{side}: {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s, {peak:.2f} GB resident")
-        rates = {side: size / 1e9 / statistics.median(s for s, _ in runs) for side, runs in sides.items()}
+                console.print(
+                    f"{side}: {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s, {peak:.2f} GB resident"
+                )
+        rates = {
+            side: size / 1e9 / statistics.median(s for s, _ in runs) for side, runs in sides.items()
+        }
         lines = ["| side | GB/s | largest resident set | of cp's rate |", "|---|---:|---:|---:|"]
         for side, runs in sides.items():
             lines.append(
                 f"| {side} | {rates[side]:.2f} | {max(p for _, p in runs):.2f} GB | {rates[side] / rates['cp']:.2f} |"
             )
-        lines += ["", f"{args.recipe.name}: {size / 1e9:.1f} GB of bf16 weights, {args.rounds} rounds, median."]
+        lines += [
+            "",
+            f"{args.recipe.name}: {size / 1e9:.1f} GB of bf16 weights, {args.rounds} rounds, median.",
+        ]
         lines += [f"{date.today()}, {machine_line()}", f"    {' '.join(sys.argv)}"]
         text = "\n".join(lines)
         console.print(text, markup=False)

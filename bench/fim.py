@@ -42,10 +42,20 @@ Side = Callable[[], int]
 def code_corpus(folder: Path) -> tuple[Path, Tokenizer]:
     """`<s>` text `</s>` of every source of the standard library, with Crystal's added tokens in the vocabulary."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [f for f in sorted(root.rglob("*.py")) if not {"site-packages", "test", "tests"} & set(f.parts)]
+    files = [
+        f
+        for f in sorted(root.rglob("*.py"))
+        if not {"site-packages", "test", "tests"} & set(f.parts)
+    ]
     texts = [text for file in files if (text := file.read_text(encoding="utf-8", errors="replace"))]
-    train_tokenizer([text for text in texts[::8] if len(text) < 50_000], folder / "tokenizer.model", 8000)
-    tokenizer = load_tokenizer(schema.TokenizerSection(path=str(folder / "tokenizer.model"), added_tokens="crystal", bos=True))
+    train_tokenizer(
+        [text for text in texts[::8] if len(text) < 50_000], folder / "tokenizer.model", 8000
+    )
+    tokenizer = load_tokenizer(
+        schema.TokenizerSection(
+            path=str(folder / "tokenizer.model"), added_tokens="crystal", bos=True
+        )
+    )
     dtype, lengths = token_dtype(tokenizer.vocab_size), []
     with open(folder / "code.bin", "wb") as file:
         for text in texts:
@@ -56,7 +66,9 @@ def code_corpus(folder: Path) -> tuple[Path, Tokenizer]:
     return folder / "code", tokenizer
 
 
-def ours(corpus: Path, tokenizer: Tokenizer, sequence_length: int, rate: float, **data: object) -> Side:
+def ours(
+    corpus: Path, tokenizer: Tokenizer, sequence_length: int, rate: float, **data: object
+) -> Side:
     """megacode's loader; `data`: keys of the recipe's data section."""
     recipe = schema.Recipe.model_validate(
         {
@@ -89,7 +101,9 @@ def ours(corpus: Path, tokenizer: Tokenizer, sequence_length: int, rate: float, 
     return read
 
 
-def megatrons(file: Path, corpus: Path, tokenizer: Tokenizer, sequence_length: int, rate: float, samples: int) -> Side:
+def megatrons(
+    file: Path, corpus: Path, tokenizer: Tokenizer, sequence_length: int, rate: float, samples: int
+) -> Side:
     """GPTFIMDataset of the given file, as its own builder makes it."""
     from torch.utils.data import default_collate
 
@@ -98,7 +112,9 @@ def megatrons(file: Path, corpus: Path, tokenizer: Tokenizer, sequence_length: i
         raise SystemExit(f"--megatron-fim: {file} is no Python file")
     sys.modules["fim_dataset"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    plain = PlainTokenizer(tokenizer.vocab_size, tokenizer.eod_id, tokenizer.token_id("<|fim_pad|>"), tokenizer)
+    plain = PlainTokenizer(
+        tokenizer.vocab_size, tokenizer.eod_id, tokenizer.token_id("<|fim_pad|>"), tokenizer
+    )
     names = {key: f"<|fim_{key}|>" for key in ("prefix", "middle", "suffix", "pad")}
     blend = build_blend(
         module.GPTFIMDataset, module.GPTFIMDatasetConfig, [corpus], [1.0], samples, sequence_length,
@@ -108,7 +124,11 @@ def megatrons(file: Path, corpus: Path, tokenizer: Tokenizer, sequence_length: i
 
     def read() -> int:
         return sum(
-            int(default_collate([blend[next(indices)] for _ in range(MICRO_BATCH)])["tokens"].numel())
+            int(
+                default_collate([blend[next(indices)] for _ in range(MICRO_BATCH)])[
+                    "tokens"
+                ].numel()
+            )
             for _ in range(STEPS_A_ROUND)
         )
 
@@ -116,8 +136,12 @@ def megatrons(file: Path, corpus: Path, tokenizer: Tokenizer, sequence_length: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megatron-fim", type=Path, metavar="FILE", help="Megatron-LM's fim_dataset.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--megatron-fim", type=Path, metavar="FILE", help="Megatron-LM's fim_dataset.py"
+    )
     parser.add_argument("--rate", type=float, default=0.9)
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=9)
@@ -139,7 +163,9 @@ def main() -> None:
             corpus, tokenizer = code_corpus(Path(temporary))
         sides = {
             "megacode": ours(corpus, tokenizer, length, args.rate),
-            "megacode, document level": ours(corpus, tokenizer, length, args.rate, fim={"level": "document"}),
+            "megacode, document level": ours(
+                corpus, tokenizer, length, args.rate, fim={"level": "document"}
+            ),
             "megacode, packed": ours(corpus, tokenizer, length, args.rate, packing="best_fit"),
             "megacode, packed, document level": ours(
                 corpus, tokenizer, length, args.rate, packing="best_fit", fim={"level": "document"}
@@ -168,7 +194,9 @@ def main() -> None:
         spread = f"{min(values) / 1e6:.2f} to {max(values) / 1e6:.2f}"
         table.add_row(name, f"{middle / 1e6:.2f}", spread, f"{base / middle:.2f} x")
     if not args.megatron_fim:
-        table.add_row("Megatron-LM GPTFIMDataset", "-", "not in megatron-core; see --megatron-fim", "-")
+        table.add_row(
+            "Megatron-LM GPTFIMDataset", "-", "not in megatron-core; see --megatron-fim", "-"
+        )
     print_table(table_console(), table)
     if args.json:
         numbers = {"rate": args.rate, "sequence_length": length, "tokens_per_second": rates}

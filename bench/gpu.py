@@ -59,13 +59,25 @@ def bare_side(case: Case, layers: int, precision: str, steps: int) -> dict[str, 
     return {"seconds": seconds, "memory": torch.cuda.max_memory_allocated()}
 
 
-def megacode_side(case: Case, layers: int, precision: str, steps: int, fused: bool) -> dict[str, Any]:
+def megacode_side(
+    case: Case, layers: int, precision: str, steps: int, fused: bool
+) -> dict[str, Any]:
     """`megacode train` as a user starts it, ended once enough steps are in its metrics: it would go on."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _corpus(folder / "a", random_tokens(case, 2))
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe_of(case, layers, precision, folder, fused)))
-        command = [sys.executable, "-m", "megacode.cli", "train", folder / "recipe.yaml", "--run", folder / "run"]
+        (folder / "recipe.yaml").write_text(
+            dump_recipe(recipe_of(case, layers, precision, folder, fused))
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "megacode.cli",
+            "train",
+            folder / "recipe.yaml",
+            "--run",
+            folder / "run",
+        ]
         with open(folder / "log", "w") as log:
             child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
             records: list[dict[str, Any]] = []
@@ -77,7 +89,10 @@ def megacode_side(case: Case, layers: int, precision: str, steps: int, fused: bo
         if len(records) < steps:
             raise RuntimeError((folder / "log").read_text().strip().splitlines()[-1])
         print((folder / "log").read_text())
-    return {"seconds": [r["seconds"] for r in records], "memory": max(r["memory_gb"] or 0 for r in records) * 1e9}
+    return {
+        "seconds": [r["seconds"] for r in records],
+        "memory": max(r["memory_gb"] or 0 for r in records) * 1e9,
+    }
 
 
 def _train_records(path: Path) -> list[dict[str, Any]]:
@@ -97,13 +112,21 @@ def _corpus(prefix: Path, tokens: np.ndarray) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", default=",".join(DEFAULT_CASES), help=", ".join(CASES))
-    parser.add_argument("--precisions", help=f"of {', '.join(PRECISIONS)}; default: all that this device has")
+    parser.add_argument(
+        "--precisions", help=f"of {', '.join(PRECISIONS)}; default: all that this device has"
+    )
     parser.add_argument("--sides", default="bare,megacode", help=", ".join(SIDES))
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--minutes", type=float, default=60.0, help="start no measurement after this long")
-    parser.add_argument("--output", type=Path, help="folder for the results page (default: docs/results)")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="start no measurement after this long"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder for the results page (default: docs/results)"
+    )
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.steps <= WARM_UP:
@@ -111,9 +134,18 @@ def main() -> None:
     if args.one:
         side, name, layers, precision = args.one
         what = (CASES[name], int(layers), precision, args.steps)
-        print("RESULT " + json.dumps(bare_side(*what) if side == "bare" else megacode_side(*what, side == "megacode")))
+        print(
+            "RESULT "
+            + json.dumps(
+                bare_side(*what) if side == "bare" else megacode_side(*what, side == "megacode")
+            )
+        )
         return
-    for given, known in ((args.cases, CASES), (args.precisions or "bf16", PRECISIONS), (args.sides, SIDES)):
+    for given, known in (
+        (args.cases, CASES),
+        (args.precisions or "bf16", PRECISIONS),
+        (args.sides, SIDES),
+    ):
         if unknown := [name for name in given.split(",") if name not in known]:
             parser.error(f"{unknown[0]!r} is none of {', '.join(known)}")
     device, memory, refused = _device()
@@ -130,8 +162,15 @@ def main() -> None:
         layers = fitting_layers(CASES[name], [p for p in precisions if p in can], memory)
         for precision in precisions:
             for side in args.sides.split(","):
-                row: dict[str, Any] = {"case": name, "layers": layers, "precision": precision, "side": side}
-                why = refused.get(precision.partition("-")[0]) or refusal(CASES[name], layers, precision, memory)
+                row: dict[str, Any] = {
+                    "case": name,
+                    "layers": layers,
+                    "precision": precision,
+                    "side": side,
+                }
+                why = refused.get(precision.partition("-")[0]) or refusal(
+                    CASES[name], layers, precision, memory
+                )
                 if why:
                     row["none"] = why
                 elif time.monotonic() - started > 60 * args.minutes:
@@ -163,7 +202,9 @@ def _device() -> tuple[str, int, dict[str, str]]:
     return name, memory, refused
 
 
-def _measured(name: str, layers: int, precision: str, side: str, steps: int, device: str) -> dict[str, Any]:
+def _measured(
+    name: str, layers: int, precision: str, side: str, steps: int, device: str
+) -> dict[str, Any]:
     """A row's numbers, or why there are `none`."""
     done = subprocess.run(
         [sys.executable, __file__, "--one", side, name, str(layers), precision, "--steps", str(steps)],

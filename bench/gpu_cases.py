@@ -23,7 +23,15 @@ from megacode.recipe.schema import (
     Source,
 )
 
-PRECISIONS = ("bf16", "delayed", "tensorwise", "blockwise", "mxfp8", "delayed-params", "tensorwise-params")
+PRECISIONS = (
+    "bf16",
+    "delayed",
+    "tensorwise",
+    "blockwise",
+    "mxfp8",
+    "delayed-params",
+    "tensorwise-params",
+)
 _FULL = 0.97
 """Share of a device's memory that a full model may take by the plan's arithmetic: what does not fit is not tried."""
 _REDUCED = 0.90
@@ -39,7 +47,13 @@ def crystal(layers: int) -> Model:
 
 def llama(layers: int) -> Model:
     return Model(
-        layers=layers, hidden_size=4096, heads=32, kv_heads=8, ffn_size=14336, rotary_base=500_000, vocab_size=128_256
+        layers=layers,
+        hidden_size=4096,
+        heads=32,
+        kv_heads=8,
+        ffn_size=14336,
+        rotary_base=500_000,
+        vocab_size=128_256,
     )
 
 
@@ -91,7 +105,9 @@ CASES: dict[str, Case] = {
 DEFAULT_CASES = ("crystal-7b", "crystal-7b-8k-lean", "crystal-7b-reduced", "llama-8b-8k-reduced")
 
 
-def recipe_of(case: Case, layers: int, precision: str, folder: Path = Path("."), fused: bool = True) -> Recipe:
+def recipe_of(
+    case: Case, layers: int, precision: str, folder: Path = Path("."), fused: bool = True
+) -> Recipe:
     """The recipe of one measurement; its corpus is `folder`/a."""
     kind, _, params = precision.partition("-")
     phase = Phase(
@@ -130,7 +146,11 @@ def fitting_layers(case: Case, precisions: Sequence[str], memory: int) -> int:
     where none does: then nothing is tried)."""
     if not case.reduced:
         return case.layers
-    fits = (n for n in range(case.layers, 2, -2) if all(needed(case, n, p) <= _REDUCED * memory for p in precisions))
+    fits = (
+        n
+        for n in range(case.layers, 2, -2)
+        if all(needed(case, n, p) <= _REDUCED * memory for p in precisions)
+    )
     return next(fits, 2)
 
 

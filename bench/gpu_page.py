@@ -29,7 +29,11 @@ class Page:
     def write(self, rows: list[dict[str, Any]]) -> str:
         """The page with this run's `rows`; what of it is this run's."""
         cases = dict.fromkeys((r["case"], r["layers"]) for r in rows)
-        lines = [*(f"- `{name}`: {CASES[name].describe(layers)}" for name, layers in cases), "", _line(_COLUMNS)]
+        lines = [
+            *(f"- `{name}`: {CASES[name].describe(layers)}" for name, layers in cases),
+            "",
+            _line(_COLUMNS),
+        ]
         lines += ["|---" * len(_COLUMNS) + "|", *(_line(_cells(row, rows)) for row in rows)]
         own = self._head + "\n".join(lines) + "\n"
         self.path.write_text(own + self._earlier)
@@ -68,4 +72,6 @@ def _versions() -> str:
         "print(f'torch {torch.__version__}, CUDA {torch.version.cuda}, Transformer Engine ' + v('transformer-engine')"
         " + ', megatron-core ' + v('megatron-core'))"
     )
-    return subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, check=True
+    ).stdout.strip()

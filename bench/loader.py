@@ -109,17 +109,25 @@ def python_corpus(folder: Path) -> Any:
             break
     with Console().status("training a tokenizer"):
         train_tokenizer(iter(texts), folder / "t.model", 8000)
-    tokenizer = load_tokenizer(TokenizerSection(path=str(folder / "t.model"), added_tokens="crystal", bos=True, eod=True))
-    documents = [[tokenizer.bos_id, *ids, tokenizer.eod_id] for ids in tokenizer.encode_batch(texts)]
+    tokenizer = load_tokenizer(
+        TokenizerSection(path=str(folder / "t.model"), added_tokens="crystal", bos=True, eod=True)
+    )
+    documents = [
+        [tokenizer.bos_id, *ids, tokenizer.eod_id] for ids in tokenizer.encode_batch(texts)
+    ]
     np.concatenate([np.array(d, np.uint16) for d in documents]).tofile(folder / "python.bin")
-    write_index(folder / "python.idx", np.array([len(d) for d in documents], np.int32), np.dtype(np.uint16))
+    write_index(
+        folder / "python.idx", np.array([len(d) for d in documents], np.int32), np.dtype(np.uint16)
+    )
     return tokenizer
 
 
 def main() -> None:
     from megacode.recipe.section import parse_count
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", default="200M")
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=64)
@@ -151,13 +159,23 @@ def main() -> None:
                     torch.stack([s[key] for s in samples])
 
         tokenizer = python_corpus(folder)
-        with_fim = reader(folder, {"python": 1.0}, length, 16, 8, tokenizer.vocab_size, tokenizer, 0.9)
-        without = reader(folder, {"python": 1.0}, length, 16, 8, tokenizer.vocab_size, tokenizer, 0.0)
+        with_fim = reader(
+            folder, {"python": 1.0}, length, 16, 8, tokenizer.vocab_size, tokenizer, 0.9
+        )
+        without = reader(
+            folder, {"python": 1.0}, length, 16, 8, tokenizer.vocab_size, tokenizer, 0.0
+        )
         sides: dict[str, tuple[Callable[[], None], int]] = {
             "Megatron-Core GPTDataset": (read_theirs, steps * batch * length),
             "megacode": (read_ours, steps * batch * length),
-            "megacode, Python, no FIM": (lambda: [without.read(s) for s in range(8)] and None, 8 * 16 * length),
-            "megacode, Python, FIM 0.9": (lambda: [with_fim.read(s) for s in range(8)] and None, 8 * 16 * length),
+            "megacode, Python, no FIM": (
+                lambda: [without.read(s) for s in range(8)] and None,
+                8 * 16 * length,
+            ),
+            "megacode, Python, FIM 0.9": (
+                lambda: [with_fim.read(s) for s in range(8)] and None,
+                8 * 16 * length,
+            ),
         }
         for function, _ in sides.values():
             function()  # the page cache, and whatever is made on first use
@@ -170,7 +188,9 @@ def main() -> None:
     for head in ("side", "M tokens/s", "ratio"):
         table.add_column(head, justify="left" if head == "side" else "right")
     for name, rates in measured.items():
-        table.add_row(name, f"{statistics.median(rates) / 1e6:.2f}", f"{statistics.median(rates) / base:.2f}")
+        table.add_row(
+            name, f"{statistics.median(rates) / 1e6:.2f}", f"{statistics.median(rates) / base:.2f}"
+        )
     print_table(table_console(), table)
 
 

@@ -27,7 +27,9 @@ class PlainTokenizer:
         return ids[0] if isinstance(tokens, str) else ids
 
     def ids_to_text(self, ids: Any, remove_special_tokens: bool = True) -> str:
-        return str(self.tokenizer.base.decode(ids.tolist()))  # control tokens of the file's own decode to nothing
+        return str(
+            self.tokenizer.base.decode(ids.tolist())
+        )  # control tokens of the file's own decode to nothing
 
     def text_to_ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode_batch([text])[0])
@@ -38,7 +40,9 @@ def be_one_rank() -> None:
     import torch
 
     if not torch.distributed.is_initialized():  # it asks for the rank
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
@@ -48,7 +52,9 @@ def build_blend(
     sequence_length: int, cache: Path, tokenizer: PlainTokenizer, **settings: Any,
 ) -> Any:  # fmt: skip
     """The training split of a blend, by BlendedMegatronDatasetBuilder; its indices are written to `cache`."""
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
 
     be_one_rank()
     config = config_class(
@@ -56,7 +62,9 @@ def build_blend(
         split="1,0,0", path_to_cache=str(cache), tokenizer=tokenizer, reset_position_ids=False,
         reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False, **settings,
     )  # fmt: skip
-    return BlendedMegatronDatasetBuilder(dataset_class, [samples, 0, 0], lambda: True, config).build()[0]
+    return BlendedMegatronDatasetBuilder(
+        dataset_class, [samples, 0, 0], lambda: True, config
+    ).build()[0]
 
 
 def machine_line() -> str:
@@ -66,7 +74,9 @@ def machine_line() -> str:
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        model = next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         pass
     versions = [f"Python {platform.python_version()}", f"numpy {numpy.__version__}"]

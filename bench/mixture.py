@@ -111,7 +111,11 @@ def measure_megatron(folder: Path, tokens: int) -> dict[str, float]:
 
 
 def disk_used(folder: Path) -> int:
-    return sum(os.stat(p).st_blocks * 512 for p in folder.rglob("*") if p.is_file()) if folder.exists() else 0
+    return (
+        sum(os.stat(p).st_blocks * 512 for p in folder.rglob("*") if p.is_file())
+        if folder.exists()
+        else 0
+    )
 
 
 def measure(side: str, billions: float) -> dict[str, Any]:
@@ -119,7 +123,9 @@ def measure(side: str, billions: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name, weight in WEIGHTS.items():
-            write_dataset(folder / name, int(billions * 1e9 * weight * 1.02), whole=side == "megatron")
+            write_dataset(
+                folder / name, int(billions * 1e9 * weight * 1.02), whole=side == "megatron"
+            )
         before = disk_used(folder)
         done = subprocess.run(
             [sys.executable, __file__, "--one", side, str(folder), str(int(billions * 1e9))],
@@ -129,7 +135,12 @@ def measure(side: str, billions: float) -> dict[str, Any]:
         line = next((text for text in done.stdout.splitlines() if text.startswith("RESULT ")), None)
         if line is None:
             raise SystemExit(f"{side} at {billions} B tokens failed:\n{done.stderr[-2000:]}")
-        return {"side": side, "billions": billions, **json.loads(line[7:]), "disk": max(disk_used(folder) - before, 0)}
+        return {
+            "side": side,
+            "billions": billions,
+            **json.loads(line[7:]),
+            "disk": max(disk_used(folder) - before, 0),
+        }
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -155,7 +166,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", default="0.1,0.3,1,3")
     parser.add_argument("--largest", type=float, default=1400.0)
     parser.add_argument("--plot", type=Path)
@@ -172,14 +185,20 @@ def main() -> None:
     from megacode.terminal import print_table, table_console
 
     sizes = [float(size) for size in args.sizes.split(",")]
-    plans = [("megatron", size) for size in sizes] + [("megacode", size) for size in [*sizes, 100.0, args.largest]]
+    plans = [("megatron", size) for size in sizes] + [
+        ("megacode", size) for size in [*sizes, 100.0, args.largest]
+    ]
     rows = [measure(side, size) for side, size in track(plans, "measuring", transient=True)]
     table = Table(title="Opening Crystal's phase 2 mixture, up to the first batch's samples")
     for head in ("side", "billion tokens", "seconds", "memory MB", "disk MB"):
         table.add_column(head, justify="left" if head == "side" else "right")
     for r in rows:
         table.add_row(
-            r["side"], f"{r['billions']:g}", f"{r['seconds']:.3f}", f"{r['memory'] / 1e6:.0f}", f"{r['disk'] / 1e6:.1f}"
+            r["side"],
+            f"{r['billions']:g}",
+            f"{r['seconds']:.3f}",
+            f"{r['memory'] / 1e6:.0f}",
+            f"{r['disk'] / 1e6:.1f}",
         )
     print_table(table_console(), table)
     if args.plot:

@@ -34,9 +34,15 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "crystal-tiny.yaml"
 STANDARD = [
     "model.mup=null", "model.init_std=0.02", "model.embedding_init_std=null", "model.init_distribution=normal",
 ]  # fmt: skip
-MUP = ["model.mup={base_hidden_size: 64, embedding_scale: 14.6, output_alpha: 1.0}", "model.init_std=0.146"]
+MUP = [
+    "model.mup={base_hidden_size: 64, embedding_scale: 14.6, output_alpha: 1.0}",
+    "model.init_std=0.146",
+]
 SIDES = {"muP": MUP, "standard": STANDARD}
-RATES = {"muP": [2.0**-k for k in range(10, 4, -1)], "standard": [2.0**-k for k in range(12, 4, -1)]}
+RATES = {
+    "muP": [2.0**-k for k in range(10, 4, -1)],
+    "standard": [2.0**-k for k in range(12, 4, -1)],
+}
 console = Console(highlight=False)
 
 
@@ -51,7 +57,9 @@ def settings(width: int, side: str, rate: float, steps: int) -> list[str]:
     ]  # fmt: skip
 
 
-def train(width: int, side: str, rate: float, steps: int, look: Callable[[Any], None] | None = None) -> Iterator[float]:
+def train(
+    width: int, side: str, rate: float, steps: int, look: Callable[[Any], None] | None = None
+) -> Iterator[float]:
     """Loss of each step. `look` sees the model once, before the first."""
     from megacode.data.loader import StepReader
     from megacode.data.mixture import open_mixture
@@ -77,7 +85,9 @@ def train(width: int, side: str, rate: float, steps: int, look: Callable[[Any], 
     for step in range(steps):
         set_lr(optimizer, plan.learning_rate(step), recipe.optimizer.weight_decay)
         batch = reader.read(step)
-        sums, _ = train_step(chunks, optimizer, batch.micro_batches, len(plan.phases[0].streams), recipe, world)
+        sums, _ = train_step(
+            chunks, optimizer, batch.micro_batches, len(plan.phases[0].streams), recipe, world
+        )
         yield float(sums[0].sum() / sums[1].sum())
 
 
@@ -99,7 +109,9 @@ PLACES = {"embedding": "embedding", "attention": "decoder.layers.1.self_attentio
 
 def coordinates(widths: Sequence[int], steps: int) -> dict[tuple[str, str], np.ndarray]:
     """(side, place) -> root mean square, float64 [widths, steps]."""
-    seen: dict[tuple[str, str], list[list[float]]] = {(side, place): [] for side in SIDES for place in PLACES}
+    seen: dict[tuple[str, str], list[list[float]]] = {
+        (side, place): [] for side in SIDES for place in PLACES
+    }
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("coordinates", total=len(SIDES) * len(widths) * steps)
         for side in SIDES:
@@ -114,7 +126,9 @@ def coordinates(widths: Sequence[int], steps: int) -> dict[tuple[str, str], np.n
                             tensor = output[0] if isinstance(output, tuple) else output
                             if place == "logits":  # without the padding, which is masked
                                 tensor = tensor[..., :1000]
-                            rows[place].append(float(tensor.detach().float().square().mean().sqrt()))
+                            rows[place].append(
+                                float(tensor.detach().float().square().mean().sqrt())
+                            )
 
                         modules[name].register_forward_hook(note)
 
@@ -175,10 +189,14 @@ def report_sweep(args: argparse.Namespace) -> None:
             entry = json.loads(line)
             if entry["steps"] == args.steps:
                 losses[entry["side"], entry["width"], entry["rate"]] = entry["loss"]
-    wanted = [(side, width, rate) for width in args.widths for side in SIDES for rate in RATES[side]]
+    wanted = [
+        (side, width, rate) for width in args.widths for side in SIDES for rate in RATES[side]
+    ]
     with Progress(console=console, transient=True) as bar:
         cost = {key: key[1] * (2000 + key[1]) for key in wanted}
-        task = bar.add_task("sweep", total=sum(cost.values()), completed=sum(cost[k] for k in wanted if k in losses))
+        task = bar.add_task(
+            "sweep", total=sum(cost.values()), completed=sum(cost[k] for k in wanted if k in losses)
+        )
         for key in wanted:
             if key in losses:
                 continue
@@ -186,24 +204,43 @@ def report_sweep(args: argparse.Namespace) -> None:
             every = []
             for loss in train(width, side, rate, args.steps):
                 every.append(loss if np.isfinite(loss) else 20.0)
-                bar.update(task, advance=cost[key] / args.steps, description=f"{side}, width {width}, rate {rate:.2g}")
+                bar.update(
+                    task,
+                    advance=cost[key] / args.steps,
+                    description=f"{side}, width {width}, rate {rate:.2g}",
+                )
             losses[key] = float(np.mean(every[-10:]))
             with open(record, "a") as out:
-                row = {"side": side, "width": width, "rate": rate, "steps": args.steps, "loss": losses[key]}
+                row = {
+                    "side": side,
+                    "width": width,
+                    "rate": rate,
+                    "steps": args.steps,
+                    "loss": losses[key],
+                }
                 out.write(json.dumps(row) + "\n")
-    lines = ["# muP: the best learning rate over widths", "", f"Mean loss of the last 10 of {args.steps} steps.", ""]
+    lines = [
+        "# muP: the best learning rate over widths",
+        "",
+        f"Mean loss of the last 10 of {args.steps} steps.",
+        "",
+    ]
     best: dict[tuple[str, int], float] = {}
     for side in SIDES:
         rates = RATES[side]
         lines += [
-            f"| {side}: width | " + " | ".join(f"2^{np.log2(r):.0f}" for r in rates) + " | best rate |",
+            f"| {side}: width | "
+            + " | ".join(f"2^{np.log2(r):.0f}" for r in rates)
+            + " | best rate |",
             "|---:|" + "---:|" * (len(rates) + 1),
         ]
         for width in args.widths:
             values = [losses[side, width, rate] for rate in rates]
             best[side, width] = optimum(rates, values)
             marked = [f"**{v:.3f}**" if v == min(values) else f"{v:.3f}" for v in values]
-            lines.append(f"| {width} | " + " | ".join(marked) + f" | 2^{np.log2(best[side, width]):.2f} |")
+            lines.append(
+                f"| {width} | " + " | ".join(marked) + f" | 2^{np.log2(best[side, width]):.2f} |"
+            )
         moved = np.log2(best[side, args.widths[-1]] / best[side, args.widths[0]])
         lines += [
             "",
@@ -249,14 +286,24 @@ def optimum(rates: Sequence[float], values: Sequence[float]) -> float:
 def write(args: argparse.Namespace, name: str, lines: list[str]) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     text = "\n".join(
-        [*lines, "", f"{date.today()}, {machine_line()}", f"    {' '.join(sys.argv)}", "", f"![{name}]({name}.png)", ""]
+        [
+            *lines,
+            "",
+            f"{date.today()}, {machine_line()}",
+            f"    {' '.join(sys.argv)}",
+            "",
+            f"![{name}]({name}.png)",
+            "",
+        ]
     )
     (args.output / f"{name}.md").write_text(text)
     console.print(text, markup=False, soft_wrap=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["coordinates", "sweep"])
     parser.add_argument("--widths", type=int, nargs="+")
     parser.add_argument("--steps", type=int)

@@ -35,14 +35,18 @@ BATCH, STEPS_A_ROUND, READ_TOKENS = 64, 12, 200_000_000
 
 
 def write_corpus(prefix: Path, documents: int, with_tokens: bool) -> None:
-    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(400), 1.3, documents), 1, 2**30).astype(np.int32)
+    lengths = np.clip(
+        np.random.default_rng(0).lognormal(np.log(400), 1.3, documents), 1, 2**30
+    ).astype(np.int32)
     write_index(Path(f"{prefix}.idx"), lengths, np.dtype(np.uint16))
     with open(f"{prefix}.bin", "wb") as file:
         if with_tokens:
             for first in range(0, documents, 10_000):
                 size = int(lengths[first : first + 10_000].sum())
                 np.random.default_rng(first).integers(3, 32_000, size, dtype=np.uint16).tofile(file)
-        file.truncate(int(lengths.sum(dtype=np.int64)) * 2)  # lengths alone need no tokens: a file of holes
+        file.truncate(
+            int(lengths.sum(dtype=np.int64)) * 2
+        )  # lengths alone need no tokens: a file of holes
 
 
 def recipe_of(prefix: Path, length: int, packing: str) -> Recipe:
@@ -97,12 +101,16 @@ def reading(prefix: Path, length: int, repeats: int) -> dict[str, float]:
             for _ in range(STEPS_A_ROUND):
                 reader.read(next(steps))
             if number:
-                rates[name].append(STEPS_A_ROUND * BATCH * length / (time.perf_counter() - start) / 1e6)
+                rates[name].append(
+                    STEPS_A_ROUND * BATCH * length / (time.perf_counter() - start) / 1e6
+                )
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=parse_count, default=10_000_000)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -113,7 +121,9 @@ def main() -> None:
         write_corpus(folder / "large", args.documents, with_tokens=False)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(f"{args.documents:,} documents in one shard\n")
-        print("| length | M documents/s | full | cut | cut by concatenating | opened again | index bytes/document |")
+        print(
+            "| length | M documents/s | full | cut | cut by concatenating | opened again | index bytes/document |"
+        )
         print("|---|---|---|---|---|---|---|")
         for row in making(folder / "large", [2048, 8192, 32768]):
             print(

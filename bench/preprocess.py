@@ -40,7 +40,21 @@ from rich.console import Console
 
 console = Console(highlight=False, soft_wrap=True)
 PROCESSES = "fast backend alone, processes, in memory"
-ENDINGS = {".py", ".pyi", ".c", ".h", ".hpp", ".cpp", ".js", ".pl", ".pm", ".sh", ".md", ".rst", ".txt"}
+ENDINGS = {
+    ".py",
+    ".pyi",
+    ".c",
+    ".h",
+    ".hpp",
+    ".cpp",
+    ".js",
+    ".pl",
+    ".pm",
+    ".sh",
+    ".md",
+    ".rst",
+    ".txt",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,11 @@ class Result:
 
 def gather(path: Path, megabytes: float) -> None:
     """Sources and prose from this machine, each once, in an order given by a hash of their paths."""
-    roots = [Path(p) for p in ("/usr", "/opt", "/root", "/home", sys.prefix, sys.base_prefix) if Path(p).is_dir()]
+    roots = [
+        Path(p)
+        for p in ("/usr", "/opt", "/root", "/home", sys.prefix, sys.base_prefix)
+        if Path(p).is_dir()
+    ]
     files = {f for root in roots for f in _files(root)}
     seen: set[bytes] = set()
     size = 0
@@ -101,7 +119,9 @@ def measured(name: str, command: list[str], tokens: Callable[[], int], **more: o
     peak, looked = 0, started
     while process.poll() is None:
         time.sleep(0.02)
-        if time.perf_counter() > looked + 0.5:  # adding up the pages of a process takes a core for milliseconds
+        if (
+            time.perf_counter() > looked + 0.5
+        ):  # adding up the pages of a process takes a core for milliseconds
             looked = time.perf_counter()
             peak = max(peak, _memory(process))
     seconds = time.perf_counter() - started
@@ -123,7 +143,10 @@ def _memory(process: psutil.Process) -> int:
 
 def tokens_in(*prefixes: Path) -> int:
     itemsize = 2  # 32,000 pieces
-    return sum(prefix.with_name(prefix.name + ".bin").stat().st_size for prefix in prefixes) // itemsize
+    return (
+        sum(prefix.with_name(prefix.name + ".bin").stat().st_size for prefix in prefixes)
+        // itemsize
+    )
 
 
 def megacode(corpus: Path, model: Path, folder: Path, workers: int, *options: str) -> Result:
@@ -159,17 +182,37 @@ def coordinator(corpus: Path, model: Path, folder: Path, workers: int) -> str:
                 out.write(line)
     found = []
     for name, text in (("part", quarter), ("whole", corpus)):
-        command = [sys.executable, "-c", COORDINATOR, str(text), str(model), str(folder / f"coordinator-{name}"), str(workers)]
-        found.append([float(n) for n in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()])
+        command = [
+            sys.executable,
+            "-c",
+            COORDINATOR,
+            str(text),
+            str(model),
+            str(folder / f"coordinator-{name}"),
+            str(workers),
+        ]
+        found.append(
+            [
+                float(n)
+                for n in subprocess.run(
+                    command, capture_output=True, text=True, check=True
+                ).stdout.split()
+            ]
+        )
     (cpu, wall, size), (all_cpu, all_wall, all_size) = found
-    each, worker = (all_cpu - cpu) / (all_size - size), workers * (all_wall - wall) / (all_size - size)
+    each, worker = (
+        (all_cpu - cpu) / (all_size - size),
+        workers * (all_wall - wall) / (all_size - size),
+    )
     return (
         f"The coordinator's CPU: {all_cpu:.2f} s for {all_size:.2f} GB of text, {each:.2f} s for each further GB; a worker takes "
         f"{worker:.1f} s a GB, so {worker / each:,.0f} of them would keep it busy."
     )
 
 
-def megatron_lm(corpus: Path, model: Path, folder: Path, workers: int, root: Path, more_paths: list[str]) -> Result:
+def megatron_lm(
+    corpus: Path, model: Path, folder: Path, workers: int, root: Path, more_paths: list[str]
+) -> Result:
     path = os.pathsep.join([str(root), *more_paths])
     command = [
         sys.executable, str(root / "tools" / "preprocess_data.py"), "--input", str(corpus), "--output-prefix",
@@ -178,7 +221,10 @@ def megatron_lm(corpus: Path, model: Path, folder: Path, workers: int, root: Pat
     ]  # fmt: skip
     output = folder / "megatron_text_document"
     return measured(
-        "Megatron-LM preprocess_data.py", command, lambda: tokens_in(output), env={**os.environ, "PYTHONPATH": path}
+        "Megatron-LM preprocess_data.py",
+        command,
+        lambda: tokens_in(output),
+        env={**os.environ, "PYTHONPATH": path},
     )
 
 
@@ -191,8 +237,12 @@ def huggingface_form(model: Path) -> Any:
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
     names = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]
     vocabulary = {name: i for i, name in enumerate(names)}
-    merges = generate_merges(vocabulary, {name: pieces.get_score(i) for i, name in enumerate(names)})
-    model_of = tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    merges = generate_merges(
+        vocabulary, {name: pieces.get_score(i) for i, name in enumerate(names)}
+    )
+    model_of = tokenizers.models.BPE(
+        vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
     tokenizer = tokenizers.Tokenizer(model_of)
     tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
@@ -260,7 +310,9 @@ def _backend_worker(work: tuple[str, list[str]]) -> tuple[int, float]:
     started = time.perf_counter()
     tokens = 0
     for i in range(0, len(documents), 256):
-        tokens += len(tokenizer.encode_batch(documents[i : i + 256], parallel=False).layout.content.data)
+        tokens += len(
+            tokenizer.encode_batch(documents[i : i + 256], parallel=False).layout.content.data
+        )
     return tokens, time.perf_counter() - started
 
 
@@ -277,7 +329,11 @@ def fast_sides(corpus: Path, model: Path, folder: Path, workers: int) -> Iterato
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             done = pool.map(_backend_worker, shares, chunksize=1)
             rounds.append(
-                [whole, Result(PROCESSES, max(s for _, s in done), sum(n for n, _ in done)), _threads(model, texts)]
+                [
+                    whole,
+                    Result(PROCESSES, max(s for _, s in done), sum(n for n, _ in done)),
+                    _threads(model, texts),
+                ]
             )
         if number:
             shutil.rmtree(output)
@@ -297,7 +353,9 @@ def _threads(model: Path, texts: list[str]) -> Result:
     documents = [text.encode() for text in texts]
     started = time.perf_counter()
     tokens = len(tokenizer.encode_batch(documents, parallel=True).layout.content.data)
-    return Result("fast backend alone, its own threads, in memory", time.perf_counter() - started, tokens)
+    return Result(
+        "fast backend alone, its own threads, in memory", time.perf_counter() - started, tokens
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- the table
@@ -315,19 +373,27 @@ def same_documents(ours: Path, theirs: Path) -> str:
     mine, other = lengths(ours), lengths(theirs)
     if not np.array_equal(mine, other):
         return f"DIFFERENT: {len(mine):,} and {len(other):,} documents, or other lengths"
-    a, b = (np.memmap(p.with_name(p.name + ".bin"), dtype=np.uint16, mode="r") for p in (ours, theirs))
+    a, b = (
+        np.memmap(p.with_name(p.name + ".bin"), dtype=np.uint16, mode="r") for p in (ours, theirs)
+    )
     if not np.array_equal(a, b):
         return f"DIFFERENT from token {int(np.flatnonzero(a != b)[0]):,} on"
     return f"all {len(mine):,} documents, {len(a):,} tokens, are the same"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, help="JSON lines with a field `text` (gathered from this machine)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus", type=Path, help="JSON lines with a field `text` (gathered from this machine)"
+    )
     parser.add_argument("--megabytes", type=float, default=500, help="how much to gather (500)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--megatron-lm", type=Path, help="a checkout of Megatron-LM")
-    parser.add_argument("--megatron-path", action="append", default=[], help="more folders for its PYTHONPATH")
+    parser.add_argument(
+        "--megatron-path", action="append", default=[], help="more folders for its PYTHONPATH"
+    )
     parser.add_argument("--table", type=Path, help="write the table as Markdown")
     args = parser.parse_args()
     from megacode.tokenizer.training import sample, train_tokenizer
@@ -343,20 +409,33 @@ def main() -> None:
         console.print(f"{len(texts):,} documents, {size:,.1f} MB of text")
         model = folder / "tokenizer.model"
         with console.status("training the tokenizer"):
-            train_tokenizer((t for t in sample(texts, min(1.0, 60 / size)) if len(t) < 100_000), model, 32_000)
+            train_tokenizer(
+                (t for t in sample(texts, min(1.0, 60 / size)) if len(t) < 100_000), model, 32_000
+            )
         del texts
         results = []
 
         def note(result: Result) -> None:
             results.append(result)
-            console.print(f"{result.side}: {result.seconds:.1f} s, {size / result.seconds:.1f} MB/s")
+            console.print(
+                f"{result.side}: {result.seconds:.1f} s, {size / result.seconds:.1f} MB/s"
+            )
 
         missing = []
         for result in fast_sides(corpus, model, folder, args.workers):
             note(result)
         note(megacode(corpus, model, folder, args.workers, "--exact"))
         if args.megatron_lm:
-            note(megatron_lm(corpus, model, folder, args.workers, args.megatron_lm.resolve(), args.megatron_path))
+            note(
+                megatron_lm(
+                    corpus,
+                    model,
+                    folder,
+                    args.workers,
+                    args.megatron_lm.resolve(),
+                    args.megatron_path,
+                )
+            )
         else:
             missing.append("Megatron-LM (no --megatron-lm)")
         try:
@@ -374,7 +453,11 @@ def main() -> None:
             )
         lines.append(coordinator(corpus, model, folder, args.workers))
         lines += [f"Not measured: {', '.join(missing)}."] if missing else []
-        lines += ["", f"{size:,.1f} MB of text. {date.today()}, {machine_line()}", f"    {' '.join(sys.argv)}"]
+        lines += [
+            "",
+            f"{size:,.1f} MB of text. {date.today()}, {machine_line()}",
+            f"    {' '.join(sys.argv)}",
+        ]
         text = "\n".join(lines)
         console.print(text, markup=False)
         if args.table:
@@ -385,7 +468,10 @@ def main() -> None:
 
 def table(results: list[Result], size: float, workers: int) -> list[str]:
     ours = results[0]
-    lines = [f"| {workers} processes | MB/s | M tokens/s | peak MB | megacode is |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        f"| {workers} processes | MB/s | M tokens/s | peak MB | megacode is |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for result in results:
         memory = f"{result.memory:,.0f}" if result.memory else ""
         ratio = "" if result is ours else f"{result.seconds / ours.seconds:.2f} ×"

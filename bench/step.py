@@ -56,12 +56,16 @@ def prepare(recipe_path: str, changes: list[str], folder: Path) -> None:
             rows[index] = source.read(np.array([start]), rows.shape[1])[0]
         windows.append(rows)
     np.savez(folder / "batches.npz", windows=np.stack(windows))
-    vocab = load_tokenizer(recipe.tokenizer).vocab_size if recipe.tokenizer else recipe.model.vocab_size
+    vocab = (
+        load_tokenizer(recipe.tokenizer).vocab_size if recipe.tokenizer else recipe.model.vocab_size
+    )
     (folder / "model.json").write_text(json.dumps(settings_of(recipe, vocab)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="recipes/crystal-tiny.yaml")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
@@ -92,19 +96,31 @@ def main() -> None:
         prepare(args.recipe, changes, folder)
         for index in range(args.rounds):
             done = subprocess.run(
-                [sys.executable, __file__, "--bare", str(folder)], check=True, stdout=subprocess.PIPE, text=True
+                [sys.executable, __file__, "--bare", str(folder)],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
             )
-            sides["bare Megatron-Core"].append(statistics.median(json.loads(done.stdout.splitlines()[-1])[WARM_UP:]))
+            sides["bare Megatron-Core"].append(
+                statistics.median(json.loads(done.stdout.splitlines()[-1])[WARM_UP:])
+            )
             seconds = ours(args.recipe, changes, folder / f"run{index}")[WARM_UP : args.steps]
             sides["megacode"].append(statistics.median(seconds))
     base = statistics.median(sides["bare Megatron-Core"])
     machine = platform.processor() or platform.machine()
-    table = Table(title=f"{args.recipe}, {args.steps} steps x {args.rounds} rounds, 1 process, {machine}")
+    table = Table(
+        title=f"{args.recipe}, {args.steps} steps x {args.rounds} rounds, 1 process, {machine}"
+    )
     for head in ("side", "ms/step (median of rounds)", "rounds", "ratio"):
         table.add_column(head, justify="left" if head == "side" else "right")
     for name, values in sides.items():
         middle = statistics.median(values)
-        table.add_row(name, f"{middle * 1e3:.1f}", " ".join(f"{v * 1e3:.1f}" for v in values), f"{middle / base:.3f}")
+        table.add_row(
+            name,
+            f"{middle * 1e3:.1f}",
+            " ".join(f"{v * 1e3:.1f}" for v in values),
+            f"{middle / base:.3f}",
+        )
     print_table(table_console(), table)
 
 

@@ -59,6 +59,9 @@ def __getattr__(name: str) -> Any:
         from megacode.megatron import cpu
 
         cpu.prepare()
-    found = getattr(importlib.import_module(f"megacode.{_PLACES[name]}"), "plan_with_data" if name == "make_plan" else name)
+    found = getattr(
+        importlib.import_module(f"megacode.{_PLACES[name]}"),
+        "plan_with_data" if name == "make_plan" else name,
+    )
     globals()[name] = found
     return found

@@ -65,7 +65,9 @@ def leaves(path: Path, folder: Path) -> bool:
     `models--NAME/snapshots/REVISION` lead to `models--NAME/blobs`."""
     target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     roots = [root]
-    for snapshots in (one for one in (root, *root.parents) if one.name == "snapshots" and "--" in one.parent.name):
+    for snapshots in (
+        one for one in (root, *root.parents) if one.name == "snapshots" and "--" in one.parent.name
+    ):
         roots.append(snapshots.parent / "blobs")
     return not any(target.is_relative_to(one) for one in roots)
 
@@ -79,7 +81,9 @@ def inside(folder: Path, name: object, where: str) -> Path:
     if not isinstance(name, str) or not name or "\0" in name:
         raise UserError(f"{where}: {name!r} is not the name of a file; make that file anew")
     if os.path.isabs(name) or ".." in Path(name).parts:
-        raise UserError(f"{where}: the name {name!r} leads out of {folder}; make that file anew, with names of its own folder")
+        raise UserError(
+            f"{where}: the name {name!r} leads out of {folder}; make that file anew, with names of its own folder"
+        )
     if leaves(folder / name, folder):
         raise UserError(
             f"{where}: {name!r} is a link that leads out of {folder}, to {os.path.realpath(folder / name)}, and is not followed; "
@@ -100,7 +104,11 @@ def sync_folder(folder: Path) -> None:
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
     """`value` as indented JSON, whole or not at all."""
     with replace_file(path, durable) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+        file.write(
+            (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(
+                errors="backslashreplace"
+            )
+        )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -42,7 +42,10 @@ def free_port() -> int:
 
 
 def launch(
-    arguments: Sequence[str], processes: int, grace_seconds: float = 60.0, among: Rendezvous | None = None
+    arguments: Sequence[str],
+    processes: int,
+    grace_seconds: float = 60.0,
+    among: Rendezvous | None = None,
 ) -> int:
     """Run `python -m megacode.cli ARGUMENTS` in `processes` local processes and wait for all.
 
@@ -69,7 +72,11 @@ def launch(
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "megacode.cli", *arguments],
-            env={**environment, "RANK": str(among.launcher * processes + local), "LOCAL_RANK": str(local)},
+            env={
+                **environment,
+                "RANK": str(among.launcher * processes + local),
+                "LOCAL_RANK": str(local),
+            },
         )
         for local in range(processes)
     ]
@@ -108,7 +115,12 @@ def _wait(children: list[subprocess.Popen[bytes]], grace_seconds: float) -> int:
                     other.kill()
         time.sleep(0.05)
     return failed or next(
-        (c.returncode if c.returncode > 0 else 128 - c.returncode for c in children if c.returncode), 0
+        (
+            c.returncode if c.returncode > 0 else 128 - c.returncode
+            for c in children
+            if c.returncode
+        ),
+        0,
     )
 
 

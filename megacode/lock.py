@@ -71,7 +71,11 @@ def this_process(environment: Mapping[str, str] = os.environ) -> Owner:
 
 def _boot() -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
+        return (
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            + " "
+            + os.readlink("/proc/self/ns/pid")
+        )
     except OSError:
         return ""
 
@@ -90,7 +94,12 @@ def _gone(owner: Owner, me: Owner) -> str | None:
     """Why a lock's owner cannot be training any more, without looking at its time stamp."""
     if owner.job and owner.job == me.job and owner.job_start < me.job_start:
         return "an earlier start of this Slurm job"
-    if owner.boot and owner.boot == me.boot and _pid_started(owner.pid) != owner.pid_started and not _hidden(owner.pid):
+    if (
+        owner.boot
+        and owner.boot == me.boot
+        and _pid_started(owner.pid) != owner.pid_started
+        and not _hidden(owner.pid)
+    ):
         return "its process is gone"
     return None
 
@@ -201,7 +210,9 @@ def take(
             if _link(mine, path):
                 return Lock(path, me, on_lost, heartbeat)
             _remove_left_over(path, me, say, stale)
-        raise UserError(f"{path}: others keep taking it; is the same run started several times? Start it once")
+        raise UserError(
+            f"{path}: others keep taking it; is the same run started several times? Start it once"
+        )
     finally:
         mine.unlink(missing_ok=True)
 
@@ -252,7 +263,9 @@ def _remove_left_over(path: Path, me: Owner, say: Callable[[str], None], stale: 
     moved.unlink(missing_ok=True)
 
 
-def _watched(path: Path, owner: Owner, me: Owner, say: Callable[[str], None], stale: float) -> str | None:
+def _watched(
+    path: Path, owner: Owner, me: Owner, say: Callable[[str], None], stale: float
+) -> str | None:
     """Why the lock is left over, after watching its time stamp; None if it is another's by now.
 
     Raises:
@@ -275,7 +288,9 @@ def _watched(path: Path, owner: Owner, me: Owner, say: Callable[[str], None], st
             raise lives
         if not said:
             said = True
-            say(f"{path}: held by {owner}; watching for {stale - age:.0f} s at most whether it lives")
+            say(
+                f"{path}: held by {owner}; watching for {stale - age:.0f} s at most whether it lives"
+            )
         first = age
         time.sleep(min(1.0, stale / 20))
     return None

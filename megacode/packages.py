@@ -93,8 +93,12 @@ class Probe:
 
 def probe(package: Package, seconds: float = _SECONDS) -> Probe:
     """Look at a package without importing it here."""
-    script = package.probe.format(module=package.module) if package.probe is _IMPORT else package.probe
-    facts, error = _run_python(_SEEK.format(name=package.module.partition(".")[0]) + script, seconds)
+    script = (
+        package.probe.format(module=package.module) if package.probe is _IMPORT else package.probe
+    )
+    facts, error = _run_python(
+        _SEEK.format(name=package.module.partition(".")[0]) + script, seconds
+    )
     if facts == _ABSENT:
         return Probe(None, {}, None, absent=True)
     try:
@@ -107,9 +111,17 @@ def probe(package: Package, seconds: float = _SECONDS) -> Probe:
 def _run_python(script: str, seconds: float) -> tuple[dict[str, Any], str | None]:
     """(facts, error) of a script that prints one JSON line last."""
     # Without the working directory on the path: a folder there named like a package is not that package.
-    command = [sys.executable, "-W", "ignore", "-c", "import sys; sys.path[:] = [p for p in sys.path if p]\n" + script]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        "import sys; sys.path[:] = [p for p in sys.path if p]\n" + script,
+    ]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, errors="replace")
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, errors="replace"
+        )
     except subprocess.TimeoutExpired:
         return {}, f"its import did not end within {seconds:.0f} s"
     except OSError as error:
@@ -124,7 +136,11 @@ def _run_python(script: str, seconds: float) -> tuple[dict[str, Any], str | None
         return {}, f"its import was ended by signal {-done.returncode}"
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     # A traceback's last `SomeError: ...`; what an exception says may go on below it.
-    errors = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
+    errors = [
+        line
+        for line in lines
+        if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b", line)
+    ]
     said = (errors or lines or [f"its import ended with code {done.returncode}"])[-1]
     return {}, clause(said)
 

@@ -8,7 +8,14 @@ from contextlib import contextmanager
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 PIPE = 140
@@ -32,7 +39,10 @@ def print_table(console: Console, table: Table) -> None:
     for column in table.columns:
         column.no_wrap = column.no_wrap or column.justify == "right"
         if not column.no_wrap and column.width is None:
-            cells = [console.measure(cell, options=unlimited).maximum for cell in (column.header, *column.cells)]
+            cells = [
+                console.measure(cell, options=unlimited).maximum
+                for cell in (column.header, *column.cells)
+            ]
             needed -= max(max(cells) - _PROSE, 0)
     width = console.width
     console.width = max(width, needed)
@@ -63,10 +73,14 @@ def duration(days: float) -> str:
 
 def table_of(title: str, *columns: str, left: int = 1, prose: bool = False) -> Table:
     """A table whose first `left` columns are words; with `prose` the last of these may take several lines."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, header_style="dim")
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, header_style="dim"
+    )
     table.show_header = any(columns)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right", no_wrap=number < left - prose)
+        table.add_column(
+            column, justify="left" if number < left else "right", no_wrap=number < left - prose
+        )
     return table
 
 
@@ -78,7 +92,13 @@ def progress_bar(title: str, total: int, what: str = "bytes") -> Iterator[Callab
     started = spoke = time.monotonic()
     done = 0
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    bar = Progress(*columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=console, transient=True)
+    bar = Progress(
+        *columns,
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
     task = bar.add_task(title, total=total, rate="")
 
     def advance(more: int) -> None:

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")))
-_PROGRAM = re.compile(r"(megacode|tools/[\w-]+|(python3? )?bench/[\w.]+|slurm/[\w.-]+|sbatch|srun|torchrun|pip|jq)\s")
+PAGES = (
+    "README.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
+)
+_PROGRAM = re.compile(
+    r"(megacode|tools/[\w-]+|(python3? )?bench/[\w.]+|slurm/[\w.-]+|sbatch|srun|torchrun|pip|jq)\s"
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,9 @@ def of_page(page: str) -> list[Command]:
     for number, line in enumerate(lines, 1):
         if line.startswith("```"):
             language = None if language is not None else line[3:].strip()
-        elif language == "bash" or (language is None and line.startswith("    ") and _PROGRAM.match(line.strip() + " ")):
+        elif language == "bash" or (
+            language is None and line.startswith("    ") and _PROGRAM.match(line.strip() + " ")
+        ):
             found.append((number, line))
     return [Command(f"{page}:{number}", text) for number, text in _joined(lines, found)]
 
@@ -34,7 +41,11 @@ def of_page(page: str) -> list[Command]:
 def of_help(verb: str, text: str) -> list[Command]:
     """Lines of a help's examples that call one of the project's programs."""
     examples = re.split(r"^examples?:", text, maxsplit=1, flags=re.MULTILINE)[-1].splitlines()
-    found = [(number, line) for number, line in enumerate(examples, 1) if _PROGRAM.match(line.strip() + " ")]
+    found = [
+        (number, line)
+        for number, line in enumerate(examples, 1)
+        if _PROGRAM.match(line.strip() + " ")
+    ]
     return [Command(f"megacode {verb} --help", text) for _, text in _joined(examples, found)]
 
 
@@ -56,7 +67,12 @@ def _joined(lines: list[str], found: list[tuple[int, str]]) -> list[tuple[int, s
 def in_prose(page: str) -> list[Command]:
     """Commands with options within a line, as `megacode plan RECIPE --gpus N`."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    prose = re.sub(r"^```.*?^```", lambda match: "\n" * match[0].count("\n"), text, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(
+        r"^```.*?^```",
+        lambda match: "\n" * match[0].count("\n"),
+        text,
+        flags=re.MULTILINE | re.DOTALL,
+    )
     return [
         Command(f"{page}:{number}", one)
         for number, line in enumerate(prose.splitlines(), 1)

@@ -50,7 +50,15 @@ def start(target: Callable[..., None], arguments: Sequence[tuple]) -> list[int]:
     return [process.exitcode or 0 for process in processes]
 
 
-def _worker(rank: int, size: int, port: int, folder: str, parallel: Parallel, function: Any, arguments: tuple) -> None:
+def _worker(
+    rank: int,
+    size: int,
+    port: int,
+    folder: str,
+    parallel: Parallel,
+    function: Any,
+    arguments: tuple,
+) -> None:
     torch.set_num_threads(1)
     from megacode.megatron import cpu
 
@@ -69,11 +77,16 @@ def _worker(rank: int, size: int, port: int, folder: str, parallel: Parallel, fu
         os._exit(1)
 
 
-def run_on(size: int, function: Callable[..., Any], *arguments: Any, parallel: Parallel | None = None) -> list[Any]:
+def run_on(
+    size: int, function: Callable[..., Any], *arguments: Any, parallel: Parallel | None = None
+) -> list[Any]:
     """Results of `function(world, *arguments)` of every rank, in order of rank. The function must be importable."""
     with TemporaryDirectory() as folder:
         port = free_port()
-        of_ranks = [(rank, size, port, folder, parallel or Parallel(), function, arguments) for rank in range(size)]
+        of_ranks = [
+            (rank, size, port, folder, parallel or Parallel(), function, arguments)
+            for rank in range(size)
+        ]
         codes = start(_worker, of_ranks)
         if any(codes):
             errors = [path.read_text() for path in sorted(Path(folder).glob("*.error"))]
@@ -81,7 +94,9 @@ def run_on(size: int, function: Callable[..., Any], *arguments: Any, parallel: P
         return [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(size)]
 
 
-def _command(arguments: Sequence[str], environment: dict[str, str], output: str, errors: str) -> None:
+def _command(
+    arguments: Sequence[str], environment: dict[str, str], output: str, errors: str
+) -> None:
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
@@ -97,7 +112,9 @@ def _command(arguments: Sequence[str], environment: dict[str, str], output: str,
     sys.exit(code)
 
 
-def command(arguments: Sequence[str], environment: dict[str, str], ranks: int = 0) -> subprocess.CompletedProcess[str]:
+def command(
+    arguments: Sequence[str], environment: dict[str, str], ranks: int = 0
+) -> subprocess.CompletedProcess[str]:
     """`megacode ARGUMENTS`; with `ranks` on that many processes, as torchrun starts them."""
     launched = [{}] if not ranks else [
         {

@@ -63,13 +63,20 @@ def test_a_manifest_names_shards_of_its_own_folder(
         Path(f"in/linked{ending}").symlink_to(tmp_path / f"other{ending}")
     name = name.replace("{tmp}", str(tmp_path)) if isinstance(name, str) else name
     Path("in/corpus.json").write_text(json.dumps({"kind": "megacode dataset", "shards": [name]}))
-    with pytest.raises(UserError, match=r"in/corpus\.json, `shards`: .*(leads out of|is not the name)"):
+    with pytest.raises(
+        UserError, match=r"in/corpus\.json, `shards`: .*(leads out of|is not the name)"
+    ):
         open_source("a", ["in/corpus"], Path())
-    assert main(["inspect", "in/corpus"]) == 2 and "in/corpus.json, `shards`" in capsys.readouterr().err
+    assert (
+        main(["inspect", "in/corpus"]) == 2
+        and "in/corpus.json, `shards`" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("manifest", [{"dataset": "../other"}, {"input files table": "../victim"}])
-def test_nor_does_what_says_where_documents_are_from(folder: Path, manifest: dict[str, str]) -> None:
+def test_nor_does_what_says_where_documents_are_from(
+    folder: Path, manifest: dict[str, str]
+) -> None:
     (folder / "corpus.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="leads out of"):
         input_files(folder / "corpus")

@@ -28,7 +28,9 @@ def test_torchrun() -> None:
 
 
 def test_torchrun_without_an_address_means_this_machine() -> None:
-    assert read_launch({"RANK": "0", "WORLD_SIZE": "2"}) == Launch(0, 2, 0, "127.0.0.1", 29500, "torchrun")
+    assert read_launch({"RANK": "0", "WORLD_SIZE": "2"}) == Launch(
+        0, 2, 0, "127.0.0.1", 29500, "torchrun"
+    )
 
 
 def test_slurm() -> None:
@@ -36,7 +38,9 @@ def test_slurm() -> None:
 
 
 def test_slurm_takes_an_address_and_a_port_that_are_given() -> None:
-    launch = read_launch({**SLURM, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "5000", "WORLD_SIZE": "16"})
+    launch = read_launch(
+        {**SLURM, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "5000", "WORLD_SIZE": "16"}
+    )
     assert (launch.address, launch.port) == ("10.0.0.1", 5000)
 
 
@@ -47,7 +51,12 @@ def test_a_step_smaller_than_its_job_counts_its_own_tasks_and_nodes() -> None:
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("login1", "login1"), ("a1,b2", "a1"), ("gpu[7,9]", "gpu7"), ("gpu[003-007,012],login1", "gpu003")],
+    [
+        ("login1", "login1"),
+        ("a1,b2", "a1"),
+        ("gpu[7,9]", "gpu7"),
+        ("gpu[003-007,012],login1", "gpu003"),
+    ],
 )
 def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
     assert read_launch({**SLURM, "SLURM_STEP_NODELIST": nodes}).address == first
@@ -71,7 +80,9 @@ def test_torchrun_inside_a_slurm_step_is_torchrun() -> None:
     assert read_launch({**SLURM, **TORCHRUN}).launcher == "torchrun"
 
 
-@pytest.mark.parametrize("environment", [{}, {"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"}])
+@pytest.mark.parametrize(
+    "environment", [{}, {"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"}]
+)
 def test_without_a_launcher_there_is_one_process(environment: dict[str, str]) -> None:
     """A job script itself (no step) is no task of a launcher."""
     assert read_launch(environment) == Launch(0, 1, 0, "127.0.0.1", 0, "single process")
@@ -114,18 +125,27 @@ def test_node_names_that_the_network_does_not_know(monkeypatch: pytest.MonkeyPat
     known = distributed.reachable(read_launch({**SLURM, "MASTER_ADDR": "127.0.0.1"}), SLURM)
     assert known == "127.0.0.1"
     monkeypatch.setattr(distributed.socket, "getaddrinfo", unknown)
-    found = distributed.reachable(read_launch(SLURM), {**SLURM, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"})
+    found = distributed.reachable(
+        read_launch(SLURM), {**SLURM, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
+    )
     assert found == "10.0.0.7"
     for environment in (SLURM, TORCHRUN):
-        with pytest.raises(UserError, match=r"cannot find the first node, '(gpu003|node1)'.*set MASTER_ADDR"):
+        with pytest.raises(
+            UserError, match=r"cannot find the first node, '(gpu003|node1)'.*set MASTER_ADDR"
+        ):
             distributed.reachable(read_launch(environment), environment)
 
 
 def test_each_process_has_a_gpu_of_its_own() -> None:
     torchrun, task = read_launch(TORCHRUN), read_launch(SLURM)
-    assert distributed.local_device(torchrun, 8, {}) == 1 and distributed.local_device(task, 8, {}) == 1
+    assert (
+        distributed.local_device(torchrun, 8, {}) == 1
+        and distributed.local_device(task, 8, {}) == 1
+    )
     # Slurm's --gpus-per-task=1: the second task of a node sees its own GPU, alone.
     assert distributed.local_device(task, 1, {"CUDA_VISIBLE_DEVICES": "1"}) == 0
     for launch, visible in ((torchrun, "0"), (task, "")):
-        with pytest.raises(UserError, match="local process 1 has no GPU of its own, this machine shows 1"):
+        with pytest.raises(
+            UserError, match="local process 1 has no GPU of its own, this machine shows 1"
+        ):
             distributed.local_device(launch, 1, {"CUDA_VISIBLE_DEVICES": visible})

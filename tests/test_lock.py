@@ -57,7 +57,8 @@ def test_a_lock_is_there_while_it_is_held_and_leaves_nothing(tmp_path: Path) -> 
 def test_a_file_in_the_folders_place_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(
-        UserError, match=r"--run .*run: is no folder that can be made and written to \(File exists: .*choose"
+        UserError,
+        match=r"--run .*run: is no folder that can be made and written to \(File exists: .*choose",
     ):
         take(tmp_path / "run")
 
@@ -104,7 +105,9 @@ def test_a_requeued_job_takes_its_own_lock_and_another_job_does_not(tmp_path: Pa
     assert "an earlier start of this Slurm job" in said[0]
     path = left_by(tmp_path, replace(theirs, job="c/8"))
     beating = threading.Event()
-    beat = threading.Thread(target=lambda: [os.utime(path) for _ in iter(lambda: beating.wait(0.1), True)])
+    beat = threading.Thread(
+        target=lambda: [os.utime(path) for _ in iter(lambda: beating.wait(0.1), True)]
+    )
     beat.start()
     with pytest.raises(UserError, match="Slurm job 8, process 4711 on node7"):
         take(tmp_path, quietly, me=again, stale=2.0)
@@ -125,7 +128,9 @@ def test_a_machine_that_is_gone_is_watched_for_and_then_taken_over_from(tmp_path
     assert time.monotonic() - start < STALE / 4
 
 
-def test_the_machines_clock_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machines_clock_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A taker whose clock is an hour ahead sees a holder that lives."""
     path = left_by(tmp_path, ELSEWHERE)
     real = time.time
@@ -160,7 +165,9 @@ def test_a_lock_that_is_gone_is_lost(tmp_path: Path) -> None:
         held.check()
 
 
-def test_a_late_taker_puts_the_new_holders_lock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_taker_puts_the_new_holders_lock_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The race by hand: two find a dead lock, one takes it over before the other moves it away."""
     left_by(tmp_path, replace(this_process(), pid_started="1"))
     real, winner = lock._gone, []
@@ -231,6 +238,8 @@ def test_starting_over_keeps_the_lock_in_place(tmp_path: Path) -> None:
     assert start_over(run) is None, "there is nothing to put aside"
     (run / "recipe.yaml").write_text("old")
     aside = start_over(run)
-    assert aside == tmp_path / "run.before-1" and [p.name for p in aside.iterdir()] == ["recipe.yaml"]
+    assert aside == tmp_path / "run.before-1" and [p.name for p in aside.iterdir()] == [
+        "recipe.yaml"
+    ]
     held.check()
     held.release()

@@ -35,7 +35,9 @@ def test_a_held_back_signal_comes_where_it_is_let_through() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_one_that_no_step_heeded_does_not_hide_the_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_that_no_step_heeded_does_not_hide_the_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Left waiting, it would end the process in place of exit code 2."""
     with blocked(USR1):
         tell()

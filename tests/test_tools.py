@@ -59,7 +59,10 @@ def installs(calls: list[list[str]]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("tool", "verb", "extras"),
-    [("quickstart", ["python", "-m", "megacode.quickstart"], "."), ("test", ["python", "-m", "pytest"], ".[test]")],
+    [
+        ("quickstart", ["python", "-m", "megacode.quickstart"], "."),
+        ("test", ["python", "-m", "pytest"], ".[test]"),
+    ],
 )
 def test_options_reach_the_verb_and_not_the_environment(
     checkout: Path, tool: str, verb: list[str], extras: str
@@ -70,7 +73,9 @@ def test_options_reach_the_verb_and_not_the_environment(
     assert not any(set(OPTIONS) & set(command) for command in first[:-1])
     again = call(checkout, tool, *OPTIONS[::-1])
     assert again[-1] == [*verb, *OPTIONS[::-1]]
-    assert not [command for command in again if command[0] == "pip"], "it is installed once, whatever the options"
+    assert not [command for command in again if command[0] == "pip"], (
+        "it is installed once, whatever the options"
+    )
 
 
 def test_without_options_there_are_none(checkout: Path) -> None:
@@ -80,7 +85,16 @@ def test_without_options_there_are_none(checkout: Path) -> None:
 
 def test_tests_come_after_the_linter_and_slurms_by_themselves(checkout: Path) -> None:
     tests = ["python", "-m", "pytest"]
-    parallel = [*tests, "-n", "2", "--dist", "loadscope", "--no-loadscope-reorder", "--ignore", "tests/slurm"]
+    parallel = [
+        *tests,
+        "-n",
+        "2",
+        "--dist",
+        "loadscope",
+        "--no-loadscope-reorder",
+        "--ignore",
+        "tests/slurm",
+    ]
     checks = [["ruff", "check", "."], ["mypy"], ["lint-imports", "--no-logo"]]
     assert call(checkout, "test")[-5:] == [*checks, parallel, [*tests, "tests/slurm"]]
     some = call(checkout, "test", "-k", "mixture")
@@ -88,7 +102,9 @@ def test_tests_come_after_the_linter_and_slurms_by_themselves(checkout: Path) ->
 
 
 def test_preprocess_installs_nothing(checkout: Path) -> None:
-    assert call(checkout, "preprocess", *OPTIONS) == [["python", "-m", "megacode.cli", "preprocess", *OPTIONS]]
+    assert call(checkout, "preprocess", *OPTIONS) == [
+        ["python", "-m", "megacode.cli", "preprocess", *OPTIONS]
+    ]
 
 
 @pytest.mark.parametrize("tool", ["quickstart", "test", "preprocess"])
@@ -105,7 +121,9 @@ def test_another_set_of_pins_is_installed_again(checkout: Path) -> None:
 
 def test_setting_up_says_little_and_keeps_the_rest(checkout: Path) -> None:
     environment = {**os.environ, "CALLS": str(checkout / "calls")}
-    done = subprocess.run([checkout / "tools/quickstart"], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [checkout / "tools/quickstart"], capture_output=True, text=True, env=environment
+    )
     said = [line.strip() for line in done.stdout.splitlines()]
     assert said[:3] == ["Bringing .venv up to date:", "torch ...", "Megatron-Core and the rest ..."]
     assert said[3].startswith("Ready after") and len(said) == 4 and done.stderr == ""
@@ -131,7 +149,9 @@ print(json.dumps(["yours", *sys.argv[1:]]))
             **os.environ, "PATH": f"{yours}:{os.environ['PATH']}", "INSTALLED": str(installed), "UNTESTED": str(untested),
             "CALLS": str(checkout / "calls"),
         }  # fmt: skip
-        return subprocess.run([checkout / "tools" / tool, "a"], capture_output=True, text=True, env=environment)
+        return subprocess.run(
+            [checkout / "tools" / tool, "a"], capture_output=True, text=True, env=environment
+        )
 
     tested, started = run("test", checkout), run("quickstart", checkout, untested=1)
     assert json.loads(tested.stdout) == ["yours", "-m", "pytest", "a"]
@@ -143,13 +163,21 @@ print(json.dumps(["yours", *sys.argv[1:]]))
     assert '["python", "-m", "pytest", "a"]' in (checkout / "calls").read_text()
 
 
-def test_an_active_venv_of_the_checkout_is_brought_up_to_date(checkout: Path, tmp_path: Path) -> None:
+def test_an_active_venv_of_the_checkout_is_brought_up_to_date(
+    checkout: Path, tmp_path: Path
+) -> None:
     """Also where it is reached by another name than the tools'."""
     (tmp_path / "link").symlink_to(checkout)
     for name in (checkout, tmp_path / "link"):
         (checkout / "calls").unlink(missing_ok=True)
-        environment = {**os.environ, "PATH": f"{name}/.venv/bin:{os.environ['PATH']}", "CALLS": str(checkout / "calls")}
-        done = subprocess.run([checkout / "tools/test", "a"], capture_output=True, text=True, env=environment)
+        environment = {
+            **os.environ,
+            "PATH": f"{name}/.venv/bin:{os.environ['PATH']}",
+            "CALLS": str(checkout / "calls"),
+        }
+        done = subprocess.run(
+            [checkout / "tools/test", "a"], capture_output=True, text=True, env=environment
+        )
         calls = [json.loads(line) for line in (checkout / "calls").read_text().splitlines()]
         assert installs(calls) == [".[test]"] and "Using" not in done.stderr
         with (checkout / "tools/constraints.txt").open("a") as pins:
@@ -160,8 +188,12 @@ def test_a_failed_set_up_shows_why_and_starts_nothing(checkout: Path) -> None:
     calls = checkout / "calls"
     environment = {**os.environ, "CALLS": str(calls), "BROKEN": "--editable"}
     for _ in range(2):  # and is not taken for done the next time
-        done = subprocess.run([checkout / "tools/quickstart"], capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [checkout / "tools/quickstart"], capture_output=True, text=True, env=environment
+        )
         assert (
-            done.returncode == 1 and "Setting up .venv failed" in done.stderr and "BuildBackendWarning" in done.stderr
+            done.returncode == 1
+            and "Setting up .venv failed" in done.stderr
+            and "BuildBackendWarning" in done.stderr
         )
     assert '"python"' not in calls.read_text()

@@ -75,25 +75,36 @@ def _isolated(group: str, look: Callable[[], Finding]) -> Finding:
     try:
         return look()
     except Exception as error:  # whatever is wrong with this machine, the other answers still stand
-        return Finding(group, look.__name__.strip("_<>"), "remark", clause(f"could not be looked at: {error}"))
+        return Finding(
+            group, look.__name__.strip("_<>"), "remark", clause(f"could not be looked at: {error}")
+        )
 
 
 def _package(package: Package, result: Probe, torch_facts: dict[str, Any]) -> Finding:
     if result.absent:
         state: State = "needed" if package.needed else "missing"
-        return Finding(package.group, package.name, state, "not installed", package.gives, package.get)
+        return Finding(
+            package.group, package.name, state, "not installed", package.gives, package.get
+        )
     found = result.facts.get("version") or result.version or "installed"
     if package.module == "apex" and result.error:
-        found = (
-            f"a package named apex is there ({result.version or 'version unknown'}), without FusedAdam: not NVIDIA's"
-        )
+        found = f"a package named apex is there ({result.version or 'version unknown'}), without FusedAdam: not NVIDIA's"
         return Finding(package.group, package.name, "missing", found, package.gives, package.get)
     if result.error:
         state = "needed" if package.needed else "remark"
         return Finding(
-            package.group, package.name, state, f"{found}, broken: {result.error}", package.gives, package.get
+            package.group,
+            package.name,
+            state,
+            f"{found}, broken: {result.error}",
+            package.gives,
+            package.get,
         )
-    remark = _version_remark(package.name, str(found)) if package.name != "torch" else _torch_remark(torch_facts)
+    remark = (
+        _version_remark(package.name, str(found))
+        if package.name != "torch"
+        else _torch_remark(torch_facts)
+    )
     return Finding(package.group, package.name, "remark" if remark else "ok", str(found), remark)
 
 
@@ -122,7 +133,11 @@ def _python() -> Finding:
     old = sys.version_info < (3, 10)
     where = "a virtual environment" if sys.prefix != sys.base_prefix else "no virtual environment"
     return Finding(
-        "Machine", "Python", "needed" if old else "ok", f"{version}, {where}", "3.10 or later" if old else ""
+        "Machine",
+        "Python",
+        "needed" if old else "ok",
+        f"{version}, {where}",
+        "3.10 or later" if old else "",
     )
 
 
@@ -168,7 +183,9 @@ def _disk() -> Finding:
     free = usage.free / 1e9
     found = f"{free:,.0f} of {usage.total / 1e9:,.0f} GB free in {Path.cwd()}"
     scale = "a checkpoint takes about 14 bytes a parameter (bf16 and Adam's state in fp32): 100 GB for 7 B parameters"
-    return Finding("Machine", "disk", "remark" if free < 10 else "ok", found, scale if free < 10 else "")
+    return Finding(
+        "Machine", "disk", "remark" if free < 10 else "ok", found, scale if free < 10 else ""
+    )
 
 
 def _driver() -> str | None:
@@ -193,20 +210,26 @@ def _gpu(torch_facts: dict[str, Any]) -> Finding:
 
     driver, devices = _driver(), torch_facts.get("devices") or []
     if not devices:
-        gives = "training at full speed, bf16 and FP8; without one everything runs on the CPU, slowly"
+        gives = (
+            "training at full speed, bf16 and FP8; without one everything runs on the CPU, slowly"
+        )
         found = f"driver {driver}, and torch sees no device" if driver else "none"
-        get = "see torch below, and CUDA_VISIBLE_DEVICES" if driver else "a machine with an NVIDIA GPU"
+        get = (
+            "see torch below, and CUDA_VISIBLE_DEVICES"
+            if driver
+            else "a machine with an NVIDIA GPU"
+        )
         return Finding("Machine", "GPU", "remark" if driver else "missing", found, gives, get)
     first = devices[0]
     same = all(device["name"] == first["name"] for device in devices)
     names = first["name"] if same else ", ".join(device["name"] for device in devices)
     peak = device_peak(first["name"])
     found = f"{len(devices)} × {names}, {first['memory'] / 1e9:.0f} GB each" if same else names
-    found += (
-        f", CUDA {torch_facts.get('build')}, driver {driver or 'unknown'}, compute capability {first['capability']}"
-    )
+    found += f", CUDA {torch_facts.get('build')}, driver {driver or 'unknown'}, compute capability {first['capability']}"
     if peak and peak.bf16:
-        found += f", dense peak {peak.bf16:,.0f} TFLOP/s in bf16" + (f" and {peak.fp8:,.0f} in FP8" if peak.fp8 else "")
+        found += f", dense peak {peak.bf16:,.0f} TFLOP/s in bf16" + (
+            f" and {peak.fp8:,.0f} in FP8" if peak.fp8 else ""
+        )
     return Finding("Machine", "GPU", "ok", found)
 
 
@@ -214,48 +237,87 @@ def _backend(torch_facts: dict[str, Any], name: str) -> Finding:
     label = {"nccl": "NCCL", "gloo": "gloo"}[name]
     if torch_facts.get(name):
         return Finding("Cluster", label, "ok", torch_facts.get(f"{name}_version", "in torch"))
-    gives = {"nccl": "communication among GPUs", "gloo": "communication among processes on CPUs, and stop signals"}[
-        name
-    ]
+    gives = {
+        "nccl": "communication among GPUs",
+        "gloo": "communication among processes on CPUs, and stop signals",
+    }[name]
     if not torch_facts:
         return Finding("Cluster", label, "missing", "unknown, for torch does not import", gives)
-    get = {"nccl": "it comes with torch's CUDA builds on Linux", "gloo": "install one of torch's official builds"}[name]
+    get = {
+        "nccl": "it comes with torch's CUDA builds on Linux",
+        "gloo": "install one of torch's official builds",
+    }[name]
     return Finding(
-        "Cluster", label, "missing" if name == "nccl" else "needed", "not in this build of torch", gives, get
+        "Cluster",
+        label,
+        "missing" if name == "nccl" else "needed",
+        "not in this build of torch",
+        gives,
+        get,
     )
 
 
 def _slurm() -> Finding:
     gives = "runs over many machines, queued and requeued (torchrun needs no Slurm)"
     if not shutil.which("sbatch"):
-        return Finding("Cluster", "Slurm", "missing", "no sbatch on the path", gives, "a cluster's login node has it")
+        return Finding(
+            "Cluster",
+            "Slurm",
+            "missing",
+            "no sbatch on the path",
+            gives,
+            "a cluster's login node has it",
+        )
     version = "installed"
     try:
         done = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, timeout=20)
         version = done.stdout.strip() or version
     except (OSError, subprocess.SubprocessError):
         return Finding(
-            "Cluster", "Slurm", "remark", "sbatch is there and does not answer", gives, "ask the cluster's support"
+            "Cluster",
+            "Slurm",
+            "remark",
+            "sbatch is there and does not answer",
+            gives,
+            "ask the cluster's support",
         )
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
         return Finding("Cluster", "Slurm", "ok", f"{version}; not inside a job")
-    shape = {"nodes": "SLURM_JOB_NUM_NODES", "tasks": "SLURM_NTASKS", "GPUs a node": "SLURM_GPUS_ON_NODE"}
-    known = ", ".join(f"{os.environ[variable]} {what}" for what, variable in shape.items() if variable in os.environ)
+    shape = {
+        "nodes": "SLURM_JOB_NUM_NODES",
+        "tasks": "SLURM_NTASKS",
+        "GPUs a node": "SLURM_GPUS_ON_NODE",
+    }
+    known = ", ".join(
+        f"{os.environ[variable]} {what}"
+        for what, variable in shape.items()
+        if variable in os.environ
+    )
     return Finding("Cluster", "Slurm", "ok", f"{version}; job {job}{', ' + known if known else ''}")
 
 
 def training_would_use(probes: dict[str, Probe]) -> dict[str, str]:
     """Device, layers, Adam and communication that a run on this machine gets, by the rules of the training code."""
     torch_probe = probes["torch"]
-    if torch_probe.absent or torch_probe.error or probes["megatron-core"].absent or probes["megatron-core"].error:
+    if (
+        torch_probe.absent
+        or torch_probe.error
+        or probes["megatron-core"].absent
+        or probes["megatron-core"].error
+    ):
         return {"training": "not possible before torch and megatron-core import"}
     usable = {name: not p.absent and not p.error for name, p in probes.items()}
     devices = torch_probe.facts.get("devices") or []
     engine = bool(devices) and usable["Transformer Engine"]
     # Megatron-Core takes the first Adam that imports, also on a machine without CUDA.
     adam = next(
-        (f"FusedAdam of {name}" for name in ("Transformer Engine", "Apex (NVIDIA's)") if usable[name]), "torch's AdamW"
+        (
+            f"FusedAdam of {name}"
+            for name in ("Transformer Engine", "Apex (NVIDIA's)")
+            if usable[name]
+        ),
+        "torch's AdamW",
     )
     precisions = ["fp32", "bf16", *(_fp8_recipes(probes) if engine else [])]
     return {
@@ -297,7 +359,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     findings, use = examine()
     if args.json:
-        print(json.dumps({"findings": [asdict(finding) for finding in findings], "training": use}, indent=1))
+        print(
+            json.dumps(
+                {"findings": [asdict(finding) for finding in findings], "training": use}, indent=1
+            )
+        )
     else:
         show(findings, use)
     return 0

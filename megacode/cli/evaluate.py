@@ -19,17 +19,40 @@ EXAMPLE = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", type=Path, help="run folder or checkpoint folder; with --harness a Hugging Face folder, too"
+        "checkpoint",
+        type=Path,
+        help="run folder or checkpoint folder; with --harness a Hugging Face folder, too",
     )
     parser.add_argument("--samples", type=int, help="sequences per source (default: the recipe's)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--harness", metavar="TASKS", help="tasks of lm-evaluation-harness, with commas between them")
-    parser.add_argument("--harness-tasks", type=Path, metavar="FOLDER", help="further tasks as YAML files; no network")
-    parser.add_argument("--shots", type=int, metavar="N", help="examples before each question (default: the task's)")
-    parser.add_argument("--limit", type=int, metavar="N", help="questions of each task (default: all)")
-    parser.add_argument("--batch-size", type=int, metavar="N", default=8, help="texts in a forward pass (default: 8)")
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="with --harness: run the Python files of a Hugging Face folder"
+        "--harness",
+        metavar="TASKS",
+        help="tasks of lm-evaluation-harness, with commas between them",
+    )
+    parser.add_argument(
+        "--harness-tasks",
+        type=Path,
+        metavar="FOLDER",
+        help="further tasks as YAML files; no network",
+    )
+    parser.add_argument(
+        "--shots", type=int, metavar="N", help="examples before each question (default: the task's)"
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="questions of each task (default: all)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        default=8,
+        help="texts in a forward pass (default: 8)",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="with --harness: run the Python files of a Hugging Face folder",
     )
 
 
@@ -40,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
     from megacode.megatron.inference import open_for_inference
 
     if args.trust_remote_code:
-        raise UserError("--trust-remote-code: is for --harness on a Hugging Face folder; leave it out")
+        raise UserError(
+            "--trust-remote-code: is for --harness on a Hugging Face folder; leave it out"
+        )
     if args.samples is not None and args.samples < 1:
         raise UserError(f"--samples: expected 1 or more, not {args.samples}")
     recipe, tokenizer, model = open_for_inference(args.checkpoint)
@@ -55,7 +80,10 @@ def run(args: argparse.Namespace) -> int:
         recipe = recipe.model_copy(
             update={
                 "evaluation": recipe.evaluation.model_copy(update=each),
-                "sources": {k: v.model_copy(update={"validation_samples": None}) for k, v in recipe.sources.items()},
+                "sources": {
+                    k: v.model_copy(update={"validation_samples": None})
+                    for k, v in recipe.sources.items()
+                },
             }
         )
     checkpoint = find_checkpoint(args.checkpoint)
@@ -116,7 +144,10 @@ def _run_harness(args: argparse.Namespace) -> int:
 
 
 def _print_table(
-    recipe: Recipe, info: dict[str, Any], losses: dict[str, tuple[float, int]], domains: dict[str, float]
+    recipe: Recipe,
+    info: dict[str, Any],
+    losses: dict[str, tuple[float, int]],
+    domains: dict[str, float],
 ) -> None:
     import math
 
@@ -131,7 +162,11 @@ def _print_table(
         table.add_column(head, justify="right")
     for name, (loss, tokens) in losses.items():
         table.add_row(
-            name, recipe.sources[name].domain, f"{tokens:,}", f"{loss:.4f}", f"{math.exp(min(loss, 700)):,.2f}"
+            name,
+            recipe.sources[name].domain,
+            f"{tokens:,}",
+            f"{loss:.4f}",
+            f"{math.exp(min(loss, 700)):,.2f}",
         )
     table.add_section()
     for domain, loss in domains.items():

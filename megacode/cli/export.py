@@ -25,14 +25,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a run, or one of its checkpoints")
     parser.add_argument("output", type=Path, help="folder to make")
     parser.add_argument(
-        "--format", metavar="FAMILY", help="llama, crystalcoder, qwen2 ... (default: the first that fits)"
+        "--format",
+        metavar="FAMILY",
+        help="llama, crystalcoder, qwen2 ... (default: the first that fits)",
     )
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of the weights (default: as trained)")
+    parser.add_argument(
+        "--dtype", choices=["bf16", "fp16", "fp32"], help="of the weights (default: as trained)"
+    )
     parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest file (5GB)")
     parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer files")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it is an export")
     parser.add_argument(
-        "--all", action="store_true", help="every checkpoint of a run, each in a folder of OUTPUT; whole ones are kept"
+        "--overwrite", action="store_true", help="replace the output if it is an export"
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="every checkpoint of a run, each in a folder of OUTPUT; whole ones are kept",
     )
     parser.add_argument(
         "--name-pattern", metavar="PATTERN",
@@ -47,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
     from megacode.convert.revisions import check_replaceable
     from megacode.terminal import progress_bar
 
-    wanted = Wanted(args.format, args.dtype, parse_size(args.shard_size, "--shard-size"), not args.no_tokenizer)
+    wanted = Wanted(
+        args.format, args.dtype, parse_size(args.shard_size, "--shard-size"), not args.no_tokenizer
+    )
     if args.all:
         return _run_all(args, wanted)
     if args.name_pattern:
@@ -59,9 +69,14 @@ def run(args: argparse.Namespace) -> int:
     source = ExportSource.open(args.checkpoint)
     family, dtype = wanted.family_of(source), wanted.dtype_of(source)
     total = total_bytes(source, family, dtype)
-    with progress_bar(f"{source.checkpoint.name} -> {family.name}", total) as on_bytes, _replaced(output):
+    with (
+        progress_bar(f"{source.checkpoint.name} -> {family.name}", total) as on_bytes,
+        _replaced(output),
+    ):
         notes = complete_export(source, output, wanted, on_bytes)
-    print(f"{args.output}: {family.architecture}, {str(dtype).removeprefix('torch.')}, step {source.info['step']:,}")
+    print(
+        f"{args.output}: {family.architecture}, {str(dtype).removeprefix('torch.')}, step {source.info['step']:,}"
+    )
     for note in notes:
         print(f"note: {note}")
     return 0
@@ -76,7 +91,9 @@ def _replaced(output: Path) -> Iterator[None]:
         try:
             output.rename(aside)
         except OSError as error:
-            raise UserError(f"{output}: cannot be moved aside ({error.strerror}); choose another folder") from error
+            raise UserError(
+                f"{output}: cannot be moved aside ({error.strerror}); choose another folder"
+            ) from error
     try:
         yield
     except BaseException:
@@ -92,11 +109,20 @@ def _run_all(args: argparse.Namespace, wanted: Wanted) -> int:
     told: set[str] = set()
 
     def tell(outcome: Outcome) -> None:
-        print(f"{args.output / outcome.revision.name}: step {outcome.revision.step:,}, {outcome.state}")
+        print(
+            f"{args.output / outcome.revision.name}: step {outcome.revision.step:,}, {outcome.state}"
+        )
         for note in outcome.notes:
             if note not in told:
                 print(f"note: {note}")
             told.add(note)
 
-    export_all(args.checkpoint, args.output, wanted, args.name_pattern or PATTERN, args.overwrite, tell=tell)
+    export_all(
+        args.checkpoint,
+        args.output,
+        wanted,
+        args.name_pattern or PATTERN,
+        args.overwrite,
+        tell=tell,
+    )
     return 0

@@ -20,9 +20,15 @@ no fork: lengthen the recipe and train on in the same folder."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--at", type=int, required=True, metavar="STEP", help="finished steps that both runs share")
-    parser.add_argument("--to", type=Path, metavar="NEWRUN", help="new run folder (default: RUN-at-STEP)")
-    parser.add_argument("--recipe", type=Path, help="recipe of the new run (default: the run's own)")
+    parser.add_argument(
+        "--at", type=int, required=True, metavar="STEP", help="finished steps that both runs share"
+    )
+    parser.add_argument(
+        "--to", type=Path, metavar="NEWRUN", help="new run folder (default: RUN-at-STEP)"
+    )
+    parser.add_argument(
+        "--recipe", type=Path, help="recipe of the new run (default: the run's own)"
+    )
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
         help="change a key of the recipe from that step on, e.g. --set phases.phase2.fim_rate=0.5",

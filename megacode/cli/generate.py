@@ -36,14 +36,25 @@ class Prompt:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="run folder or checkpoint folder")
-    parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="text to continue; may be given several times"
+    )
     parser.add_argument("--prefix", help="code before the gap to fill (fill-in-the-middle)")
     parser.add_argument("--suffix", help="code after the gap to fill")
-    parser.add_argument("--tokens", type=int, default=64, help="how many tokens to write at most (default: 64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens that hold this much probability"
+        "--tokens", type=int, default=64, help="how many tokens to write at most (default: 64)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw from the likeliest tokens that hold this much probability",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
 
@@ -68,7 +79,10 @@ def prompts_of(args: argparse.Namespace, recipe: Any, tokenizer: Any) -> list[Pr
                 "--prompt: is empty and the tokenizer's recipe has no begin-of-sequence token to start from"
             )
         # The last token that is written is not read.
-        if recipe.model.position_embedding == "learned" and len(prompt.tokens) + args.tokens - 1 > positions:
+        if (
+            recipe.model.position_embedding == "learned"
+            and len(prompt.tokens) + args.tokens - 1 > positions
+        ):
             raise UserError(
                 f"--tokens {args.tokens}: with the {len(prompt.tokens):,} of the prompt these are more than the "
                 f"{positions:,} positions that the model has learned; give a smaller number, or a shorter prompt"
@@ -104,10 +118,16 @@ def run(args: argparse.Namespace) -> int:
     try:
         for prompt in prompts_of(args, recipe, tokenizer):
             stop = tokenizer.eod_id if recipe.tokenizer.eod else None
-            written = list(continue_tokens(model, prompt.tokens, args.tokens, stop, sampling, tokenizer.vocab_size))
+            written = list(
+                continue_tokens(
+                    model, prompt.tokens, args.tokens, stop, sampling, tokenizer.vocab_size
+                )
+            )
             text = continuation(tokenizer, prompt.context, written)
             if console.is_terminal:
-                console.print(Text(prompt.before, "dim") + Text(text, "bold") + Text(prompt.after, "dim"))
+                console.print(
+                    Text(prompt.before, "dim") + Text(text, "bold") + Text(prompt.after, "dim")
+                )
             else:  # as it is: rich leaves carriage returns and other control characters out
                 sys.stdout.write(prompt.before + text + prompt.after + "\n")
     finally:

@@ -18,8 +18,12 @@ EXAMPLE = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="a Hugging Face model: config.json and its weights")
-    parser.add_argument("output", type=Path, help="checkpoint folder to make, for a recipe's `initialize_from`")
+    parser.add_argument(
+        "folder", type=Path, help="a Hugging Face model: config.json and its weights"
+    )
+    parser.add_argument(
+        "output", type=Path, help="checkpoint folder to make, for a recipe's `initialize_from`"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
     tokenizer, note = _tokenizer(args.folder, found.vocab_size)
     with progress_bar(f"{args.folder.name} ({found.family.name})", total) as on_bytes:
         recipe = import_model(found, args.output, tokenizer, on_bytes)
-    print(f"{args.output}: a checkpoint of {recipe.name}, {found.family.architecture}, vocabulary {found.vocab_size:,}")
+    print(
+        f"{args.output}: a checkpoint of {recipe.name}, {found.family.architecture}, vocabulary {found.vocab_size:,}"
+    )
     print(
         f"A recipe goes on from it with `extends: {args.output / 'recipe.yaml'}` and `initialize_from: {args.output}`."
     )
@@ -54,6 +60,9 @@ def _tokenizer(folder: Path, vocab_size: int) -> tuple[TokenizerSection | None, 
     from megacode.recipe.schema import TokenizerSection
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return None, f"{folder}: has no tokenizer.json or tokenizer.model; give the recipe's `tokenizer.path` yourself"
+        return (
+            None,
+            f"{folder}: has no tokenizer.json or tokenizer.model; give the recipe's `tokenizer.path` yourself",
+        )
     found = read_tokenizer(folder.resolve(), vocab_size)
     return TokenizerSection(**found.section), found.note

@@ -45,25 +45,57 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `megacode inspect`."""
-    parser.description = (
-        "Show what is in a Megatron-Core IndexedDataset (.bin and .idx), made by megacode or by Megatron-LM."
-    )
+    parser.description = "Show what is in a Megatron-Core IndexedDataset (.bin and .idx), made by megacode or by Megatron-LM."
     add = parser.add_argument
-    add("prefixes", nargs="+", type=Path, metavar="PREFIX", help="of PREFIX.bin and .idx, or of a sharded dataset")
+    add(
+        "prefixes",
+        nargs="+",
+        type=Path,
+        metavar="PREFIX",
+        help="of PREFIX.bin and .idx, or of a sharded dataset",
+    )
     add(
         "--documents",
         metavar="LIST",
         help="print these instead: numbers and half-open ranges, 0,5,100:103; from the end with =, --documents=-3:",
     )
     add("--tokens", action="store_true", help="with --documents: ids instead of text")
-    add("--limit", type=int, default=2000, metavar="N", help="with --documents: characters of each (%(default)s)")
-    add("--verify", action="store_true", help="read everything and check it: index, ids, ends of documents, checksums")
+    add(
+        "--limit",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="with --documents: characters of each (%(default)s)",
+    )
+    add(
+        "--verify",
+        action="store_true",
+        help="read everything and check it: index, ids, ends of documents, checksums",
+    )
     add("--tokenizer", metavar="FILE", help="(the one that the manifest names)")
-    add("--tokenizer-kind", choices=("sentencepiece", "huggingface", "tiktoken"), help="(by the ending)")
-    add("--added-tokens", default="none", metavar="LIST", help="with --tokenizer: `crystal`, or names split by commas")
-    add("--vocab-size", type=int, metavar="N", help="with --verify: every id must be below this (the tokenizer's)")
+    add(
+        "--tokenizer-kind",
+        choices=("sentencepiece", "huggingface", "tiktoken"),
+        help="(by the ending)",
+    )
+    add(
+        "--added-tokens",
+        default="none",
+        metavar="LIST",
+        help="with --tokenizer: `crystal`, or names split by commas",
+    )
+    add(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="with --verify: every id must be below this (the tokenizer's)",
+    )
     add("--plot", type=Path, metavar="FILE", help="also draw the lengths of documents (.png, .svg)")
-    add("--json", action="store_true", help="one JSON list on standard output, an entry for each dataset")
+    add(
+        "--json",
+        action="store_true",
+        help="one JSON list on standard output, an entry for each dataset",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,8 +125,14 @@ def run(args: argparse.Namespace) -> int:
         if args.documents:
             dataset = inspect.open_dataset(prefix)
             chosen = inspect.parse_documents(args.documents, dataset.documents)
-            own = None if args.tokens else tokenizer or inspect.tokenizer_of(prefix, dataset.manifest)
-            shown = (_document(dataset, number, own, args.limit) for numbers in chosen for number in numbers)
+            own = (
+                None if args.tokens else tokenizer or inspect.tokenizer_of(prefix, dataset.manifest)
+            )
+            shown = (
+                _document(dataset, number, own, args.limit)
+                for numbers in chosen
+                for number in numbers
+            )
             if args.json:
                 entry["documents"] = [_plain(one) for one in shown]
             else:
@@ -112,10 +150,16 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             console.print(f"drawn: {args.plot}")
     if args.json:
-        print(json.dumps(entries, indent=2, ensure_ascii=False).encode(errors="backslashreplace").decode())
+        print(
+            json.dumps(entries, indent=2, ensure_ascii=False)
+            .encode(errors="backslashreplace")
+            .decode()
+        )
     if problems:
         what = "problem" if problems == 1 else "problems"
-        raise UserError(f"{', '.join(broken)}: {problems:,} {what} found; copy it again, or tokenize it again")
+        raise UserError(
+            f"{', '.join(broken)}: {problems:,} {what} found; copy it again, or tokenize it again"
+        )
     return 0
 
 
@@ -136,8 +180,14 @@ def _given_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
         if args.added_tokens != "none" or args.tokenizer_kind:
             raise UserError("--added-tokens and --tokenizer-kind go with --tokenizer FILE")
         return None
-    added = args.added_tokens if args.added_tokens in ("none", "crystal") else args.added_tokens.split(",")
-    return load_tokenizer(schema.TokenizerSection(path=args.tokenizer, kind=args.tokenizer_kind, added_tokens=added))
+    added = (
+        args.added_tokens
+        if args.added_tokens in ("none", "crystal")
+        else args.added_tokens.split(",")
+    )
+    return load_tokenizer(
+        schema.TokenizerSection(path=args.tokenizer, kind=args.tokenizer_kind, added_tokens=added)
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- summary
@@ -147,7 +197,10 @@ def summary(dataset: inspect.Dataset, numbers: inspect.Statistics) -> dict[str, 
     """Header, statistics and manifest of a dataset as plain data."""
     manifest = dataset.manifest or {}
     run = manifest.get("run", {})
-    files = {e: sum(with_ending(s.prefix, e).stat().st_size for s in dataset.shards) for e in (".bin", ".idx")}
+    files = {
+        e: sum(with_ending(s.prefix, e).stat().st_size for s in dataset.shards)
+        for e in (".bin", ".idx")
+    }
     share = {str(limit): many / max(numbers.documents, 1) for limit, many in numbers.beyond.items()}
     out: dict[str, Any] = {
         "prefix": str(dataset.prefix),
@@ -160,17 +213,28 @@ def summary(dataset: inspect.Dataset, numbers: inspect.Statistics) -> dict[str, 
         "file bytes": files,
         "tokens per document": {
             "mean": numbers.mean,
-            **{key: getattr(numbers, key) for key in ("median", "p90", "p99", "longest", "shortest")},
+            **{
+                key: getattr(numbers, key)
+                for key in ("median", "p90", "p99", "longest", "shortest")
+            },
         },
         "share of documents longer than": share,
         "empty documents": numbers.empty,
-        "histogram": {"edges": log_edges(1).tolist(), "documents": merged(numbers.histogram, log_edges(1))[0].tolist()},
+        "histogram": {
+            "edges": log_edges(1).tolist(),
+            "documents": merged(numbers.histogram, log_edges(1))[0].tolist(),
+        },
     }
     if manifest.get("bytes") and numbers.tokens:
         out["bytes per token"] = manifest["bytes"] / numbers.tokens
     if manifest:
-        out["tokenizer"] = {**manifest.get("tokenizer", {}), "vocab_size": manifest.get("vocab_size")}
-        out["settings"] = run.get("settings") or {"digest": manifest.get("settings")}  # one dataset of a run names them only
+        out["tokenizer"] = {
+            **manifest.get("tokenizer", {}),
+            "vocab_size": manifest.get("vocab_size"),
+        }
+        out["settings"] = run.get("settings") or {
+            "digest": manifest.get("settings")
+        }  # one dataset of a run names them only
         out["inputs"] = run.get("inputs") or _input_files(dataset.prefix)
     return out
 
@@ -190,31 +254,50 @@ def _print_summary(console: Console, entry: Mapping[str, Any], numbers: inspect.
     files = entry["file bytes"]
     shards = f", {entry['shards']:,} shards" if entry["shards"] > 1 else ""
     table.add_row(
-        "format", f"IndexedDataset version {entry['format version']}, {' and '.join(entry['token type'])}{shards}"
+        "format",
+        f"IndexedDataset version {entry['format version']}, {' and '.join(entry['token type'])}{shards}",
     )
     table.add_row("files", f"{gigabytes(files['.bin'])} .bin, {gigabytes(files['.idx'])} .idx")
-    sequences = f" in {numbers.sequences:,} sequences" if numbers.sequences != numbers.documents else ""
+    sequences = (
+        f" in {numbers.sequences:,} sequences" if numbers.sequences != numbers.documents else ""
+    )
     empty = f", {numbers.empty:,} of them empty" if numbers.empty else ""
     table.add_row("documents", f"{numbers.documents:,}{sequences}{empty}")
-    per_token = f", {entry['bytes per token']:.2f} bytes of text each" if "bytes per token" in entry else ""
-    table.add_row(
-        "tokens", f"{numbers.tokens:,}{f' ({count(numbers.tokens)})' if numbers.tokens >= 1e6 else ''}{per_token}"
+    per_token = (
+        f", {entry['bytes per token']:.2f} bytes of text each" if "bytes per token" in entry else ""
     )
     table.add_row(
-        "a document", ", ".join(f"{key} {value:,.{1 if key == 'mean' else 0}f}" for key, value in lengths.items())
+        "tokens",
+        f"{numbers.tokens:,}{f' ({count(numbers.tokens)})' if numbers.tokens >= 1e6 else ''}{per_token}",
     )
-    beyond = [f"{share:.2%} beyond {int(limit):,}" for limit, share in entry["share of documents longer than"].items()]
+    table.add_row(
+        "a document",
+        ", ".join(
+            f"{key} {value:,.{1 if key == 'mean' else 0}f}" for key, value in lengths.items()
+        ),
+    )
+    beyond = [
+        f"{share:.2%} beyond {int(limit):,}"
+        for limit, share in entry["share of documents longer than"].items()
+    ]
     table.add_row("", ", ".join(beyond))
     if "tokenizer" in entry:
         tokenizer = entry["tokenizer"]
         size = f", vocabulary of {tokenizer['vocab_size']:,}" if tokenizer.get("vocab_size") else ""
-        table.add_row("tokenizer", Text(f"{tokenizer.get('path')}{size}{_rest(tokenizer, ('path', 'vocab_size'))}"))
         table.add_row(
-            "settings", Text(_rest(entry["settings"], ("tokenizer", "input files")).removeprefix(", ") or "-")
+            "tokenizer",
+            Text(f"{tokenizer.get('path')}{size}{_rest(tokenizer, ('path', 'vocab_size'))}"),
+        )
+        table.add_row(
+            "settings",
+            Text(_rest(entry["settings"], ("tokenizer", "input files")).removeprefix(", ") or "-"),
         )
         table.add_row("inputs", Text(_few([str(name) for name in entry["inputs"]]) or "-"))
     else:
-        table.add_row("manifest", f"none ({Path(entry['prefix']).name}.json): which tokenizer made it is not known")
+        table.add_row(
+            "manifest",
+            f"none ({Path(entry['prefix']).name}.json): which tokenizer made it is not known",
+        )
     console.print(Text(entry["prefix"], style="bold"))
     print_table(console, table)
     print_table(console, histogram_table(numbers.histogram))
@@ -226,13 +309,19 @@ def _rest(values: Mapping[str, Any], but: Sequence[str]) -> str:
     for key, value in values.items():
         if key in but or value is None or value in ([], {}, ""):
             continue
-        shown = json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict, bool)) else str(value)
+        shown = (
+            json.dumps(value, ensure_ascii=False)
+            if isinstance(value, (list, dict, bool))
+            else str(value)
+        )
         parts.append(f"{key} {shown[:12] + '…' if re.fullmatch('[0-9a-f]{32,}', shown) else shown}")
     return "".join(f", {part}" for part in parts)
 
 
 def _few(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+    return ", ".join(names[:most]) + (
+        f" and {len(names) - most:,} more" if len(names) > most else ""
+    )
 
 
 def histogram_table(histogram: np.ndarray) -> Table:
@@ -260,21 +349,36 @@ def histogram_table(histogram: np.ndarray) -> Table:
 # ------------------------------------------------------------------------------------------------------ documents
 
 
-def _document(dataset: inspect.Dataset, number: int, tokenizer: Tokenizer | None, limit: int) -> dict[str, Any]:
+def _document(
+    dataset: inspect.Dataset, number: int, tokenizer: Tokenizer | None, limit: int
+) -> dict[str, Any]:
     """{document, tokens, pieces: [(kind, text)] within `limit` characters, left out: a few words or "", ids: [...]
     where there is no tokenizer}."""
     shard, first, tokens = dataset.span(number)
     out: dict[str, Any] = {"document": number, "tokens": tokens}
     if tokenizer is None:
         ids = inspect.read_tokens(shard, first, min(tokens, limit)).tolist()
-        shown = int(np.searchsorted(np.cumsum([1 + len(str(token)) for token in ids]), limit + 1, side="right"))
+        shown = int(
+            np.searchsorted(
+                np.cumsum([1 + len(str(token)) for token in ids]), limit + 1, side="right"
+            )
+        )
         rest = f"{tokens - shown:,} of {tokens:,} ids left out" if shown < tokens else ""
-        return {**out, "ids": ids[:shown], "pieces": [("text", " ".join(map(str, ids[:shown])))], "left out": rest}
+        return {
+            **out,
+            "ids": ids[:shown],
+            "pieces": [("text", " ".join(map(str, ids[:shown])))],
+            "left out": rest,
+        }
     read = min(tokens, max(_READ, limit))
     while True:
-        pieces = list(inspect.pieces_of_text(tokenizer, inspect.read_tokens(shard, first, read).tolist()))
+        pieces = list(
+            inspect.pieces_of_text(tokenizer, inspect.read_tokens(shard, first, read).tolist())
+        )
         characters = sum(len(text) for _, text in pieces)
-        if read == tokens or characters > limit + 16:  # a character may be cut in two where the reading stopped
+        if (
+            read == tokens or characters > limit + 16
+        ):  # a character may be cut in two where the reading stopped
             break
         read = min(tokens, 2 * read)
     out["pieces"], room = [], limit
@@ -282,7 +386,9 @@ def _document(dataset: inspect.Dataset, number: int, tokenizer: Tokenizer | None
         if room > 0:
             out["pieces"].append((kind, text[:room] if kind == "text" else text))
             room -= len(text)
-    about, whole = ("", characters) if read == tokens else ("about ", round(characters * tokens / read))
+    about, whole = (
+        ("", characters) if read == tokens else ("about ", round(characters * tokens / read))
+    )
     left = whole - sum(len(text) for _, text in out["pieces"])
     return {**out, "left out": f"{about}{left:,} of {whole:,} characters left out" if left else ""}
 
@@ -296,7 +402,10 @@ def _plain(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _print_document(console: Console, prefix: Path, document: Mapping[str, Any]) -> None:
     console.rule(
-        Text(f"{prefix.name}, document {document['document']:,}: {document['tokens']:,} tokens", style="dim"),
+        Text(
+            f"{prefix.name}, document {document['document']:,}: {document['tokens']:,} tokens",
+            style="dim",
+        ),
         align="left",
         style="dim",
     )
@@ -335,7 +444,12 @@ def _print_verification(console: Console, prefix: Path, result: Mapping[str, Any
     for sentence in result["unchecked"]:
         console.print(Text.assemble(("not checked ", "yellow"), sentence), soft_wrap=True)
     if not result["count"]:
-        console.print(Text("whole: nothing wrong" + (" in what was checked" if result["unchecked"] else ""), "green"))
+        console.print(
+            Text(
+                "whole: nothing wrong" + (" in what was checked" if result["unchecked"] else ""),
+                "green",
+            )
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- progress

@@ -66,5 +66,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"megacode {args.verb}: interrupted", file=sys.stderr)
         return 130
-
-

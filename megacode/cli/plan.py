@@ -37,18 +37,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="change a key, such as phases.phase1.steps=100 (may be given several times)",
     )
     parser.add_argument("--gpus", type=_positive, metavar="N", help="devices, for memory and time")
-    parser.add_argument("--mfu", type=_fraction, default=0.45, help="share of the device's peak (default: 0.45)")
     parser.add_argument(
-        "--device", choices=sorted(DEVICES), default="h100", metavar="NAME", help="h100 (default), a100, b200 ..."
+        "--mfu", type=_fraction, default=0.45, help="share of the device's peak (default: 0.45)"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw shares, rate and batch size (.png, .svg)")
-    parser.add_argument("--price", type=_price, metavar="X", help="of a device hour, for the whole run's")
+    parser.add_argument(
+        "--device",
+        choices=sorted(DEVICES),
+        default="h100",
+        metavar="NAME",
+        help="h100 (default), a100, b200 ...",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="also draw shares, rate and batch size (.png, .svg)",
+    )
+    parser.add_argument(
+        "--price", type=_price, metavar="X", help="of a device hour, for the whole run's"
+    )
     parser.add_argument("--checkpoints", action="store_true", help="list every checkpoint")
     parser.add_argument(
-        "--suggest", action="store_true", help="propose parallel layouts for --gpus and --device, fastest first"
+        "--suggest",
+        action="store_true",
+        help="propose parallel layouts for --gpus and --device, fastest first",
     )
     parser.add_argument(
-        "--gpus-per-node", type=_positive, default=8, metavar="N", help="for --suggest: devices that NVLink joins (8)"
+        "--gpus-per-node",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="for --suggest: devices that NVLink joins (8)",
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON instead")
 
@@ -109,7 +128,12 @@ def _suggest(recipe: Recipe, vocab_size: int | None, args: argparse.Namespace) -
     proposals = suggest(recipe, vocab_size, args.gpus, machine.peak, args.gpus_per_node)
     if args.json:
         rows = [
-            {"settings": p.settings(), "data": p.data, "memory": p.memory.total, "seconds": p.seconds}
+            {
+                "settings": p.settings(),
+                "data": p.data,
+                "memory": p.memory.total,
+                "seconds": p.seconds,
+            }
             for p in proposals
         ]
         print(json.dumps(rows, indent=1))
@@ -127,7 +151,9 @@ def _draw(plan: Plan, path: Path) -> None:
         os.replace(temporary, path)
     except (OSError, ValueError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"--plot {path}: cannot be drawn ({error}); give FILE.png in a folder that is there") from error
+        raise UserError(
+            f"--plot {path}: cannot be drawn ({error}); give FILE.png in a folder that is there"
+        ) from error
 
 
 def _positive(text: str) -> int:

@@ -39,7 +39,8 @@ On several machines with a common disk: the same command with --shard 0/N, 1/N, 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `megacode preprocess`."""
     parser.description = (
-        "Tokenize a corpus (JSONL, parquet, plain files; .gz, .zst; folders, globs) into a dataset of Megatron-Core."
+        "Tokenize a corpus (JSONL, parquet, plain files; .gz, .zst; folders, globs) "
+        "into a dataset of Megatron-Core."
     )
     parser.epilog = EXAMPLE
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -47,60 +48,138 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     what = parser.add_argument_group("what is read")
     what.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="files, folders, globs, @FILE (a list of them), in the order given"
-    )
-    what.add_argument("--text-field", default="text", metavar="NAME", help="field of the text; a.b for nested (text)")
-    what.add_argument("--format", choices=FORMATS, default="auto", help="what the inputs are (auto: by their endings)")
-    what.add_argument("--include", action="append", default=[], metavar="GLOB", help="in folders: only names like this")
-    what.add_argument(
-        "--files", default="0/1", metavar="I/N", help="every N-th file, beginning with number I: 0/2 the even ones"
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="files, folders, globs, @FILE (a list of them), in the order given",
     )
     what.add_argument(
-        "--where", metavar="EXPR", help="only records like this: \"stars >= 10 and license in ('mit', 'bsd')\""
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="field of the text; a.b for nested (text)",
     )
-    what.add_argument("--deduplicate", action=yes_no, default=False, help="keep the first of documents of equal text")
-    what.add_argument("--max-document", default="32MiB", metavar="SIZE", help="longer records are set aside (32MiB)")
     what.add_argument(
-        "--max-bad", default="1%", metavar="SHARE", help="exit code 2 if more of the records are bad, 0.1%% say (1%%)"
+        "--format",
+        choices=FORMATS,
+        default="auto",
+        help="what the inputs are (auto: by their endings)",
+    )
+    what.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="in folders: only names like this",
+    )
+    what.add_argument(
+        "--files",
+        default="0/1",
+        metavar="I/N",
+        help="every N-th file, beginning with number I: 0/2 the even ones",
+    )
+    what.add_argument(
+        "--where",
+        metavar="EXPR",
+        help="only records like this: \"stars >= 10 and license in ('mit', 'bsd')\"",
+    )
+    what.add_argument(
+        "--deduplicate",
+        action=yes_no,
+        default=False,
+        help="keep the first of documents of equal text",
+    )
+    what.add_argument(
+        "--max-document",
+        default="32MiB",
+        metavar="SIZE",
+        help="longer records are set aside (32MiB)",
+    )
+    what.add_argument(
+        "--max-bad",
+        default="1%",
+        metavar="SHARE",
+        help="exit code 2 if more of the records are bad, 0.1%% say (1%%)",
     )
 
     how = parser.add_argument_group("how it is tokenized")
     how.add_argument(
-        "--tokenizer", required=True, metavar="FILE", help="SentencePiece .model, tokenizer.json, .tiktoken"
+        "--tokenizer",
+        required=True,
+        metavar="FILE",
+        help="SentencePiece .model, tokenizer.json, .tiktoken",
     )
-    how.add_argument("--tokenizer-kind", choices=("sentencepiece", "huggingface", "tiktoken"), help="(by the ending)")
+    how.add_argument(
+        "--tokenizer-kind",
+        choices=("sentencepiece", "huggingface", "tiktoken"),
+        help="(by the ending)",
+    )
     how.add_argument(
         "--added-tokens",
         default="none",
         metavar="LIST",
         help="`crystal`, or names split by commas: as in the recipe (none)",
     )
-    how.add_argument("--bos", action=yes_no, default=False, help="begin-of-sequence token before each document")
-    how.add_argument("--eod", action=yes_no, default=True, help="end-of-document token after each document")
-    how.add_argument("--exact", action="store_true", help="do without the fast backend (same ids; for doubts)")
+    how.add_argument(
+        "--bos", action=yes_no, default=False, help="begin-of-sequence token before each document"
+    )
+    how.add_argument(
+        "--eod", action=yes_no, default=True, help="end-of-document token after each document"
+    )
+    how.add_argument(
+        "--exact", action="store_true", help="do without the fast backend (same ids; for doubts)"
+    )
 
     out = parser.add_argument_group("what is written")
     out.add_argument(
-        "--output", type=Path, required=True, metavar="PREFIX", help="PREFIX.bin, .idx and .json are written"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="PREFIX",
+        help="PREFIX.bin, .idx and .json are written",
     )
-    out.add_argument("--split-by", metavar="FIELD", help="a dataset for each value; {value} in PREFIX, or PREFIX-VALUE")
     out.add_argument(
-        "--validation", type=float, default=0.0, metavar="F", help="share held out, by hash of the text (0)"
+        "--split-by",
+        metavar="FIELD",
+        help="a dataset for each value; {value} in PREFIX, or PREFIX-VALUE",
+    )
+    out.add_argument(
+        "--validation",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="share held out, by hash of the text (0)",
     )
     out.add_argument("--validation-output", type=Path, metavar="PREFIX", help="(PREFIX_validation)")
     out.add_argument("--shuffle", type=int, metavar="SEED", help="documents in a random order")
     out.add_argument(
-        "--repository", metavar="FIELD", help="make one document of a repository's files, in the order of their paths"
+        "--repository",
+        metavar="FIELD",
+        help="make one document of a repository's files, in the order of their paths",
     )
-    out.add_argument("--path", metavar="FIELD", help="with --repository: a file's path in it (file.path, say)")
-    out.add_argument("--shard-size", metavar="SIZE", help="cut into PREFIX-00000, ... of at most this size: 10GB")
-    out.add_argument("--overwrite", action="store_true", help="replace an output that was made from other settings")
+    out.add_argument(
+        "--path", metavar="FIELD", help="with --repository: a file's path in it (file.path, say)"
+    )
+    out.add_argument(
+        "--shard-size", metavar="SIZE", help="cut into PREFIX-00000, ... of at most this size: 10GB"
+    )
+    out.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an output that was made from other settings",
+    )
 
     run_group = parser.add_argument_group("how it runs")
     run_group.add_argument(
-        "--workers", type=int, default=available_cores(), metavar="N", help="processes (%(default)s)"
+        "--workers",
+        type=int,
+        default=available_cores(),
+        metavar="N",
+        help="processes (%(default)s)",
     )
-    run_group.add_argument("--shard", metavar="I/N", help="do one of N shares of the work, from 0/N to N-1/N")
+    run_group.add_argument(
+        "--shard", metavar="I/N", help="do one of N shares of the work, from 0/N to N-1/N"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -118,9 +197,17 @@ def run(args: argparse.Namespace) -> int:
         parse_condition(args.where)
     if args.shuffle is not None and args.shuffle < 0:
         raise UserError(f"--shuffle {args.shuffle}: expected a seed of 0 or more")
-    added = args.added_tokens if args.added_tokens in ("none", "crystal") else args.added_tokens.split(",")
+    added = (
+        args.added_tokens
+        if args.added_tokens in ("none", "crystal")
+        else args.added_tokens.split(",")
+    )
     section = schema.TokenizerSection(
-        path=args.tokenizer, kind=args.tokenizer_kind, added_tokens=added, bos=args.bos, eod=args.eod
+        path=args.tokenizer,
+        kind=args.tokenizer_kind,
+        added_tokens=added,
+        bos=args.bos,
+        eod=args.eod,
     )
     output = _prefix(args.output, "--output")
     held_out = args.validation_output and _prefix(args.validation_output, "--validation-output")
@@ -178,17 +265,31 @@ def parse_fraction(text: str, option: str) -> tuple[int, int]:
     """`0/8` -> (0, 8). UserError unless it is one of n, counted from 0."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or int(match[1]) >= int(match[2]):
-        raise UserError(f"{option} {text}: expected I/N, one of N counted from 0: 0/4, 1/4, 2/4 or 3/4")
+        raise UserError(
+            f"{option} {text}: expected I/N, one of N counted from 0: 0/4, 1/4, 2/4 or 3/4"
+        )
     return int(match[1]), int(match[2])
 
 
 def parse_size(text: str, option: str) -> int:
     """`10GB` -> 10^10, `32MiB` -> 2^25, a bare number is bytes. UserError for anything else, and for 0."""
-    units = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+    units = {
+        "": 1,
+        "k": 10**3,
+        "M": 10**6,
+        "G": 10**9,
+        "T": 10**12,
+        "Ki": 2**10,
+        "Mi": 2**20,
+        "Gi": 2**30,
+        "Ti": 2**40,
+    }
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?|[KMGT]i)B?", text)
     size = int(float(match[1]) * units[match[2]]) if match else 0
     if not size:
-        raise UserError(f"{option} {text}: expected a size in bytes, such as 10GB, 512MiB or 1000000")
+        raise UserError(
+            f"{option} {text}: expected a size in bytes, such as 10GB, 512MiB or 1000000"
+        )
     return size
 
 
@@ -197,5 +298,7 @@ def _prefix(path: Path, option: str) -> Path:
     if not path.name or path.name == "..":
         raise UserError(f"{option} {path}: expected a prefix of file names, {path / 'corpus'} say")
     if "{value}" in str(path.parent):
-        raise UserError(f"{option} {path}: {{value}} may stand in the name only, {path.parent.parent / '{value}'} say")
+        raise UserError(
+            f"{option} {path}: {{value}} may stand in the name only, {path.parent.parent / '{value}'} say"
+        )
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path

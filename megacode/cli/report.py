@@ -17,7 +17,11 @@ The page is one file: no scripts, no network; it can be mailed. Of a run that is
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="run folder; several are compared over tokens"
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="run folder; several are compared over tokens",
     )
     parser.add_argument(
         "--output",
@@ -31,9 +35,13 @@ def run(args: argparse.Namespace) -> int:
     from megacode.report.page import page
     from megacode.report.run_data import read_runs
 
-    output = args.output or args.runs[0] / ("report.html" if len(args.runs) == 1 else "comparison.html")
+    output = args.output or args.runs[0] / (
+        "report.html" if len(args.runs) == 1 else "comparison.html"
+    )
     if output.is_dir():
-        raise UserError(f"--output {output}: is a folder; name a file, such as {output / 'report.html'}")
+        raise UserError(
+            f"--output {output}: is a folder; name a file, such as {output / 'report.html'}"
+        )
     html = page(read_runs(args.runs))
     write_page(output, html)
     print(f"report: {output}")
@@ -54,4 +62,6 @@ def write_page(path: Path, html: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); choose another --output"
+        ) from error

@@ -26,15 +26,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("inputs", nargs="+", metavar="INPUT", help="JSONL, parquet or plain files, folders, globs")
-    train.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the .model goes")
-    train.add_argument("--vocab-size", default="8k", metavar="N", help="pieces, bytes and control tokens together (8k)")
-    train.add_argument("--character-coverage", type=float, default=0.9995, metavar="F", help="(0.9995)")
-    train.add_argument("--max-mb", type=float, default=200.0, metavar="MB", help="train on a sample of this size (200)")
-    train.add_argument("--text-field", default="text", metavar="NAME", help="field of the text; a.b for nested (text)")
-    train.add_argument("--format", choices=FORMATS, default="auto", help="what the inputs are (auto: by their endings)")
     train.add_argument(
-        "--include", action="append", default=[], metavar="GLOB", help="in folders: only names like this"
+        "inputs", nargs="+", metavar="INPUT", help="JSONL, parquet or plain files, folders, globs"
+    )
+    train.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="where the .model goes"
+    )
+    train.add_argument(
+        "--vocab-size",
+        default="8k",
+        metavar="N",
+        help="pieces, bytes and control tokens together (8k)",
+    )
+    train.add_argument(
+        "--character-coverage", type=float, default=0.9995, metavar="F", help="(0.9995)"
+    )
+    train.add_argument(
+        "--max-mb",
+        type=float,
+        default=200.0,
+        metavar="MB",
+        help="train on a sample of this size (200)",
+    )
+    train.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="field of the text; a.b for nested (text)",
+    )
+    train.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="auto",
+        help="what the inputs are (auto: by their endings)",
+    )
+    train.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="in folders: only names like this",
     )
 
 
@@ -69,7 +100,9 @@ def run(args: argparse.Namespace) -> int:
         for text in sample(texts(), share):
             counts["documents"] += 1
             counts["bytes"] += len(text)
-            status.update(f"reading: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.1f} M characters")
+            status.update(
+                f"reading: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.1f} M characters"
+            )
             yield text
         status.update("training (SentencePiece does not say how far it is)")
 
@@ -79,6 +112,10 @@ def run(args: argparse.Namespace) -> int:
         f"{args.output}: {vocab_size:,} pieces from {counts['documents']:,} documents "
         f"({counts['bytes'] / 1e6:.1f} M characters, {share:.0%} of the input)"
         + (f"; {counts['bad']:,} bad or empty records left out" if counts["bad"] else "")
-        + (f"; {len(links):,} links that lead out of the input or nowhere are not followed" if links else "")
+        + (
+            f"; {len(links):,} links that lead out of the input or nowhere are not followed"
+            if links
+            else ""
+        )
     )
     return 0

@@ -23,14 +23,34 @@ Steps are numbered as in metrics.jsonl, from 1; sequences within the batch from 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_or_recipe", type=Path, metavar="RUN_OR_RECIPE", help="a run's folder, or a recipe file")
-    parser.add_argument("--step", type=int, required=True, metavar="N", help="step of the run, 1 for the first")
-    parser.add_argument("--text", action="store_true", help="show the first characters of each document")
-    parser.add_argument("--sample", type=int, metavar="K", help="show sequence K of the batch in full, as trained on")
-    parser.add_argument("--check", action="store_true", help="compare the batch with what the run's metrics.jsonl says")
+    parser.add_argument(
+        "run_or_recipe", type=Path, metavar="RUN_OR_RECIPE", help="a run's folder, or a recipe file"
+    )
+    parser.add_argument(
+        "--step", type=int, required=True, metavar="N", help="step of the run, 1 for the first"
+    )
+    parser.add_argument(
+        "--text", action="store_true", help="show the first characters of each document"
+    )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        metavar="K",
+        help="show sequence K of the batch in full, as trained on",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare the batch with what the run's metrics.jsonl says",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead")
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe"
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a key of the recipe",
     )
 
 
@@ -83,11 +103,25 @@ def _show(facts: dict[str, Any], with_text: bool) -> None:
         f"{facts['sequence_length']:,} tokens"
     )
     if "equal" in facts:
-        said = "the batch that the run recorded" if facts["equal"] else f"NOT the run's batch {facts['recorded']}"
+        said = (
+            "the batch that the run recorded"
+            if facts["equal"]
+            else f"NOT the run's batch {facts['recorded']}"
+        )
         console.print(f"digest {facts['batch']}: {said}")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for head in ("sample", "source", "epoch", "document", "tokens", "from", *(["text"] if with_text else [])):
-        table.add_column(head, no_wrap=True, justify="right" if head in ("sample", "epoch") else "left")
+    for head in (
+        "sample",
+        "source",
+        "epoch",
+        "document",
+        "tokens",
+        "from",
+        *(["text"] if with_text else []),
+    ):
+        table.add_column(
+            head, no_wrap=True, justify="right" if head in ("sample", "epoch") else "left"
+        )
     for sample in samples:
         for number, part in enumerate(sample["documents"]):
             first = number == 0
@@ -105,11 +139,19 @@ def _show(facts: dict[str, Any], with_text: bool) -> None:
     Console(highlight=False, width=wide.measure(table).maximum).print(table)
     if content := facts.get("content"):
         counted = sum(content["loss_mask"])
-        console.print(f"\n{counted:,} of {len(content['loss_mask']):,} labels count in the loss; as trained on:\n")
-        shown = content["text"] if content["text"] is not None else " ".join(map(str, content["tokens"]))
+        console.print(
+            f"\n{counted:,} of {len(content['loss_mask']):,} labels count in the loss; as trained on:\n"
+        )
+        shown = (
+            content["text"]
+            if content["text"] is not None
+            else " ".join(map(str, content["tokens"]))
+        )
         console.print(Text("\n".join(printable(line, "\t") for line in shown.split("\n"))))
 
 
 def printable(text: str, keep: str = "") -> str:
     """`text` with what a terminal would obey (line ends, escapes) written out."""
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )

@@ -35,9 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="change a key of the recipe, e.g. --set parallel.tensor=2",
     )  # fmt: skip
     parser.add_argument("--run", type=Path, help="run folder (default: runs/NAME of the recipe)")
-    parser.add_argument("--restart", action="store_true", help="start over: an earlier run in the folder is put aside")
     parser.add_argument(
-        "--until-phase", metavar="NAME", help="end with that phase; if it is past, do nothing and exit with 0"
+        "--restart",
+        action="store_true",
+        help="start over: an earlier run in the folder is put aside",
+    )
+    parser.add_argument(
+        "--until-phase",
+        metavar="NAME",
+        help="end with that phase; if it is past, do nothing and exit with 0",
     )
     parser.add_argument(
         "--accept-change", action="append", default=[], metavar="KEY",
@@ -49,11 +55,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start this many processes here, without torchrun; in a task of srun: of each task",
     )
     parser.add_argument(
-        "--profile", metavar="FIRST:LAST", help="profile these steps (counted from 1) into RUN/profile, for Perfetto"
+        "--profile",
+        metavar="FIRST:LAST",
+        help="profile these steps (counted from 1) into RUN/profile, for Perfetto",
     )
-    parser.add_argument("--profile-ranks", default="0", metavar="RANKS", help="which ranks: 0,3 or all (default: 0)")
     parser.add_argument(
-        "--logs", type=Path, metavar="FOLDER", help="what ranks other than 0 say goes to FOLDER/rank-N.log"
+        "--profile-ranks", default="0", metavar="RANKS", help="which ranks: 0,3 or all (default: 0)"
+    )
+    parser.add_argument(
+        "--logs",
+        type=Path,
+        metavar="FOLDER",
+        help="what ranks other than 0 say goes to FOLDER/rank-N.log",
     )
 
 
@@ -117,7 +130,9 @@ def _run(args: argparse.Namespace) -> int:
 def _rank(processes: int | None) -> int | None:
     """This process's rank as its launcher told it; None for one that no launcher started, or that is to be a launcher."""
     if "RANK" in os.environ:
-        return int(os.environ["RANK"]) if os.environ["RANK"].isdigit() else 0  # `read_launch` says what is wrong
+        return (
+            int(os.environ["RANK"]) if os.environ["RANK"].isdigit() else 0
+        )  # `read_launch` says what is wrong
     if "SLURM_STEP_ID" in os.environ and (processes or 1) == 1:
         return int(os.environ.get("SLURM_PROCID") or 0)
     return None
@@ -150,12 +165,20 @@ def _launch(args: argparse.Namespace, folder: Path, among: Rendezvous | None) ->
     arguments += ["--until-phase", args.until_phase] if args.until_phase else []
     arguments += ["--logs", str(args.logs)] if args.logs else []
     arguments += ["--restart"] if args.restart else []
-    arguments += ["--profile", args.profile, "--profile-ranks", args.profile_ranks] if args.profile else []
+    arguments += (
+        ["--profile", args.profile, "--profile-ranks", args.profile_ranks] if args.profile else []
+    )
     return launch(arguments, args.processes, among=among)
 
 
 def _train(
-    plan: Plan, folder: Path, restart: bool, end_step: int, logs: Path | None, profile: ProfileSteps | None, accept: list[str]
+    plan: Plan,
+    folder: Path,
+    restart: bool,
+    end_step: int,
+    logs: Path | None,
+    profile: ProfileSteps | None,
+    accept: list[str],
 ) -> int:
     from megacode.megatron import cpu
 
@@ -181,5 +204,7 @@ def _train(
     if not stopped_by or launch.rank:
         return 0  # of a stop one rank says it
     if "SLURM_STEP_ID" in os.environ:
-        time.sleep(3)  # srun ends the other tasks as soon as one leaves with a code, so this one leaves last
+        time.sleep(
+            3
+        )  # srun ends the other tasks as soon as one leaves with a code, so this one leaves last
     return STOPPED

@@ -29,7 +29,12 @@ _WINDOW = 100
 
 
 def write_card(
-    folder: Path, recipe: Recipe, checkpoint: Path, run: Path | None, family: str, name: str | None = None
+    folder: Path,
+    recipe: Recipe,
+    checkpoint: Path,
+    run: Path | None,
+    family: str,
+    name: str | None = None,
 ) -> None:
     """Write README.md, and loss.png and mixture.png where the run has metrics, into an export.
 
@@ -45,7 +50,11 @@ def write_card(
     past = _past(run, step)
     pictures = _pictures(past, folder) if past else []
     tokens = info.get("tokens") or (past.tokens_at(step) if past else None)
-    fim = recipe.data.fim if any(stream["fim_rate"] for phase in _phases(past) for stream in phase["streams"]) else None
+    fim = (
+        recipe.data.fim
+        if any(stream["fim_rate"] for phase in _phases(past) for stream in phase["streams"])
+        else None
+    )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
@@ -56,7 +65,9 @@ def write_card(
         recipe_name=recipe.name,
         description=recipe.description,
         family=family,
-        tags=sorted({source.domain for source in recipe.sources.values()} & {"code", "text", "math"}),
+        tags=sorted(
+            {source.domain for source in recipe.sources.values()} & {"code", "text", "math"}
+        ),
         lead=_lead(recipe, info, tokens),
         model=_model_rows(recipe, info),
         phases=tables.phases(past) if past else None,
@@ -116,7 +127,11 @@ def _pictures(past: Run, folder: Path) -> list[tuple[str, str]]:
     hue = palette.hues(past.domains)
     drawn = [
         ("loss.png", "Loss by domain over steps", figures.loss_by_domain(past, hue, draw=draw_png)),
-        ("mixture.png", "Share of sequences by domain over steps", figures.mixture(past, hue, draw=draw_png)),
+        (
+            "mixture.png",
+            "Share of sequences by domain over steps",
+            figures.mixture(past, hue, draw=draw_png),
+        ),
     ]
     for name, _, picture in drawn:
         if picture is not None:
@@ -128,10 +143,14 @@ def _pictures(past: Run, folder: Path) -> list[tuple[str, str]]:
 def _lead(recipe: Recipe, info: dict[str, Any], tokens: float | None) -> str:
     vocabulary = info.get("vocab_size") or recipe.model.vocab_size
     parameters = (
-        f"{count(parameter_count(recipe.model, vocabulary, _context(recipe)))} parameters" if vocabulary else ""
+        f"{count(parameter_count(recipe.model, vocabulary, _context(recipe)))} parameters"
+        if vocabulary
+        else ""
     )
     seen = f"{count(tokens)} tokens seen" if tokens else ""
-    facts = ", ".join(part for part in (parameters, f"after {int(info['step']):,} steps", seen) if part)
+    facts = ", ".join(
+        part for part in (parameters, f"after {int(info['step']):,} steps", seen) if part
+    )
     return f"A causal language model: {facts}."
 
 
@@ -150,20 +169,38 @@ def _model_rows(recipe: Recipe, info: dict[str, Any]) -> list[tuple[str, str]]:
         rotated = "all" if model.rotary_fraction == 1 else f"{model.rotary_fraction:.0%}"
         pairs = "neighbouring pairs" if model.rotary_interleaved else "halves"
         positions = f"rotary on {rotated} of each head in {pairs}, base {model.rotary_base:,g}"
-    where = "every linear layer" if model.linear_bias else "queries, keys and values" if model.qkv_bias else "none"
+    where = (
+        "every linear layer"
+        if model.linear_bias
+        else "queries, keys and values"
+        if model.qkv_bias
+        else "none"
+    )
     norm = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[model.normalization]
     rows = [
-        ("parameters", f"{parameter_count(model, vocabulary, _context(recipe)):,}" if vocabulary else "–"),
+        (
+            "parameters",
+            f"{parameter_count(model, vocabulary, _context(recipe)):,}" if vocabulary else "–",
+        ),
         ("layers", str(model.layers)),
         ("hidden size", f"{model.hidden_size:,}"),
         ("heads", heads),
         ("feed-forward", f"{model.activation}, {model.resolved_ffn_size:,} wide"),
-        ("norm", f"{norm}, epsilon {model.norm_epsilon:g}" + (", also on queries and keys" if model.qk_norm else "")),
+        (
+            "norm",
+            f"{norm}, epsilon {model.norm_epsilon:g}"
+            + (", also on queries and keys" if model.qk_norm else ""),
+        ),
         ("biases", where),
         ("positions", positions),
         ("context", f"{_context(recipe):,} tokens"),
         ("vocabulary", f"{vocabulary:,}" if vocabulary else "–"),
-        ("embeddings", "shared by input and output" if model.tie_embeddings else "separate for input and output"),
+        (
+            "embeddings",
+            "shared by input and output"
+            if model.tie_embeddings
+            else "separate for input and output",
+        ),
     ]
     if model.mup:
         factors = f"embeddings × {model.embedding_scale:g}, logits × {model.logit_scale:g}"
@@ -180,7 +217,9 @@ def _progress(past: Run | None, info: dict[str, Any], tokens: float | None) -> s
     if tokens:
         text += f", {count(tokens)}" + (f" of {count(whole)}" if whole else "") + " tokens"
     sources = ", ".join(
-        f"{name} ({source.domain})" for name, source in past.recipe.sources.items() if _read(past, name)
+        f"{name} ({source.domain})"
+        for name, source in past.recipe.sources.items()
+        if _read(past, name)
     )
     return f"{text}. Sources: {sources}."
 
@@ -209,6 +248,8 @@ def _number(value: float | None) -> str:
 def _origin(past: Run | None) -> list[str]:
     versions = (past.environment.get("versions") or {}) if past else {}
     named = [
-        f"{name} {versions[name]}" for name in ("torch", "megatron-core", "transformer-engine") if versions.get(name)
+        f"{name} {versions[name]}"
+        for name in ("torch", "megatron-core", "transformer-engine")
+        if versions.get(name)
     ]
     return [f"Versions: {', '.join(named)}."] if named else []

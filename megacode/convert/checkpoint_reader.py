@@ -37,7 +37,10 @@ class CheckpointReader:
     def open(cls, folder: Path) -> CheckpointReader:
         """UserError: there is no readable checkpoint of Megatron-Core's distributed format; see `read_index`."""
         metadata = read_index(folder)
-        places = {(index.fqn, tuple(index.offset or ())): place for index, place in metadata.storage_data.items()}
+        places = {
+            (index.fqn, tuple(index.offset or ())): place
+            for index, place in metadata.storage_data.items()
+        }
         return cls(folder, metadata, places)
 
     def _stored(self, key: str, layer: int | None) -> tuple[str, int | None]:
@@ -74,8 +77,14 @@ class CheckpointReader:
         name, layer = self._stored(key, layer)
         stored = self.metadata.state_dict_metadata[name]
         size = tuple(stored.size)
-        wanted = [c for c in stored.chunks if layer is None or c.offsets[0] <= layer < c.offsets[0] + c.sizes[0]]
-        if len(wanted) == 1 and tuple(wanted[0].sizes) == (size if layer is None else (1, *size[1:])):
+        wanted = [
+            c
+            for c in stored.chunks
+            if layer is None or c.offsets[0] <= layer < c.offsets[0] + c.sizes[0]
+        ]
+        if len(wanted) == 1 and tuple(wanted[0].sizes) == (
+            size if layer is None else (1, *size[1:])
+        ):
             whole = self._chunk(name, wanted[0], stored.properties.dtype, scratch)
             return whole if layer is None else whole[0]
         out = torch.empty(size if layer is None else size[1:], dtype=stored.properties.dtype)
@@ -91,7 +100,9 @@ class CheckpointReader:
             out[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] = part
             filled += part.numel()
         if filled != out.numel():
-            raise UserError(f"{self.folder}: {name} is not whole ({filled:,} of {out.numel():,} numbers); {_EXPECTED}")
+            raise UserError(
+                f"{self.folder}: {name} is not whole ({filled:,} of {out.numel():,} numbers); {_EXPECTED}"
+            )
         return out
 
     def _chunk(self, name: str, chunk: Any, dtype: torch.dtype, scratch: Scratch | None) -> Tensor:
@@ -103,9 +114,20 @@ class CheckpointReader:
                 tensor = _numbers(part, torch.Size(chunk.sizes), dtype, scratch or Scratch())
                 if tensor is None:
                     part.seek(0)
-                    tensor = torch.load(io.BufferedReader(part), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: {name} cannot be read, the file is damaged or cut short; {_EXPECTED}") from error
+                    tensor = torch.load(
+                        io.BufferedReader(part), map_location="cpu", weights_only=True
+                    )
+        except (
+            OSError,
+            RuntimeError,
+            pickle.UnpicklingError,
+            EOFError,
+            ValueError,
+            zipfile.BadZipFile,
+        ) as error:
+            raise UserError(
+                f"{path}: {name} cannot be read, the file is damaged or cut short; {_EXPECTED}"
+            ) from error
         if tuple(tensor.shape) != tuple(chunk.sizes):
             raise UserError(
                 f"{path}: {name} has shape {tuple(tensor.shape)} instead of {tuple(chunk.sizes)}; {_EXPECTED}"
@@ -132,7 +154,11 @@ def _numbers(part: _Part, sizes: torch.Size, dtype: torch.dtype, scratch: Scratc
     with zipfile.ZipFile(part) as archive:
         found = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
         order = [entry for entry in archive.infolist() if entry.filename.endswith("/byteorder")]
-        if len(found) != 1 or found[0].compress_type or found[0].file_size != sizes.numel() * dtype.itemsize:
+        if (
+            len(found) != 1
+            or found[0].compress_type
+            or found[0].file_size != sizes.numel() * dtype.itemsize
+        ):
             return None
         if any(archive.read(entry) != b"little" for entry in order):
             return None
@@ -163,7 +189,9 @@ class _Part(io.RawIOBase):
         return self._at
 
     def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
-        self._at = position + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = (
+            position + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        )
         return self._at
 
     def readinto(self, buffer: Any) -> int:

@@ -27,7 +27,12 @@ from torch.distributed.checkpoint.metadata import (
 
 from megacode.convert.layout import LAYER
 
-_LINEAR = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+_LINEAR = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
 _FILE_BYTES = 4 << 30
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -60,14 +65,19 @@ class CheckpointWriter:
         part = tensor if layer is None else tensor.unsqueeze(0)
         offsets = torch.Size([0] * len(whole) if layer is None else [layer, *[0] * tensor.ndim])
         stored = self._tensors.setdefault(
-            key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(whole), chunks=[])
+            key,
+            TensorStorageMetadata(
+                TensorProperties(dtype=tensor.dtype), torch.Size(whole), chunks=[]
+            ),
         )
         stored.chunks.append(ChunkStorageMetadata(offsets, part.shape))
         self._write(MetadataIndex(key, offsets), part.contiguous())
 
     def finish(self) -> None:
         """Everything but megacode.json, whose presence says that a checkpoint is complete."""
-        for name in _LINEAR:  # Megatron-Core's layers have a state of their own, for FP8; without it, none
+        for (
+            name
+        ) in _LINEAR:  # Megatron-Core's layers have a state of their own, for FP8; without it, none
             for layer in range(self.layers):
                 key = f"{LAYER}{name}._extra_state/shard_{layer}_{self.layers}"
                 self._tensors[key] = BytesStorageMetadata()
@@ -87,7 +97,10 @@ class CheckpointWriter:
             self._file, self._number = open(self.folder / self._name, "wb"), self._number + 1  # noqa: SIM115
         start = self._file.tell()
         if isinstance(value, Tensor):
-            torch.save(value.clone() if value.untyped_storage().nbytes() != value.nbytes else value, self._file)
+            torch.save(
+                value.clone() if value.untyped_storage().nbytes() != value.nbytes else value,
+                self._file,
+            )
         else:
             small = io.BytesIO()
             torch.save(value, small)

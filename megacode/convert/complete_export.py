@@ -75,7 +75,9 @@ def complete_export(
     if about.note:
         notes.append(about.note)
     prepared = tempfile.TemporaryDirectory()
-    if section is not None and wanted.tokenizer:  # what cannot be is told before a minute of weights
+    if (
+        section is not None and wanted.tokenizer
+    ):  # what cannot be is told before a minute of weights
         write_tokenizer(section, Path(prepared.name), source.vocab_size)
 
     def extra(folder: Path) -> None:
@@ -84,17 +86,34 @@ def complete_export(
             copy = folder / path.relative_to(prepared.name)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
-        if section is not None and wanted.tokenizer and (note := loads_differently(section, folder)):
+        if (
+            section is not None
+            and wanted.tokenizer
+            and (note := loads_differently(section, folder))
+        ):
             notes.append(note)
-        write_card(folder, source.recipe, source.checkpoint, run_of(source.checkpoint), family.name, out.name)
+        write_card(
+            folder,
+            source.recipe,
+            source.checkpoint,
+            run_of(source.checkpoint),
+            family.name,
+            out.name,
+        )
         last(folder)
 
     with prepared:
-        export(source, out, family, wanted.dtype_of(source), wanted.shard_bytes, on_bytes, about, extra)
+        export(
+            source, out, family, wanted.dtype_of(source), wanted.shard_bytes, on_bytes, about, extra
+        )
     return notes
 
 
 def run_of(checkpoint: Path) -> Path | None:
     """The run that a checkpoint lies in."""
     run = checkpoint.resolve().parent.parent
-    return run if checkpoint.resolve().parent.name == "checkpoints" and (run / "recipe.yaml").is_file() else None
+    return (
+        run
+        if checkpoint.resolve().parent.name == "checkpoints" and (run / "recipe.yaml").is_file()
+        else None
+    )

@@ -65,7 +65,9 @@ class ExportSource:
 
     @property
     def length(self) -> int:
-        return self.model.context_length or max(phase.sequence_length for phase in self.recipe.phases)
+        return self.model.context_length or max(
+            phase.sequence_length for phase in self.recipe.phases
+        )
 
     def tensors(self, slot: Slot, scratch: Scratch | None = None) -> list[Tensor]:
         """The Hugging Face tensors of a slot; they may lie in `scratch`."""
@@ -74,7 +76,9 @@ class ExportSource:
 
     def planned(self, slot: Slot) -> list[Planned]:
         """Their names and shapes, by the recipe alone."""
-        empty = torch.empty(shape(self.model, self.vocab_size, slot.key, self.length), device="meta")
+        empty = torch.empty(
+            shape(self.model, self.vocab_size, slot.key, self.length), device="meta"
+        )
         return [
             Planned(name, tuple(tensor.shape))
             for name, tensor in zip(slot.names, slot.form.split(self.model, empty), strict=True)
@@ -83,7 +87,11 @@ class ExportSource:
 
 def total_bytes(source: ExportSource, family: Family, dtype: torch.dtype) -> int:
     """Of the weights that an export writes."""
-    return sum(planned.nbytes(dtype) for slot in family.slots(source.model) for planned in source.planned(slot))
+    return sum(
+        planned.nbytes(dtype)
+        for slot in family.slots(source.model)
+        for planned in source.planned(slot)
+    )
 
 
 def stored_dtype(source: ExportSource) -> torch.dtype:
@@ -117,7 +125,13 @@ def export(
             shard_bytes,
             on_bytes,
         )
-        _write_configs(temporary, source, family, dtype, about or outgoing(source.info.get("imported"), {}, None))
+        _write_configs(
+            temporary,
+            source,
+            family,
+            dtype,
+            about or outgoing(source.info.get("imported"), {}, None),
+        )
         for name in family.remote_code:
             code = Path(__file__).parent / "crystalcoder" / name
             shutil.copyfile(code, temporary / name)
@@ -130,7 +144,9 @@ def _check_shapes(source: ExportSource, slots: list[Slot]) -> None:
     for slot in slots:
         wanted = shape(model, source.vocab_size, slot.key, source.length)
         stored = source.reader.shape(slot.key, slot.layer)
-        fits = len(stored) == len(wanted) and all(s >= w for s, w in zip(stored, wanted, strict=True))
+        fits = len(stored) == len(wanted) and all(
+            s >= w for s, w in zip(stored, wanted, strict=True)
+        )
         if not fits:
             raise UserError(
                 f"{source.checkpoint}: {slot.key} has shape {stored}, and recipe.yaml asks for {wanted}; the two belong to "
@@ -138,7 +154,9 @@ def _check_shapes(source: ExportSource, slots: list[Slot]) -> None:
             )
 
 
-def _write_configs(folder: Path, source: ExportSource, family: Family, dtype: torch.dtype, about: Outgoing) -> None:
+def _write_configs(
+    folder: Path, source: ExportSource, family: Family, dtype: torch.dtype, about: Outgoing
+) -> None:
     name = str(dtype).removeprefix("torch.")
     context = Context(source.vocab_size, source.length, about.ids, name)
     config = {

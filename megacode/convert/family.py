@@ -74,7 +74,9 @@ def first_reason(checks: Iterable[tuple[bool, str]]) -> str | None:
 def foreign_fields(model: Model) -> list[tuple[bool, str]]:
     """What stands in the way of every family."""
     other = [name for name in model.megatron if not any(part in name for part in _HARMLESS)]
-    return [(bool(other), f"model.megatron.{other[0] if other else ''} may change what is computed")]
+    return [
+        (bool(other), f"model.megatron.{other[0] if other else ''} may change what is computed")
+    ]
 
 
 def common_reasons(model: Model) -> list[tuple[bool, str]]:
@@ -82,17 +84,29 @@ def common_reasons(model: Model) -> list[tuple[bool, str]]:
     default_scale = abs(model.resolved_softmax_scale * model.resolved_head_dim**0.5 - 1) < 1e-9
     return [
         *foreign_fields(model),
-        (model.embedding_scale != 1.0, f"model.mup.embedding_scale is {model.embedding_scale:g}, not 1"),
+        (
+            model.embedding_scale != 1.0,
+            f"model.mup.embedding_scale is {model.embedding_scale:g}, not 1",
+        ),
         (model.logit_scale != 1.0, f"muP multiplies logits by {model.logit_scale:g}"),
-        (not default_scale, "attention scores are not divided by the root of head_dim (muP, or model.softmax_scale)"),
-        (model.position_embedding != "rotary", f"model.position_embedding is {model.position_embedding}, not rotary"),
+        (
+            not default_scale,
+            "attention scores are not divided by the root of head_dim (muP, or model.softmax_scale)",
+        ),
+        (
+            model.position_embedding != "rotary",
+            f"model.position_embedding is {model.position_embedding}, not rotary",
+        ),
     ]
 
 
 def is_not(field: str, found: Any, *wanted: Any) -> tuple[bool, str]:
     """The check that `model.FIELD` has one of the wanted values."""
     names = ", ".join(str(name) for name in wanted)
-    return found not in wanted, f"model.{field} is {found}, not {'one of ' if len(wanted) > 1 else ''}{names}"
+    return (
+        found not in wanted,
+        f"model.{field} is {found}, not {'one of ' if len(wanted) > 1 else ''}{names}",
+    )
 
 
 def scaled_positions(model: Model) -> tuple[bool, str]:
@@ -109,7 +123,10 @@ def shared_heads(model: Model) -> tuple[bool, str]:
 def own_head_dim(model: Model) -> tuple[bool, str]:
     """The check that the heads together are as wide as the model, for configs that do not say how wide a head is."""
     dim = model.resolved_head_dim
-    return dim * model.heads != model.hidden_size, f"model.head_dim is {dim}, not hidden_size / heads"
+    return (
+        dim * model.heads != model.hidden_size,
+        f"model.head_dim is {dim}, not hidden_size / heads",
+    )
 
 
 # --------------------------------------------------------------------------------------------- common keys, both ways
@@ -142,11 +159,15 @@ def common_section(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def known_activation(config: Mapping[str, Any], key: str, default: str, known: Mapping[str, str]) -> str:
+def known_activation(
+    config: Mapping[str, Any], key: str, default: str, known: Mapping[str, str]
+) -> str:
     """The recipe's name of config.json's activation; UserError where it is none of `known` (theirs -> ours)."""
     found = config.get(key) or default
     if found not in known:
-        raise UserError(f"config.json: {key} is {found!r}, and only {', '.join(known)} can be imported exactly")
+        raise UserError(
+            f"config.json: {key} is {found!r}, and only {', '.join(known)} can be imported exactly"
+        )
     return known[found]
 
 
@@ -165,7 +186,9 @@ def refuse(config: Mapping[str, Any], key: str, wanted: Any, why: str) -> None:
     """UserError where a key is there with another value than `wanted` (or None)."""
     found = config.get(key)
     if found is not None and found != wanted:
-        raise UserError(f"config.json: {key} is {found!r}, and only {wanted!r} can be imported exactly: {why}")
+        raise UserError(
+            f"config.json: {key} is {found!r}, and only {wanted!r} can be imported exactly: {why}"
+        )
 
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -182,7 +205,9 @@ def rotary_section(config: Mapping[str, Any], key: str = "rope_theta") -> dict[s
     UserError: positions are scaled in a way that Megatron-Core does not know, or two keys say different things.
     """
     parameters = _rope_parameters(config)
-    section: dict[str, Any] = {"rotary_base": _one_of_two(config, key, parameters, "rope_theta", _DEFAULT_BASE)}
+    section: dict[str, Any] = {
+        "rotary_base": _one_of_two(config, key, parameters, "rope_theta", _DEFAULT_BASE)
+    }
     kind = parameters.get("rope_type") or "default"
     if kind == "default":
         return section
@@ -192,15 +217,24 @@ def rotary_section(config: Mapping[str, Any], key: str = "rope_theta") -> dict[s
             "a model without it can be imported"
         )
     if kind == "llama3":
-        original, longest = (config.get(f"{which}max_position_embeddings") for which in ("original_", ""))
+        original, longest = (
+            config.get(f"{which}max_position_embeddings") for which in ("original_", "")
+        )
         found = {"original_max_position_embeddings": longest, **parameters}
-        if original not in (None, found["original_max_position_embeddings"]):  # versions of transformers differ
+        if original not in (
+            None,
+            found["original_max_position_embeddings"],
+        ):  # versions of transformers differ
             used = found["original_max_position_embeddings"]
-            raise _two_values("original_max_position_embeddings", original, "that of rotary positions", used)
+            raise _two_values(
+                "original_max_position_embeddings", original, "that of rotary positions", used
+            )
         for name, wanted in LLAMA3.items():
             value(found, name)
             refuse(found, name, wanted, "Megatron-Core's llama3 scaling has Llama 3.1's constants")
-    return section | {"rotary_scaling": {"kind": kind, "factor": float(value(parameters, "factor"))}}
+    return section | {
+        "rotary_scaling": {"kind": kind, "factor": float(value(parameters, "factor"))}
+    }
 
 
 def rotary_fraction(config: Mapping[str, Any], key: str, default: float) -> float:
@@ -259,7 +293,9 @@ def within_window(config: Mapping[str, Any], length: int) -> int:
 
 def rope_keys(model: Model, context: Context) -> dict[str, Any]:
     """Keys of rotary positions as every version of transformers reads them."""
-    base = int(model.rotary_base) if model.rotary_base == int(model.rotary_base) else model.rotary_base
+    base = (
+        int(model.rotary_base) if model.rotary_base == int(model.rotary_base) else model.rotary_base
+    )
     keys: dict[str, Any] = {"max_position_embeddings": context.length, "rope_theta": base}
     if scaling := model.rotary_scaling:
         constants = LLAMA3 if scaling.kind == "llama3" else {}
@@ -278,7 +314,9 @@ def layer_slots(model: Model, table: Iterable[tuple[str, Form, tuple[str, ...]]]
             yield Slot(LAYER + key, i, tuple(name.format(i=i) for name in names), form)
 
 
-def ends(model: Model, embedding: str, norm: str, head: str | None) -> tuple[list[Slot], list[Slot]]:
+def ends(
+    model: Model, embedding: str, norm: str, head: str | None
+) -> tuple[list[Slot], list[Slot]]:
     """Slots before and after the layers; `head` None where it is tied and not written."""
     first = [Slot(EMBEDDING, None, (embedding,), SAME)]
     last = [Slot("decoder.final_layernorm.weight", None, (f"{norm}.weight",), SAME)]
@@ -322,7 +360,9 @@ def decoder_slots(
     yield from last
 
 
-def with_biases(key: str, form: Form, names: tuple[str, ...], bias: bool) -> list[tuple[str, Form, tuple[str, ...]]]:
+def with_biases(
+    key: str, form: Form, names: tuple[str, ...], bias: bool
+) -> list[tuple[str, Form, tuple[str, ...]]]:
     """Rows of `layer_slots` for a linear layer or a norm: `key` and `names` without `.weight` and `.bias`."""
     rows = [(f"{key}.weight", form, tuple(f"{name}.weight" for name in names))]
     if bias:
@@ -332,7 +372,9 @@ def with_biases(key: str, form: Form, names: tuple[str, ...], bias: bool) -> lis
 
 def norm_rows(model: Model, key: str, name: str) -> list[tuple[str, Form, tuple[str, ...]]]:
     """Rows for a norm that Megatron-Core's checkpoints name after the linear layer behind it."""
-    rows: list[tuple[str, Form, tuple[str, ...]]] = [(f"{key}.layer_norm_weight", SAME, (f"{name}.weight",))]
+    rows: list[tuple[str, Form, tuple[str, ...]]] = [
+        (f"{key}.layer_norm_weight", SAME, (f"{name}.weight",))
+    ]
     if model.normalization == "layernorm":
         rows.append((f"{key}.layer_norm_bias", SAME, (f"{name}.bias",)))
     return rows

@@ -22,11 +22,22 @@ from megacode.convert.safetensors_files import TYPES, HuggingFaceWeights, overfl
 from megacode.errors import UserError
 from megacode.recipe.checks import check_recipe
 from megacode.recipe.load import dump_recipe
-from megacode.recipe.schema import LearningRate, Mixture, Model, Phase, Precision, Recipe, Source, TokenizerSection
+from megacode.recipe.schema import (
+    LearningRate,
+    Mixture,
+    Model,
+    Phase,
+    Precision,
+    Recipe,
+    Source,
+    TokenizerSection,
+)
 from megacode.run.checkpoints import INFO
 from megacode.tokenizer.tokenizer import load_tokenizer
 
-_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|attention\.(bias|masked_bias)|attn\.(bias|masked_bias))$")
+_BUFFERS = re.compile(
+    r"(rotary_emb\.inv_freq|attention\.(bias|masked_bias)|attn\.(bias|masked_bias))$"
+)
 """Tensors of older files that are no weights."""
 
 
@@ -50,10 +61,14 @@ class Found:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"{folder}: has no config.json; give a Hugging Face model's folder") from None
+            raise UserError(
+                f"{folder}: has no config.json; give a Hugging Face model's folder"
+            ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error}); download the file again") from error
-        family = by_architecture(config.get("architectures") or [], config.get("model_type", ""), str(path))
+        family = by_architecture(
+            config.get("architectures") or [], config.get("model_type", ""), str(path)
+        )
         try:
             section = family.model_section(config)
             model = Model(**section, vocab_size=int(config["vocab_size"]))
@@ -63,7 +78,14 @@ class Found:
             raise UserError(
                 f"{path}: {str(error).splitlines()[0]}; give a Hugging Face model's whole folder"
             ) from error
-        found = cls(folder, config, family, model, int(config["vocab_size"]), HuggingFaceWeights.open(folder))._with_own_head()
+        found = cls(
+            folder,
+            config,
+            family,
+            model,
+            int(config["vocab_size"]),
+            HuggingFaceWeights.open(folder),
+        )._with_own_head()
         for problem in check_recipe(starting_recipe(found, None, torch.float32)):
             raise UserError(f"{path}: describes a model that cannot be built: {problem}")
         found._check_names()
@@ -78,7 +100,9 @@ class Found:
         if not self.model.tie_embeddings:
             return self
         untied = self.model.model_copy(update={"tie_embeddings": False})
-        by_key = {slot.key: slot.names[0] for slot in self.family.slots(untied) if slot.layer is None}
+        by_key = {
+            slot.key: slot.names[0] for slot in self.family.slots(untied) if slot.layer is None
+        }
         head, embedding = by_key.get(OUTPUT, ""), by_key[EMBEDDING]
         if not (self.weights.has(head) and self.weights.has(embedding)):
             return self
@@ -99,7 +123,9 @@ class Found:
                 f"{self.folder}: has no tensor {missing[0]}; its files and its config.json belong to different models"
             )
         tied = {"lm_head.weight", "embed_out.weight"} if self.model.tie_embeddings else set()
-        left = sorted(n for n in self.weights.files.keys() - wanted - tied if not _BUFFERS.search(n))
+        left = sorted(
+            n for n in self.weights.files.keys() - wanted - tied if not _BUFFERS.search(n)
+        )
         if left:
             raise UserError(
                 f"{self.folder}: the tensor {left[0]} has no place in a {self.family.name} model as config.json describes it"
@@ -109,8 +135,13 @@ class Found:
     def tensor(self, slot: Slot) -> torch.Tensor:
         """The Megatron-Core tensor of a slot, without padding. UserError: a shape is wrong, or a number too large."""
         parts = [self._cast(name) for name in slot.names]
-        empty = torch.empty(shape(self.model, self.vocab_size, slot.key, self.model.context_length or 0), device="meta")
-        for name, part, wanted in zip(slot.names, parts, slot.form.split(self.model, empty), strict=True):
+        empty = torch.empty(
+            shape(self.model, self.vocab_size, slot.key, self.model.context_length or 0),
+            device="meta",
+        )
+        for name, part, wanted in zip(
+            slot.names, parts, slot.form.split(self.model, empty), strict=True
+        ):
             if part.shape != wanted.shape:
                 raise UserError(
                     f"{self.folder}: {name} has shape {tuple(part.shape)}, and config.json asks for {tuple(wanted.shape)}; they "
@@ -147,7 +178,10 @@ class Found:
 
 
 def import_model(
-    found: Found, out: Path, tokenizer: TokenizerSection | None, on_bytes: Callable[[int], None] = lambda count: None
+    found: Found,
+    out: Path,
+    tokenizer: TokenizerSection | None,
+    on_bytes: Callable[[int], None] = lambda count: None,
 ) -> Recipe:
     """Write the checkpoint folder, whole or not at all, with a recipe to start from beside the weights.
 

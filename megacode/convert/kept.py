@@ -40,7 +40,9 @@ class Outgoing:
     note: str | None = None
 
 
-def imported_facts(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+def imported_facts(
+    folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> dict[str, Any]:
     """`imported` of the checkpoint that a Hugging Face folder becomes.
 
     Raises:
@@ -50,9 +52,13 @@ def imported_facts(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer
     if path.is_file():
         try:
             found = json.loads(inside(folder, GENERATION, str(folder)).read_text(encoding="utf-8"))
-            generation = {key: value for key, value in dict(found).items() if key not in _ABOUT_THE_FILE}
+            generation = {
+                key: value for key, value in dict(found).items() if key not in _ABOUT_THE_FILE
+            }
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); download the file again, or remove it") from None
+            raise UserError(
+                f"{path}: cannot be read ({error}); download the file again, or remove it"
+            ) from None
     return {
         "ids": {key: config[key] for key in IDS if config.get(key) is not None},
         "generation": generation,
@@ -60,7 +66,9 @@ def imported_facts(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer
     }
 
 
-def outgoing(imported: Mapping[str, Any] | None, own: Mapping[str, Any], tokenizer: Tokenizer | None) -> Outgoing:
+def outgoing(
+    imported: Mapping[str, Any] | None, own: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> Outgoing:
     """Ids and defaults of an export.
 
     Args:
@@ -74,8 +82,14 @@ def outgoing(imported: Mapping[str, Any] | None, own: Mapping[str, Any], tokeniz
     ids, generation = dict(imported["ids"]), dict(imported["generation"])
     note = None
     if imported["tokenizer"] and tokenizer and imported["tokenizer"] != _digest(tokenizer):
-        foreign = {key: ids.pop(key, None) or generation.get(key) for key in IDS if key in ids or key in generation}
-        generation = {key: value for key, value in generation.items() if not key.endswith("_token_id")}
+        foreign = {
+            key: ids.pop(key, None) or generation.get(key)
+            for key in IDS
+            if key in ids or key in generation
+        }
+        generation = {
+            key: value for key, value in generation.items() if not key.endswith("_token_id")
+        }
         listed = ", ".join(f"{key} {value}" for key, value in foreign.items())
         note = (
             f"{tokenizer.path} is not the tokenizer that the model was imported with, so the special token ids from there "
@@ -83,7 +97,11 @@ def outgoing(imported: Mapping[str, Any] | None, own: Mapping[str, Any], tokeniz
         )
     ids = {**own, **ids}
     defaults = {key: value for key, value in ids.items() if value is not None}
-    return Outgoing(ids, {**defaults, **generation} if generation else {"_from_model_config": True, **defaults}, note)
+    return Outgoing(
+        ids,
+        {**defaults, **generation} if generation else {"_from_model_config": True, **defaults},
+        note,
+    )
 
 
 def tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -114,7 +132,9 @@ def copy_companions(tokenizer: Tokenizer, folder: Path) -> None:
         if (place / name).is_file():
             (folder / copy).parent.mkdir(exist_ok=True)
             given = place / name == tokenizer.path  # named by the recipe, wherever it leads
-            shutil.copyfile(tokenizer.path if given else inside(place, name, str(place)), folder / copy)
+            shutil.copyfile(
+                tokenizer.path if given else inside(place, name, str(place)), folder / copy
+            )
 
 
 def _digest(tokenizer: Tokenizer | None) -> str | None:

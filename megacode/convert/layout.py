@@ -102,7 +102,9 @@ def padded(model: Model, key: str, tensor: Tensor, tensor_parallel: int = 1) -> 
 def _grown(tensor: Tensor, dimension: int, size: int) -> Tensor:
     missing = list(tensor.shape)
     missing[dimension] = size - tensor.shape[dimension]
-    return torch.cat((tensor, tensor.new_zeros(missing)), dimension) if missing[dimension] else tensor
+    return (
+        torch.cat((tensor, tensor.new_zeros(missing)), dimension) if missing[dimension] else tensor
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- forms
@@ -129,7 +131,11 @@ def split_qkv(model: Model, tensor: Tensor) -> list[Tensor]:
     groups, dim = model.resolved_kv_heads, model.resolved_head_dim
     rest = tensor.shape[1:]
     rows = tensor.reshape(groups, model.heads // groups + 2, dim, *rest)
-    return [rows[:, :-2].reshape(-1, *rest), rows[:, -2].reshape(-1, *rest), rows[:, -1].reshape(-1, *rest)]
+    return [
+        rows[:, :-2].reshape(-1, *rest),
+        rows[:, -2].reshape(-1, *rest),
+        rows[:, -1].reshape(-1, *rest),
+    ]
 
 
 def join_qkv(model: Model, tensors: Sequence[Tensor]) -> Tensor:
@@ -149,7 +155,9 @@ def _halves(model: Model, tensor: Tensor, back: bool) -> Tensor:
         return tensor
     dim = model.resolved_head_dim
     rotated = int(dim * model.rotary_fraction)
-    order = torch.cat((torch.arange(0, rotated, 2), torch.arange(1, rotated, 2), torch.arange(rotated, dim)))
+    order = torch.cat(
+        (torch.arange(0, rotated, 2), torch.arange(1, rotated, 2), torch.arange(rotated, dim))
+    )
     order = torch.argsort(order) if back else order
     heads = tensor.reshape(-1, dim, *tensor.shape[1:])
     return heads.index_select(1, order.to(tensor.device)).reshape(tensor.shape)
@@ -167,7 +175,9 @@ def _join_qkv_halves(model: Model, tensors: Sequence[Tensor]) -> Tensor:
 
 QKV = Form(_split_qkv_halves, _join_qkv_halves)
 """Queries, keys and values apart, rotated in halves as transformers' models do."""
-HEAD_NORM = Form(lambda model, t: [_halves(model, t, False)], lambda model, t: _halves(model, t[0], True))
+HEAD_NORM = Form(
+    lambda model, t: [_halves(model, t, False)], lambda model, t: _halves(model, t[0], True)
+)
 """Weights of a norm over a head's dimensions, which follow the rotary order."""
 
 

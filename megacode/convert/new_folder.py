@@ -25,6 +25,10 @@ def new_folder(out: Path) -> Iterator[Path]:
         temporary.rename(out)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno:  # libraries raise ones of their own, without a number
-            raise UserError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
+        if (
+            isinstance(error, OSError) and error.errno
+        ):  # libraries raise ones of their own, without a number
+            raise UserError(
+                f"{out}: cannot be written ({error.strerror}); choose another folder"
+            ) from error
         raise

@@ -54,7 +54,9 @@ def revisions(run: Path, pattern: str = PATTERN) -> list[Revision]:
         UserError: it is no run, has no checkpoints, or the pattern is no pattern or gives one name twice.
     """
     if not (run / "recipe.yaml").is_file() or (run / INFO).is_file():
-        raise UserError(f"{run}: is no run folder; --all exports the checkpoints of a run, such as runs/crystal-tiny")
+        raise UserError(
+            f"{run}: is no run folder; --all exports the checkpoints of a run, such as runs/crystal-tiny"
+        )
     found = complete_checkpoints(run / "checkpoints")
     if not found:
         raise UserError(f"{run / 'checkpoints'}: holds no complete checkpoint yet")
@@ -62,7 +64,11 @@ def revisions(run: Path, pattern: str = PATTERN) -> list[Revision]:
     phases, model = _phases(run), load_recipe(run / "recipe.yaml").name
     for step, checkpoint in found:
         number, phase = next(
-            ((n, p) for n, p in enumerate(phases, 1) if p["first_step"] < step <= p["first_step"] + p["steps"]),
+            (
+                (n, p)
+                for n, p in enumerate(phases, 1)
+                if p["first_step"] < step <= p["first_step"] + p["steps"]
+            ),
             (len(phases), phases[-1]),
         )
         fields = {
@@ -80,7 +86,9 @@ def revisions(run: Path, pattern: str = PATTERN) -> list[Revision]:
                 "{total} and {model}"
             ) from None
         if not name or name.startswith(".") or "/" in name:
-            raise UserError(f"--name-pattern {pattern}: gives {name!r}, which is no name of a folder")
+            raise UserError(
+                f"--name-pattern {pattern}: gives {name!r}, which is no name of a folder"
+            )
         named.append(Revision(checkpoint, step, name))
     names = [revision.name for revision in named]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -129,8 +137,13 @@ def export_all(
             tell(outcomes[-1])
         else:
             to_do.append((revision, source, about, reason, place))
-    total = sum(total_bytes(source, wanted.family_of(source), wanted.dtype_of(source)) for _, source, *_ in to_do)
-    with (progress or progress_bar)(f"{run.name}: {len(to_do)} of {len(named)} checkpoints", total) as on_bytes:
+    total = sum(
+        total_bytes(source, wanted.family_of(source), wanted.dtype_of(source))
+        for _, source, *_ in to_do
+    )
+    with (progress or progress_bar)(
+        f"{run.name}: {len(to_do)} of {len(named)} checkpoints", total
+    ) as on_bytes:
         for revision, source, about, reason, place in to_do:
             _clear(place)
 
@@ -169,7 +182,9 @@ def check_replaceable(folder: Path) -> None:
     else:
         replaceable = not folder.exists()
     if not replaceable:
-        raise UserError(f"{folder}: is there and is no export; move it away, or choose another output folder")
+        raise UserError(
+            f"{folder}: is there and is no export; move it away, or choose another output folder"
+        )
 
 
 def _missing(folder: Path, about: dict[str, Any]) -> str | None:
@@ -179,7 +194,9 @@ def _missing(folder: Path, about: dict[str, Any]) -> str | None:
     if not (folder / SUMS).is_file():
         return f"made again: {SUMS} was missing"
     try:
-        lines = (line.split("  ", 1) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines())
+        lines = (
+            line.split("  ", 1) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        )
         listed = {name: digest for digest, name in lines}
     except ValueError:
         return f"made again: {SUMS} could not be read"
@@ -194,7 +211,9 @@ def _missing(folder: Path, about: dict[str, Any]) -> str | None:
 
 
 def _sums(folder: Path) -> str:
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
     return "".join(f"{_sha256(folder / name)}  {name}\n" for name in names)
 
 

@@ -64,7 +64,11 @@ def write_files(
         held += size
     weight_map: dict[str, str] = {}
     for place, numbers in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{place:05d}-of-{len(shards):05d}.safetensors"
+        name = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{place:05d}-of-{len(shards):05d}.safetensors"
+        )
         weight_map |= {planned.name: name for number in numbers for planned in groups[number]}
         _write_one(folder / name, [(groups[n], n) for n in numbers], read, dtype, on_bytes)
     if len(shards) > 1:
@@ -82,7 +86,11 @@ def _write_one(
     for group, _ in groups:
         for planned in group:
             start, end = end, end + planned.nbytes(dtype)
-            header[planned.name] = {"dtype": _NAMES[dtype], "shape": list(planned.shape), "data_offsets": [start, end]}
+            header[planned.name] = {
+                "dtype": _NAMES[dtype],
+                "shape": list(planned.shape),
+                "data_offsets": [start, end],
+            }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb", buffering=0) as file:
@@ -108,7 +116,9 @@ def _bytes_of(
     buffer: Scratch,
 ) -> list[memoryview]:
     """A group's tensors as they stand in a file, in `buffer`."""
-    parts = buffer.of(sum(planned.nbytes(dtype) for planned in group)).split([p.nbytes(dtype) for p in group])
+    parts = buffer.of(sum(planned.nbytes(dtype) for planned in group)).split(
+        [p.nbytes(dtype) for p in group]
+    )
     for planned, tensor, part in zip(group, read(number), parts, strict=True):
         if tuple(tensor.shape) != planned.shape:
             raise UserError(
@@ -165,20 +175,33 @@ class HuggingFaceWeights:
     @classmethod
     def open(cls, folder: Path) -> HuggingFaceWeights:
         """UserError: no weights, or files missing that the index names."""
-        for index, single in ((INDEX, "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin")):
+        for index, single in (
+            (INDEX, "model.safetensors"),
+            ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+        ):
             if (folder / index).is_file():
                 try:
                     weight_map = dict(json.loads((folder / index).read_text())["weight_map"])
                 except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(f"{folder / index}: cannot be read ({error!r}); download the file again") from error
-                paths = {name: inside(folder, name, f"{folder / index}") for name in set(weight_map.values())}
+                    raise UserError(
+                        f"{folder / index}: cannot be read ({error!r}); download the file again"
+                    ) from error
+                paths = {
+                    name: inside(folder, name, f"{folder / index}")
+                    for name in set(weight_map.values())
+                }
                 missing = sorted(name for name, path in paths.items() if not path.is_file())
                 if missing:
-                    raise UserError(f"{folder}: the file {missing[0]}, which {index} names, is missing; download it")
+                    raise UserError(
+                        f"{folder}: the file {missing[0]}, which {index} names, is missing; download it"
+                    )
                 return cls(folder, {name: paths[file] for name, file in weight_map.items()})
             if (folder / single).is_file():
                 weights = cls(folder, {})
-                return replace(weights, files=dict.fromkeys(weights._sizes_in(folder / single), folder / single))
+                return replace(
+                    weights,
+                    files=dict.fromkeys(weights._sizes_in(folder / single), folder / single),
+                )
         raise UserError(
             f"{folder}: has neither model.safetensors nor an index of several; give a Hugging Face model's folder"
         )
@@ -189,7 +212,9 @@ class HuggingFaceWeights:
     def tensor(self, name: str) -> Tensor:
         """UserError: there is no such tensor, or its file is damaged."""
         if name not in self.files:
-            raise UserError(f"{self.folder}: has no tensor {name}; its config.json describes another model")
+            raise UserError(
+                f"{self.folder}: has no tensor {name}; its config.json describes another model"
+            )
         path = self.files[name]
         with _told(path, f"{name} cannot be read"):
             if path.suffix == ".safetensors":
@@ -211,8 +236,15 @@ class HuggingFaceWeights:
 
                 with safe_open(path, "pt") as file:
                     parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-                    return {n: (p.get_dtype(), torch.Size(p.get_shape()).numel()) for n, p in parts.items()}
-            tensors = {name: value for name, value in self._pickled(path).items() if isinstance(value, Tensor)}
+                    return {
+                        n: (p.get_dtype(), torch.Size(p.get_shape()).numel())
+                        for n, p in parts.items()
+                    }
+            tensors = {
+                name: value
+                for name, value in self._pickled(path).items()
+                if isinstance(value, Tensor)
+            }
             return {n: (_NAMES.get(t.dtype, str(t.dtype)), t.numel()) for n, t in tensors.items()}
 
     def _pickled(self, path: Path) -> dict[str, Tensor]:

@@ -53,7 +53,9 @@ def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     """`bos_token_id`, `eos_token_id`, `pad_token_id` for config.json; None where there is none."""
     if tokenizer is None:
         return dict.fromkeys(IDS)
-    return dict(zip(IDS, (tokenizer.base.bos_id, tokenizer.base.eod_id, tokenizer.pad_id), strict=True))
+    return dict(
+        zip(IDS, (tokenizer.base.bos_id, tokenizer.base.eod_id, tokenizer.pad_id), strict=True)
+    )
 
 
 def write_tokenizer(section: schema.TokenizerSection, folder: Path, vocab_size: int) -> None:
@@ -75,7 +77,11 @@ def write_tokenizer(section: schema.TokenizerSection, folder: Path, vocab_size: 
     contents = json.dumps(tokenizer_json(tokenizer, section.bos), ensure_ascii=False, indent=1)
     prove(tokenizer, contents, section.bos)
     names = {token: name for name, token in tokenizer.control_tokens.items()}
-    special = {key.removesuffix("_id"): names[token] for key, token in token_ids(tokenizer).items() if token is not None}
+    special = {
+        key.removesuffix("_id"): names[token]
+        for key, token in token_ids(tokenizer).items()
+        if token is not None
+    }
     unknown = [name for name in ("<unk>", "[UNK]", "<|unk|>") if name in names.values()]
     if unknown:
         special["unk_token"] = unknown[0]
@@ -102,7 +108,10 @@ def write_tokenizer(section: schema.TokenizerSection, folder: Path, vocab_size: 
 
 def _decoder(contents: str) -> dict[str, dict[str, Any]]:
     """Added tokens of a tokenizer.json by id, as tokenizer_config.json has them: converters to GGUF look for them there."""
-    return {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in json.loads(contents)["added_tokens"]}
+    return {
+        str(token["id"]): {k: v for k, v in token.items() if k != "id"}
+        for token in json.loads(contents)["added_tokens"]
+    }
 
 
 def prove(tokenizer: Tokenizer, contents: str, bos: bool) -> None:
@@ -115,7 +124,9 @@ def prove(tokenizer: Tokenizer, contents: str, bos: bool) -> None:
     try:
         loaded = tokenizers.Tokenizer.from_str(contents)
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{tokenizer.path}: cannot be said in a tokenizer.json: {str(error)[:200]}") from None
+        raise UserError(
+            f"{tokenizer.path}: cannot be said in a tokenizer.json: {str(error)[:200]}"
+        ) from None
     start = [tokenizer.bos_id] if bos else []
     names = tokenizer.control_tokens
     for name, token in names.items():
@@ -133,7 +144,8 @@ def prove(tokenizer: Tokenizer, contents: str, bos: bool) -> None:
 
 def _different(tokenizer: Tokenizer, text: str, expected: list[int], found: list[Any]) -> UserError:
     at = next(
-        (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
+        (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b),
+        min(len(expected), len(found)),
     )
     return UserError(
         f"{tokenizer.path}: cannot be said exactly in a tokenizer.json: {text[:60]!r} is {expected[at : at + 6]} from "
@@ -146,14 +158,18 @@ def _sample(tokenizer: Tokenizer) -> Iterator[str]:
     """`SAMPLE`, the names of control tokens within text, and texts put together from the vocabulary's own pieces."""
     yield from SAMPLE
     for character in "=-# *_.0a\n\t":  # runs, which can be split in many ways
-        yield from (character * length for length in (2, 3, 5, 6, 7, 9, 11, 15, 17, 21, 31, 33, 63, 77, 127))
+        yield from (
+            character * length for length in (2, 3, 5, 6, 7, 9, 11, 15, 17, 21, 31, 33, 63, 77, 127)
+        )
     for name in (*tokenizer.control_tokens, *tokenizer.base.literal):
         yield f" a  {name}  b{name}"
     draw = random.Random(1)
     size = tokenizer.base.size
     control = set(tokenizer.control_tokens.values())
     for length in [3] * 400 + [40] * 100 + [1000] * 3:
-        ids = [token for token in (draw.randrange(size) for _ in range(length)) if token not in control]
+        ids = [
+            token for token in (draw.randrange(size) for _ in range(length)) if token not in control
+        ]
         yield "".join(tokenizer.decode([token]) for token in ids)
 
 
@@ -207,12 +223,20 @@ def read_tokenizer(folder: Path, vocab_size: int) -> ImportedTokenizer:
             "folder's tokenizer is not the model's"
         )
     bos = tokenizer.base.bos_id is not None and _starts_with_bos(tokenizer)
-    section: dict[str, Any] = {"path": str(tokenizer.path), "bos": bos, "eod": tokenizer.base.eod_id is not None}
+    section: dict[str, Any] = {
+        "path": str(tokenizer.path),
+        "bos": bos,
+        "eod": tokenizer.base.eod_id is not None,
+    }
     missing = vocab_size - tokenizer.vocab_size
     if not missing:
         return ImportedTokenizer(section, None)
     reserved = (f"<|unused_{i}|>" for i in range(missing + len(tokenizer.control_tokens)))
-    free = [name for name in reserved if name not in tokenizer.control_tokens and name not in tokenizer.base.literal]
+    free = [
+        name
+        for name in reserved
+        if name not in tokenizer.control_tokens and name not in tokenizer.base.literal
+    ]
     section["added_tokens"] = free[:missing]
     return ImportedTokenizer(
         section,
@@ -229,5 +253,9 @@ def _starts_with_bos(tokenizer: Tokenizer) -> bool:
         return says["add_bos_token"]
     if tokenizer.kind == "huggingface":
         loaded: Any = tokenizer.base
-        return loaded.tokenizer.encode("a", add_special_tokens=True).ids[:1] == [tokenizer.base.bos_id]
-    return "llama" in str(says.get("tokenizer_class", "")).lower()  # LlamaTokenizer's default without the key
+        return loaded.tokenizer.encode("a", add_special_tokens=True).ids[:1] == [
+            tokenizer.base.bos_id
+        ]
+    return (
+        "llama" in str(says.get("tokenizer_class", "")).lower()
+    )  # LlamaTokenizer's default without the key

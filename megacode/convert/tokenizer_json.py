@@ -26,7 +26,11 @@ def tokenizer_json(tokenizer: Tokenizer, bos: bool) -> dict[str, Any]:
     Raises:
         UserError: a kind or a setting that this format cannot say.
     """
-    build = {"sentencepiece": _from_sentencepiece, "huggingface": _from_huggingface, "tiktoken": _from_tiktoken}
+    build = {
+        "sentencepiece": _from_sentencepiece,
+        "huggingface": _from_huggingface,
+        "tiktoken": _from_tiktoken,
+    }
     contents = build[tokenizer.kind](tokenizer)
     known = {token["content"]: token for token in contents["added_tokens"]}
     for name, token in sorted(tokenizer.control_tokens.items(), key=lambda item: item[1]):
@@ -46,7 +50,11 @@ def _added(name: str, token: int, special: bool) -> dict[str, Any]:
 
 def _post_processor(original: Any, tokenizer: Tokenizer, bos: bool) -> Any:
     """BOS in front of each text, or nothing; of the original only what trims offsets stays."""
-    parts = [original] if original and original["type"] != "Sequence" else (original or {}).get("processors", [])
+    parts = (
+        [original]
+        if original and original["type"] != "Sequence"
+        else (original or {}).get("processors", [])
+    )
     kept = [part for part in parts if part["type"] == "ByteLevel"]
     if bos:
         token = tokenizer.bos_id
@@ -64,7 +72,9 @@ def _post_processor(original: Any, tokenizer: Tokenizer, bos: bool) -> Any:
     return {"type": "Sequence", "processors": kept} if len(kept) > 1 else kept[0] if kept else None
 
 
-def _bpe(vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]], **keys: Any) -> dict[str, Any]:
+def _bpe(
+    vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]], **keys: Any
+) -> dict[str, Any]:
     # "left right" is read by every version of the library; pairs, needed where a piece holds a blank, by newer ones.
     pairs: list[Any] = list(merges)
     if not any(" " in left or " " in right for left, right in pairs):
@@ -106,7 +116,9 @@ def _from_sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
         (any(piece.type == _UNUSED for piece in proto.pieces), "pieces marked as unused"),
     ):
         if wrong:
-            raise UserError(f"{path}: {name} of SentencePiece cannot be said in a tokenizer.json; export without it")
+            raise UserError(
+                f"{path}: {name} of SentencePiece cannot be said in a tokenizer.json; export without it"
+            )
     unknown = next(i for i, piece in enumerate(proto.pieces) if piece.type == _UNKNOWN)
     byte_fallback = any(piece.type == _BYTE for piece in proto.pieces)
     if trainer.model_type == _BPE:
@@ -130,8 +142,16 @@ def _from_sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
     else:
         # This model would find control and byte pieces in text by their names; nothing likelier than that is left out.
         lowest = min(piece.score for piece in proto.pieces if piece.type == _NORMAL) - 1000
-        pieces = [[piece.piece, piece.score if piece.type == _NORMAL else lowest] for piece in proto.pieces]
-        model = {"type": "Unigram", "unk_id": unknown, "vocab": pieces, "byte_fallback": byte_fallback}
+        pieces = [
+            [piece.piece, piece.score if piece.type == _NORMAL else lowest]
+            for piece in proto.pieces
+        ]
+        model = {
+            "type": "Unigram",
+            "unk_id": unknown,
+            "vocab": pieces,
+            "byte_fallback": byte_fallback,
+        }
     steps: list[dict[str, Any]] = []
     if normalizer.precompiled_charsmap:
         import base64
@@ -140,7 +160,10 @@ def _from_sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if normalizer.remove_extra_whitespaces:
         # At the end SentencePiece also takes away its own mark.
-        steps += [_replace({"Regex": rf"\A +|[ {_SPACE}]+\z"}, ""), _replace({"Regex": " {2,}"}, " ")]
+        steps += [
+            _replace({"Regex": rf"\A +|[ {_SPACE}]+\z"}, ""),
+            _replace({"Regex": " {2,}"}, " "),
+        ]
     if normalizer.add_dummy_prefix:
         steps.append({"type": "Prepend", "prepend": _SPACE})
     steps.append(_replace({"String": " "}, _SPACE))
@@ -150,7 +173,9 @@ def _from_sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
     # Looked for in normalised text, unless normalising would put a blank before their names. Those with a blank are
     # never found: SentencePiece has put its mark in place of each.
     normalized = {"normalized": not normalizer.add_dummy_prefix}
-    user_defined = [(piece.piece, i) for i, piece in enumerate(proto.pieces) if piece.type == _USER_DEFINED]
+    user_defined = [
+        (piece.piece, i) for i, piece in enumerate(proto.pieces) if piece.type == _USER_DEFINED
+    ]
     found_in_text = [(name, i) for name, i in user_defined if " " not in name]
     return {
         "added_tokens": [_added(name, i, special=False) | normalized for name, i in found_in_text],
@@ -181,19 +206,37 @@ def _from_huggingface(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _byte_characters() -> dict[int, str]:
     """The printable character that stands for each byte in byte-level tokenizers (GPT-2's table)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
 
 
 def _from_tiktoken(tokenizer: Tokenizer) -> dict[str, Any]:
     base: Any = tokenizer.base
     characters = _byte_characters()
-    vocabulary = {"".join(characters[byte] for byte in piece): rank for piece, rank in base.ranks.items()}
+    vocabulary = {
+        "".join(characters[byte] for byte in piece): rank for piece, rank in base.ranks.items()
+    }
     ordered = sorted(vocabulary, key=vocabulary.__getitem__)
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     # What the pattern does not match tiktoken leaves out.
-    split = {"type": "Split", "pattern": {"Regex": base.pattern}, "behavior": "Removed", "invert": True}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": base.pattern},
+        "behavior": "Removed",
+        "invert": True,
+    }
     return {
         "added_tokens": [],
         "normalizer": None,

@@ -18,7 +18,12 @@ Form = Literal["jsonl", "parquet", "file"]
 FORMATS = ("auto", "jsonl", "parquet", "files")
 
 _COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
-_FORMS: dict[str, Form] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+_FORMS: dict[str, Form] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+}
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,14 @@ def find_inputs(
         if not files:
             what = "matches no file" if glob.has_magic(given) else "no such file or folder"
             if path.is_dir():
-                what = "no file in this folder" + (f" that matches {' or '.join(include)}" if include else "")
+                what = "no file in this folder" + (
+                    f" that matches {' or '.join(include)}" if include else ""
+                )
             if links:
                 what += f" ({links:,} links lead out of it or nowhere, and are not followed: name what they lead to)"
-            raise UserError(f"{given}: {what}; give JSONL, parquet or plain files, folders of them, or globs")
+            raise UserError(
+                f"{given}: {what}; give JSONL, parquet or plain files, folders of them, or globs"
+            )
         for file in files:
             found.setdefault(file.path, file)
     if not found:
@@ -96,7 +105,9 @@ def find_inputs(
     first, step = every
     chosen = list(found.values())[first::step]
     if not chosen:
-        raise UserError(f"--files {first}/{step}: there are only {len(found)} files, so no number {first}")
+        raise UserError(
+            f"--files {first}/{step}: there are only {len(found)} files, so no number {first}"
+        )
     return chosen
 
 
@@ -121,7 +132,9 @@ def _fixed_start(pattern: Path) -> Path:
     return Path(*fixed)
 
 
-def _folder(folder: Path, format: str, include: Sequence[str], skip: Callable[[Path], None]) -> list[InputFile]:
+def _folder(
+    folder: Path, format: str, include: Sequence[str], skip: Callable[[Path], None]
+) -> list[InputFile]:
     paths = [p for p in _walk(folder, skip) if not include or _included(p, folder, include)]
     if format == "files":
         return [_file(p, folder, "files") for p in paths]
@@ -154,14 +167,23 @@ def _walk(folder: Path, skip: Callable[[Path], None]) -> Iterator[Path]:
             skip(path)
             return False
         target = os.path.realpath(path)
-        hidden = any(name.startswith(".") and name != "." for name in os.path.relpath(target, root).split(os.sep))
-        if not hidden or any(f"{target}{os.sep}".startswith(f"{other}{os.sep}") for other in followed):
+        hidden = any(
+            name.startswith(".") and name != "."
+            for name in os.path.relpath(target, root).split(os.sep)
+        )
+        if not hidden or any(
+            f"{target}{os.sep}".startswith(f"{other}{os.sep}") for other in followed
+        ):
             return False
         followed.append(target)
         return True
 
     for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and is_read(Path(here, name))]
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if not name.startswith(".") and is_read(Path(here, name))
+        ]
         for name in sorted(names):
             path = Path(here, name)
             if name.startswith("."):
@@ -174,7 +196,10 @@ def _walk(folder: Path, skip: Callable[[Path], None]) -> Iterator[Path]:
 
 def _included(path: Path, folder: Path, include: Sequence[str]) -> bool:
     inside = path.relative_to(folder).as_posix()
-    return any(fnmatch.fnmatch(path.name, pattern) or fnmatch.fnmatch(inside, pattern) for pattern in include)
+    return any(
+        fnmatch.fnmatch(path.name, pattern) or fnmatch.fnmatch(inside, pattern)
+        for pattern in include
+    )
 
 
 def _form(path: Path) -> Form:

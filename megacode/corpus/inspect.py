@@ -75,7 +75,9 @@ def datasets_at(prefix: Path, on_outside: Callable[[str], None]) -> list[Path]:
     """`prefix`, or the prefixes of the datasets of a corpus that megacode cut into several. UserError if there is
     nothing of that name. `on_outside`: told of each that the manifest puts into another folder, which is not followed."""
     manifest = manifest_of(prefix)
-    if manifest is None and not any(with_ending(prefix, ending).exists() for ending in (".bin", ".idx")):
+    if manifest is None and not any(
+        with_ending(prefix, ending).exists() for ending in (".bin", ".idx")
+    ):
         raise UserError(f"{prefix}: no dataset there ({prefix.name}.bin and {prefix.name}.idx)")
     if manifest is None or manifest["kind"] != "megacode corpus":
         return [prefix]
@@ -95,7 +97,9 @@ def shards_at(prefix: Path) -> list[Path]:
 
 def open_dataset(prefix: Path) -> Dataset:
     """Open a dataset by its prefix, reading headers only. UserError if a file is missing or damaged."""
-    return Dataset(prefix, tuple(open_shard(shard) for shard in shards_at(prefix)), manifest_of(prefix))
+    return Dataset(
+        prefix, tuple(open_shard(shard) for shard in shards_at(prefix)), manifest_of(prefix)
+    )
 
 
 def tokenizer_of(prefix: Path, manifest: Mapping[str, Any] | None) -> Tokenizer:
@@ -108,7 +112,11 @@ def tokenizer_of(prefix: Path, manifest: Mapping[str, Any] | None) -> Tokenizer:
             f"{prefix}: no manifest ({prefix.name}.json) says which tokenizer made it; give --tokenizer FILE"
         )
     fingerprint = manifest["tokenizer"].get("fingerprint")
-    named = {key: value for key, value in manifest["tokenizer"].items() if key in schema.TokenizerSection.model_fields}
+    named = {
+        key: value
+        for key, value in manifest["tokenizer"].items()
+        if key in schema.TokenizerSection.model_fields
+    }
     path = Path(named["path"]).expanduser()
     if not path.exists():
         beside = [prefix.parent / path, prefix.parent / path.name]
@@ -164,14 +172,18 @@ def statistics(dataset: Dataset, on_documents: Callable[[int], None] = nothing) 
             counts[: len(short)] += short
             on_documents(len(lengths))
     present = np.flatnonzero(counts)
-    far, far_times = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *longer]), return_counts=True)
+    far, far_times = np.unique(
+        np.concatenate([np.zeros(0, dtype=np.int64), *longer]), return_counts=True
+    )
     values, times = np.append(present, far), np.append(counts[present], far_times)
     ends = np.cumsum(times)
 
     def percentile(percent: int) -> int:
         if not len(values):
             return 0
-        rank = -(-percent * int(ends[-1]) // 100)  # the smallest number of documents that is this share
+        rank = -(
+            -percent * int(ends[-1]) // 100
+        )  # the smallest number of documents that is this share
         return int(values[np.searchsorted(ends, rank)])
 
     return Statistics(
@@ -200,13 +212,21 @@ def parse_documents(text: str, documents: int) -> list[range]:
         begin, colon, end = item.strip().partition(":")
         try:
             if colon:
-                chosen.append(range(documents)[slice(int(begin) if begin else None, int(end) if end else None)])
+                chosen.append(
+                    range(documents)[
+                        slice(int(begin) if begin else None, int(end) if end else None)
+                    ]
+                )
                 continue
             number = int(begin)
         except ValueError:
-            raise UserError(f"--documents {text}: {item!r} is neither a number nor a range such as 100:103") from None
+            raise UserError(
+                f"--documents {text}: {item!r} is neither a number nor a range such as 100:103"
+            ) from None
         if not -documents <= number < documents:
-            raise UserError(f"--documents {text}: there is no document {number:,}; there are {documents:,}, from 0")
+            raise UserError(
+                f"--documents {text}: there is no document {number:,}; there are {documents:,}, from 0"
+            )
         chosen.append(range(number % documents, number % documents + 1))
     return chosen
 

@@ -111,7 +111,9 @@ def lookup(record: Any, field: str) -> Any:
     value = record
     for key in field.split("."):
         if not isinstance(value, dict):
-            raise TypeError("the record is not an object" if value is record else f"no field {field!r}")
+            raise TypeError(
+                "the record is not an object" if value is record else f"no field {field!r}"
+            )
         if key not in value:
             raise LookupError(f"no field {field!r}")
         value = value[key]
@@ -135,7 +137,13 @@ def record_text(record: Any, field: str) -> tuple[bytes, bool]:
 def _json_type(value: Any) -> str:
     if value is None:
         return "null"
-    names = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    names = {
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), type(value).__name__)
 
 
@@ -329,10 +337,16 @@ def _row(values: dict[str, Any], column: str, field: str, row: int, limit: int) 
         raw = lookup(values, field)
         return BadRecord(f"not UTF-8 ({error.reason})", row, raw)
     except (LookupError, TypeError) as error:
-        return BadRecord(str(error.args[0]), row, repr(values[column]).encode(errors="backslashreplace"))
+        return BadRecord(
+            str(error.args[0]), row, repr(values[column]).encode(errors="backslashreplace")
+        )
     if len(raw) > limit:
         return BadRecord(_too_long(limit), row, raw)
-    return TextDocument(raw, row, values, repaired) if raw else BadRecord("empty text", row, harmless=True)
+    return (
+        TextDocument(raw, row, values, repaired)
+        if raw
+        else BadRecord("empty text", row, harmless=True)
+    )
 
 
 def _read_plain(file: InputFile, counter: _Counter, limit: int) -> Iterator[Item]:
@@ -389,7 +403,9 @@ class _Frames(io.RawIOBase):
         self._padding = b""
         if compression == "gz":
             self._new, self._error = (lambda: zlib.decompressobj(wbits=31)), zlib.error
-            self._padding = b"\0"  # tapes and block devices fill up with zeros after the last member
+            self._padding = (
+                b"\0"  # tapes and block devices fill up with zeros after the last member
+            )
         else:
             import zstandard
 

@@ -41,7 +41,9 @@ class _Findings:
         self.kinds: dict[str, list[str]] = {}
         self.count = 0
 
-    def add(self, kind: str, positions: Sequence[Any] | NDArray[Any], sentence: Callable[[int], str]) -> None:
+    def add(
+        self, kind: str, positions: Sequence[Any] | NDArray[Any], sentence: Callable[[int], str]
+    ) -> None:
         self.count += len(positions)
         kept = self.kinds.setdefault(kind, [])
         kept += [sentence(int(position)) for position in positions[: 10 - len(kept)]]
@@ -51,7 +53,11 @@ class _Findings:
 
     def first(self, most: int) -> tuple[str, ...]:
         """Sentences of every kind, as many of each as there is room for."""
-        fair = sorted((place, kind) for kind, kept in enumerate(self.kinds.values()) for place in range(len(kept)))
+        fair = sorted(
+            (place, kind)
+            for kind, kept in enumerate(self.kinds.values())
+            for place in range(len(kept))
+        )
         chosen = sorted((kind, place) for place, kind in fair[:most])
         kept = list(self.kinds.values())
         return tuple(kept[kind][place] for kind, place in chosen)
@@ -59,7 +65,9 @@ class _Findings:
 
 def bytes_at(prefix: Path) -> int:
     """Bytes that `verify` reads, as it counts them: all .bin and .idx files that are there."""
-    files = [with_ending(shard, ending) for shard in shards_at(prefix) for ending in (".bin", ".idx")]
+    files = [
+        with_ending(shard, ending) for shard in shards_at(prefix) for ending in (".bin", ".idx")
+    ]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
@@ -79,10 +87,16 @@ def verify(
     manifest = manifest_of(prefix)
     if manifest is None:
         there = with_ending(prefix, ".json").exists()
-        unchecked.append(f"checksums: {prefix.name}.json is {'not a manifest of megacode' if there else 'not there'}")
-    limit = vocab_size or (tokenizer.vocab_size if tokenizer else (manifest or {}).get("vocab_size"))
+        unchecked.append(
+            f"checksums: {prefix.name}.json is {'not a manifest of megacode' if there else 'not there'}"
+        )
+    limit = vocab_size or (
+        tokenizer.vocab_size if tokenizer else (manifest or {}).get("vocab_size")
+    )
     if limit is None:
-        unchecked.append("vocabulary: nothing says its size; give --tokenizer FILE or --vocab-size N")
+        unchecked.append(
+            "vocabulary: nothing says its size; give --tokenizer FILE or --vocab-size N"
+        )
     eod = None
     if manifest is None:
         unchecked.append("EOD at the ends of documents: no manifest says whether there is one")
@@ -103,7 +117,10 @@ def verify(
             shard = open_shard(one)
         except UserError as error:
             findings.say("file", str(error))
-            documents, tokens = documents + (own or {}).get("documents", 0), tokens + (own or {}).get("tokens", 0)
+            documents, tokens = (
+                documents + (own or {}).get("documents", 0),
+                tokens + (own or {}).get("tokens", 0),
+            )
             continue
         before = findings.count
         _check_index(shard, documents, findings, on_bytes)
@@ -114,7 +131,9 @@ def verify(
         if eod is not None and index_is_whole:
             _check_no_document_is_empty(shard, documents, findings)
         elif eod is not None:
-            unchecked.append(f"EOD at the ends of documents of {one.name}: its index does not say where they end")
+            unchecked.append(
+                f"EOD at the ends of documents of {one.name}: its index does not say where they end"
+            )
         reader = _TokenCheck(shard, documents if index_is_whole else None, limit, eod, findings)
         for position, piece in _pieces(shard):
             segments.update(piece)
@@ -125,11 +144,18 @@ def verify(
     if manifest and "shards" in manifest:
         for key, found in (("documents", documents), ("tokens", tokens)):
             if manifest.get(key, found) != found:
-                findings.say("manifest", f"{prefix}.json says {manifest[key]:,} {key}; its shards hold {found:,}")
-    return Verification(findings.first(10), findings.count, tuple(unchecked), highest, documents, tokens)
+                findings.say(
+                    "manifest",
+                    f"{prefix}.json says {manifest[key]:,} {key}; its shards hold {found:,}",
+                )
+    return Verification(
+        findings.first(10), findings.count, tuple(unchecked), highest, documents, tokens
+    )
 
 
-def _check_index(shard: Shard, first: int, findings: _Findings, on_bytes: Callable[[int], None]) -> None:
+def _check_index(
+    shard: Shard, first: int, findings: _Findings, on_bytes: Callable[[int], None]
+) -> None:
     """Boundaries from 0 to the last sequence and never back; sequences of one token or more that tile the .bin."""
     idx, before, sequences = shard.idx_path, findings.count, shard.sequences
     if not shard.boundaries:
@@ -141,21 +167,25 @@ def _check_index(shard: Shard, first: int, findings: _Findings, on_bytes: Callab
 
         def backwards(at: int, edges: NDArray[np.int64] = edges, start: int = start) -> str:
             number = first + start + at - 1
-            return (
-                f"{idx}: document {number:,} begins at sequence {edges[at]:,} and ends before it, at {edges[at + 1]:,}"
-            )
+            return f"{idx}: document {number:,} begins at sequence {edges[at]:,} and ends before it, at {edges[at + 1]:,}"
 
         findings.add("boundaries", wrong, backwards)
         if start == 0 and edges[1] > 0:
-            findings.say("boundaries", f"{idx}: document {first:,} begins at sequence {edges[1]:,} instead of 0")
+            findings.say(
+                "boundaries",
+                f"{idx}: document {first:,} begins at sequence {edges[1]:,} instead of 0",
+            )
         last = int(edges[-1])
         on_bytes(8 * (stop - start))
     if shard.boundaries and last != sequences:
         number = first + shard.documents - 1
         findings.say(
-            "boundaries", f"{idx}: the last document, {number:,}, ends at sequence {last:,}; there are {sequences:,}"
+            "boundaries",
+            f"{idx}: the last document, {number:,}, ends at sequence {last:,}; there are {sequences:,}",
         )
-    boundaries = shard.document_boundaries(0, shard.boundaries) if findings.count == before else None
+    boundaries = (
+        shard.document_boundaries(0, shard.boundaries) if findings.count == before else None
+    )
 
     def place(sequence: int) -> str:
         if boundaries is None:
@@ -172,7 +202,10 @@ def _check_index(shard: Shard, first: int, findings: _Findings, on_bytes: Callab
             return f"{idx}: {place(start + at)} has a length of {lengths[at]:,}; expected 1 or more"
 
         def gap(
-            at: int, offsets: NDArray[np.int64] = offsets, ends: NDArray[np.int64] = ends, start: int = start
+            at: int,
+            offsets: NDArray[np.int64] = offsets,
+            ends: NDArray[np.int64] = ends,
+            start: int = start,
         ) -> str:
             return (
                 f"{idx}: {place(start + at)} begins at byte {offsets[at]:,} of the .bin; the one before it ends at "
@@ -192,7 +225,9 @@ def _check_no_document_is_empty(shard: Shard, first: int, findings: _Findings) -
         findings.add(
             "empty",
             first + start + np.flatnonzero(edges[1:] == edges[:-1]),
-            lambda number: f"{shard.idx_path}: document {number:,} is empty; it should end with EOD",
+            lambda number: (
+                f"{shard.idx_path}: document {number:,} is empty; it should end with EOD"
+            ),
         )
 
 
@@ -201,13 +236,18 @@ def _check_manifest(shard: Shard, manifest: Mapping[str, Any], findings: _Findin
     numbers = {"documents": shard.documents, "tokens": shard.tokens, "token type": shard.dtype.name}
     for key, found in numbers.items():
         if manifest.get(key, found) != found:
-            findings.say("manifest", f"{shard.prefix}.json says {key} {manifest[key]}; the index says {found}")
+            findings.say(
+                "manifest",
+                f"{shard.prefix}.json says {key} {manifest[key]}; the index says {found}",
+            )
 
 
 class _Segments:
     """Compares the .bin with the checksums of its consecutive segments as it is read."""
 
-    def __init__(self, shard: Shard, expected: Sequence[tuple[int, str]], findings: _Findings) -> None:
+    def __init__(
+        self, shard: Shard, expected: Sequence[tuple[int, str]], findings: _Findings
+    ) -> None:
         self.shard, self.findings = shard, findings
         self.expected = iter(expected)
         self.start = self.left = 0
@@ -245,7 +285,9 @@ def _checksums(
     if manifest is not None and checksums is None:
         unchecked.append(f"checksums of {shard.prefix.name}: its manifest has none")
     elif checksums and checksums.get("algorithm") != "xxh3_128":
-        unchecked.append(f"checksums of {shard.prefix.name}: unknown algorithm {checksums.get('algorithm')}")
+        unchecked.append(
+            f"checksums of {shard.prefix.name}: unknown algorithm {checksums.get('algorithm')}"
+        )
         checksums = None
     if not checksums:
         return _Segments(shard, (), findings)
@@ -253,7 +295,8 @@ def _checksums(
     covered, size = sum(count for count, _ in segments), shard.tokens * shard.dtype.itemsize
     if covered != size:
         findings.say(
-            "checksum", f"{shard.prefix}.json has checksums of {covered:,} bytes; {shard.bin_path.name} has {size:,}"
+            "checksum",
+            f"{shard.prefix}.json has checksums of {covered:,} bytes; {shard.bin_path.name} has {size:,}",
         )
     digest = xxhash.xxh3_128()
     with open(shard.idx_path, "rb") as file:
@@ -261,7 +304,8 @@ def _checksums(
             digest.update(part)
     if digest.hexdigest() != checksums["idx"]:
         findings.say(
-            "checksum", f"{shard.idx_path}: is not what was written (its checksum differs from the manifest's)"
+            "checksum",
+            f"{shard.idx_path}: is not what was written (its checksum differs from the manifest's)",
         )
     return _Segments(shard, segments, findings)
 
@@ -291,13 +335,20 @@ class _TokenCheck:
     """
 
     def __init__(
-        self, shard: Shard, first: int | None, limit: int | None, eod: int | None, findings: _Findings
+        self,
+        shard: Shard,
+        first: int | None,
+        limit: int | None,
+        eod: int | None,
+        findings: _Findings,
     ) -> None:
         self.shard, self.first, self.limit, self.findings = shard, first, limit, findings
         self.eod = eod if first is not None else None
         self.highest = -1
         self.lengths = shard.document_lengths()
-        self.ends = np.zeros(0, dtype=np.int64)  # of documents whose lengths are read and whose ends are to come
+        self.ends = np.zeros(
+            0, dtype=np.int64
+        )  # of documents whose lengths are read and whose ends are to come
         self.last_end = 0
 
     def check(self, position: int, piece: NDArray[Any]) -> None:
@@ -349,6 +400,4 @@ class _TokenCheck:
         if self.first is None:
             return f"{self.shard.bin_path}: token {token:,} of the file"
         document, start, tokens = self.shard.document_at(token)
-        return (
-            f"{self.shard.bin_path}: token {token - start:,} of document {self.first + document:,} ({tokens:,} tokens)"
-        )
+        return f"{self.shard.bin_path}: token {token - start:,} of document {self.first + document:,} ({tokens:,} tokens)"

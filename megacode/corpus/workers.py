@@ -24,7 +24,15 @@ from megacode.launch import without_main
 Message = TypeVar("Message")
 Task = TypeVar("Task")
 Context = TypeVar("Context")
-_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_PATHS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 Make = Callable[[Context], Callable[[Task], Iterator[Message]]]
 
 
@@ -38,7 +46,9 @@ def prepare_workers(modules: Sequence[str]) -> None:
 
 def _context() -> Any:
     server = getattr(forkserver, "_forkserver", None)
-    return multiprocessing.get_context("forkserver" if getattr(server, "_forkserver_pid", None) else "spawn")
+    return multiprocessing.get_context(
+        "forkserver" if getattr(server, "_forkserver_pid", None) else "spawn"
+    )
 
 
 def run_tasks(
@@ -56,7 +66,9 @@ def run_tasks(
     waiting = iter(tasks)
     processes: dict[Connection, Any] = {}
     try:
-        for _, task in zip(range(workers), waiting, strict=False):  # in this order zip takes no task it does not give
+        for _, task in zip(
+            range(workers), waiting, strict=False
+        ):  # in this order zip takes no task it does not give
             here, there = start.Pipe()
             process = start.Process(target=_serve, args=(there, make, context), daemon=True)
             with without_main():
@@ -80,7 +92,11 @@ def run_tasks(
                     if following is None:
                         busy.discard(connection)
                 else:
-                    raise UserError(value) if what == "user" else RuntimeError(f"in a worker process:\n{value}")
+                    raise (
+                        UserError(value)
+                        if what == "user"
+                        else RuntimeError(f"in a worker process:\n{value}")
+                    )
     finally:
         for connection, process in processes.items():
             if connection in busy:
@@ -148,7 +164,9 @@ def readable(error: OSError) -> Exception:
             f"the disk of the output is full{f' ({error.filename})' if error.filename else ''}; make room and run again to go on"
         )
     if error.errno in _PATHS and error.filename:
-        return UserError(f"{error.filename}: {error.strerror}; change its rights, or choose another path")
+        return UserError(
+            f"{error.filename}: {error.strerror}; change its rights, or choose another path"
+        )
     return error
 
 

@@ -80,10 +80,14 @@ def make_batch(
         opens[:, 1:] = ends[:, :-1]
         segments = np.cumsum(opens, axis=1, dtype=np.int32)
         position_ids -= np.maximum.accumulate(np.where(opens, position_ids, 0), axis=1)
-    return Batch(tokens, labels, loss_mask, position_ids, stream, segments, digest(tokens, labels, positions))
+    return Batch(
+        tokens, labels, loss_mask, position_ids, stream, segments, digest(tokens, labels, positions)
+    )
 
 
-def digest(tokens: NDArray[np.int64], labels: NDArray[np.int64], positions: NDArray[np.int64]) -> int:
+def digest(
+    tokens: NDArray[np.int64], labels: NDArray[np.int64], positions: NDArray[np.int64]
+) -> int:
     """See `Batch.digest`. Of each sample a multilinear hash (sum of token j x random 64-bit constant j, modulo
     2^64; Carter and Wegman 1979), mixed with its position. Samples of ids below 2^17 collide with at most 2^-47."""
     factors = _factors(tokens.shape[1] + 1)

@@ -54,7 +54,9 @@ def pack_documents(start: Ints, tokens: Ints, capacity: int, block: int = 0) -> 
     rest = tokens - whole * capacity
     pieces = whole + (rest > 0)
     before = np.cumsum(pieces) - pieces
-    part = np.arange(int(pieces.sum())) - np.repeat(before, pieces)  # 0, 1, ... within each document
+    part = np.arange(int(pieces.sum())) - np.repeat(
+        before, pieces
+    )  # 0, 1, ... within each document
     begin = np.repeat(start, pieces) + part * capacity
     size = np.full(len(begin), capacity, dtype=np.int64)
     left = (before + whole)[rest > 0]  # pieces that are no whole pack
@@ -65,7 +67,9 @@ def pack_documents(start: Ints, tokens: Ints, capacity: int, block: int = 0) -> 
     number[left] = bins + (len(begin) - len(left))
     count = len(begin) - len(left) + opened
     if count:
-        order = permute(np.arange(count), count, make_key(ALGORITHM, "packs", block)).astype(np.int64)
+        order = permute(np.arange(count), count, make_key(ALGORITHM, "packs", block)).astype(
+            np.int64
+        )
         number = order[number]
     # Sort by pack and, in it, by place: one sort of plain numbers is several times faster than an indirect one.
     bits = len(begin).bit_length()
@@ -81,9 +85,13 @@ def best_fit(lengths: Ints, capacity: int) -> tuple[Ints, int]:
     # The moves take the pieces from the longest to the shortest; each gives its bins `each` pieces, one bin after another.
     taken = bins * each
     number = np.arange(len(lengths)) - np.repeat(np.cumsum(taken) - taken, taken)
-    sort_key = (capacity - lengths).astype(np.uint16 if capacity < 1 << 16 else np.int64)  # 16 bits: a radix sort
+    sort_key = (capacity - lengths).astype(
+        np.uint16 if capacity < 1 << 16 else np.int64
+    )  # 16 bits: a radix sort
     out = np.empty(len(lengths), dtype=np.int64)
-    out[np.argsort(sort_key, kind="stable")] = np.repeat(first, taken) + number // np.repeat(each, taken)
+    out[np.argsort(sort_key, kind="stable")] = np.repeat(first, taken) + number // np.repeat(
+        each, taken
+    )
     return out, opened
 
 

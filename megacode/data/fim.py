@@ -78,7 +78,9 @@ def make_fim(settings: schema.FimSection, tokenizer: Tokenizer) -> Fim:
         bos = tokenizer.bos_id
     except UserError:  # a tokenizer without one
         bos = None
-    return Fim(tokenizer, **ids, eod=tokenizer.eod_id, bos=bos, spm_rate=settings.spm_rate, control=control)
+    return Fim(
+        tokenizer, **ids, eod=tokenizer.eod_id, bos=bos, spm_rate=settings.spm_rate, control=control
+    )
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,9 @@ def _plan_row(
         before = int(start < end and int(row[start]) == fim.bos)
         suffix_first = bool(chance[number, 1] < fim.spm_rate)
         if edges == "none" and not controls[start + before : end].any():
-            near = near_pieces(fim.texts, fim.decode, row[start + before : end], partial(cuts, number), texts)
+            near = near_pieces(
+                fim.texts, fim.decode, row[start + before : end], partial(cuts, number), texts
+            )
             if near is not None:
                 documents.append(_Rearranged(start, end, before, 0, suffix_first, near))
                 continue
@@ -224,10 +228,14 @@ def _decode(
         ids, text = run, fim.decode(run)
         if _BROKEN in text:
             if cut_left and place == 0:
-                left = _broken(fim, [ids[k:] for k in range(_MAX_BROKEN_TOKENS + 1)], str.startswith)
+                left = _broken(
+                    fim, [ids[k:] for k in range(_MAX_BROKEN_TOKENS + 1)], str.startswith
+                )
                 ids = ids[left:]
             if cut_right and place == len(runs) - 1:
-                right = _broken(fim, [ids[: len(ids) - k] for k in range(_MAX_BROKEN_TOKENS + 1)], str.endswith)
+                right = _broken(
+                    fim, [ids[: len(ids) - k] for k in range(_MAX_BROKEN_TOKENS + 1)], str.endswith
+                )
                 ids = ids[: len(ids) - right]
             text = fim.decode(ids)
             # U+FFFD may also stand in the corpus itself; what matters is that nothing gets lost on the way.
@@ -262,7 +270,9 @@ def _split(atoms: list[int | str], cuts: tuple[int, ...], texts: list[str]) -> P
     return pieces
 
 
-def _write_row(fim: Fim, row: list[int], documents: list[_Rearranged], encoded: list[list[int]]) -> list[int]:
+def _write_row(
+    fim: Fim, row: list[int], documents: list[_Rearranged], encoded: list[list[int]]
+) -> list[int]:
     ids: list[int] = []
     done = 0
     for document in documents:

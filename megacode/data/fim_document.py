@@ -66,7 +66,9 @@ def rearrange_documents(
             row_keys.append(int(uniform_bits(int(keys[number]), part.document.start)[0]))
             row_rates.append(float(rates[number]) if whole else 0.0)
     rearranged = iter(
-        rearrange_rows(fim, rows, np.array(row_keys, np.uint64), np.array(row_rates), ["none"] * len(rows))
+        rearrange_rows(
+            fim, rows, np.array(row_keys, np.uint64), np.array(row_rates), ["none"] * len(rows)
+        )
     )
     out = np.full((len(samples), length), fim.pad, dtype=np.int64)
     lengths = np.zeros(len(samples), dtype=np.int64)

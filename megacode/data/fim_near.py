@@ -77,7 +77,9 @@ def near_pieces(
     dropped = int(characters[0]) - len(decode([int(ids[0])]))
     if dropped not in (0, 1):
         return None
-    document = _Document(ids, np.cumsum(characters, dtype=np.int64), np.flatnonzero(table.word[ids]), decode)
+    document = _Document(
+        ids, np.cumsum(characters, dtype=np.int64), np.flatnonzero(table.word[ids]), decode
+    )
     total = int(document.ends[-1])
     low, high = (int(cut) + dropped for cut in draw(total - dropped))
     try:

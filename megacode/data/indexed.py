@@ -79,20 +79,30 @@ class Shard:
     @cached_property
     def _offsets(self) -> NDArray[np.int64]:
         """Byte offset of each sequence, int64 [sequences], mapped from the index."""
-        return np.memmap(self.idx_path, "<i8", "r", _HEADER.size + 4 * self.sequences, (self.sequences,))
+        return np.memmap(
+            self.idx_path, "<i8", "r", _HEADER.size + 4 * self.sequences, (self.sequences,)
+        )
 
     @cached_property
     def _boundaries(self) -> NDArray[np.int64]:
         """First sequence of each document and the end, int64 [boundaries]."""
-        return np.memmap(self.idx_path, "<i8", "r", _HEADER.size + 12 * self.sequences, (self.boundaries,))
+        return np.memmap(
+            self.idx_path, "<i8", "r", _HEADER.size + 12 * self.sequences, (self.boundaries,)
+        )
 
     def document_at(self, token: int) -> tuple[int, int, int]:
         """(document, its first token, tokens in it) of the document that holds token number `token` of this shard."""
-        sequence = int(np.searchsorted(self._offsets, token * self.dtype.itemsize, side="right")) - 1
+        sequence = (
+            int(np.searchsorted(self._offsets, token * self.dtype.itemsize, side="right")) - 1
+        )
         document = int(np.searchsorted(self._boundaries, sequence, side="right")) - 1
         first, after = (int(i) for i in self._boundaries[document : document + 2])
         start = int(self._offsets[first]) // self.dtype.itemsize
-        end = int(self._offsets[after]) // self.dtype.itemsize if after < self.sequences else self.tokens
+        end = (
+            int(self._offsets[after]) // self.dtype.itemsize
+            if after < self.sequences
+            else self.tokens
+        )
         return document, start, end - start
 
     def spans(self, first: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -137,7 +147,9 @@ class Shard:
         inside = sequences < self.sequences
         if inside.any():
             low, high = int(sequences[inside].min()), int(sequences[inside].max())
-            edges[inside] = self.sequence_offsets(low, high + 1)[sequences[inside] - low] // self.dtype.itemsize
+            edges[inside] = (
+                self.sequence_offsets(low, high + 1)[sequences[inside] - low] // self.dtype.itemsize
+            )
         if (edges[1:] < edges[:-1]).any() or edges[0] < 0 or edges[-1] > self.tokens:
             raise UserError(f"{self.idx_path} is damaged; `megacode inspect --verify` says where")
         return edges
@@ -148,12 +160,18 @@ class Shard:
         size = max(1, min(CHUNK, CHUNK * documents // max(self.sequences, 1)))
         for start, stop in chunks(documents, size):
             sequences = self.document_boundaries(start, stop + 1)
-            if (np.diff(sequences) == 1).all() and sequences[0] >= 0 and sequences[-1] <= self.sequences:
+            if (
+                (np.diff(sequences) == 1).all()
+                and sequences[0] >= 0
+                and sequences[-1] <= self.sequences
+            ):
                 lengths: NDArray[Any] = self.sequence_lengths(int(sequences[0]), int(sequences[-1]))
             else:
                 lengths = np.diff(self.token_edges(start, stop))
             if lengths.min() < 0:
-                raise UserError(f"{self.idx_path} is damaged; `megacode inspect --verify` says where")
+                raise UserError(
+                    f"{self.idx_path} is damaged; `megacode inspect --verify` says where"
+                )
             yield lengths
 
 
@@ -165,7 +183,9 @@ def open_shard(prefix: Path, label: str = "dataset") -> Shard:
     idx, data = with_ending(prefix, ".idx"), with_ending(prefix, ".bin")
     for path, other in ((data, idx), (idx, data)):
         if not path.is_file():
-            raise UserError(f"{label}: {path} is missing beside {other.name}; tokenize the source again")
+            raise UserError(
+                f"{label}: {path} is missing beside {other.name}; tokenize the source again"
+            )
     with open(idx, "rb") as file:
         header = file.read(_HEADER.size)
         if header[:9] != _MAGIC:
@@ -176,12 +196,17 @@ def open_shard(prefix: Path, label: str = "dataset") -> Shard:
             raise UserError(f"{label}: {idx} is cut short; tokenize the source again")
         _, version, code, sequences, boundaries = _HEADER.unpack(header)
         if version != 1:
-            raise UserError(f"{label}: {idx} has format version {version}; only version 1 can be read")
+            raise UserError(
+                f"{label}: {idx} has format version {version}; only version 1 can be read"
+            )
         if code not in _DTYPES:
             found = _DTYPE_NAMES.get(code, f"unknown (code {code})")
             raise UserError(f"{label}: {idx} holds numbers of type {found}; tokens are integers")
         # Multimodal datasets append one byte a sequence, which text does not need.
-        size, expected = os.fstat(file.fileno()).st_size, _HEADER.size + 12 * sequences + 8 * boundaries
+        size, expected = (
+            os.fstat(file.fileno()).st_size,
+            _HEADER.size + 12 * sequences + 8 * boundaries,
+        )
         if size not in (expected, expected + sequences):
             raise UserError(
                 f"{label}: {idx} has {size:,} bytes where its header says {expected:,}; tokenize the source again"
@@ -217,7 +242,9 @@ def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype[Any]) -> None:
         lengths.astype("<i4", copy=False).tofile(file)
         offset = 0
         for start in range(0, len(lengths), CHUNK):
-            ends = np.cumsum(lengths[start : start + CHUNK], dtype=np.int64) * dtype.itemsize + offset
+            ends = (
+                np.cumsum(lengths[start : start + CHUNK], dtype=np.int64) * dtype.itemsize + offset
+            )
             file.write(struct.pack("<q", offset))
             ends[:-1].astype("<i8", copy=False).tofile(file)
             offset = int(ends[-1])
@@ -238,7 +265,10 @@ def files_of(prefix: Path) -> list[Path]:
 
 def shards_beside(prefix: Path) -> list[Path]:
     """Prefixes PREFIX-00000 ... that have tokens, listed by a manifest or not."""
-    found = (path.with_suffix("") for path in prefix.parent.glob(f"{glob.escape(prefix.name)}-[0-9]*.bin"))
+    found = (
+        path.with_suffix("")
+        for path in prefix.parent.glob(f"{glob.escape(prefix.name)}-[0-9]*.bin")
+    )
     return sorted(shard for shard in found if _SHARD.fullmatch(shard.name[len(prefix.name) :]))
 
 
@@ -264,7 +294,9 @@ def listed_shards(prefix: Path) -> list[Path]:
         return []
     for name in names:
         for ending in ("", ".bin", ".idx"):
-            inside(prefix.parent, name + ending if isinstance(name, str) else name, f"{path}, `shards`")
+            inside(
+                prefix.parent, name + ending if isinstance(name, str) else name, f"{path}, `shards`"
+            )
     return [prefix.parent / name for name in names]
 
 
@@ -292,5 +324,7 @@ def read_manifest(prefix: Path) -> dict[str, Any] | None:
         if manifest["kind"] not in ("megacode dataset", "megacode corpus"):
             raise KeyError
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: in the way: not the manifest of a dataset; choose another output prefix") from None
+        raise UserError(
+            f"{path}: in the way: not the manifest of a dataset; choose another output prefix"
+        ) from None
     return manifest

@@ -52,7 +52,9 @@ class StepReader:
         self.micro_batch_size = micro_batch_size or recipe.parallel.micro_batch_size
         self._data = recipe.data
         self._samples = SampleReader.open(mixture, tokenizer)
-        resets = recipe.data.mask_eod_loss or any(phase.reset_at_eod for phase in mixture.plan.phases)
+        resets = recipe.data.mask_eod_loss or any(
+            phase.reset_at_eod for phase in mixture.plan.phases
+        )
         if resets and tokenizer is None:
             raise UserError("tokenizer: document boundaries need one; name it in the recipe")
         self._eod = tokenizer.eod_id if resets else None
@@ -67,7 +69,9 @@ class StepReader:
         except UserError:
             raise
         except Exception as error:
-            raise RuntimeError(f"loading step {step} on data-parallel rank {self.rank} failed: {error!r}") from error
+            raise RuntimeError(
+                f"loading step {step} on data-parallel rank {self.rank} failed: {error!r}"
+            ) from error
 
     def _read(self, step: int) -> StepBatch:
         size, phase = self.micro_batch_size, self.mixture.plan.phase_at(step)
@@ -118,7 +122,9 @@ def batches(
         tokenizer: a `megacode.tokenizer.tokenizer.Tokenizer`; needed for fill-in-the-middle and document boundaries.
         prefetch: steps prepared ahead on a thread; default: the recipe's `data.prefetch`.
     """
-    reader = StepReader(mixture, rank=rank, world=world, micro_batch_size=micro_batch_size, tokenizer=tokenizer)
+    reader = StepReader(
+        mixture, rank=rank, world=world, micro_batch_size=micro_batch_size, tokenizer=tokenizer
+    )
     depth = mixture.plan.recipe.data.prefetch if prefetch is None else prefetch
     return Prefetch(map(reader.read, range(first_step, mixture.plan.total_steps)), depth)
 
@@ -143,7 +149,9 @@ def validation_batches(
     """
     available = -(-(source.tokens - 1) // sequence_length)
     if available < 1:
-        raise UserError(f"sources.{source.name}.validation: one token is too little to predict anything")
+        raise UserError(
+            f"sources.{source.name}.validation: one token is too little to predict anything"
+        )
     count, share = min(samples, available), world * micro_batch_size
     for first in range(0, count, share):
         places = np.arange(first + rank * micro_batch_size, first + (rank + 1) * micro_batch_size)

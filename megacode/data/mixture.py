@@ -56,7 +56,12 @@ class StepSamples:
     def take(self, part: slice | Int64s) -> StepSamples:
         """The samples at `part` of these arrays."""
         return StepSamples(
-            self.step, self.phase, self.positions[part], self.stream[part], self.epoch[part], self.start[part]
+            self.step,
+            self.phase,
+            self.positions[part],
+            self.stream[part],
+            self.epoch[part],
+            self.start[part],
         )
 
 
@@ -166,7 +171,9 @@ def open_mixture(plan: Plan) -> OpenMixture:
 
 def _check(stream: StreamPlan, sources: Mapping[str, TokenSource]) -> None:
     if stream.source not in sources:
-        raise UserError(f"sources.{stream.source}: the plan reads it, but it was not opened; is its data there?")
+        raise UserError(
+            f"sources.{stream.source}: the plan reads it, but it was not opened; is its data there?"
+        )
     source, end = sources[stream.source], stream.first_window + stream.windows
     if stream.packing == "best_fit":
         packs = source.packs.get(stream.sequence_length)

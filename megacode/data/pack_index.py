@@ -65,7 +65,14 @@ class Identity:
             for at in np.linspace(0, max(status.st_size - 1024, 0), 16).astype(int).tolist():
                 file.seek(at)
                 digest.update(file.read(1024))
-        return cls(sequence_length, ALGORITHM, BLOCK, status.st_size, status.st_mtime_ns, digest.hexdigest())
+        return cls(
+            sequence_length,
+            ALGORITHM,
+            BLOCK,
+            status.st_size,
+            status.st_mtime_ns,
+            digest.hexdigest(),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,11 +102,15 @@ class PackIndex:
         row = pack - (int(self._ends[block]) - packs)
         first, stop = self._map[offset + 12 * pieces + 4 * row :][:8].view("<u4").tolist()
         starts = self._map[offset + 8 * first : offset + 8 * stop].view("<i8")
-        lengths = self._map[offset + 8 * pieces + 4 * first : offset + 8 * pieces + 4 * stop].view("<i4")
+        lengths = self._map[offset + 8 * pieces + 4 * first : offset + 8 * pieces + 4 * stop].view(
+            "<i4"
+        )
         return starts, lengths
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_map"}  # each process maps for itself
+        return {
+            key: value for key, value in self.__dict__.items() if key != "_map"
+        }  # each process maps for itself
 
 
 def open_pack_index(shard: Shard, sequence_length: int, cache: Path | None = None) -> PackIndex:
@@ -117,7 +128,9 @@ def open_pack_index(shard: Shard, sequence_length: int, cache: Path | None = Non
                 return found
             if shard.documents > _MANY:
                 print(
-                    f"packing {shard.documents:,} documents of {shard.prefix} into {path}", file=sys.stderr, flush=True
+                    f"packing {shard.documents:,} documents of {shard.prefix} into {path}",
+                    file=sys.stderr,
+                    flush=True,
                 )
             with replace_file(path) as file:
                 for part in _contents(shard, identity, sign_of_life):
@@ -129,7 +142,9 @@ def open_pack_index(shard: Shard, sequence_length: int, cache: Path | None = Non
             "folder that can be written and that every node sees"
         ) from error
     if found is None or identity != Identity.of(shard, sequence_length):
-        raise UserError(f"{shard.idx_path}: changed while it was packed; start again when it is finished")
+        raise UserError(
+            f"{shard.idx_path}: changed while it was packed; start again when it is finished"
+        )
     return found
 
 
@@ -137,7 +152,9 @@ def index_path(shard: Shard, sequence_length: int, cache: Path | None) -> Path:
     """Beside the shard, or in the folder `cache` under a name of its own."""
     name = shard.prefix.name
     if cache is not None:
-        name += "-" + hashlib.blake2b(str(shard.prefix.absolute()).encode(), digest_size=4).hexdigest()
+        name += (
+            "-" + hashlib.blake2b(str(shard.prefix.absolute()).encode(), digest_size=4).hexdigest()
+        )
     return (cache or shard.prefix.parent) / f"{name}.pack-{sequence_length}"
 
 
@@ -151,11 +168,20 @@ def _contents(shard: Shard, identity: Identity, sign_of_life: Path) -> Iterator[
         table.append((offset, len(packs), len(packs.start)))
         offset, tokens, cut = offset + len(raw) + -len(raw) % 8, tokens + total, cut + longer
         if number % 16 == 0:
-            with suppress(FileNotFoundError):  # taken over while this process was asleep: both write the same
+            with suppress(
+                FileNotFoundError
+            ):  # taken over while this process was asleep: both write the same
                 os.utime(sign_of_life)
-    facts = {**dataclasses.asdict(identity), "documents": shard.documents, "tokens": tokens, "cut": cut}
+    facts = {
+        **dataclasses.asdict(identity),
+        "documents": shard.documents,
+        "tokens": tokens,
+        "cut": cut,
+    }
     text = json.dumps(facts).encode()
-    yield np.array(table, dtype="<i8").tobytes() + text + _TRAILER.pack(len(table), len(text), _MAGIC)
+    yield (
+        np.array(table, dtype="<i8").tobytes() + text + _TRAILER.pack(len(table), len(text), _MAGIC)
+    )
 
 
 def pack_blocks(shard: Shard, sequence_length: int) -> Iterator[tuple[Packs, int, int]]:
@@ -233,11 +259,15 @@ class SourcePacks:
     def pieces(self, pack: int) -> tuple[int, NDArray[np.int64], NDArray[np.int32]]:
         """Shard, and first token in it and length of each piece of a pack."""
         shard = int(np.searchsorted(self._ends, pack, side="right"))
-        starts, tokens = self.indexes[shard].pieces(pack - (int(self._ends[shard]) - self.indexes[shard].packs))
+        starts, tokens = self.indexes[shard].pieces(
+            pack - (int(self._ends[shard]) - self.indexes[shard].packs)
+        )
         return shard, starts, tokens
 
 
-def open_packs(shards: Sequence[Shard], sequence_length: int, cache: Path | None = None) -> SourcePacks:
+def open_packs(
+    shards: Sequence[Shard], sequence_length: int, cache: Path | None = None
+) -> SourcePacks:
     """The packs of a source; UserError where an index cannot be made."""
     indexes = tuple(open_pack_index(shard, sequence_length, cache) for shard in shards)
     return SourcePacks(indexes, np.cumsum([index.packs for index in indexes], dtype=np.int64))

@@ -50,7 +50,12 @@ class PackingLosses:
 def packing_losses(plan: Plan, base: Path = Path()) -> list[PackingLosses]:
     """For every source of a plan whose data is there, and every sequence length it is read at."""
     losses = {}
-    by_document = {s.source for phase in plan.phases for s in phase.streams if s.fim_rate and s.fim_level == "document"}
+    by_document = {
+        s.source
+        for phase in plan.phases
+        for s in phase.streams
+        if s.fim_rate and s.fim_level == "document"
+    }
     for phase in plan.phases:
         for stream in phase.streams:
             key, given = (stream.source, phase.sequence_length), plan.recipe.sources[stream.source]

@@ -76,7 +76,9 @@ def permute(index: ArrayLike, size: ArrayLike, key: ArrayLike) -> UInts:
     result = _feistel(index, a, b, key)
     outside = np.flatnonzero((result >= size).reshape(-1))
     flat, sizes, lefts, rights, keys = (np.ravel(x) for x in (result, size, a, b, key))
-    while outside.size:  # follow the cycle until it comes back into [0, size); it must, for `index` itself is inside
+    while (
+        outside.size
+    ):  # follow the cycle until it comes back into [0, size); it must, for `index` itself is inside
         flat[outside] = _feistel(flat[outside], lefts[outside], rights[outside], keys[outside])
         outside = outside[flat[outside] >= sizes[outside]]
     return flat.reshape(index.shape)
@@ -89,7 +91,9 @@ def _feistel(index: UInts, a: UInts, b: UInts, key: UInts) -> UInts:
     keys = _mix(key + _ROUND_CONSTANTS.reshape(-1, *(1,) * key.ndim))
     for r in range(0, _ROUNDS, 2):
         left = left + _below(_mix(right + keys[r]), a)
-        left = np.minimum(left, left - a)  # modulo a: below a, left - a wraps round to something huge
+        left = np.minimum(
+            left, left - a
+        )  # modulo a: below a, left - a wraps round to something huge
         right = right + _below(_mix(left + keys[r + 1]), b)
         right = np.minimum(right, right - b)
     return left * b + right

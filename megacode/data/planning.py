@@ -22,9 +22,15 @@ def pack_counts(recipe: Recipe, base: Path = Path()) -> dict[tuple[str, int], in
     for phase in recipe.phases:
         for entry in mixture_entries(recipe, phase):
             source, key = recipe.sources[entry.source], (entry.source, phase.sequence_length)
-            if recipe.packing(entry.source) == "best_fit" and key not in counts and has_data(source, base):
+            if (
+                recipe.packing(entry.source) == "best_fit"
+                and key not in counts
+                and has_data(source, base)
+            ):
                 shards = open_source(entry.source, source.paths, base).shards
-                counts[key] = len(open_packs(shards, phase.sequence_length, pack_cache(recipe, base)))
+                counts[key] = len(
+                    open_packs(shards, phase.sequence_length, pack_cache(recipe, base))
+                )
     return counts
 
 

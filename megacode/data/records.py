@@ -71,7 +71,9 @@ def input_files(prefix: Path) -> tuple[str, ...]:
     """
     manifest = _manifest(prefix)
     if "dataset" in manifest:
-        prefix = inside(prefix.parent, manifest["dataset"], f"{with_ending(prefix, '.json')}, `dataset`")
+        prefix = inside(
+            prefix.parent, manifest["dataset"], f"{with_ending(prefix, '.json')}, `dataset`"
+        )
         manifest = _manifest(prefix)
     if "input files table" in manifest:
         where = f"{with_ending(prefix, '.json')}, `input files table`"

@@ -43,7 +43,9 @@ class SampleReader:
         settings = None
         if any(stream.fim_rate > 0 for phase in phases for stream in phase.streams):
             if tokenizer is None:
-                raise UserError("tokenizer: the control tokens of fill-in-the-middle need one; name it in the recipe")
+                raise UserError(
+                    "tokenizer: the control tokens of fill-in-the-middle need one; name it in the recipe"
+                )
             settings = make_fim(recipe.data.fim, tokenizer)
         return cls(
             mixture,
@@ -51,7 +53,10 @@ class SampleReader:
             _pad_id(tokenizer),
             settings,
             tuple(
-                np.array([stream_key(recipe.seed, "fim", stream) for stream in phase.streams], dtype=np.uint64)
+                np.array(
+                    [stream_key(recipe.seed, "fim", stream) for stream in phase.streams],
+                    dtype=np.uint64,
+                )
                 for phase in phases
             ),
             tuple(np.array([stream.fim_rate for stream in phase.streams]) for phase in phases),
@@ -74,8 +79,12 @@ class SampleReader:
             stream, rows = samples.phase.streams[index], samples.stream == index
             source = self.mixture.sources[stream.source]
             if stream.packing == "best_fit":
-                read[index], real = self._packs(source, samples.start[rows] // stream.sequence_length, length)
-                lengths = np.full(len(samples), length, dtype=np.int64) if lengths is None else lengths
+                read[index], real = self._packs(
+                    source, samples.start[rows] // stream.sequence_length, length
+                )
+                lengths = (
+                    np.full(len(samples), length, dtype=np.int64) if lengths is None else lengths
+                )
                 lengths[rows] = real
             else:
                 read[index] = source.read(samples.start[rows], length)
@@ -92,19 +101,33 @@ class SampleReader:
     ) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Tokens of packs, padded to `length` [n, length], and how many are real [n]."""
         out = np.full((len(packs), length), self.pad, dtype=source.dtype)
-        real = [source.read_pack(pack, length - 1, row) for pack, row in zip(packs.tolist(), out, strict=True)]
+        real = [
+            source.read_pack(pack, length - 1, row)
+            for pack, row in zip(packs.tolist(), out, strict=True)
+        ]
         return out, np.array(real, dtype=np.int64)
 
     def _rearranged(
-        self, settings: Fim, samples: StepSamples, windows: NDArray[np.int64], lengths: NDArray[np.int64] | None
+        self,
+        settings: Fim,
+        samples: StepSamples,
+        windows: NDArray[np.int64],
+        lengths: NDArray[np.int64] | None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         streams = samples.phase.streams
         rates = self.rates[samples.phase.index][samples.stream]
         keys = uniform_bits(self.keys[samples.phase.index][samples.stream], samples.epoch)
         packed = np.array([streams[index].packing == "best_fit" for index in samples.stream])
-        whole = np.array([streams[index].fim_level == "document" for index in samples.stream]) & (rates > 0)
+        whole = np.array([streams[index].fim_level == "document" for index in samples.stream]) & (
+            rates > 0
+        )
         windows, lengths = rearrange(
-            settings, windows, uniform_bits(keys, samples.start), np.where(whole, 0.0, rates), lengths, packed
+            settings,
+            windows,
+            uniform_bits(keys, samples.start),
+            np.where(whole, 0.0, rates),
+            lengths,
+            packed,
         )
         rows = np.flatnonzero(whole)
         if not len(rows):
@@ -119,10 +142,18 @@ class SampleReader:
 
         parts = [
             sample_parts(source, stream, start)
-            for source, stream, start in zip(sources, chosen, samples.start[rows].tolist(), strict=True)
+            for source, stream, start in zip(
+                sources, chosen, samples.start[rows].tolist(), strict=True
+            )
         ]
         windows[rows], lengths[rows] = rearrange_documents(
-            settings, parts, windows.shape[1], keys=keys[rows], rates=rates[rows], packed=packed[rows], read=read
+            settings,
+            parts,
+            windows.shape[1],
+            keys=keys[rows],
+            rates=rates[rows],
+            packed=packed[rows],
+            read=read,
         )
         return windows, lengths
 

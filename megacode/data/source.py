@@ -85,9 +85,13 @@ class TokenSource:
             return out
         starts = np.asarray(starts, dtype=np.int64)
         if int(starts.min()) < 0 or int(starts.max()) + length > self.tokens:
-            raise IndexError(f"source {self.name}: tokens outside [0, {self.tokens}) were asked for")
+            raise IndexError(
+                f"source {self.name}: tokens outside [0, {self.tokens}) were asked for"
+            )
         shards = np.searchsorted(self._ends, starts, side="right")
-        firsts = starts - (self._ends[shards] - np.array([s.tokens for s in self.shards], dtype=np.int64)[shards])
+        firsts = starts - (
+            self._ends[shards] - np.array([s.tokens for s in self.shards], dtype=np.int64)[shards]
+        )
         for row, shard, first in zip(out, shards.tolist(), firsts.tolist(), strict=True):
             self._read_row(row, shard, first)
         return out
@@ -106,7 +110,10 @@ class TokenSource:
         """(first token in the stream, tokens) of each piece of a pack, in order."""
         shard, starts, tokens = self.packs[sequence_length].pieces(pack)
         before = int(self._ends[shard]) - self.shards[shard].tokens
-        return [(before + start, count) for start, count in zip(starts.tolist(), tokens.tolist(), strict=True)]
+        return [
+            (before + start, count)
+            for start, count in zip(starts.tolist(), tokens.tolist(), strict=True)
+        ]
 
     def document_at(self, position: int) -> Document:
         """The document that holds token `position` of the stream: two binary searches in the shard's index."""
@@ -123,7 +130,11 @@ class TokenSource:
         while position < start + tokens:
             document = self.document_at(position)
             first = position - document.start
-            found.append(DocumentPart(document, first, min(document.tokens - first, start + tokens - position)))
+            found.append(
+                DocumentPart(
+                    document, first, min(document.tokens - first, start + tokens - position)
+                )
+            )
             position += found[-1].tokens
         return found
 
@@ -160,9 +171,13 @@ class TokenSource:
                 more = os.preadv(file, (memoryview(out.data).cast("B")[got:],), offset + got)
                 got = got + more if more else 0
         except OSError as error:
-            raise UserError(f"sources.{self.name}: cannot read {path}: {error.strerror or error}") from error
+            raise UserError(
+                f"sources.{self.name}: cannot read {path}: {error.strerror or error}"
+            ) from error
         if got != out.nbytes:
-            raise UserError(f"sources.{self.name}: {path} got shorter since it was opened; tokenize the source again")
+            raise UserError(
+                f"sources.{self.name}: {path} got shorter since it was opened; tokenize the source again"
+            )
 
     def _file(self, shard: int) -> int:
         if shard in self._files:
@@ -177,7 +192,9 @@ class TokenSource:
         return file
 
 
-def open_source(name: str, paths: Sequence[str], base: Path = Path(), key: str = "path") -> TokenSource:
+def open_source(
+    name: str, paths: Sequence[str], base: Path = Path(), key: str = "path"
+) -> TokenSource:
     """Open the shards that `paths` name, reading headers only.
 
     Prefixes with or without .bin, of one shard or of a dataset in several, or globs of them (matches in sorted order),
@@ -190,10 +207,14 @@ def open_source(name: str, paths: Sequence[str], base: Path = Path(), key: str =
         raise UserError(f"{label}: names no data; give the prefix of a .bin/.idx pair")
     if len(set(prefixes)) != len(prefixes):
         twice = next(p for i, p in enumerate(prefixes) if p in prefixes[:i])
-        raise UserError(f"{label}: {twice} is there twice; to read a source more often, raise its weight")
+        raise UserError(
+            f"{label}: {twice} is there twice; to read a source more often, raise its weight"
+        )
     source = TokenSource(name, [open_shard(prefix, label) for prefix in prefixes])
     if source.tokens == 0:
-        raise UserError(f"{label}: {', '.join(map(str, prefixes[:3]))} has no tokens; was its corpus empty?")
+        raise UserError(
+            f"{label}: {', '.join(map(str, prefixes[:3]))} has no tokens; was its corpus empty?"
+        )
     return source
 
 
@@ -209,7 +230,9 @@ def open_sources(plan: Plan, base: Path = Path()) -> dict[str, TokenSource]:
         if name not in sources:
             paths = plan.recipe.sources[name].paths
             if not paths:
-                raise UserError(f"sources.{name}: has no `path`; a plan can do without data, training cannot")
+                raise UserError(
+                    f"sources.{name}: has no `path`; a plan can do without data, training cannot"
+                )
             sources[name] = open_source(name, paths, base)
         if stream.packing == "best_fit" and length not in sources[name].packs:
             sources[name].packs[length] = open_packs(sources[name].shards, length, cache)
@@ -222,7 +245,9 @@ def token_counts(recipe: Recipe, base: Path = Path()) -> dict[str, int]:
     Reads index headers only. UserError if a source has neither, if some of its files are there and others are not, or
     if one is damaged.
     """
-    used = dict.fromkeys(entry.source for phase in recipe.phases for entry in mixture_entries(recipe, phase))
+    used = dict.fromkeys(
+        entry.source for phase in recipe.phases for entry in mixture_entries(recipe, phase)
+    )
     return {name: _count(name, recipe.sources[name], base) for name in used}
 
 
@@ -269,6 +294,10 @@ def matching_prefixes(path: str, base: Path) -> list[Path]:
 def _prefixes(path: str, base: Path, label: str) -> list[Path]:
     found = matching_prefixes(path, base)
     if not found:
-        what = "matches no .bin/.idx files" if glob.has_magic(path) else "is not there (.bin and .idx)"
-        raise UserError(f"{label}: {base / _bare(path)} {what}; tokenize the source, or correct the path")
+        what = (
+            "matches no .bin/.idx files" if glob.has_magic(path) else "is not there (.bin and .idx)"
+        )
+        raise UserError(
+            f"{label}: {base / _bare(path)} {what}; tokenize the source, or correct the path"
+        )
     return found

@@ -79,7 +79,10 @@ def unknown_makers(recipe: Recipe, base: Path = Path()) -> str | None:
 def _corpora(recipe: Recipe, base: Path) -> Iterator[_Made]:
     read = {entry.source for phase in recipe.phases for entry in mixture_entries(recipe, phase)}
     for name, source in recipe.sources.items():
-        for key, paths in (("path", source.paths if name in read else []), ("validation", source.validation_paths)):
+        for key, paths in (
+            ("path", source.paths if name in read else []),
+            ("validation", source.validation_paths),
+        ):
             for prefix in (prefix for path in paths for prefix in matching_prefixes(path, base)):
                 try:
                     manifest = read_manifest(prefix) or {}
@@ -98,7 +101,11 @@ def _corpora(recipe: Recipe, base: Path) -> Iterator[_Made]:
 def _problems(corpus: _Made, recipe: Recipe, base: Path) -> Iterator[str]:
     made, given = corpus.made or {}, recipe.tokenizer
     if given is None:
-        if corpus.vocab_size and recipe.model.vocab_size and corpus.vocab_size > recipe.model.vocab_size:
+        if (
+            corpus.vocab_size
+            and recipe.model.vocab_size
+            and corpus.vocab_size > recipe.model.vocab_size
+        ):
             yield (
                 f"was made with a vocabulary of {corpus.vocab_size:,}, and model.vocab_size is "
                 f"{recipe.model.vocab_size:,}; give the tokenizer ({made.get('path')}) or its size"
@@ -132,7 +139,10 @@ def _problems(corpus: _Made, recipe: Recipe, base: Path) -> Iterator[str]:
 def _extends(old: Tokenizer, new: Tokenizer) -> bool:
     """Whether text has the same ids under both, and every control token of the old one has the id that it had."""
     added = new.control_tokens.keys() - old.control_tokens.keys()
-    return old.control_tokens.items() <= new.control_tokens.items() and not added & old.base.literal.keys()
+    return (
+        old.control_tokens.items() <= new.control_tokens.items()
+        and not added & old.base.literal.keys()
+    )
 
 
 def _among_themselves(corpora: list[_Made]) -> Iterator[str]:
@@ -141,7 +151,9 @@ def _among_themselves(corpora: list[_Made]) -> Iterator[str]:
         by_maker.setdefault(str((corpus.made or {})["fingerprint"]), corpus)
     if len(by_maker) > 1:
         first, second = list(by_maker.values())[:2]
-        one, other = (f"{corpus.manifest}: {(corpus.made or {}).get('path')}" for corpus in (first, second))
+        one, other = (
+            f"{corpus.manifest}: {(corpus.made or {}).get('path')}" for corpus in (first, second)
+        )
         yield f"{second.key} was made with another tokenizer ({other}) than {first.key} ({one}); tokenize one of them again"
 
 
@@ -157,13 +169,19 @@ def _is_there(given: schema.TokenizerSection, base: Path) -> bool:
 def _loaded(given: schema.TokenizerSection, base: Path) -> Tokenizer:
     path = base / Path(given.path).expanduser()
     seen = os.stat(path)
-    return _load(given.model_copy(update={"path": str(path)}).model_dump_json(), seen.st_mtime_ns, seen.st_size)
+    return _load(
+        given.model_copy(update={"path": str(path)}).model_dump_json(),
+        seen.st_mtime_ns,
+        seen.st_size,
+    )
 
 
 def _loaded_with(given: schema.TokenizerSection, base: Path, added_tokens: Any) -> Tokenizer | None:
     """The recipe's tokenizer with the added tokens of a manifest; None if it cannot have them."""
     try:
-        section = schema.TokenizerSection.model_validate({**given.model_dump(), "added_tokens": added_tokens or "none"})
+        section = schema.TokenizerSection.model_validate(
+            {**given.model_dump(), "added_tokens": added_tokens or "none"}
+        )
         return _loaded(section, base)
     except (UserError, ValidationError):
         return None

@@ -51,11 +51,15 @@ class Trace:
         tokenizer, `text`. UserError if the batch has no such place."""
         size = self.phase.batch_size(self.step)
         if not 0 <= place < size:
-            raise UserError(f"--sample {place}: step {self.step + 1} has {size} sequences, 0 to {size - 1}")
+            raise UserError(
+                f"--sample {place}: step {self.step + 1} has {size} sequences, 0 to {size - 1}"
+            )
         batch = StepReader(self.mixture, tokenizer=self.tokenizer).sample(self.step, place)
         tokens, mask = batch.tokens[0].tolist(), batch.loss_mask[0].astype(int).tolist()
         labels = batch.labels[0].tolist()
-        text = self.tokenizer.decode([*tokens, labels[-1]], control=True) if self.tokenizer else None
+        text = (
+            self.tokenizer.decode([*tokens, labels[-1]], control=True) if self.tokenizer else None
+        )
         return {"tokens": tokens, "labels": labels, "loss_mask": mask, "text": text}
 
     def digest(self) -> str:
@@ -65,7 +69,9 @@ class Trace:
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise UserError("tokenizer: the recipe names none, and text needs one; give --set tokenizer.path=FILE")
+            raise UserError(
+                "tokenizer: the recipe names none, and text needs one; give --set tokenizer.path=FILE"
+            )
         return self.tokenizer
 
 
@@ -73,7 +79,9 @@ def open_trace(run_or_recipe: Path, step: int, overrides: tuple[str, ...] = ()) 
     """Step number `step` (1 for the first) of a run's folder or of a recipe. UserError if there is no such step."""
     path = run_or_recipe / "recipe.yaml" if run_or_recipe.is_dir() else run_or_recipe
     if run_or_recipe.is_dir() and not path.is_file():
-        raise UserError(f"{run_or_recipe}: is no run (it has no recipe.yaml); give a run's folder or a recipe")
+        raise UserError(
+            f"{run_or_recipe}: is no run (it has no recipe.yaml); give a run's folder or a recipe"
+        )
     recipe = load_recipe(path, overrides)
     plan = plan_with_data(recipe, path)
     if not 1 <= step <= plan.total_steps:

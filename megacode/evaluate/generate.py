@@ -40,7 +40,12 @@ def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -
 
 @torch.no_grad()
 def continue_tokens(
-    model: Any, prompt: Sequence[int], limit: int, stop: int | None, sampling: Sampling, vocab_size: int
+    model: Any,
+    prompt: Sequence[int],
+    limit: int,
+    stop: int | None,
+    sampling: Sampling,
+    vocab_size: int,
 ) -> Iterator[int]:
     """Yield up to `limit` tokens after `prompt`, one by one; ends before the token `stop`.
 

@@ -56,7 +56,9 @@ def run_tasks(target: Path, settings: TaskSettings) -> dict[str, dict[str, float
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if settings.folder is not None and not settings.folder.is_dir():
-        raise UserError(f"--harness-tasks {settings.folder}: no such folder; give the one with the tasks' YAML files")
+        raise UserError(
+            f"--harness-tasks {settings.folder}: no such folder; give the one with the tasks' YAML files"
+        )
     manager = TaskManager(include_path=str(settings.folder) if settings.folder else None)
     names: list[str] = []
     for task in settings.tasks:
@@ -70,7 +72,9 @@ def run_tasks(target: Path, settings: TaskSettings) -> dict[str, dict[str, float
     try:
         manager.load(names)
     except Exception as error:  # whatever the task's data set or its YAML raises
-        raise UserError(f"--harness {', '.join(names)}: cannot be loaded: {_first_line(error)}") from error
+        raise UserError(
+            f"--harness {', '.join(names)}: cannot be loaded: {_first_line(error)}"
+        ) from error
     model = _model(target, settings)
     results = lm_eval.simple_evaluate(
         model=model,
@@ -88,7 +92,11 @@ def run_tasks(target: Path, settings: TaskSettings) -> dict[str, dict[str, float
 def check_code(target: Path, trusted: bool) -> None:
     """UserError for a Hugging Face folder whose configuration asks for Python files, unless they are `trusted`; and for trust
     in a target that has none."""
-    asks = [name for name in ("config.json", "tokenizer_config.json") if "auto_map" in _settings(target / name)]
+    asks = [
+        name
+        for name in ("config.json", "tokenizer_config.json")
+        if "auto_map" in _settings(target / name)
+    ]
     if asks and not trusted:
         code = ", ".join(sorted(path.name for path in target.glob("*.py"))) or "from elsewhere"
         raise UserError(
@@ -96,7 +104,9 @@ def check_code(target: Path, trusted: bool) -> None:
             "trust it, give --trust-remote-code"
         )
     if trusted and not asks:
-        raise UserError(f"--trust-remote-code: {target} asks for no code of its own (`auto_map` of a config.json); leave it out")
+        raise UserError(
+            f"--trust-remote-code: {target} asks for no code of its own (`auto_map` of a config.json); leave it out"
+        )
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -166,6 +176,10 @@ def print_results(title: str, results: dict[str, dict[str, float]]) -> None:
     for task, numbers in results.items():
         for name, value in numbers.items():
             if "_stderr" not in name:
-                error = numbers.get(name.replace(" (", "_stderr (", 1) if " (" in name else f"{name}_stderr")
-                table.add_row(task, name, f"{value:.4f}", f"{error:.4f}" if error is not None else "")
+                error = numbers.get(
+                    name.replace(" (", "_stderr (", 1) if " (" in name else f"{name}_stderr"
+                )
+                table.add_row(
+                    task, name, f"{value:.4f}", f"{error:.4f}" if error is not None else ""
+                )
     print_table(table_console(), table)

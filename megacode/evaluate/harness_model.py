@@ -39,7 +39,9 @@ class MegatronLM(TemplateLM):
         self.text = tokenizer
         self.model = model
         self.size = batch_size
-        self.max_length = recipe.model.context_length or max(phase.sequence_length for phase in recipe.phases)
+        self.max_length = recipe.model.context_length or max(
+            phase.sequence_length for phase in recipe.phases
+        )
 
     @property
     def eot_token_id(self) -> int:
@@ -49,7 +51,9 @@ class MegatronLM(TemplateLM):
     def prefix_token_id(self) -> int:
         return self.text.eod_id if self.text.base.bos_id is None else self.text.base.bos_id
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
         assert self.recipe.tokenizer is not None
         bos = self.recipe.tokenizer.bos if add_special_tokens is None else add_special_tokens
         start = [self.text.base.bos_id] if bos and self.text.base.bos_id is not None else []
@@ -63,7 +67,9 @@ class MegatronLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding gives it) of each (…, context, continuation)."""
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+        order = sorted(
+            range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2])
+        )
         groups = [order[i : i + self.size] for i in range(0, len(order), self.size)]
         for group in self._progress(groups, "log-likelihoods", disable_tqdm):
             windows = [(requests[i][1] + requests[i][2])[-(self.max_length + 1) :] for i in group]
@@ -81,13 +87,17 @@ class MegatronLM(TemplateLM):
         """float32 [windows, longest, vocabulary]; what follows a shorter window is padding that nothing before it sees."""
         longest = max(map(len, windows))
         device = next(self.model.parameters()).device
-        tokens = torch.tensor([window + [0] * (longest - len(window)) for window in windows], device=device)
+        tokens = torch.tensor(
+            [window + [0] * (longest - len(window)) for window in windows], device=device
+        )
         positions = torch.arange(longest, device=device).expand_as(tokens)
         mask = torch.ones(longest, longest, dtype=torch.bool, device=device).triu(1)[None, None]
         logits = self.model(tokens, positions, mask, runtime_gather_output=True)
         return logits[..., : self.text.vocab_size].float()
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
         """Log-likelihood of whole texts, cut into windows that do not overlap."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
@@ -101,7 +111,9 @@ class MegatronLM(TemplateLM):
                 windows.append((None, list(context), list(continuation)))
                 owners.append(owner)
         sums = [0.0] * len(requests)
-        for owner, (loss, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+        for owner, (loss, _) in zip(
+            owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
+        ):
             sums[owner] += loss
         return sums
 
@@ -117,7 +129,10 @@ class MegatronLM(TemplateLM):
                     f"--harness {request.task_name}: asks for answers of up to {limit:,} tokens, and the model's context "
                     f"of {self.max_length:,} has to hold the question, too; give the task a smaller max_gen_toks"
                 )
-        return [self._answer(*request.args) for request in self._progress(requests, "answers", disable_tqdm)]
+        return [
+            self._answer(*request.args)
+            for request in self._progress(requests, "answers", disable_tqdm)
+        ]
 
     def _answer(self, context: str, asked: dict[str, Any]) -> str:
         asked = normalize_gen_kwargs(dict(asked), _MOST_TOKENS)
@@ -130,7 +145,9 @@ class MegatronLM(TemplateLM):
         prompt = self.tok_encode(context)[-(self.max_length - limit) :]
         written: list[int] = []
         text = ""
-        for token in continue_tokens(self.model, prompt, limit, self.eot_token_id, sampling, self.text.vocab_size):
+        for token in continue_tokens(
+            self.model, prompt, limit, self.eot_token_id, sampling, self.text.vocab_size
+        ):
             written.append(token)
             text = self.text.decode(written)
             if any(stop in text for stop in stops):

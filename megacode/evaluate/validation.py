@@ -74,10 +74,14 @@ def validate(
                 vocab_size=validation.vocab_size,
             )
             # A few at a time, so that a set of any size takes the same memory.
-            while micro_batches := list(itertools.islice(every, recipe.parallel.pipeline * _AT_ONCE)):
+            while micro_batches := list(
+                itertools.islice(every, recipe.parallel.pipeline * _AT_ONCE)
+            ):
                 if recipe.parallel.virtual_pipeline:
                     _fill_up(micro_batches, recipe.parallel.pipeline)
-                totals[index] += forward_backward(model_chunks, micro_batches, 1, recipe, world, forward_only=True)[:, 0]
+                totals[index] += forward_backward(
+                    model_chunks, micro_batches, 1, recipe, world, forward_only=True
+                )[:, 0]
     for chunk in model_chunks:
         chunk.train()
     if world.tensor_rank:
@@ -91,7 +95,9 @@ def validate(
 
 def _fill_up(micro_batches: list[Batch], multiple: int) -> None:
     """Masked copies of the last micro-batch until their number is a multiple, as interleaved pipelines need it."""
-    blank = dataclasses.replace(micro_batches[-1], loss_mask=np.zeros_like(micro_batches[-1].loss_mask))
+    blank = dataclasses.replace(
+        micro_batches[-1], loss_mask=np.zeros_like(micro_batches[-1].loss_mask)
+    )
     micro_batches += [blank] * (-len(micro_batches) % multiple)
 
 

@@ -33,7 +33,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+)
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -82,15 +85,22 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _sharded_state(model_chunks: Sequence[Any], optimizer: Any | None, loading: bool) -> dict[str, Any]:
+def _sharded_state(
+    model_chunks: Sequence[Any], optimizer: Any | None, loading: bool
+) -> dict[str, Any]:
     metadata = _metadata()
     modules = [getattr(chunk, "module", chunk) for chunk in model_chunks]
     if len(modules) == 1:
         state = {"model": modules[0].sharded_state_dict(metadata=metadata)}
     else:
-        state = {f"model{i}": module.sharded_state_dict(metadata=metadata) for i, module in enumerate(modules)}
+        state = {
+            f"model{i}": module.sharded_state_dict(metadata=metadata)
+            for i, module in enumerate(modules)
+        }
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
+        state["optimizer"] = optimizer.sharded_state_dict(
+            dict(state), is_loading=loading, metadata=metadata
+        )
         if not loading:
             make_whole(optimizer, state["optimizer"])
     if not loading:
@@ -108,7 +118,8 @@ def _leave_fp8(state: dict[str, Any]) -> None:
 
 def _load_strategy() -> Any:
     return FullyParallelLoadStrategyWrapper(
-        TorchDistLoadShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
+        TorchDistLoadShardedStrategy(),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
 
 
@@ -122,12 +133,18 @@ def _without_foreign_extras(state: dict[str, Any], checkpoint: Path) -> dict[str
     keys = {entry.key for entry in stored.values()}
 
     def foreign(entry: Any) -> bool:
-        return isinstance(entry, ShardedObject) and entry.key.endswith("_extra_state") and entry.key not in keys
+        return (
+            isinstance(entry, ShardedObject)
+            and entry.key.endswith("_extra_state")
+            and entry.key not in keys
+        )
 
     return extract_matching_values(state, foreign)[1]
 
 
-def load_checkpoint(checkpoint: Path, model_chunks: Sequence[Any], optimizer: Any | None) -> dict[str, Any]:
+def load_checkpoint(
+    checkpoint: Path, model_chunks: Sequence[Any], optimizer: Any | None
+) -> dict[str, Any]:
     """Load weights, and with an `optimizer` its state too, into this rank's model chunks, in whatever layout this run has.
 
     Returns:
@@ -143,10 +160,14 @@ def load_checkpoint(checkpoint: Path, model_chunks: Sequence[Any], optimizer: An
         state = _without_foreign_extras(state, checkpoint)
         loaded = dist_checkpointing.load(state, str(checkpoint), _load_strategy())
     except (Exception, CheckpointException) as error:  # torch derives the latter from BaseException
-        raise UserError(_other_padding(checkpoint, info, model_chunks) or _why_not(checkpoint, error)) from error
+        raise UserError(
+            _other_padding(checkpoint, info, model_chunks) or _why_not(checkpoint, error)
+        ) from error
     modules = [getattr(chunk, "module", chunk) for chunk in model_chunks]
     for index, module in enumerate(modules):
-        module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{index}"], strict=False)
+        module.load_state_dict(
+            loaded["model" if len(modules) == 1 else f"model{index}"], strict=False
+        )
     if optimizer is not None:
         if why := other_multipliers(optimizer, loaded["optimizer"]):
             raise UserError(f"{checkpoint}: {why}")
@@ -155,7 +176,9 @@ def load_checkpoint(checkpoint: Path, model_chunks: Sequence[Any], optimizer: An
     return info
 
 
-def _other_padding(checkpoint: Path, info: dict[str, Any], model_chunks: Sequence[Any]) -> str | None:
+def _other_padding(
+    checkpoint: Path, info: dict[str, Any], model_chunks: Sequence[Any]
+) -> str | None:
     """What is wrong where the checkpoint's model is this one, but for the zeros that its tensor-parallel size took to split the
     feed-forward (3, 5, 6 ... do not divide the usual `pad_multiple`). Megatron-Core reshapes vocabularies only."""
     before = info.get("layout", {}).get("tensor")
@@ -171,7 +194,9 @@ def _other_padding(checkpoint: Path, info: dict[str, Any], model_chunks: Sequenc
         f"{here} stores it as {wanted}; "
     )
     multiples = (*range(model.pad_multiple, stored + 1, model.pad_multiple), *range(1, stored + 1))
-    fitting = (number for number in multiples if padded(model.resolved_ffn_size, number, here) == stored)
+    fitting = (
+        number for number in multiples if padded(model.resolved_ffn_size, number, here) == stored
+    )
     if (multiple := next(fitting, None)) is None:
         return f"{text}{stored} cannot be split over {here} ranks: use a parallel.tensor that divides it"
     return f"{text}set `model.pad_multiple: {multiple}`, with which it is {stored} here too"
@@ -182,13 +207,22 @@ def _why_not(checkpoint: Path, error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     message = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-    if isinstance(error, OSError | EOFError | pickle.UnpicklingError) or "PytorchStreamReader" in message:
-        others = [path.name for _, path in complete_checkpoints(checkpoint.parent) if path != checkpoint]
+    if (
+        isinstance(error, OSError | EOFError | pickle.UnpicklingError)
+        or "PytorchStreamReader" in message
+    ):
+        others = [
+            path.name for _, path in complete_checkpoints(checkpoint.parent) if path != checkpoint
+        ]
         remedy = "copy it here anew from where the run was"
         if others:
             remedy += f", or write the name of another ({', '.join(others[-3:])}) into {checkpoint.parent / LATEST}"
-        return f"{checkpoint}: a file in it is missing or damaged ({message.split('. ')[0]}); {remedy}"
-    if "'param_groups'" in message:  # without the distributed optimizer their number is compared while loading
+        return (
+            f"{checkpoint}: a file in it is missing or damaged ({message.split('. ')[0]}); {remedy}"
+        )
+    if (
+        "'param_groups'" in message
+    ):  # without the distributed optimizer their number is compared while loading
         return f"{checkpoint}: {OTHER_GROUPS}"
     return (
         f"{checkpoint}: cannot be loaded into this recipe's model: {type(error).__name__}: {message[:300]}; the model section "
@@ -220,7 +254,14 @@ class Checkpointer:
     is_own: Callable[[Path], bool] = lambda path: True
     _queue: AsyncCallsQueue = field(default_factory=AsyncCallsQueue)
 
-    def save(self, step: int, model_chunks: Sequence[Any], optimizer: Any, info: dict[str, Any], recipe_text: str) -> None:
+    def save(
+        self,
+        step: int,
+        model_chunks: Sequence[Any],
+        optimizer: Any,
+        info: dict[str, Any],
+        recipe_text: str,
+    ) -> None:
         """Start writing the state after `step` finished steps. Collective; returns before it is on disk when asynchronous."""
         self.wait()
         final = self.folder / checkpoint_name(step)
@@ -282,7 +323,11 @@ class Checkpointer:
         def for_good(step: int) -> bool:
             return step in self.kept or bool(every and step % every == 0)
 
-        passing = [(s, path) for s, path in complete_checkpoints(self.folder) if s <= newest and not for_good(s)]
+        passing = [
+            (s, path)
+            for s, path in complete_checkpoints(self.folder)
+            if s <= newest and not for_good(s)
+        ]
         for _, path in passing[: -self.settings.keep_last]:
             if self.is_own(path):
                 _remove(path)

@@ -38,7 +38,12 @@ _OF_INDEX = {
     )),
 }  # fmt: skip
 """Classes of an index, and the one function that gives a tensor's memory layout by its name."""
-_OF_TENSORS = {("collections", "OrderedDict"), ("torch", "Size"), ("torch", "device"), ("torch._utils", "_rebuild_tensor_v2")}
+_OF_TENSORS = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+}
 
 
 def read_index(folder: Path) -> Any:
@@ -55,14 +60,18 @@ def read_index(folder: Path) -> Any:
         tensors, places = dict(index.state_dict_metadata), dict(index.storage_data)
         of_places = {place.relative_path for place in places.values()}
     except FileNotFoundError:
-        raise UserError(f"{folder}: has no {INDEX} file; {_WHOLE} (Megatron-Core's distributed format)") from None
+        raise UserError(
+            f"{folder}: has no {INDEX} file; {_WHOLE} (Megatron-Core's distributed format)"
+        ) from None
     except UserError:
         raise
     except Exception as error:  # a damaged pickle raises what it likes
         raise UserError(f"{path}: cannot be read ({error}); {_WHOLE}") from error
     missing = sorted(name for name in of_places if not inside(folder, name, str(path)).is_file())
     if missing:
-        raise UserError(f"{folder}: the file {missing[0]} is missing; copy it here from where the run was, or {_WHOLE}")
+        raise UserError(
+            f"{folder}: the file {missing[0]} is missing; copy it here from where the run was, or {_WHOLE}"
+        )
     for entry, place in places.items():
         if type(tensors.get(entry.fqn)).__name__ != "TensorStorageMetadata":
             _check_entry(folder / place.relative_path, entry.fqn, place)
@@ -72,14 +81,18 @@ def read_index(folder: Path) -> Any:
 def _check_entry(path: Path, name: str, place: Any) -> None:
     """UserError unless an entry that is no tensor is plain data: of modules' `_extra_state`, such as the scales of FP8."""
     if getattr(place, "transform_descriptors", None):
-        raise UserError(f"{path}: {name} is stored transformed, which no checkpoint of Megatron-Core is; it is not read")
+        raise UserError(
+            f"{path}: {name} is stored transformed, which no checkpoint of Megatron-Core is; it is not read"
+        )
     with open(path, "rb") as file:
         file.seek(place.offset)
         data = file.read(place.length)
     value = _plain(data, path, name)
     if isinstance(value, io.BytesIO):
         value = _plain(value.getvalue(), path, name)
-    if isinstance(value, Tensor) and value.dtype == torch.uint8 and value.numel():  # Transformer Engine unpickles it
+    if (
+        isinstance(value, Tensor) and value.dtype == torch.uint8 and value.numel()
+    ):  # Transformer Engine unpickles it
         try:
             _Unpickler(io.BytesIO(value.numpy().tobytes()), path, _OF_TENSORS).load()
         except UserError:
@@ -96,10 +109,17 @@ def _plain(data: bytes, path: Path, name: str) -> Any:
         with torch.serialization.safe_globals([io.BytesIO]):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), str(error).split(". ")[0])
-        raise UserError(f"{path}: {name} is not plain data, and is not read ({reason}); {_WHOLE}") from error
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if "GLOBAL" in line),
+            str(error).split(". ")[0],
+        )
+        raise UserError(
+            f"{path}: {name} is not plain data, and is not read ({reason}); {_WHOLE}"
+        ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: {name} cannot be read, the file is damaged or cut short; {_WHOLE}") from error
+        raise UserError(
+            f"{path}: {name} cannot be read, the file is damaged or cut short; {_WHOLE}"
+        ) from error
 
 
 class _Unpickler(pickle.Unpickler):
@@ -111,11 +131,15 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """UserError for a name that data has no need of."""
-        if (module, name) in self._allowed or (module == "torch" and isinstance(vars(torch).get(name), torch.dtype)):
+        if (module, name) in self._allowed or (
+            module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+        ):
             return super().find_class(module, name)
         if self._allowed is _OF_TENSORS:
             if (module, name) == ("torch.storage", "_load_from_bytes"):
-                return lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                return lambda data: torch.load(
+                    io.BytesIO(data), map_location="cpu", weights_only=True
+                )
             if module == "transformer_engine.common.recipe" and "." not in name:
                 found = getattr(importlib.import_module(module), name, None)
                 if isinstance(found, type) and found.__module__ == module:

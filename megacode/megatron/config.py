@@ -53,7 +53,9 @@ class MegatronConfig:
     data_parallel: DistributedDataParallelConfig
 
 
-def megatron_config(recipe: Recipe, hardware: Hardware | None = None, data_size: int = 1) -> MegatronConfig:
+def megatron_config(
+    recipe: Recipe, hardware: Hardware | None = None, data_size: int = 1
+) -> MegatronConfig:
     """Decide for a recipe on this process's hardware (or the given one).
 
     Args:
@@ -72,7 +74,9 @@ def megatron_config(recipe: Recipe, hardware: Hardware | None = None, data_size:
             **(transformer_fields(recipe, hardware, on) | _with_members(recipe.model.megatron))
         )
     with _refused("parallel.ddp", "this"):
-        data_parallel = DistributedDataParallelConfig(**(data_parallel_fields(recipe, on) | dict(recipe.parallel.ddp)))
+        data_parallel = DistributedDataParallelConfig(
+            **(data_parallel_fields(recipe, on) | dict(recipe.parallel.ddp))
+        )
     return MegatronConfig(recipe, hardware, overlaps, transformer, data_parallel)
 
 
@@ -86,14 +90,20 @@ def _refused(section: str, what: str, remedy: str = "") -> Iterator[None]:
 
 def _with_members(given: Mapping[str, Any]) -> dict[str, Any]:
     """`model.megatron` with members of enumerations for their names: Megatron-Core would take a name for none of them."""
-    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
+    defaults: dict[str, Any] = {
+        field.name: field.default for field in dataclasses.fields(TransformerConfig)
+    }
     return {
-        name: type(defaults[name])[value] if isinstance(defaults.get(name), Enum) and isinstance(value, str) else value
+        name: type(defaults[name])[value]
+        if isinstance(defaults.get(name), Enum) and isinstance(value, str)
+        else value
         for name, value in given.items()
     }
 
 
-def transformer_fields(recipe: Recipe, hardware: Hardware, speed: Mapping[str, bool]) -> dict[str, Any]:
+def transformer_fields(
+    recipe: Recipe, hardware: Hardware, speed: Mapping[str, bool]
+) -> dict[str, Any]:
     """Fields of TransformerConfig, without those passed through by their own names.
 
     Args:
@@ -224,4 +234,6 @@ def _normal(std: float) -> Callable[[torch.Tensor], torch.Tensor]:
 def _known(kind: Any, fields: dict[str, Any]) -> dict[str, Any]:
     """`fields` without those that the installed version does not have and that say nothing (are off)."""
     there = kind.__dataclass_fields__
-    return {name: value for name, value in fields.items() if name in there or value not in (False, None)}
+    return {
+        name: value for name, value in fields.items() if name in there or value not in (False, None)
+    }

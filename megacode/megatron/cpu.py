@@ -22,7 +22,7 @@ import functools
 import logging
 import sys
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -156,7 +156,11 @@ def install() -> None:
         setattr(cuda, name, nothing())
     cuda.nvtx.range_push, cuda.nvtx.range_pop = nothing(), nothing()
     for module in (cuda, cuda.random):
-        module.manual_seed, module.get_rng_state, module.set_rng_state = seed(), get_state(), set_state()
+        module.manual_seed, module.get_rng_state, module.set_rng_state = (
+            seed(),
+            get_state(),
+            set_state(),
+        )
     cuda.Stream = cuda.Event = _Inert
     cuda.current_stream = lambda *a, **k: _Inert()
     cuda.default_stream = lambda *a, **k: _Inert()
@@ -175,9 +179,13 @@ def install() -> None:
     for package in ("transformer_engine", "apex"):
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # None makes an import of it fail
     # Megatron-Core wraps its fused functions in torch.compile at import; a machine without CUDA may have no compiler.
-    uncompiled: Any = lambda model=None, **_: model if model is not None else (lambda function: function)  # noqa: E731
-    torch.compile = uncompiled
+    torch.compile = cast(Any, _uncompiled)
     _redirect_tensors()
+
+
+def _uncompiled(model: Any = None, **_: Any) -> Any:
+    """`torch.compile` as a function and as a decorator with options, compiling nothing."""
+    return (lambda function: function) if model is None else model
 
 
 def _instance_of(dtype: torch.dtype) -> type:
@@ -198,7 +206,9 @@ def apply_to_megatron() -> None:
     def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
-    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    def get_state(
+        device: Any = "cuda", clone: bool = False, graph_safe: bool = False
+    ) -> torch.Tensor:
         state = torch.get_rng_state()
         return state.clone() if clone else state
 

@@ -7,7 +7,9 @@ from megacode.recipe.schema import Parallel
 _NORM_MARGIN = "16"
 
 
-def cuda_environment(parallel: Parallel, world_size: int, capability: tuple[int, int]) -> dict[str, str]:
+def cuda_environment(
+    parallel: Parallel, world_size: int, capability: tuple[int, int]
+) -> dict[str, str]:
     """Variables for this layout on devices of a compute capability, as NVIDIA's published configurations have them
     (Megatron-Bridge, `scripts/performance/perf_plugins.py`).
 
@@ -22,5 +24,7 @@ def cuda_environment(parallel: Parallel, world_size: int, capability: tuple[int,
     elif parallel.tensor > 1 or parallel.context > 1:
         variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     if world_size > 1:
-        variables["NVTE_FWD_LAYERNORM_SM_MARGIN"] = variables["NVTE_BWD_LAYERNORM_SM_MARGIN"] = _NORM_MARGIN
+        variables["NVTE_FWD_LAYERNORM_SM_MARGIN"] = variables["NVTE_BWD_LAYERNORM_SM_MARGIN"] = (
+            _NORM_MARGIN
+        )
     return variables

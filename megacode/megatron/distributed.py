@@ -39,7 +39,9 @@ class World:
 
     rank: int
     size: int
-    device: Any  # torch.device; typed loosely so that this module's annotations need no torch at import
+    device: (
+        Any  # torch.device; typed loosely so that this module's annotations need no torch at import
+    )
     tensor_rank: int
     pipeline_rank: int
     pipeline_size: int
@@ -65,7 +67,11 @@ def _first_slurm_host(nodelist: str) -> str:
     """First host of a Slurm node list such as `gpu[003-007,012],login1`."""
     try:
         shown = subprocess.run(
-            ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=20, check=True
+            ["scontrol", "show", "hostnames", nodelist],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
         )
         return shown.stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
@@ -107,7 +113,8 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
                 rank=_number(env, "SLURM_PROCID"),
                 world_size=size,
                 local_rank=_number(env, "SLURM_LOCALID", 0),
-                address=env.get("MASTER_ADDR") or (_first_slurm_host(nodes) if nodes else "127.0.0.1"),
+                address=env.get("MASTER_ADDR")
+                or (_first_slurm_host(nodes) if nodes else "127.0.0.1"),
                 # Jobs that share a node must not share a port; the job id tells them apart.
                 port=_number(env, "MASTER_PORT", 20000 + _number(env, "SLURM_JOB_ID", 0) % 20000),
                 launcher="slurm",
@@ -119,7 +126,9 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
             f"environment: {there} is set and {missing} is not; start with torchrun, srun or `megacode train --processes N`, "
             f"or unset {there} for a single process"
         )
-    return Launch(rank=0, world_size=1, local_rank=0, address="127.0.0.1", port=0, launcher="single process")
+    return Launch(
+        rank=0, world_size=1, local_rank=0, address="127.0.0.1", port=0, launcher="single process"
+    )
 
 
 def reachable(launch: Launch, env: Mapping[str, str]) -> str:
@@ -132,7 +141,9 @@ def reachable(launch: Launch, env: Mapping[str, str]) -> str:
         socket.getaddrinfo(launch.address, launch.port or None)
         return launch.address
     except OSError:
-        if launch.launcher == "slurm" and env.get("SLURM_LAUNCH_NODE_IPADDR"):  # srun in a job script: the first node
+        if launch.launcher == "slurm" and env.get(
+            "SLURM_LAUNCH_NODE_IPADDR"
+        ):  # srun in a job script: the first node
             return env["SLURM_LAUNCH_NODE_IPADDR"]
     raise UserError(
         f"environment: rank {launch.rank} cannot find the first node, {launch.address!r}, on the network; set MASTER_ADDR to "
@@ -173,7 +184,9 @@ def _checked(launch: Launch, local_size: int = 0) -> Launch:
     )
 
 
-def initialize(parallel: Parallel, seed: int, launch: Launch | None = None, cuda_graphs: bool = False) -> World:
+def initialize(
+    parallel: Parallel, seed: int, launch: Launch | None = None, cuda_graphs: bool = False
+) -> World:
     """Start torch.distributed (NCCL on CUDA, else gloo) and Megatron-Core's parallel state, and seed this rank.
 
     Args:

@@ -31,8 +31,14 @@ def cached_forward(model: Any, length: int) -> Callable[[Sequence[int]], Tensor]
         count = fresh.shape[1]
         positions = torch.arange(position, position + count, device=device)[None]
         # Hidden where the key comes after the query; one new query sees every cached key.
-        mask = torch.ones(count, count, dtype=torch.bool, device=device).triu(1)[None, None] if count > 1 else None
-        logits = model(fresh, positions, mask, inference_context=context, runtime_gather_output=True)
+        mask = (
+            torch.ones(count, count, dtype=torch.bool, device=device).triu(1)[None, None]
+            if count > 1
+            else None
+        )
+        logits = model(
+            fresh, positions, mask, inference_context=context, runtime_gather_output=True
+        )
         context.increment_sequence_len_offset(count)
         position += count
         return logits[0, -1].float().cpu()
@@ -67,9 +73,13 @@ def open_for_inference(checkpoint: Path) -> tuple[Any, Any, Any]:
         update={"parallel": Parallel(), "fusion": Fusion(), "precision": precision, "model": model}
     )
     if recipe.tokenizer is None:
-        raise UserError(f"{path / 'recipe.yaml'}: names no tokenizer, and text needs one; add `tokenizer:` to it")
+        raise UserError(
+            f"{path / 'recipe.yaml'}: names no tokenizer, and text needs one; add `tokenizer:` to it"
+        )
     tokenizer = load_tokenizer(recipe.tokenizer)
-    initialize(recipe.parallel, recipe.seed, Launch(0, 1, 0, "127.0.0.1", free_port(), "single process"))
+    initialize(
+        recipe.parallel, recipe.seed, Launch(0, 1, 0, "127.0.0.1", free_port(), "single process")
+    )
     from megacode.megatron.model import build_model
 
     model_chunks = build_model(recipe, tokenizer.vocab_size)

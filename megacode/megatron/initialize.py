@@ -38,7 +38,12 @@ class _Matrix:
 
 
 def initialize_weights(
-    names: dict[str, torch.nn.Parameter], model: Model, seed: int, vocab_size: int, ffn_size: int, padded_vocab: int
+    names: dict[str, torch.nn.Parameter],
+    model: Model,
+    seed: int,
+    vocab_size: int,
+    ffn_size: int,
+    padded_vocab: int,
 ) -> None:
     """Fill this rank's parameters in place.
 
@@ -47,7 +52,10 @@ def initialize_weights(
         vocab_size: unpadded; `padded_vocab` as stored.
         ffn_size: as stored.
     """
-    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    rank, size = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
     for name, parameter in names.items():
         matrix = _matrix(name, tuple(parameter.shape), model, vocab_size, ffn_size, padded_vocab)
         if matrix is None:
@@ -55,7 +63,9 @@ def initialize_weights(
         share = _share(_draw(matrix, model, seed, parameter.device), matrix, rank, size)
         with torch.no_grad():
             parameter.copy_(share.reshape(parameter.shape))
-        if hasattr(parameter, "_high_precision_init_val"):  # FP8 parameters: master weights start from this one
+        if hasattr(
+            parameter, "_high_precision_init_val"
+        ):  # FP8 parameters: master weights start from this one
             parameter._high_precision_init_val = share.reshape(parameter.shape).cpu()
 
 
@@ -68,7 +78,10 @@ def fill_new_rows(names: dict[str, torch.nn.Parameter], old_vocab: int, vocab_si
     Args:
         names: parameters by their names in the whole model (`gpt.global_parameter_names`).
     """
-    rank, group = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_group()
+    rank, group = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_group(),
+    )
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         if (rows := names.get(name)) is None:
             continue
@@ -81,7 +94,12 @@ def fill_new_rows(names: dict[str, torch.nn.Parameter], old_vocab: int, vocab_si
 
 
 def _matrix(
-    name: str, local: tuple[int, ...], model: Model, vocab_size: int, ffn_size: int, padded_vocab: int
+    name: str,
+    local: tuple[int, ...],
+    model: Model,
+    vocab_size: int,
+    ffn_size: int,
+    padded_vocab: int,
 ) -> _Matrix | None:
     hidden, inner = model.hidden_size, model.resolved_ffn_size
     attention = model.heads * model.resolved_head_dim
@@ -98,7 +116,9 @@ def _matrix(
     if name.endswith(".self_attention.linear_proj.weight"):
         return _Matrix(name, (1, hidden, attention), model.residual_init_std, 2, attention)
     if name.endswith(".mlp.linear_fc1.weight"):
-        return _Matrix(name, (2 if model.gated else 1, inner, hidden), model.hidden_init_std, 1, ffn_size)
+        return _Matrix(
+            name, (2 if model.gated else 1, inner, hidden), model.hidden_init_std, 1, ffn_size
+        )
     if name.endswith(".mlp.linear_fc2.weight"):
         return _Matrix(name, (1, hidden, inner), model.residual_init_std, 2, ffn_size)
     return None

@@ -26,12 +26,16 @@ class Gpt(GPTModel):
         Returns:
             float32 `[b, s]`.
         """
-        fused = self.config.cross_entropy_loss_fusion and self.config.cross_entropy_fusion_impl == "te"
+        fused = (
+            self.config.cross_entropy_loss_fusion and self.config.cross_entropy_fusion_impl == "te"
+        )
         if not (fused and is_te_min_version("2.7.0")):
             return super().compute_language_model_loss(labels, logits)
         from megatron.core.extensions.transformer_engine import te_parallel_cross_entropy
 
         columns = labels.transpose(0, 1).contiguous()
-        columns = torch.as_strided(columns, columns.size(), (columns.size(1), 1))  # also where a side is 1
+        columns = torch.as_strided(
+            columns, columns.size(), (columns.size(1), 1)
+        )  # also where a side is 1
         losses = te_parallel_cross_entropy(logits, columns, self.pg_collection.tp, True)
         return losses.transpose(0, 1).contiguous()

@@ -19,7 +19,9 @@ from megacode.megatron.chained_optimizer import parts_with_state
 
 def join(weight: Tensor, remainder: Tensor) -> Tensor:
     """float32 masters from bfloat16 weights and their remainders (integers from -2^15 to 2^15 - 1, of any type); one shape."""
-    return ((weight.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)).view(torch.float32)
+    return ((weight.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)).view(
+        torch.float32
+    )
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,10 +60,14 @@ def _parts(flat: Tensor) -> Iterator[slice]:
     return (slice(start, start + 2**24) for start in range(0, flat.numel(), 2**24))
 
 
-def _kept_as_remainders(optimizer: Any, state: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+def _kept_as_remainders(
+    optimizer: Any, state: dict[str, Any]
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """(weight, its optimizer state) for every weight of which only the remainder is kept; in Megatron-Core's order."""
     for part, kept in parts_with_state(optimizer, state):
-        if "param_state" not in kept or not getattr(part.optimizer, "store_param_remainders", False):
+        if "param_state" not in kept or not getattr(
+            part.optimizer, "store_param_remainders", False
+        ):
             continue
         if not part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
             continue  # Megatron-Core keeps the masters itself

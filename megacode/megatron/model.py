@@ -20,7 +20,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 
 from megacode.errors import UserError
 from megacode.megatron.config import MegatronConfig, megatron_config
@@ -41,7 +44,9 @@ def _with_own_norm(layer: ModuleSpec, qk_norm: bool) -> ModuleSpec:
     return layer
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None, engine: bool) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, vp_stage: int | None, engine: bool
+) -> TransformerBlockSubmodules:
     """Layers of this pipeline stage (and model chunk) and the final norm; of Transformer Engine or local."""
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     if engine:
@@ -49,8 +54,12 @@ def block_spec(config: TransformerConfig, vp_stage: int | None, engine: bool) ->
 
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=TENorm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    return TransformerBlockSubmodules(layer_specs=[_with_own_norm(layer, config.qk_layernorm)] * count, layer_norm=Norm)
+    layer = get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    return TransformerBlockSubmodules(
+        layer_specs=[_with_own_norm(layer, config.qk_layernorm)] * count, layer_norm=Norm
+    )
 
 
 def build_model(
@@ -77,16 +86,24 @@ def build_model(
         with _attention_in_a_sentence():
             chunk = Gpt(
                 config=config,
-                transformer_layer_spec=block_spec(config, vp_stage, engine=decided.hardware.engine is not None),
+                transformer_layer_spec=block_spec(
+                    config, vp_stage, engine=decided.hardware.engine is not None
+                ),
                 vocab_size=padded,
                 max_sequence_length=length,
-                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                pre_process=parallel_state.is_pipeline_first_stage(
+                    ignore_virtual=False, vp_stage=vp_stage
+                ),
+                post_process=parallel_state.is_pipeline_last_stage(
+                    ignore_virtual=False, vp_stage=vp_stage
+                ),
                 parallel_output=True,
                 share_embeddings_and_output_weights=model.tie_embeddings,
-                position_embedding_type={"rotary": "rope", "learned": "learned_absolute", "none": "none"}[
-                    model.position_embedding
-                ],
+                position_embedding_type={
+                    "rotary": "rope",
+                    "learned": "learned_absolute",
+                    "none": "none",
+                }[model.position_embedding],
                 rotary_percent=model.rotary_fraction,
                 rotary_base=int(model.rotary_base)
                 if model.rotary_base == int(model.rotary_base)
@@ -149,7 +166,10 @@ def _mask_padding(chunk: GPTModel, vocab_size: int, padded: int) -> None:
     The rows are zero; so the loss is that of the unpadded vocabulary, their gradients are zero, and zeros stay zero under
     weight decay.
     """
-    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    rank, size = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
     share = padded // size
     valid = min(max(vocab_size - rank * share, 0), share)
     if valid == share or not chunk.post_process:

@@ -24,7 +24,9 @@ def scale_fields(model: Model) -> dict[str, Any]:
     """
     if not _OWN or (model.embedding_scale == 1.0 and model.logit_scale == 1.0):
         return {}
-    return dict(use_mup=True, mup_embedding_mult=model.embedding_scale, mup_output_mult=model.logit_scale)
+    return dict(
+        use_mup=True, mup_embedding_mult=model.embedding_scale, mup_output_mult=model.logit_scale
+    )
 
 
 def apply_scales(chunk: GPTModel, model: Model) -> None:
@@ -33,7 +35,9 @@ def apply_scales(chunk: GPTModel, model: Model) -> None:
         return
     if chunk.pre_process and model.embedding_scale != 1.0:
         # Word and position embeddings together, as Megatron-Core's own muP does; dropout after it commutes.
-        chunk.embedding.register_forward_hook(lambda module, args, output: output * model.embedding_scale)
+        chunk.embedding.register_forward_hook(
+            lambda module, args, output: output * model.embedding_scale
+        )
     if chunk.post_process and model.logit_scale != 1.0:
 
         def scale(module: nn.Module, args: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:

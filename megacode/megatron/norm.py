@@ -14,7 +14,9 @@ from torch import Tensor, nn
 class Norm(nn.Module):
     """Normalises the last dimension of a `[..., hidden_size]` tensor; `config.normalization` says which way."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
+    ) -> None:
         super().__init__()
         self.shape = (hidden_size,)
         self.eps = eps
@@ -26,7 +28,9 @@ class Norm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.bias: nn.Parameter | None = None
         if not self.rms:
-            self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device=device))
+            self.bias = nn.Parameter(
+                torch.zeros(hidden_size, dtype=config.params_dtype, device=device)
+            )
             self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ OTHER_GROUPS = (
 )
 
 
-def wrap_data_parallel(decided: MegatronConfig, model_chunks: list[Any]) -> list[DistributedDataParallel]:
+def wrap_data_parallel(
+    decided: MegatronConfig, model_chunks: list[Any]
+) -> list[DistributedDataParallel]:
     """Megatron-Core's DistributedDataParallel around every model chunk; fp32 gradients; overlap where it is on.
 
     Raises:
@@ -40,7 +42,9 @@ def wrap_data_parallel(decided: MegatronConfig, model_chunks: list[Any]) -> list
     with _refusals_of("parallel.ddp", recipe.parallel.ddp):
         wrapped = [
             # Bucketing serves the overlap of the first chunk's communication with backward; later chunks finish earlier.
-            DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0)
+            DistributedDataParallel(
+                config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0
+            )
             for index, chunk in enumerate(model_chunks)
         ]
     if recipe.precision.mxfp8_params:
@@ -71,7 +75,9 @@ def _refuse_odd_sizes(wrapped: list[DistributedDataParallel]) -> None:
     """Megatron-Core (0.16) reads gathered mxfp8 weights as if they lay close together in their buffer, and starts each at a
     multiple of 64 numbers: behind one of another size, every weight would be another's."""
     names = {id(parameter): name for name, parameter in global_parameter_names(wrapped).items()}
-    for buffer in (buffer for chunk in wrapped for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]):
+    for buffer in (
+        buffer for chunk in wrapped for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]
+    ):
         for bucket in buffer.buckets:
             for parameter, (start, _) in bucket.param_to_index.items():
                 if buffer.param_index_map[parameter][0] - bucket.offset != start:
@@ -148,7 +154,8 @@ def build_optimizer(recipe: Recipe, model_chunks: list[DistributedDataParallel])
     overrides = {
         ParamKey(
             with_name_predicate=ParamWithNamePredicate(
-                name=f"lr x {pair[0]}, decay x {pair[1]}", fn=lambda p, _, pair=pair: wanted[id(p)] == pair
+                name=f"lr x {pair[0]}, decay x {pair[1]}",
+                fn=lambda p, _, pair=pair: wanted[id(p)] == pair,
             )
         ): {"lr_mult": pair[0], "wd_mult": pair[1]}
         for pair in sorted(set(wanted.values()))
@@ -160,7 +167,9 @@ def build_optimizer(recipe: Recipe, model_chunks: list[DistributedDataParallel])
     return optimizer
 
 
-def _names_of_weights(recipe: Recipe, model_chunks: list[DistributedDataParallel]) -> dict[str, torch.nn.Parameter]:
+def _names_of_weights(
+    recipe: Recipe, model_chunks: list[DistributedDataParallel]
+) -> dict[str, torch.nn.Parameter]:
     """Parameters by their names in the whole model, a tied output layer by its embedding's: the last stage of a pipeline has a
     copy of that under a name of its own, and both must be updated alike to stay equal."""
     names = global_parameter_names(model_chunks)
@@ -171,7 +180,9 @@ def _names_of_weights(recipe: Recipe, model_chunks: list[DistributedDataParallel
 
 def _with_dtypes(given: Mapping[str, Any]) -> dict[str, Any]:
     """`optimizer.megatron` with names of dtypes as dtypes. FP8 moments are bytes with a scale beside them."""
-    dtypes = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16, torch.uint8), strict=True))
+    dtypes = dict(
+        zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16, torch.uint8), strict=True)
+    )
     kinds = {field.name: field.type for field in dataclasses.fields(OptimizerConfig)}
     return {
         name: dtypes[value] if kinds.get(name) in (torch.dtype, "torch.dtype") else value
@@ -197,7 +208,9 @@ def _refuse_idle_groups(settings: Optimizer, names: Iterable[str]) -> None:
     if not settings.groups:
         return
     mine = list(names)
-    matched = torch.tensor([float(any(fnmatch.fnmatchcase(n, g.match) for n in mine)) for g in settings.groups])
+    matched = torch.tensor(
+        [float(any(fnmatch.fnmatchcase(n, g.match) for n in mine)) for g in settings.groups]
+    )
     if torch.cuda.is_available():
         matched = matched.cuda()
     torch.distributed.all_reduce(matched, op=torch.distributed.ReduceOp.MAX)
@@ -225,7 +238,9 @@ def adam_of(optimizer: Any) -> str:
     """Whose Adam Megatron-Core found: Transformer Engine's, Apex's or torch's."""
     kinds = {type(inner) for inner in inner_optimizers(optimizer)}
     homes = {"transformer_engine": "FusedAdam of Transformer Engine", "apex": "FusedAdam of Apex"}
-    return " and ".join(sorted(homes.get(kind.__module__.split(".")[0], "torch's AdamW") for kind in kinds))
+    return " and ".join(
+        sorted(homes.get(kind.__module__.split(".")[0], "torch's AdamW") for kind in kinds)
+    )
 
 
 def reset_optimizer_state(optimizer: Any) -> None:
@@ -236,10 +251,14 @@ def reset_optimizer_state(optimizer: Any) -> None:
                 if key in state:
                     state[key].zero_()
             if "step" in state:
-                state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
+                state["step"] = (
+                    torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
+                )
         for group in inner.param_groups:
             if "step" in group:
-                group["step"] = torch.zeros_like(group["step"]) if torch.is_tensor(group["step"]) else 0
+                group["step"] = (
+                    torch.zeros_like(group["step"]) if torch.is_tensor(group["step"]) else 0
+                )
 
 
 def other_multipliers(optimizer: Any, state: dict[str, Any]) -> str | None:
@@ -253,7 +272,10 @@ def other_multipliers(optimizer: Any, state: dict[str, Any]) -> str | None:
         return ", ".join(f"{rate:g} and {decay:g}" for rate, decay in sorted(found))
 
     for part, kept in parts_with_state(optimizer, state):
-        here, there = pairs(part.optimizer.param_groups), pairs(kept.get("optimizer", kept)["param_groups"])
+        here, there = (
+            pairs(part.optimizer.param_groups),
+            pairs(kept.get("optimizer", kept)["param_groups"]),
+        )
         if here - there:
             return f"{OTHER_GROUPS} (its multipliers of rate and weight decay are {shown(there)}; here: {shown(here)})"
     return None
@@ -276,7 +298,9 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
     tensors = state.pop("param_state")
     state.pop("param_state_sharding_type", None)
     distributed.load_state_dict(state)
-    steps = {id(p): s.pop("step") for adam in torch_adam for p, s in adam.state.items() if "step" in s}
+    steps = {
+        id(p): s.pop("step") for adam in torch_adam for p, s in adam.state.items() if "step" in s
+    }
     distributed.load_parameter_state_from_fully_reshardable(tensors)
     for adam in torch_adam:
         for parameter, entry in adam.state.items():
@@ -299,7 +323,9 @@ def _as_kept_by(adam: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     if moments is not None and "common_step" in moments:
         counts = [moments.pop("common_step")]
     count = int(counts[0]) if counts else 0
-    options = {key: value for key, value in adam.param_groups[0].items() if key not in ("params", "step")}
+    options = {
+        key: value for key, value in adam.param_groups[0].items() if key not in ("params", "step")
+    }
     for group in groups_and_state["param_groups"]:
         for key, value in options.items():
             group.setdefault(key, value)

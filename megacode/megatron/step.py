@@ -55,7 +55,9 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
         if transformer_engine_available():
             # Transformer Engine takes documents as one packed row of variable-length sequences.
             packed = _packed(batch.segments, device)
-            tokens, labels, loss_mask, positions = (t.reshape(1, -1) for t in (tokens, labels, loss_mask, positions))
+            tokens, labels, loss_mask, positions = (
+                t.reshape(1, -1) for t in (tokens, labels, loss_mask, positions)
+            )
         else:
             length = segments.shape[1]
             later = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
@@ -75,7 +77,11 @@ def _packed(segments: Any, device: torch.device) -> PackedSeqParams:
         lengths = lengths.pin_memory().to(device, non_blocking=True)
     longest = int(np.diff(edges).max())
     return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=lengths, cu_seqlens_kv=lengths, max_seqlen_q=longest, max_seqlen_kv=longest
+        qkv_format="thd",
+        cu_seqlens_q=lengths,
+        cu_seqlens_kv=lengths,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )
 
 
@@ -90,7 +96,11 @@ def this_context_rank(batch: DeviceBatch, world: World) -> DeviceBatch:
     from megatron.core.utils import get_batch_on_this_cp_rank
 
     # Megatron-Core 0.19 wants to be told that ranks do not change their part with the sequence.
-    newer = {"is_hybrid_cp": False} if "is_hybrid_cp" in signature(get_batch_on_this_cp_rank).parameters else {}
+    newer = (
+        {"is_hybrid_cp": False}
+        if "is_hybrid_cp" in signature(get_batch_on_this_cp_rank).parameters
+        else {}
+    )
     cut = get_batch_on_this_cp_rank(
         {
             "tokens": batch.tokens,
@@ -101,11 +111,19 @@ def this_context_rank(batch: DeviceBatch, world: World) -> DeviceBatch:
         **newer,
     )
     return DeviceBatch(
-        cut["tokens"], cut["labels"], cut["loss_mask"], cut["position_ids"], batch.stream, mask=None, packed=None
+        cut["tokens"],
+        cut["labels"],
+        cut["loss_mask"],
+        cut["position_ids"],
+        batch.stream,
+        mask=None,
+        packed=None,
     )
 
 
-def _loss(batch: DeviceBatch, streams: int, count_positions: bool, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(
+    batch: DeviceBatch, streams: int, count_positions: bool, losses: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Masked sum of per-token losses (`[n, S]`), its denominator, and sums by stream: float64 `[2, streams]`."""
     losses = losses.float().reshape(batch.loss_mask.shape)
     masked = losses * batch.loss_mask
@@ -113,15 +131,27 @@ def _loss(batch: DeviceBatch, streams: int, count_positions: bool, losses: Tenso
         rows = batch.stream.shape[0]
         sums = torch.zeros(2, streams, dtype=torch.float64, device=losses.device)
         sums[0].index_add_(0, batch.stream.long(), masked.reshape(rows, -1).sum(1).double())
-        sums[1].index_add_(0, batch.stream.long(), batch.loss_mask.reshape(rows, -1).sum(1).double())
-        mask = batch.loss_mask  # filled on the device: a number that comes from the host would make it wait
+        sums[1].index_add_(
+            0, batch.stream.long(), batch.loss_mask.reshape(rows, -1).sum(1).double()
+        )
+        mask = (
+            batch.loss_mask
+        )  # filled on the device: a number that comes from the host would make it wait
         count = mask.new_full((), mask.numel()) if count_positions else mask.sum()
     return masked.sum(), count.to(torch.int), sums
 
 
-def _forward(streams: int, count_positions: bool, world: World, iterator: Iterator[Batch], model: Any) -> Any:
+def _forward(
+    streams: int, count_positions: bool, world: World, iterator: Iterator[Batch], model: Any
+) -> Any:
     batch = this_context_rank(to_device(next(iterator), world.device), world)
-    losses = model(batch.tokens, batch.positions, batch.mask, labels=batch.labels, packed_seq_params=batch.packed)
+    losses = model(
+        batch.tokens,
+        batch.positions,
+        batch.mask,
+        labels=batch.labels,
+        packed_seq_params=batch.packed,
+    )
     return losses, partial(_loss, batch, streams, count_positions)
 
 
@@ -143,8 +173,12 @@ def forward_backward(
     packed = micro_batches[0].segments is not None and transformer_engine_available()
     with _without_graphs(model_chunks) if forward_only else contextlib.nullcontext():
         results = get_forward_backward_func()(
-            forward_step_func=partial(_forward, streams, recipe.optimizer.loss_denominator == "positions", world),
-            data_iterator=[iter(micro_batches) for _ in model_chunks] if len(model_chunks) > 1 else iter(micro_batches),
+            forward_step_func=partial(
+                _forward, streams, recipe.optimizer.loss_denominator == "positions", world
+            ),
+            data_iterator=[iter(micro_batches) for _ in model_chunks]
+            if len(model_chunks) > 1
+            else iter(micro_batches),
             model=list(model_chunks) if len(model_chunks) > 1 else model_chunks[0],
             num_microbatches=len(micro_batches),
             seq_length=rows * length if packed else length,
@@ -181,7 +215,10 @@ def prepare_model_for_training(model_chunks: Sequence[Any], optimizer: Any) -> N
     if model_chunks[0].ddp_config.overlap_grad_reduce:
         hooks: list[Callable[..., Any]] = [chunk.no_sync for chunk in model_chunks]
         config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
-    if model_chunks[0].ddp_config.overlap_param_gather and model_chunks[0].ddp_config.align_param_gather:
+    if (
+        model_chunks[0].ddp_config.overlap_param_gather
+        and model_chunks[0].ddp_config.align_param_gather
+    ):
         syncs = [chunk.start_param_sync for chunk in model_chunks]
         config.param_sync_func = syncs if len(syncs) > 1 else syncs[0]
 
@@ -223,7 +260,12 @@ def without_fp8(model_chunks: Sequence[Any]) -> Iterator[None]:
 
 
 def train_step(
-    model_chunks: Sequence[Any], optimizer: Any, micro_batches: Sequence[Batch], streams: int, recipe: Recipe, world: World
+    model_chunks: Sequence[Any],
+    optimizer: Any,
+    micro_batches: Sequence[Batch],
+    streams: int,
+    recipe: Recipe,
+    world: World,
 ) -> tuple[Tensor, float | None]:
     """Forward, backward, clip, update. Rates are set beforehand (`optimizer.set_lr`).
 

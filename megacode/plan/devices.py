@@ -86,7 +86,14 @@ def device_peak(device_name: str) -> Peak | None:
     (which has a part of the device only)."""
     if re.search(r"\bMIG\b", device_name):
         return None
-    return next((peak for pattern, peak in DEVICES.values() if re.search(pattern, device_name, re.IGNORECASE)), None)
+    return next(
+        (
+            peak
+            for pattern, peak in DEVICES.values()
+            if re.search(pattern, device_name, re.IGNORECASE)
+        ),
+        None,
+    )
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:

@@ -12,7 +12,12 @@ from megacode.recipe.schema import Model
 def parameter_parts(model: Model, vocab_size: int, context_length: int = 0) -> dict[str, int]:
     """Parameters by part, without padding: embedding, positions (learned ones), attention, feed-forward, norms,
     output."""
-    hidden, heads, dim, inner = model.hidden_size, model.heads, model.resolved_head_dim, model.resolved_ffn_size
+    hidden, heads, dim, inner = (
+        model.hidden_size,
+        model.heads,
+        model.resolved_head_dim,
+        model.resolved_ffn_size,
+    )
     queries, keys = heads * dim, model.resolved_kv_heads * dim
     attention = hidden * (queries + 2 * keys) + queries * hidden
     attention += queries + 2 * keys if model.linear_bias or model.qkv_bias else 0
@@ -58,7 +63,10 @@ def flops_per_token(model: Model, vocab_size: int, sequence_length: int) -> floa
 def run_flops(plan: Plan, vocab_size: int) -> float:
     """FLOPs of the whole run."""
     model = plan.recipe.model
-    return sum(phase.tokens * flops_per_token(model, vocab_size, phase.sequence_length) for phase in plan.phases)
+    return sum(
+        phase.tokens * flops_per_token(model, vocab_size, phase.sequence_length)
+        for phase in plan.phases
+    )
 
 
 def days(flops: float, devices: int, peak: float, mfu: float) -> float:

@@ -23,7 +23,9 @@ def fingerprint(plan: Plan, step: int) -> dict[str, Any]:
     """
     data = plan.recipe.data
     phases = [
-        _phase(phase, min(step, phase.first_step + phase.steps)) for phase in plan.phases if phase.first_step < step
+        _phase(phase, min(step, phase.first_step + phase.steps))
+        for phase in plan.phases
+        if phase.first_step < step
     ]
     fim = any(stream["fim_rate"] for phase in phases for stream in phase["streams"].values())
     return {
@@ -52,8 +54,16 @@ def _phase(phase: PhasePlan, stop: int) -> dict[str, Any]:
             "first share": shares[column],
             "samples": counts[column],
             # Absent where they are what they were before there was a choice: older checkpoints go on.
-            **({"fim_level": stream.fim_level} if stream.fim_rate and stream.fim_level != "context" else {}),
-            **({"packing": f"{stream.packing} {PACKING_ALGORITHM}"} if stream.packing != "concatenate" else {}),
+            **(
+                {"fim_level": stream.fim_level}
+                if stream.fim_rate and stream.fim_level != "context"
+                else {}
+            ),
+            **(
+                {"packing": f"{stream.packing} {PACKING_ALGORITHM}"}
+                if stream.packing != "concatenate"
+                else {}
+            ),
         }
         for column, stream in enumerate(phase.streams)
     }
@@ -83,12 +93,28 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         out = []
         for name in dict.fromkeys([*old, *new]):
-            out += differences(old.get(name, _ABSENT), new.get(name, _ABSENT), f"{key}.{name}" if key else str(name))
+            out += differences(
+                old.get(name, _ABSENT),
+                new.get(name, _ABSENT),
+                f"{key}.{name}" if key else str(name),
+            )
         return out
-    if isinstance(old, list) and isinstance(new, list) and any(isinstance(item, dict) for item in [*old, *new]):
+    if (
+        isinstance(old, list)
+        and isinstance(new, list)
+        and any(isinstance(item, dict) for item in [*old, *new])
+    ):
         count = max(len(old), len(new))
-        pairs = zip([*old, *[_ABSENT] * (count - len(old))], [*new, *[_ABSENT] * (count - len(new))], strict=True)
-        return [line for number, (a, b) in enumerate(pairs, 1) for line in differences(a, b, f"{key}.{number}")]
+        pairs = zip(
+            [*old, *[_ABSENT] * (count - len(old))],
+            [*new, *[_ABSENT] * (count - len(new))],
+            strict=True,
+        )
+        return [
+            line
+            for number, (a, b) in enumerate(pairs, 1)
+            for line in differences(a, b, f"{key}.{number}")
+        ]
     return [] if old == new else [f"{key}: {_shown(old)} before, {_shown(new)} now"]
 
 

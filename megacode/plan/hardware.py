@@ -45,9 +45,13 @@ class Hardware:
 def assumed(device: str) -> Hardware:
     """A device of `megacode.plan.devices.DEVICES` with everything installed that NVIDIA's containers carry."""
     capability = next((c for c, names in _CAPABILITIES.items() if device in names), None)
-    if capability is None:  # AMD's: torch calls them CUDA, and Transformer Engine is another project there
+    if (
+        capability is None
+    ):  # AMD's: torch calls them CUDA, and Transformer Engine is another project there
         return Hardware(name=device, capability=(9, 0), cuda=None, engine=None)
-    return Hardware(name=device, capability=capability, cuda=(13, 0), engine=(2, 12), apex_gradients=True)
+    return Hardware(
+        name=device, capability=capability, cuda=(13, 0), engine=(2, 12), apex_gradients=True
+    )
 
 
 def fp8_refusal(recipe_name: str, hardware: Hardware) -> str | None:
@@ -64,7 +68,12 @@ def fp8_refusal(recipe_name: str, hardware: Hardware) -> str | None:
         return f"{said}, and FP8 begins with 8.9 (Ada, Hopper)"
     if hardware.engine is None:
         return "this machine has no Transformer Engine"
-    oldest: dict[str, Version] = {"delayed": (1, 0), "tensorwise": (2, 2), "blockwise": (2, 3), "mxfp8": (2, 1)}
+    oldest: dict[str, Version] = {
+        "delayed": (1, 0),
+        "tensorwise": (2, 2),
+        "blockwise": (2, 3),
+        "mxfp8": (2, 1),
+    }
     if hardware.engine < oldest[recipe_name]:
         return (
             f"fp8_recipe {recipe_name} came with Transformer Engine {_dotted(oldest[recipe_name])}, and this machine has "
@@ -74,9 +83,7 @@ def fp8_refusal(recipe_name: str, hardware: Hardware) -> str | None:
         if have < (9, 0):
             return f"{said}, and fp8_recipe blockwise needs 9.0 (Hopper) or later"
         if hardware.cuda is not None and hardware.cuda < (12, 9):
-            return (
-                f"fp8_recipe blockwise needs CUDA 12.9 or later, and torch here is built for {_dotted(hardware.cuda)}"
-            )
+            return f"fp8_recipe blockwise needs CUDA 12.9 or later, and torch here is built for {_dotted(hardware.cuda)}"
     if recipe_name == "mxfp8" and not (10, 0) <= have < (12, 0):
         return f"{said}, and fp8_recipe mxfp8 needs 10.0 (data-centre Blackwell)"
     return None

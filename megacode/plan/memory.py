@@ -30,16 +30,23 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def memory_per_rank(recipe: Recipe, vocab_size: int, world_size: int, flash_attention: bool = True) -> Memory:
+def memory_per_rank(
+    recipe: Recipe, vocab_size: int, world_size: int, flash_attention: bool = True
+) -> Memory:
     """Memory of the fullest pipeline stage's ranks; see `stage_memory`."""
     candidates = sorted({0, recipe.parallel.pipeline - 1})
     return max(
-        (stage_memory(recipe, vocab_size, world_size, stage, flash_attention) for stage in candidates),
+        (
+            stage_memory(recipe, vocab_size, world_size, stage, flash_attention)
+            for stage in candidates
+        ),
         key=lambda memory: memory.total,
     )
 
 
-def stage_memory(recipe: Recipe, vocab_size: int, world_size: int, stage: int, flash_attention: bool = True) -> Memory:
+def stage_memory(
+    recipe: Recipe, vocab_size: int, world_size: int, stage: int, flash_attention: bool = True
+) -> Memory:
     """Memory of the ranks of one pipeline stage.
 
     Weights take 2 bytes (4 in fp32), gradients 4, Adam 8 and another 4 for the master copy of 16-bit weights (less with
@@ -53,13 +60,17 @@ def stage_memory(recipe: Recipe, vocab_size: int, world_size: int, stage: int, f
         flash_attention: the scores are never stored (Transformer Engine on CUDA); else they are, unless recomputed.
     """
     parallel, precision = recipe.parallel, recipe.precision
-    model = recipe.model.model_copy(update={"ffn_size": recipe.model.stored_ffn_size(parallel.tensor)})
+    model = recipe.model.model_copy(
+        update={"ffn_size": recipe.model.stored_ffn_size(parallel.tensor)}
+    )
     vocab_size = model.stored(vocab_size, parallel.tensor)
     stages = parallel.pipeline
     length = max(phase.sequence_length for phase in recipe.phases)
     parts = parameter_parts(model, vocab_size, length)
     last = stage == stages - 1
-    edge = (parts["embedding"] + parts["positions"] if stage == 0 else 0) + (parts["output"] if last else 0)
+    edge = (parts["embedding"] + parts["positions"] if stage == 0 else 0) + (
+        parts["output"] if last else 0
+    )
     if last and stages > 1 and model.tie_embeddings:
         edge += parts["embedding"]  # the tied matrix stands on both ends
     matrices = (parts["attention"] + parts["feed-forward"]) / stages / parallel.tensor
@@ -99,7 +110,9 @@ def _adam_bytes(recipe: Recipe) -> float:
     return moments + (2.0 if master == 4.0 and shared and remainders else master)
 
 
-def _activations(recipe: Recipe, model: Model, vocab_size: int, length: int, stage: int, flash: bool) -> float:
+def _activations(
+    recipe: Recipe, model: Model, vocab_size: int, length: int, stage: int, flash: bool
+) -> float:
     """Bytes that one rank of a stage keeps between forward and backward, at the run's longest sequences."""
     parallel = recipe.parallel
     width = 4 if recipe.precision.compute == "fp32" else 2
@@ -111,7 +124,9 @@ def _activations(recipe: Recipe, model: Model, vocab_size: int, length: int, sta
     # Per token and layer: inputs of two norms, of QKV and of the feed-forward; two dropout masks of a byte.
     layer = (2 * hidden * (width + product) + (2 * hidden if model.dropout else 0)) / whole
     # Then q, k, v, and the inputs of the attention's and the feed-forward's output.
-    layer += ((model.heads + 2 * model.resolved_kv_heads) * width + model.heads * product) * dim / tensor
+    layer += (
+        ((model.heads + 2 * model.resolved_kv_heads) * width + model.heads * product) * dim / tensor
+    )
     layer += inner * ((2 if model.gated else 1) * width + product) / tensor
     scores = 0.0 if flash else model.heads * length / parallel.context * (2 * width + 1) / tensor
     granularity = parallel.recompute.granularity
@@ -125,7 +140,9 @@ def _activations(recipe: Recipe, model: Model, vocab_size: int, length: int, sta
             per_stage = layers / every * kept + every * (layer + scores)
         else:
             recomputed = min(every, layers)
-            per_stage = recomputed * kept + (layers - recomputed) * (layer + scores) + layer + scores
+            per_stage = (
+                recomputed * kept + (layers - recomputed) * (layer + scores) + layer + scores
+            )
     else:
         per_stage = layers * layer
     in_flight = float(stages - stage)
@@ -133,7 +150,9 @@ def _activations(recipe: Recipe, model: Model, vocab_size: int, length: int, sta
         in_flight += (stages - 1) / parallel.virtual_pipeline  # section 4.2.3 of the paper
     total = per_stage * tokens * in_flight
     if stage == stages - 1:
-        total += tokens * vocab_size * (4 + width) / tensor  # logits, and their fp32 copy for the loss
+        total += (
+            tokens * vocab_size * (4 + width) / tensor
+        )  # logits, and their fp32 copy for the loss
     return total
 
 

@@ -29,7 +29,9 @@ class OverlapDecision:
     why: str
 
 
-def decide_overlaps(recipe: Recipe, hardware: Hardware, data_size: int) -> dict[str, OverlapDecision]:
+def decide_overlaps(
+    recipe: Recipe, hardware: Hardware, data_size: int
+) -> dict[str, OverlapDecision]:
     """Every overlap and fusion by the name of its recipe key (`grad_reduce`, `rope` ...).
 
     Args:
@@ -42,12 +44,18 @@ def decide_overlaps(recipe: Recipe, hardware: Hardware, data_size: int) -> dict[
     mistakes = []
     for name, (section, rule) in _RULES.items():
         key = f"{section}.{name}"
-        asked = getattr(recipe.parallel.overlap if section == "parallel.overlap" else recipe.fusion, name)
+        asked = getattr(
+            recipe.parallel.overlap if section == "parallel.overlap" else recipe.fusion, name
+        )
         verdict, why = rule(recipe, hardware, data_size)
         if asked and verdict == "impossible":
-            mistakes.append(f"{key}: cannot be on: {why}; take the key out, which turns it on where it can be")
+            mistakes.append(
+                f"{key}: cannot be on: {why}; take the key out, which turns it on where it can be"
+            )
         on = verdict == "on" if asked is None else asked and verdict in ("on", "only if asked")
-        decided[name] = OverlapDecision(key, on, "turned off in the recipe" if asked is False else why)
+        decided[name] = OverlapDecision(
+            key, on, "turned off in the recipe" if asked is False else why
+        )
     if mistakes:
         raise UserError("\n".join(mistakes))
     return decided
@@ -70,7 +78,10 @@ def _param_gather(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdic
     if not recipe.parallel.distributed_optimizer:
         return "moot", "without parallel.distributed_optimizer nothing is gathered"
     if recipe.precision.mxfp8_params:
-        return "impossible", "mxfp8 weights are gathered in the gradients' buffer, which the next forward needs"
+        return (
+            "impossible",
+            "mxfp8 weights are gathered in the gradients' buffer, which the next forward needs",
+        )
     asked = recipe.parallel.overlap.grad_reduce
     if not (hardware.on_cuda if asked is None else asked):
         return "impossible", "Megatron-Core wants parallel.overlap.grad_reduce with it"
@@ -91,13 +102,19 @@ def _tensor(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
     if not recipe.parallel.sequence:
         return "impossible", "it needs parallel.sequence: true"
     if _several_lengths(recipe):
-        return "impossible", "its buffers have one size, and the phases have several sequence lengths"
+        return (
+            "impossible",
+            "its buffers have one size, and the phases have several sequence lengths",
+        )
     return "on", "tensor-parallel exchanges go on during the matrix products"
 
 
 def _pipeline(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
     if recipe.parallel.virtual_pipeline is None:
-        return "moot", "only interleaved pipelines (parallel.virtual_pipeline) overlap their exchanges"
+        return (
+            "moot",
+            "only interleaved pipelines (parallel.virtual_pipeline) overlap their exchanges",
+        )
     if not hardware.on_cuda:
         return "impossible", "gloo matches the messages of two ranks in order"
     return "on", "exchanges between stages go on during other chunks' work"
@@ -126,12 +143,19 @@ def _activation(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
     if not hardware.on_cuda:
         return "impossible", _NO_CUDA
     if recipe.model.activation != "swiglu":
-        return "impossible", f"Megatron-Core has none that computes {recipe.model.activation} exactly"
+        return (
+            "impossible",
+            f"Megatron-Core has none that computes {recipe.model.activation} exactly",
+        )
     return "on", "bias, gate and product in one kernel"
 
 
 def _bias_dropout(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
-    return ("on", "bias, dropout and residual in one kernel") if hardware.on_cuda else ("impossible", _NO_CUDA)
+    return (
+        ("on", "bias, dropout and residual in one kernel")
+        if hardware.on_cuda
+        else ("impossible", _NO_CUDA)
+    )
 
 
 def _gradient_accumulation(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
@@ -147,12 +171,27 @@ def _cuda_graphs(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict
     if hardware.engine is None:
         return "impossible", _NO_ENGINE
     if _several_lengths(recipe):
-        return "impossible", "a recorded graph has one shape, and the phases have several sequence lengths"
-    if any(recipe.data.reset_at_eod if p.reset_at_eod is None else p.reset_at_eod for p in recipe.phases):
-        return "impossible", "a recorded graph has one shape, and data.reset_at_eod packs documents of any number"
+        return (
+            "impossible",
+            "a recorded graph has one shape, and the phases have several sequence lengths",
+        )
+    if any(
+        recipe.data.reset_at_eod if p.reset_at_eod is None else p.reset_at_eod
+        for p in recipe.phases
+    ):
+        return (
+            "impossible",
+            "a recorded graph has one shape, and data.reset_at_eod packs documents of any number",
+        )
     if recipe.model.dropout or recipe.model.attention_dropout:
-        return "impossible", "dropout is drawn anew for every step, and a recorded graph keeps its generators"
-    return "only if asked", "they help where a layer's kernels are shorter than their launches, and take memory"
+        return (
+            "impossible",
+            "dropout is drawn anew for every step, and a recorded graph keeps its generators",
+        )
+    return (
+        "only if asked",
+        "they help where a layer's kernels are shorter than their launches, and take memory",
+    )
 
 
 def _several_lengths(recipe: Recipe) -> bool:

@@ -82,7 +82,9 @@ def kind_of(key: str) -> Kind | None:
     """The kind of a dotted key of a recipe (names and numbers of entries as they are, or `*`); None if it has none."""
 
     def among(patterns: Iterable[str]) -> bool:
-        return any(fnmatchcase(key, pattern) or fnmatchcase(key, pattern + ".*") for pattern in patterns)
+        return any(
+            fnmatchcase(key, pattern) or fnmatchcase(key, pattern + ".*") for pattern in patterns
+        )
 
     if among(pattern for patterns in FREE.values() for pattern in patterns):
         return "free"
@@ -104,14 +106,23 @@ class Change:
     def __str__(self) -> str:
         before, now = self.before, self.now
         if isinstance(before, dict) and isinstance(now, dict):  # only what differs of the two
-            before, now = ({k: v for k, v in a.items() if b.get(k) != v} for a, b in ((before, now), (now, before)))
+            before, now = (
+                {k: v for k, v in a.items() if b.get(k) != v}
+                for a, b in ((before, now), (now, before))
+            )
         return f"{self.key}: {_shown(before)} before, {_shown(now)} now{self.note}"
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         value = ", ".join(f"{name} = {item}" for name, item in value.items()) or "none"
-    return "not given" if value is None else f"{value:.9g}" if isinstance(value, float) else str(value)[:200]
+    return (
+        "not given"
+        if value is None
+        else f"{value:.9g}"
+        if isinstance(value, float)
+        else str(value)[:200]
+    )
 
 
 def changed_past(before: Recipe, now: Plan, step: int) -> list[Change]:
@@ -126,7 +137,11 @@ def changed_past(before: Recipe, now: Plan, step: int) -> list[Change]:
             break
         old, new = before.phases[plan.index], now.recipe.phases[plan.index]
         if old.optimizer_state != new.optimizer_state and plan.first_step:
-            changes.append(Change(f"phases.{new.name}.optimizer_state", old.optimizer_state, new.optimizer_state))
+            changes.append(
+                Change(
+                    f"phases.{new.name}.optimizer_state", old.optimizer_state, new.optimizer_state
+                )
+            )
         changes += _rates(old, new, min(step - plan.first_step, plan.steps), plan.first_step)
     return changes
 
@@ -138,7 +153,9 @@ def changed_function(before: Recipe, now: Recipe) -> list[Change]:
 
 def accepts(keys: Iterable[str], change: Change) -> bool:
     """Whether one of `keys` names what changed: its key, a section above it, or a key of a schedule that changed."""
-    return any(f"{change.key}.".startswith(f"{key}.") or key.startswith(f"{change.key}.") for key in keys)
+    return any(
+        f"{change.key}.".startswith(f"{key}.") or key.startswith(f"{change.key}.") for key in keys
+    )
 
 
 def check_accepted(keys: Iterable[str]) -> None:
@@ -149,7 +166,9 @@ def check_accepted(keys: Iterable[str]) -> None:
         if not passed_on and not any(
             fnmatchcase(key, pattern) and key.count(".") == pattern.count(".") for pattern in known
         ):
-            raise UserError(f"--accept-change {key}: a recipe has no such key{did_you_mean(key, known)}")
+            raise UserError(
+                f"--accept-change {key}: a recipe has no such key{did_you_mean(key, known)}"
+            )
         if kind_of(key) == "free":
             raise UserError(f"--accept-change {key}: may change freely; leave it out")
         if kind_of(key) in (None, "data"):

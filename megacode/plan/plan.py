@@ -64,7 +64,11 @@ class StreamPlan:
     @property
     def label(self) -> str:
         """`python`, or `python[0.0-0.1]` for a part."""
-        return self.source if (self.low, self.high) == (0.0, 1.0) else f"{self.source}[{self.low}-{self.high}]"
+        return (
+            self.source
+            if (self.low, self.high) == (0.0, 1.0)
+            else f"{self.source}[{self.low}-{self.high}]"
+        )
 
     @property
     def epoch_tokens(self) -> int:
@@ -188,7 +192,11 @@ class Plan:
 
     def samples_before(self, step: int) -> int:
         """Sequences in all steps before `step`."""
-        return sum(p.samples_before(min(step, p.first_step + p.steps)) for p in self.phases if p.first_step < step)
+        return sum(
+            p.samples_before(min(step, p.first_step + p.steps))
+            for p in self.phases
+            if p.first_step < step
+        )
 
     def tokens_before(self, step: int) -> int:
         """Tokens in all steps before `step`."""
@@ -212,7 +220,9 @@ class Plan:
             return self.total_steps
         names = [phase.name for phase in self.phases]
         if name not in names:
-            raise UserError(f"--until-phase: the recipe has no phase {name!r}{did_you_mean(name, names)}")
+            raise UserError(
+                f"--until-phase: the recipe has no phase {name!r}{did_you_mean(name, names)}"
+            )
         return self.phase_ends()[names.index(name)]
 
     def checkpoints(self) -> tuple[int, ...]:
@@ -284,7 +294,9 @@ def make_plan(
         weights = mixture_weights(phase, entries, token_counts, mixture_steps)
         quota = phase_quota(weights, batch, mixture_first, batch_first)
         streams = []
-        for column, (entry, samples) in enumerate(zip(entries, quota.before(steps).tolist(), strict=True)):
+        for column, (entry, samples) in enumerate(
+            zip(entries, quota.before(steps).tolist(), strict=True)
+        ):
             try:
                 windows = windows_of(recipe, entry, phase, token_counts, pack_counts or {}, shuffle)
                 stream = _stream(entry, phase, samples, windows, history)
@@ -302,7 +314,9 @@ def make_plan(
                 first_step=first_step,
                 steps=steps,
                 sequence_length=phase.sequence_length,
-                reset_at_eod=recipe.data.reset_at_eod if phase.reset_at_eod is None else phase.reset_at_eod,
+                reset_at_eod=recipe.data.reset_at_eod
+                if phase.reset_at_eod is None
+                else phase.reset_at_eod,
                 fresh_optimizer=phase.optimizer_state == "fresh",
                 streams=tuple(streams),
                 quota=quota,
@@ -326,7 +340,12 @@ def _stream(
     low, high = entry.given.subset_range
     earlier = history.get((entry.source, low, high))
     length = phase.sequence_length
-    if windows.packing == "best_fit" and earlier and earlier.sequence_length != length and not entry.restart:
+    if (
+        windows.packing == "best_fit"
+        and earlier
+        and earlier.sequence_length != length
+        and not entry.restart
+    ):
         raise UserError(
             f"{entry.key}: source {entry.source} is packed (best_fit) for {length:,} tokens here and for "
             f"{earlier.sequence_length:,} before, and the two share no order to go on in; set `cursor: restart` here, which "
@@ -363,17 +382,28 @@ def phase_steps(phase: Phase, batch: BatchSizes) -> int:
     return int(batch.steps_for(np.array([-(-phase.tokens // phase.sequence_length)]))[0])
 
 
-def _too_many_epochs(entry: Entry, stream: StreamPlan, quota: Quota | QuotaFrom, index: int, steps: int) -> str:
+def _too_many_epochs(
+    entry: Entry, stream: StreamPlan, quota: Quota | QuotaFrom, index: int, steps: int
+) -> str:
     cap = entry.given.max_epochs
     assert cap is not None
-    allowed = int(Fraction(str(cap)) * stream.epoch_tokens - stream.tokens_before) // stream.sequence_length
+    allowed = (
+        int(Fraction(str(cap)) * stream.epoch_tokens - stream.tokens_before)
+        // stream.sequence_length
+    )
     fits, too_many = 0, steps
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if quota.before(middle)[index] <= allowed else (fits, middle)
-    remedies = [f"at most {fits:,} steps of this phase fit" if fits else "no step of this phase fits"]
+        fits, too_many = (
+            (middle, too_many) if quota.before(middle)[index] <= allowed else (fits, middle)
+        )
+    remedies = [
+        f"at most {fits:,} steps of this phase fit" if fits else "no step of this phase fits"
+    ]
     weight, total = entry.given.weight, int(quota.batch.before(np.array([steps]))[0])
-    constant = quota.weights.settled == 0 and weight is not None and not isinstance(weight, Schedule)
+    constant = (
+        quota.weights.settled == 0 and weight is not None and not isinstance(weight, Schedule)
+    )
     if constant and entry.key.split(".mixture.")[1].startswith("sources.") and 0 < allowed < total:
         others = float(quota.weights.at(np.zeros(1, np.int64))[0].sum()) - float(weight)  # type: ignore[arg-type]
         share = (allowed - 1) / total

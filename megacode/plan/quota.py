@@ -47,7 +47,9 @@ def normalise(weights: Floats) -> Ints:
     A stream of weight zero stays at zero. Every row needs a positive sum.
     """
     total = np.zeros(len(weights))
-    for column in range(weights.shape[1]):  # in order: a library's sum may group its terms by the processor
+    for column in range(
+        weights.shape[1]
+    ):  # in order: a library's sum may group its terms by the processor
         total = total + weights[:, column]
     scaled = weights / total[:, None] * ONE
     whole = np.floor(scaled).astype(np.int64)
@@ -59,7 +61,9 @@ def _largest(keys: Floats | Ints, how_many: Ints) -> Ints:
     """1 at the `how_many` largest keys of each row (the lower column first among equals), 0 elsewhere."""
     order = np.argsort(-keys, axis=1, kind="stable")
     out = np.zeros(keys.shape, dtype=np.int64)
-    np.put_along_axis(out, order, (np.arange(keys.shape[1]) < how_many[:, None]).astype(np.int64), axis=1)
+    np.put_along_axis(
+        out, order, (np.arange(keys.shape[1]) < how_many[:, None]).astype(np.int64), axis=1
+    )
     return out
 
 
@@ -112,7 +116,9 @@ class Quota:
         parts = [self.before(start)[None]]
         for chunk in range(start // CHUNK, -(-stop // CHUNK)):
             first, last = max(start, chunk * CHUNK), min(stop, (chunk + 1) * CHUNK)
-            parts.append(self._chunk_counts(chunk)[first - chunk * CHUNK + 1 : last - chunk * CHUNK + 1])
+            parts.append(
+                self._chunk_counts(chunk)[first - chunk * CHUNK + 1 : last - chunk * CHUNK + 1]
+            )
         return np.concatenate(parts)
 
     # ------------------------------------------------------------------------------------ C, the cumulative shares
@@ -162,7 +168,9 @@ class Quota:
         table = self._tables.get(chunk)
         if table is None:
             if chunk * CHUNK >= self._tail:
-                table = self._closed(np.arange(chunk * CHUNK, (chunk + 1) * CHUNK + 1, dtype=np.int64))
+                table = self._closed(
+                    np.arange(chunk * CHUNK, (chunk + 1) * CHUNK + 1, dtype=np.int64)
+                )
             else:
                 self._anchor(chunk)
                 table = self._moving(chunk)
@@ -193,7 +201,9 @@ class Quota:
         counts = self._counts.get(chunk)
         if counts is None:
             whole, fraction = self._table(chunk)
-            counts = _round(whole, fraction) if self._free(chunk) else self._walk(chunk, whole, fraction)
+            counts = (
+                _round(whole, fraction) if self._free(chunk) else self._walk(chunk, whole, fraction)
+            )
             _keep(self._counts, chunk, counts)
         return counts
 
@@ -240,7 +250,9 @@ class Quota:
     def _due(self, chunk: int, whole: Ints, fraction: Ints) -> Ints:
         """Step count at which each stream's next sample is due, after each step of a chunk: int64 [CHUNK, streams]."""
         if chunk * CHUNK >= self._tail:
-            now = self.batch.before(np.arange(chunk * CHUNK + 1, (chunk + 1) * CHUNK + 1, dtype=np.int64))
+            now = self.batch.before(
+                np.arange(chunk * CHUNK + 1, (chunk + 1) * CHUNK + 1, dtype=np.int64)
+            )
             return self._due_by_formula(now[:, None], fraction[1:], self._final_shares())
         numbers = np.arange(chunk * CHUNK + 1, (chunk + 1) * CHUNK + 1, dtype=np.int64)[:, None]
         arrives = np.where(whole[1:] > whole[:-1], numbers, _NEVER)
@@ -262,7 +274,9 @@ class Quota:
             if reached.any():
                 table = self._table(number)[0]
                 for stream in np.flatnonzero(reached):
-                    due[stream] = number * CHUNK + np.searchsorted(table[:, stream], wanted[stream], side="left")
+                    due[stream] = number * CHUNK + np.searchsorted(
+                        table[:, stream], wanted[stream], side="left"
+                    )
             if (due >= 0).all():
                 return due
         start = self.batch.before(np.array([self._tail]))
@@ -293,14 +307,20 @@ class QuotaFrom:
         return self.whole.before(step + self.first) - self.whole.before(self.first)
 
     def range(self, start: int, stop: int) -> Ints:
-        return self.whole.range(start + self.first, stop + self.first) - self.whole.before(self.first)
+        return self.whole.range(start + self.first, stop + self.first) - self.whole.before(
+            self.first
+        )
 
 
-def phase_quota(weights: Weights, batch: BatchSizes, mixture_first: int, batch_first: int) -> Quota | QuotaFrom:
+def phase_quota(
+    weights: Weights, batch: BatchSizes, mixture_first: int, batch_first: int
+) -> Quota | QuotaFrom:
     """The quota of a phase whose mixture and batch size began that many steps before it: its counts began with the later
     of the two."""
     counted = min(mixture_first, batch_first)
-    whole = Quota(replace(weights, first=mixture_first - counted), batch.after(batch_first - counted))
+    whole = Quota(
+        replace(weights, first=mixture_first - counted), batch.after(batch_first - counted)
+    )
     return QuotaFrom(whole, counted) if counted else whole
 
 

@@ -60,15 +60,22 @@ class Proposal:
         p, r = self.parallel, self.parallel.recompute
         out = [f"parallel.tensor={p.tensor}", f"parallel.pipeline={p.pipeline}"]
         out.append(f"parallel.virtual_pipeline={p.virtual_pipeline or 'null'}")
-        out += [f"parallel.sequence={str(p.sequence).lower()}", f"parallel.micro_batch_size={p.micro_batch_size}"]
+        out += [
+            f"parallel.sequence={str(p.sequence).lower()}",
+            f"parallel.micro_batch_size={p.micro_batch_size}",
+        ]
         if r.granularity == "none":
             out.append("parallel.recompute=none")
         else:
-            out.append(f"parallel.recompute={{granularity: {r.granularity}, method: {r.method}, layers: {r.layers}}}")
+            out.append(
+                f"parallel.recompute={{granularity: {r.granularity}, method: {r.method}, layers: {r.layers}}}"
+            )
         return out
 
 
-def suggest(recipe: Recipe, vocab_size: int, devices: int, peak: Peak, devices_per_node: int = 8) -> list[Proposal]:
+def suggest(
+    recipe: Recipe, vocab_size: int, devices: int, peak: Peak, devices_per_node: int = 8
+) -> list[Proposal]:
     """Layouts for `devices` that the recipe's checks accept and that fit the device's usable memory, fastest first.
 
     Context parallelism stays as the recipe has it.
@@ -81,11 +88,15 @@ def suggest(recipe: Recipe, vocab_size: int, devices: int, peak: Peak, devices_p
         candidate = recipe.model_copy(update={"parallel": parallel})
         memory = memory_per_rank(candidate, vocab_size, devices)
         if memory.total > peak.usable:
-            nearest = min(filter(None, (nearest, (memory.total, parallel))), key=lambda pair: pair[0])
+            nearest = min(
+                filter(None, (nearest, (memory.total, parallel))), key=lambda pair: pair[0]
+            )
             continue
         found.append(_expected(candidate, vocab_size, devices, peak, devices_per_node, memory))
     # Of equals the simplest: fewer stages, less tensor parallelism, no recomputation.
-    found.sort(key=lambda p: (round(p.seconds, 6), p.parallel.pipeline, p.parallel.tensor, p.memory.total))
+    found.sort(
+        key=lambda p: (round(p.seconds, 6), p.parallel.pipeline, p.parallel.tensor, p.memory.total)
+    )
     proposals = [p for p in _one_a_shape(found) if _accepted(recipe, p.parallel, devices)][:BEST]
     if proposals:
         return proposals
@@ -105,7 +116,9 @@ def suggest(recipe: Recipe, vocab_size: int, devices: int, peak: Peak, devices_p
 def _layouts(recipe: Recipe, devices: int, devices_per_node: int) -> Iterator[Parallel]:
     """Every layout worth looking at whose batches divide."""
     model, context = recipe.model, recipe.parallel.context
-    largest = [size for phase in recipe.phases for size in BatchSizes.of(phase.batch_size).sizes.tolist()]
+    largest = [
+        size for phase in recipe.phases for size in BatchSizes.of(phase.batch_size).sizes.tolist()
+    ]
     tensors = [t for t in (1, 2, 4, 8, 16) if t <= devices_per_node and model.heads % t == 0]
     stages = [p for p in range(1, model.layers + 1) if model.layers % p == 0 and p <= 64]
     for tensor in tensors:
@@ -138,7 +151,9 @@ def _recomputations(layers: int) -> Iterator[Recompute]:
     yield Recompute(granularity="full", method="uniform", layers=1)
 
 
-def _expected(recipe: Recipe, vocab_size: int, devices: int, peak: Peak, per_node: int, memory: Memory) -> Proposal:
+def _expected(
+    recipe: Recipe, vocab_size: int, devices: int, peak: Peak, per_node: int, memory: Memory
+) -> Proposal:
     parallel, model = recipe.parallel, recipe.model
     tensor, stages, chunks = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline or 1
     data = devices // (tensor * stages * parallel.context)
@@ -150,7 +165,13 @@ def _expected(recipe: Recipe, vocab_size: int, devices: int, peak: Peak, per_nod
 
     rate = peak.sixteen_bit * 1e12 * _MFU * (_FP8 if recipe.precision.compute == "fp8" else 1.0)
     rate *= 0.97 ** (tensor.bit_length() - 1) * (0.96 if tokens < 4096 else 1.0)
-    compute = flops * tokens / (tensor * stages) / rate * (1 + _recomputed(parallel, model.layers // stages) / 3)
+    compute = (
+        flops
+        * tokens
+        / (tensor * stages)
+        / rate
+        * (1 + _recomputed(parallel, model.layers // stages) / 3)
+    )
     exchange = 0.0
     if tensor > 1:
         layer = 8 * (tensor - 1) / tensor * tokens * model.hidden_size * 2
@@ -162,11 +183,19 @@ def _expected(recipe: Recipe, vocab_size: int, devices: int, peak: Peak, per_nod
 
     link = _NODE if devices <= per_node else _NETWORK
     share = (data - 1) / data / link
-    step += max(0.0, memory.parameters * 4 * share - each * 2 / 3) + max(0.0, memory.parameters * 2 * share - each / 3)
+    step += max(0.0, memory.parameters * 4 * share - each * 2 / 3) + max(
+        0.0, memory.parameters * 2 * share - each / 3
+    )
     step += (memory.optimizer * 2 + memory.parameters * 6 / data) / _MEMORY_RATE
     per_device = batch * length / step / devices
     return Proposal(
-        parallel, data, micro_batches, memory, step, per_device, per_device * flops / (peak.sixteen_bit * 1e12)
+        parallel,
+        data,
+        micro_batches,
+        memory,
+        step,
+        per_device,
+        per_device * flops / (peak.sixteen_bit * 1e12),
     )
 
 

@@ -35,7 +35,11 @@ def plan_summary(plan: Plan, vocab_size: int | None = None) -> dict[str, Any]:
 
 
 def _curves(phase: PhasePlan) -> dict[str, Any]:
-    steps = np.unique(np.linspace(phase.first_step, phase.last_step, min(phase.steps, POINTS)).round().astype(np.int64))
+    steps = np.unique(
+        np.linspace(phase.first_step, phase.last_step, min(phase.steps, POINTS))
+        .round()
+        .astype(np.int64)
+    )
     shares = phase.weights_at(steps)
     if (shares == shares[0]).all():  # a constant mixture needs no more than its ends
         share_steps, shares = steps[[0, -1]], shares[[0, -1]]
@@ -91,11 +95,17 @@ def _phase_as_dict(phase: PhasePlan) -> dict[str, Any]:
         "tokens": phase.tokens,
         "sequence_length": phase.sequence_length,
         "batch_size": [phase.batch_size(phase.first_step), phase.batch_size(phase.last_step)],
-        "learning_rate": [phase.learning_rate(phase.first_step), phase.rate.peak, phase.learning_rate(phase.last_step)],
+        "learning_rate": [
+            phase.learning_rate(phase.first_step),
+            phase.rate.peak,
+            phase.learning_rate(phase.last_step),
+        ],
         "fresh_optimizer": phase.fresh_optimizer,
         "reset_at_eod": phase.reset_at_eod,
         "domains": domain_shares(phase),
-        "streams": [_stream_as_dict(stream, *ends[:, n].tolist()) for n, stream in enumerate(phase.streams)],
+        "streams": [
+            _stream_as_dict(stream, *ends[:, n].tolist()) for n, stream in enumerate(phase.streams)
+        ],
     }
 
 
@@ -125,5 +135,7 @@ def domain_shares(phase: PhasePlan) -> dict[str, float]:
     """Share of the phase's samples by domain."""
     shares: dict[str, float] = {}
     for stream in phase.streams:
-        shares[stream.domain] = shares.get(stream.domain, 0.0) + stream.samples / max(phase.samples, 1)
+        shares[stream.domain] = shares.get(stream.domain, 0.0) + stream.samples / max(
+            phase.samples, 1
+        )
     return shares

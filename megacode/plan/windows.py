@@ -46,7 +46,9 @@ def windows_of(
     """
     if recipe.packing(entry.source) == "concatenate":
         size = shuffle[entry.source]
-        return Windows(size, *subset_windows(entry, tokens[entry.source], size), "concatenate", False)
+        return Windows(
+            size, *subset_windows(entry, tokens[entry.source], size), "concatenate", False
+        )
     length = phase.sequence_length
     counted = packs.get((entry.source, length))
     total = -(-tokens[entry.source] // (length + 1)) if counted is None else counted
@@ -55,7 +57,10 @@ def windows_of(
             f"{entry.key}: source {entry.source} has no documents; give it data, or take it out of the mixture"
         )
     return Windows(
-        length, *_part(entry, total, f"{total:,} packs of {length + 1:,} tokens"), "best_fit", counted is None
+        length,
+        *_part(entry, total, f"{total:,} packs of {length + 1:,} tokens"),
+        "best_fit",
+        counted is None,
     )
 
 
@@ -96,7 +101,9 @@ def subset_windows(entry: Entry, tokens: int, window: int) -> tuple[int, int]:
 
 def _part(entry: Entry, total: int, shown: str) -> tuple[int, int]:
     """(first, number) of the windows, of `total`, that are in the entry's subset; UserError if none is."""
-    low, high = (Fraction(str(bound)) for bound in entry.given.subset_range)  # the decimals as written
+    low, high = (
+        Fraction(str(bound)) for bound in entry.given.subset_range
+    )  # the decimals as written
     first, end = math.floor(low * total), math.floor(high * total)
     if end == first:
         raise UserError(

@@ -81,9 +81,18 @@ def gather(
     """
     console = console or Console()
     files = {"code": folder / "code.jsonl", "text": folder / "text.jsonl"}
-    wanted = {"gathering": GATHERING, "code_mb": code_mb, "text_mb": text_mb, "python": platform.python_version()}
+    wanted = {
+        "gathering": GATHERING,
+        "code_mb": code_mb,
+        "text_mb": text_mb,
+        "python": platform.python_version(),
+    }
     done = _read_json(folder / "gathered.json")
-    if done and done.get("settings") == wanted and all(_size(files[k]) == done["sizes"].get(k) for k in files):
+    if (
+        done
+        and done.get("settings") == wanted
+        and all(_size(files[k]) == done["sizes"].get(k) for k in files)
+    ):
         console.print(f"{folder}: kept; gathered before from Python {wanted['python']}")
         return files
     code = _Gathered(files["code"], int(code_mb * 1e6))
@@ -104,7 +113,10 @@ def gather(
                     out.write(line)
                     bar.update(task, completed=min(corpus.size, corpus.limit) / 1e6)
             bar.update(task, total=corpus.size / 1e6)
-    write_json(folder / "gathered.json", {"settings": wanted, "sizes": {k: _size(p) for k, p in files.items()}})
+    write_json(
+        folder / "gathered.json",
+        {"settings": wanted, "sizes": {k: _size(p) for k, p in files.items()}},
+    )
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("corpus", "from"):
         table.add_column(heading)
@@ -128,7 +140,10 @@ def prepare(
     console = console or Console()
     corpora = gather(folder / "gathered", console=console)
     model = folder / "tokenizer.model"
-    wanted = {"vocab_size": vocab_size, "corpora": {k: _sha256(path) for k, path in corpora.items()}}
+    wanted = {
+        "vocab_size": vocab_size,
+        "corpora": {k: _sha256(path) for k, path in corpora.items()},
+    }
     note = folder / "tokenizer.made-from.json"
     if model.exists() and _read_json(note) == wanted:
         console.print(f"{model}: kept; trained before on these corpora")
@@ -149,7 +164,9 @@ def prepare(
             validation_output=output / "valid",
             overwrite=True,
         )
-        preprocess_visibly(request, workers or available_cores(), console, title=f"tokenizing {name}")
+        preprocess_visibly(
+            request, workers or available_cores(), console, title=f"tokenizing {name}"
+        )
     return {"tokenizer": model, **outputs}
 
 
@@ -173,17 +190,25 @@ def _sources() -> Iterator[tuple[str, Path, list[Path]]]:
     yield "standard library", standard, list(_python_files(standard))
     for packages in _package_folders():
         found = _python_files(packages)
-        yield "installed packages", packages, sorted(found, key=lambda p: _path_hash(p.relative_to(packages)))
+        yield (
+            "installed packages",
+            packages,
+            sorted(found, key=lambda p: _path_hash(p.relative_to(packages))),
+        )
 
 
 def _package_folders() -> list[Path]:
     paths = sysconfig.get_paths()
-    return [Path(p) for p in dict.fromkeys((paths["purelib"], paths["platlib"])) if os.path.isdir(p)]
+    return [
+        Path(p) for p in dict.fromkeys((paths["purelib"], paths["platlib"])) if os.path.isdir(p)
+    ]
 
 
 def _python_files(root: Path) -> Iterator[Path]:
     for here, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS and not name.startswith("."))
+        folders[:] = sorted(
+            name for name in folders if name not in _SKIPPED_FOLDERS and not name.startswith(".")
+        )
         yield from (Path(here, name) for name in sorted(names) if name.endswith(".py"))
 
 
@@ -206,7 +231,11 @@ def _like_code(text: str) -> bool:
     characters, longest up to 1000, at least a quarter of all characters letters."""
     lines = text.splitlines()
     letters = sum(map(str.isalpha, text))
-    return max(map(len, lines), default=0) <= 1000 and len(text) <= 100 * len(lines) and 4 * letters >= len(text)
+    return (
+        max(map(len, lines), default=0) <= 1000
+        and len(text) <= 100 * len(lines)
+        and 4 * letters >= len(text)
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- text

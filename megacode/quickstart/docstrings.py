@@ -9,7 +9,9 @@ import textwrap
 import warnings
 
 _TRIPLE_QUOTED = re.compile(r'"""(.*?)"""', re.S)
-_FIELD = re.compile(r"^[ \t]*([:@]\w+|[\w.*, ]{1,40} ?: |[-*+] +``?\w+``? ?:|\.\. |\w+\(.*\)|#|\||```)")
+_FIELD = re.compile(
+    r"^[ \t]*([:@]\w+|[\w.*, ]{1,40} ?: |[-*+] +``?\w+``? ?:|\.\. |\w+\(.*\)|#|\||```)"
+)
 _HEADING = re.compile(r"^.*\n[ \t]*[-=~^]{3,}[ \t]*$", re.M)
 _ENDS = (".", "!", "?", ":", ")", '"', "`", "'")
 
@@ -20,7 +22,11 @@ def paragraphs(text: str) -> list[str]:
     A paragraph keeps its line breaks and loses its common indentation.
     """
     blocks = re.split(r"\n[ \t]*\n", _HEADING.sub("", text.replace("\r\n", "\n")))
-    return [block for block in (textwrap.dedent(b.strip("\n")).rstrip() for b in blocks) if _is_prose(block)]
+    return [
+        block
+        for block in (textwrap.dedent(b.strip("\n")).rstrip() for b in blocks)
+        if _is_prose(block)
+    ]
 
 
 def _is_prose(block: str) -> bool:
@@ -67,7 +73,9 @@ def _with_docstrings(node: _Documented) -> list[_Documented]:
 
 def _unindented(docstring: str) -> list[str]:
     """Prose paragraphs that stand at the docstring's own margin: indented ones are code or belong to a parameter."""
-    margin = [block for block in re.split(r"\n[ \t]*\n", docstring) if not block.startswith((" ", "\t"))]
+    margin = [
+        block for block in re.split(r"\n[ \t]*\n", docstring) if not block.startswith((" ", "\t"))
+    ]
     return paragraphs("\n\n".join(margin))
 
 

@@ -26,21 +26,42 @@ TOKENS = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", default="recipes/crystal-tiny.yaml", help="recipe to train (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=2, help="processes on this machine (default: %(default)s)")
-    parser.add_argument("--tp", type=int, help="tensor parallel (default: 2, or what the processes allow)")
-    parser.add_argument("--pp", type=int, default=1, help="pipeline parallel (default: %(default)s)")
-    parser.add_argument("--run", type=Path, help="run folder (default: runs/NAME of the recipe)")
-    parser.add_argument("--restart", action="store_true", help="start over; an earlier run is put aside, not deleted")
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe"
+        "--recipe",
+        default="recipes/crystal-tiny.yaml",
+        help="recipe to train (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=2, help="processes on this machine (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tp", type=int, help="tensor parallel (default: 2, or what the processes allow)"
+    )
+    parser.add_argument(
+        "--pp", type=int, default=1, help="pipeline parallel (default: %(default)s)"
+    )
+    parser.add_argument("--run", type=Path, help="run folder (default: runs/NAME of the recipe)")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="start over; an earlier run is put aside, not deleted",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a key of the recipe",
     )
 
 
 def _megacode(*arguments: str, capture: bool = False) -> str:
     """One verb in a process of its own, as a user would call it; its exit code is ours if it fails."""
     done = subprocess.run(
-        [sys.executable, "-m", "megacode.cli", *arguments], stdout=subprocess.PIPE if capture else None, text=True
+        [sys.executable, "-m", "megacode.cli", *arguments],
+        stdout=subprocess.PIPE if capture else None,
+        text=True,
     )
     if done.returncode:
         raise SystemExit(done.returncode)
@@ -66,14 +87,17 @@ def run(args: argparse.Namespace) -> int:
     console.rule("2  Training")
     options = [part for change in changes for part in ("--set", change)]
     options += ["--restart"] if args.restart else []
-    _megacode("train", args.recipe, "--run", str(folder), "--processes", str(args.processes), *options)
+    _megacode(
+        "train", args.recipe, "--run", str(folder), "--processes", str(args.processes), *options
+    )
     console.rule("3  What it writes")
     _write_samples(folder, console)
     console.rule("4  Report")
     _megacode("report", str(folder))
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     console.print(
-        f"All in {minutes} min {seconds} s. Next: open {folder / 'report.html'}, or change the recipe.", soft_wrap=True
+        f"All in {minutes} min {seconds} s. Next: open {folder / 'report.html'}, or change the recipe.",
+        soft_wrap=True,
     )
     return 0
 
@@ -111,5 +135,3 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-

@@ -38,7 +38,13 @@ class Problem:
 
 def check_recipe(recipe: Recipe) -> list[Problem]:
     """Everything that can be known without files and without the number of ranks."""
-    problems = [*_model(recipe), *_parallel(recipe), *_precision(recipe), *_sources(recipe), *_phases(recipe)]
+    problems = [
+        *_model(recipe),
+        *_parallel(recipe),
+        *_precision(recipe),
+        *_sources(recipe),
+        *_phases(recipe),
+    ]
     problems += [Problem(key, text) for key, text in megatron_fields.check_pass_through(recipe)]
     return problems
 
@@ -52,7 +58,9 @@ def check_layout(recipe: Recipe, world_size: int, path: Path | None = None) -> N
     where = f"{path}: " if path else ""
     parallel = recipe.parallel
     model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    product = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
+    product = (
+        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
+    )
     if world_size % model_ranks:
         raise UserError(
             f"{where}parallel: {world_size} rank{'s' if world_size != 1 else ''} cannot hold {product} = {model_ranks} "
@@ -82,8 +90,13 @@ def check_files(recipe: Recipe, path: Path | None = None) -> None:
     read = {entry.source for phase in recipe.phases for entry in mixture_entries(recipe, phase)}
     for name, source in recipe.sources.items():
         if name in read and not source.paths:
-            problems.append(f"sources.{name}.path: is missing; give the prefix of its .bin and .idx files")
-        for key, prefixes in (("path", source.paths if name in read else []), ("validation", source.validation_paths)):
+            problems.append(
+                f"sources.{name}.path: is missing; give the prefix of its .bin and .idx files"
+            )
+        for key, prefixes in (
+            ("path", source.paths if name in read else []),
+            ("validation", source.validation_paths),
+        ):
             for prefix in prefixes:
                 missing = _missing(prefix)
                 if missing:
@@ -105,8 +118,12 @@ def check_files(recipe: Recipe, path: Path | None = None) -> None:
 def _missing(prefix: str) -> str | None:
     stem = prefix.removesuffix(".bin").removesuffix(".idx")
     if glob.has_magic(stem) and not Path(stem + ".idx").exists():
-        return None if glob.glob(stem + ".idx") or glob.glob(stem) else f"file that matches {stem}.idx"
-    return next((stem + ending for ending in (".idx", ".bin") if not Path(stem + ending).is_file()), None)
+        return (
+            None if glob.glob(stem + ".idx") or glob.glob(stem) else f"file that matches {stem}.idx"
+        )
+    return next(
+        (stem + ending for ending in (".idx", ".bin") if not Path(stem + ending).is_file()), None
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- model
@@ -121,7 +138,10 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
         )
         return
     if model.heads % model.resolved_kv_heads:
-        yield Problem("model.kv_heads", f"{model.kv_heads} does not divide heads {model.heads}; use a divisor of it")
+        yield Problem(
+            "model.kv_heads",
+            f"{model.kv_heads} does not divide heads {model.heads}; use a divisor of it",
+        )
     if model.position_embedding == "rotary":
         rotated = int(model.resolved_head_dim * model.rotary_fraction)
         if rotated % 2 or rotated == 0:
@@ -169,18 +189,27 @@ def _parallel(recipe: Recipe) -> Iterator[Problem]:
         )
     chunks = pipeline * (virtual or 1) if pipeline > 1 else 1
     if model.layers % chunks and not any("pipeline" in key for key in model.megatron):
-        product = f"pipeline {pipeline}" + (f" x virtual_pipeline {virtual} = {chunks}" if virtual else "")
+        product = f"pipeline {pipeline}" + (
+            f" x virtual_pipeline {virtual} = {chunks}" if virtual else ""
+        )
         yield Problem(
             "model.layers",
             f"{model.layers} cannot be split over parallel.{product}; use a multiple of {chunks}, or fewer stages",
         )
     if virtual and pipeline == 1:
         yield Problem(
-            "parallel.virtual_pipeline", "needs parallel.pipeline of 2 or more; raise pipeline or take the key out"
+            "parallel.virtual_pipeline",
+            "needs parallel.pipeline of 2 or more; raise pipeline or take the key out",
         )
     if parallel.sequence and tensor == 1:
-        yield Problem("parallel.sequence", "needs parallel.tensor of 2 or more; set `sequence: false` or raise tensor")
-    if parallel.recompute.granularity == "full" and parallel.recompute.layers > model.layers // chunks:
+        yield Problem(
+            "parallel.sequence",
+            "needs parallel.tensor of 2 or more; set `sequence: false` or raise tensor",
+        )
+    if (
+        parallel.recompute.granularity == "full"
+        and parallel.recompute.layers > model.layers // chunks
+    ):
         yield Problem(
             "parallel.recompute.layers",
             f"{parallel.recompute.layers} is more than the {model.layers // chunks} layers of a pipeline stage; lower "
@@ -193,7 +222,9 @@ def _parallel(recipe: Recipe) -> Iterator[Problem]:
                 f"phases.{phase.name}.reset_at_eod",
                 f"parallel.context {parallel.context} would cut a sequence across its documents; set one of the two otherwise",
             )
-        pieces = (tensor if parallel.sequence else 1) * (2 * parallel.context if parallel.context > 1 else 1)
+        pieces = (tensor if parallel.sequence else 1) * (
+            2 * parallel.context if parallel.context > 1 else 1
+        )
         if phase.sequence_length % pieces:
             why = [f"parallel.tensor {tensor} (sequence parallel)"] if parallel.sequence else []
             why += [f"2 x parallel.context {parallel.context}"] if parallel.context > 1 else []
@@ -217,7 +248,10 @@ def _batch_size(recipe: Recipe, phase: Phase, size: int, data: int) -> Problem |
     product = f"parallel.micro_batch_size {parallel.micro_batch_size} x {ranks}"
     nearest = max(size // micro, 1) * micro
     if size % micro:
-        return Problem(key, f"{stair} is no multiple of {product} = {micro}; use {nearest} or another micro_batch_size")
+        return Problem(
+            key,
+            f"{stair} is no multiple of {product} = {micro}; use {nearest} or another micro_batch_size",
+        )
     if parallel.virtual_pipeline and size // micro % parallel.pipeline:
         return Problem(
             key,
@@ -235,10 +269,15 @@ def _precision(recipe: Recipe) -> Iterator[Problem]:
     if precision.compute != "fp8":
         for key in ("fp8_params", "compare_every"):
             if getattr(precision, key):
-                yield Problem(f"precision.{key}", "needs `compute: fp8`; take it out or change compute")
+                yield Problem(
+                    f"precision.{key}", "needs `compute: fp8`; take it out or change compute"
+                )
         return
     if precision.fp8_params and not recipe.parallel.distributed_optimizer:
-        yield Problem("precision.fp8_params", "needs parallel.distributed_optimizer: true; change one of the two")
+        yield Problem(
+            "precision.fp8_params",
+            "needs parallel.distributed_optimizer: true; change one of the two",
+        )
     tensor = recipe.parallel.tensor
     side = 32 if precision.fp8_recipe == "mxfp8" else 16
     sizes = {
@@ -249,7 +288,9 @@ def _precision(recipe: Recipe) -> Iterator[Problem]:
     for key, size in sizes.items():
         if size % side:
             what = "x head_dim " if key == "heads" else ""
-            remedy = f"set model.pad_multiple to {side * tensor}" if key == "ffn_size" else "change it"
+            remedy = (
+                f"set model.pad_multiple to {side * tensor}" if key == "ffn_size" else "change it"
+            )
             yield Problem(
                 f"model.{key}",
                 f"{what}gives FP8 matrices a side of {size:g} on each tensor-parallel rank, and they need multiples of {side}; "
@@ -288,8 +329,13 @@ def _sources(recipe: Recipe) -> Iterator[Problem]:
                 f"sources.{name}.window",
                 "has no effect with `packing: best_fit`, which shuffles packs; take it out, or set `packing: concatenate`",
             )
-    if recipe.data.pack_cache and not any(recipe.packing(name) == "best_fit" for name in recipe.sources):
-        yield Problem("data.pack_cache", "has no effect without `packing: best_fit`; take it out, or pack a source")
+    if recipe.data.pack_cache and not any(
+        recipe.packing(name) == "best_fit" for name in recipe.sources
+    ):
+        yield Problem(
+            "data.pack_cache",
+            "has no effect without `packing: best_fit`; take it out, or pack a source",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- phases
@@ -300,14 +346,24 @@ def _phases(recipe: Recipe) -> Iterator[Problem]:
     for number, phase in enumerate(recipe.phases):
         key = f"phases.{phase.name}"
         if phase.name in seen:
-            yield Problem(f"{key}.name", "is given to two phases; name each differently", at=f"phases.{number}.name")
+            yield Problem(
+                f"{key}.name",
+                "is given to two phases; name each differently",
+                at=f"phases.{number}.name",
+            )
         seen.add(phase.name)
         if (phase.steps is None) == (phase.tokens is None):
             both = "both" if phase.steps else "neither"
-            yield Problem(key, f"has {both} of `steps` and `tokens`; give exactly one to say how long the phase is")
+            yield Problem(
+                key,
+                f"has {both} of `steps` and `tokens`; give exactly one to say how long the phase is",
+            )
         for size in BatchSizes.of(phase.batch_size).sizes.tolist()[-1:]:
             if size > _MOST_SEQUENCES:
-                yield Problem(f"{key}.batch_size", f"{size:,} is more than {_MOST_SEQUENCES:,} sequences; lower it")
+                yield Problem(
+                    f"{key}.batch_size",
+                    f"{size:,} is more than {_MOST_SEQUENCES:,} sequences; lower it",
+                )
         yield from _rate(phase, key)
         mixture_problems = list(_mixture(recipe, phase, key))
         yield from mixture_problems or _weights(recipe, phase, key)
@@ -323,7 +379,10 @@ def _rate(phase: Phase, key: str) -> Iterator[Problem]:
                     "has no effect on a constant rate; take it out or choose another schedule",
                 )
     elif rate.final > rate.peak:
-        yield Problem(f"{key}.learning_rate.final", f"{rate.final:g} is above the peak {rate.peak:g}; lower it")
+        yield Problem(
+            f"{key}.learning_rate.final",
+            f"{rate.final:g} is above the peak {rate.peak:g}; lower it",
+        )
 
 
 def _mixture(recipe: Recipe, phase: Phase, key: str) -> Iterator[Problem]:
@@ -340,9 +399,14 @@ def _mixture(recipe: Recipe, phase: Phase, key: str) -> Iterator[Problem]:
         here = f"{key}.mixture.domains.{domain}"
         if part.sources is None and domain not in domains:
             hint = did_you_mean(domain, domains)
-            yield Problem(here, f"no source has this domain; set `domain: {domain}` on a source{hint}")
+            yield Problem(
+                here, f"no source has this domain; set `domain: {domain}` on a source{hint}"
+            )
         if part.sources is not None and not part.sources:
-            yield Problem(f"{here}.sources", "is empty; name sources, or take the key out to read all of the domain's")
+            yield Problem(
+                f"{here}.sources",
+                "is empty; name sources, or take the key out to read all of the domain's",
+            )
         for name in part.sources or {}:
             if name not in recipe.sources:
                 yield Problem(f"{here}.sources.{name}", unknown(name))
@@ -365,7 +429,9 @@ def _weights(recipe: Recipe, phase: Phase, key: str) -> Iterator[Problem]:
     entries = mixture_entries(recipe, phase)
     steps = phase.steps or 1 << 40
     first, length = phase.placed("mixture", steps)
-    weights = replace(mixture_weights(phase, entries, dict.fromkeys(recipe.sources, 1), length), first=first)
+    weights = replace(
+        mixture_weights(phase, entries, dict.fromkeys(recipe.sources, 1), length), first=first
+    )
     where = f"{key}.mixture"
     # Between two such steps every schedule is constant or positive, so a sum that is zero anywhere is zero at one of
     # them.
@@ -373,7 +439,11 @@ def _weights(recipe: Recipe, phase: Phase, key: str) -> Iterator[Problem]:
     totals = weights.at(corners).sum(axis=1)
     if (totals <= 0).any():
         step = int(corners[np.flatnonzero(totals <= 0)[0]])
-        at = "all weights are zero" if not weights.settled else f"at the phase's step {step:,} all weights are zero"
+        at = (
+            "all weights are zero"
+            if not weights.settled
+            else f"at the phase's step {step:,} all weights are zero"
+        )
         yield Problem(where, f"{at}; every step needs at least one source with a weight above zero")
     for group, (domain, _) in enumerate((phase.mixture.domains or {}).items()):
         inside = [inner for inner in weights.inner if inner[0] == group]

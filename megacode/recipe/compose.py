@@ -38,7 +38,9 @@ def _read(path: Path, above: tuple[Path, ...]) -> Node:
     resolved = path.resolve()
     if resolved in above:
         chain = " -> ".join(p.name for p in (*above[above.index(resolved) :], resolved))
-        raise UserError(f"{path}: extends: the recipes extend each other in a circle ({chain}); take one `extends` out")
+        raise UserError(
+            f"{path}: extends: the recipes extend each other in a circle ({chain}); take one `extends` out"
+        )
     tree = _expanded(read_yaml(path), ())
     base = tree.value.pop("extends", None)
     if base is None or base.value is None:
@@ -50,10 +52,14 @@ def _read(path: Path, above: tuple[Path, ...]) -> Node:
             )
         return tree
     if not isinstance(base.value, str):
-        raise UserError(f"{base.where}: extends: expected the path of one recipe, not {describe(base.value)}")
+        raise UserError(
+            f"{base.where}: extends: expected the path of one recipe, not {describe(base.value)}"
+        )
     other = path.parent / Path(base.value).expanduser()
     if not other.is_file():
-        raise UserError(f"{base.where}: extends: there is no file {other}; the path is relative to {path.name}")
+        raise UserError(
+            f"{base.where}: extends: there is no file {other}; the path is relative to {path.name}"
+        )
     return _merge(_read(other, (*above, resolved)), tree, ())
 
 
@@ -61,7 +67,9 @@ def _read(path: Path, above: tuple[Path, ...]) -> Node:
 
 
 def _is(path: tuple[str, ...], *pattern: str) -> bool:
-    return len(path) == len(pattern) and all(p in ("*", part) for part, p in zip(path, pattern, strict=True))
+    return len(path) == len(pattern) and all(
+        p in ("*", part) for part, p in zip(path, pattern, strict=True)
+    )
 
 
 def _is_mixture_source(path: tuple[str, ...]) -> bool:
@@ -125,7 +133,9 @@ def _merge_phases(base: Node, over: Node) -> Node:
         names = [_phase_name(phase) for phase in phases]
         if key not in names:
             known = [name for name in names if name]
-            raise UserError(f"{node.where}: phases.{key}: there is no such phase{did_you_mean(key, known)}")
+            raise UserError(
+                f"{node.where}: phases.{key}: there is no such phase{did_you_mean(key, known)}"
+            )
         at = names.index(key)
         if node.value is None:
             del phases[at]
@@ -152,7 +162,9 @@ def _override(tree: Node, text: str) -> Node:
     dotted, equals, value_text = text.partition("=")
     parts = [part for part in dotted.strip().split(".") if part]
     if not equals or not parts:
-        raise UserError(f"{origin}: expected KEY=VALUE, such as parallel.tensor=2 or phases.phase1.steps=100")
+        raise UserError(
+            f"{origin}: expected KEY=VALUE, such as parallel.tensor=2 or phases.phase1.steps=100"
+        )
     node = parse_yaml(value_text.strip(), origin, Path.cwd(), numbered=False)
     keys = _keys(tree, parts, origin)
     place = tuple(keys)
@@ -161,13 +173,23 @@ def _override(tree: Node, text: str) -> Node:
     for depth in range(len(keys), 0, -1):
         # Lists inside are replaced whole, with the one item changed.
         at = _at(tree, keys[: depth - 1])
-        if at is not None and isinstance(at.value, list) and not (depth == 2 and keys[0] == "phases"):
+        if (
+            at is not None
+            and isinstance(at.value, list)
+            and not (depth == 2 and keys[0] == "phases")
+        ):
             items = list(at.value)
             items[int(keys[depth - 1])] = _merge(items[int(keys[depth - 1])], node, ("*",))
             node = _around(node, items)
         else:
             key = keys[depth - 1]
-            if depth == 2 and keys[0] == "phases" and at is not None and isinstance(at.value, list) and key.isdigit():
+            if (
+                depth == 2
+                and keys[0] == "phases"
+                and at is not None
+                and isinstance(at.value, list)
+                and key.isdigit()
+            ):
                 key = _phase_name(at.value[int(key)]) or key
             node = _around(node, {key: node})
     return _expanded(node, ())
@@ -215,7 +237,9 @@ def _keys(tree: Node, parts: list[str], origin: str) -> list[str]:
                 if isinstance(node.value, list) and not (keys == ["phases"] and rest[0] == "+"):
                     known = [_phase_name(item) or str(i) for i, item in enumerate(node.value)]
                     wanted = ".".join([*keys, rest[0]])
-                    raise UserError(f"{origin}: {wanted}: there is no such entry{did_you_mean(rest[0], known)}")
+                    raise UserError(
+                        f"{origin}: {wanted}: there is no such entry{did_you_mean(rest[0], known)}"
+                    )
         keys.append(".".join(rest[:take]))
         node = _child(node, keys[-1]) if node is not None else None
         rest = rest[take:]
@@ -239,5 +263,7 @@ def _without_nulls(node: Node, path: tuple[str, ...]) -> Node:
             }
         )
     if isinstance(value, list):
-        return node.with_value([_without_nulls(child, (*path, str(i))) for i, child in enumerate(value)])
+        return node.with_value(
+            [_without_nulls(child, (*path, str(i))) for i, child in enumerate(value)]
+        )
     return node

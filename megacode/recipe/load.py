@@ -42,7 +42,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError("\n".join(dict.fromkeys(_sentences(error, tree)))) from None
     problems = checks.check_recipe(recipe)
     if problems:
-        raise UserError("\n".join(f"{_where(tree, problem.at or problem.key)}: {problem}" for problem in problems))
+        raise UserError(
+            "\n".join(
+                f"{_where(tree, problem.at or problem.key)}: {problem}" for problem in problems
+            )
+        )
     return recipe
 
 
@@ -69,7 +73,9 @@ def _with_absolute_paths(node: Node, path: KeyPath) -> Node:
     if path in (("tokenizer", "path"), ("initialize_from",), ("data", "pack_cache")):
         return _absolute(node)
     if isinstance(node.value, dict):
-        return node.with_value({k: _with_absolute_paths(child, (*path, k)) for k, child in node.value.items()})
+        return node.with_value(
+            {k: _with_absolute_paths(child, (*path, k)) for k, child in node.value.items()}
+        )
     return node
 
 
@@ -105,7 +111,10 @@ def _find(tree: Node, key: Sequence[str]) -> tuple[Node, list[str], list[str]]:
         if isinstance(node.value, dict) and part in node.value:
             node = node.value[part]
         elif isinstance(node.value, list):
-            names = [item.value.get("name") if isinstance(item.value, dict) else None for item in node.value]
+            names = [
+                item.value.get("name") if isinstance(item.value, dict) else None
+                for item in node.value
+            ]
             plain = [name.value if name is not None else None for name in names]
             if part in plain:
                 node = node.value[plain.index(part)]
@@ -162,7 +171,11 @@ def _meant(place: KeyPath, items: _Items, places: Iterable[KeyPath]) -> _Items:
     """Without the complaints of a plain form (a number) about a mapping, where the mapping's own form complains too."""
     if not isinstance(items[0]["node"].value, dict):
         return items
-    own = [item for item in items if item["type"].removesuffix("_type").removesuffix("_parsing") not in _PLAIN]
+    own = [
+        item
+        for item in items
+        if item["type"].removesuffix("_type").removesuffix("_parsing") not in _PLAIN
+    ]
     below = any(len(other) > len(place) and other[: len(place)] == place for other in places)
     return own if own or below else items
 
@@ -218,7 +231,9 @@ def _expected(item: dict[str, Any]) -> str:
     known = {
         **_PLAIN,
         "literal_error": str(context.get("expected")),
-        "string_pattern_mismatch": ("a name of letters, digits, `.`, `_` and `-` that begins with a letter or digit"),
+        "string_pattern_mismatch": (
+            "a name of letters, digits, `.`, `_` and `-` that begins with a letter or digit"
+        ),
         "too_short": f"at least {context.get('min_length')} entry",
     }
     return known.get(kind, item["msg"][0].lower() + item["msg"][1:])

@@ -111,9 +111,7 @@ _DDP_GOVERNED = {
 }
 
 # What Megatron-Core would take and ignore, or fail at later, since megacode does not build what it is for; shell patterns.
-_OTHER_LAYERS = (
-    "belongs to layers of another kind than megacode's, which are dense with standard attention; take it out"
-)
+_OTHER_LAYERS = "belongs to layers of another kind than megacode's, which are dense with standard attention; take it out"
 _MODEL_REFUSED = dict.fromkeys(
     (
         "num_moe_experts", "moe_*", "*moe_expert_parallel*", "expert_*_parallel_size", "ep_overlap_*",
@@ -136,9 +134,27 @@ def check_pass_through(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key, sentence) for every pass-through field that Megatron-Core has not, that another key governs, that would have no
     effect, or of a wrong type."""
     sections = (
-        ("model.megatron", recipe.model.megatron, _MODEL_GOVERNED, _MODEL_REFUSED, "TransformerConfig"),
-        ("optimizer.megatron", recipe.optimizer.megatron, _OPTIMIZER_GOVERNED, _OPTIMIZER_REFUSED, "OptimizerConfig"),
-        ("parallel.ddp", recipe.parallel.ddp, _DDP_GOVERNED, _DDP_REFUSED, "DistributedDataParallelConfig"),
+        (
+            "model.megatron",
+            recipe.model.megatron,
+            _MODEL_GOVERNED,
+            _MODEL_REFUSED,
+            "TransformerConfig",
+        ),
+        (
+            "optimizer.megatron",
+            recipe.optimizer.megatron,
+            _OPTIMIZER_GOVERNED,
+            _OPTIMIZER_REFUSED,
+            "OptimizerConfig",
+        ),
+        (
+            "parallel.ddp",
+            recipe.parallel.ddp,
+            _DDP_GOVERNED,
+            _DDP_REFUSED,
+            "DistributedDataParallelConfig",
+        ),
     )
     for section, given, governed, refused, kind in sections:
         for name, value in given.items():
@@ -152,13 +168,19 @@ def check_pass_through(recipe: Recipe) -> Iterator[tuple[str, str]]:
                     yield key, problem
             elif _is_the_tables_version():
                 hint = did_you_mean(name, [field for field in known if field not in governed])
-                shown = hint if hint.startswith("; did") else "; its field names are in the class's source"
+                shown = (
+                    hint
+                    if hint.startswith("; did")
+                    else "; its field names are in the class's source"
+                )
                 yield key, f"Megatron-Core's {kind} has no such field{shown}"
 
 
 @lru_cache(maxsize=1)
 def _table() -> dict[str, Any]:
-    return dict(json.loads(Path(__file__).with_name("megatron_fields.json").read_text(encoding="utf-8")))
+    return dict(
+        json.loads(Path(__file__).with_name("megatron_fields.json").read_text(encoding="utf-8"))
+    )
 
 
 def fields_of(kind: str) -> dict[str, dict[str, Any]]:
@@ -176,7 +198,9 @@ def _is_the_tables_version() -> bool:
 
 
 def _refusal(name: str, refused: Mapping[str, str]) -> str | None:
-    return next((why for pattern, why in refused.items() if fnmatch.fnmatchcase(name, pattern)), None)
+    return next(
+        (why for pattern, why in refused.items() if fnmatch.fnmatchcase(name, pattern)), None
+    )
 
 
 def _type_problem(field: Mapping[str, Any], value: Any) -> str | None:

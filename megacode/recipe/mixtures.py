@@ -36,11 +36,17 @@ def mixture_entries(recipe: Recipe, phase: Phase) -> list[Entry]:
     """The streams of a phase, in the recipe's order. Names of sources must be known (`megacode.recipe.checks`)."""
     entries: list[Entry] = []
 
-    def add(key: str, name: str, given: MixtureSource, group: int, fim_rate: float, level: FimLevel) -> None:
+    def add(
+        key: str, name: str, given: MixtureSource, group: int, fim_rate: float, level: FimLevel
+    ) -> None:
         rate = fim_rate if given.fim_rate is None else given.fim_rate
         restart = (given.cursor or phase.cursor) == "restart"
         domain = recipe.sources[name].domain
-        entries.append(Entry(f"{key}.{name}", name, domain, given, group, rate, given.fim_level or level, restart))
+        entries.append(
+            Entry(
+                f"{key}.{name}", name, domain, given, group, rate, given.fim_level or level, restart
+            )
+        )
 
     top = f"phases.{phase.name}.mixture"
     level = phase.fim_level or recipe.data.fim.level
@@ -49,14 +55,22 @@ def mixture_entries(recipe: Recipe, phase: Phase) -> list[Entry]:
     for group, (domain, part) in enumerate((phase.mixture.domains or {}).items()):
         members = part.sources
         if members is None:
-            members = {name: MixtureSource() for name, source in recipe.sources.items() if source.domain == domain}
+            members = {
+                name: MixtureSource()
+                for name, source in recipe.sources.items()
+                if source.domain == domain
+            }
         rate = phase.fim_rate if part.fim_rate is None else part.fim_rate
         for name, given in members.items():
-            add(f"{top}.domains.{domain}.sources", name, given, group, rate, part.fim_level or level)
+            add(
+                f"{top}.domains.{domain}.sources", name, given, group, rate, part.fim_level or level
+            )
     return entries
 
 
-def mixture_weights(phase: Phase, entries: list[Entry], tokens: Mapping[str, int], steps: int) -> Weights:
+def mixture_weights(
+    phase: Phase, entries: list[Entry], tokens: Mapping[str, int], steps: int
+) -> Weights:
     """Weights of a phase's streams over its `steps`.
 
     Args:
@@ -64,7 +78,9 @@ def mixture_weights(phase: Phase, entries: list[Entry], tokens: Mapping[str, int
     """
     if phase.mixture.domains:
         ratios = tuple(part.ratio for part in phase.mixture.domains.values())
-        return Weights(ratios, tuple((entry.group, inner_weight(entry, tokens)) for entry in entries), steps)
+        return Weights(
+            ratios, tuple((entry.group, inner_weight(entry, tokens)) for entry in entries), steps
+        )
     return Weights(
         tuple(entry.given.weight if entry.given.weight is not None else 0.0 for entry in entries),
         tuple((entry.group, 1.0) for entry in entries),

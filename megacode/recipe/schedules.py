@@ -75,7 +75,9 @@ class Weights:
     def settled(self) -> int:
         """First step of the phase from which the weights no longer move."""
         moving = [w for w in (*self.ratios, *(w for _, w in self.inner)) if isinstance(w, Schedule)]
-        return max((max((schedule.over or self.steps) - self.first, 0) for schedule in moving), default=0)
+        return max(
+            (max((schedule.over or self.steps) - self.first, 0) for schedule in moving), default=0
+        )
 
     def at(self, steps: Ints) -> Floats:
         """float64 [len(steps), streams], not normalised."""
@@ -92,7 +94,9 @@ class Weights:
         out = np.empty((len(steps), len(within)))
         for column, ((group, _), value) in enumerate(zip(self.inner, within, strict=True)):
             total = sums[group]
-            out[:, column] = ratios[group] * np.divide(value, total, out=np.zeros(steps.shape), where=total > 0)
+            out[:, column] = ratios[group] * np.divide(
+                value, total, out=np.zeros(steps.shape), where=total > 0
+            )
         return out
 
 

@@ -64,7 +64,9 @@ class Source(Section):
 
     @property
     def validation_paths(self) -> list[str]:
-        return [self.validation] if isinstance(self.validation, str) else list(self.validation or [])
+        return (
+            [self.validation] if isinstance(self.validation, str) else list(self.validation or [])
+        )
 
 
 # ------------------------------------------------------------------------------------------- mixtures and schedules
@@ -89,7 +91,9 @@ class Schedule(Section):
     def _complete(self) -> Schedule:
         if self.shape == "stepwise":
             if not self.values or self.start is not None or self.end is not None:
-                raise ValueError("a stepwise schedule takes `values: [a, b, ...]` and neither `start` nor `end`")
+                raise ValueError(
+                    "a stepwise schedule takes `values: [a, b, ...]` and neither `start` nor `end`"
+                )
         elif self.start is None or self.end is None or self.values is not None:
             raise ValueError(f"a {self.shape} schedule takes `start` and `end`, and no `values`")
         return self
@@ -168,10 +172,14 @@ class Mixture(Section):
     @model_validator(mode="after")
     def _one_of_two(self) -> Mixture:
         if bool(self.sources) == bool(self.domains):
-            raise ValueError("a mixture has either `sources` (name: weight) or `domains` (name: ratio)")
+            raise ValueError(
+                "a mixture has either `sources` (name: weight) or `domains` (name: ratio)"
+            )
         for name, entry in (self.sources or {}).items():
             if entry.weight is None:
-                raise ValueError(f"sources.{name}: needs a weight (natural weights exist inside `domains` only)")
+                raise ValueError(
+                    f"sources.{name}: needs a weight (natural weights exist inside `domains` only)"
+                )
         return self
 
 
@@ -269,10 +277,16 @@ class Phase(Section):
     @property
     def begun(self) -> int:
         """Steps of the longer phase before this piece of it; 0 for a phase of its own."""
-        parts = (self.within.learning_rate, self.within.batch_size, self.within.mixture) if self.within else ()
+        parts = (
+            (self.within.learning_rate, self.within.batch_size, self.within.mixture)
+            if self.within
+            else ()
+        )
         return max((part.first for part in parts if part), default=0)
 
-    def placed(self, schedule: Literal["learning_rate", "batch_size", "mixture"], steps: int) -> tuple[int, int]:
+    def placed(
+        self, schedule: Literal["learning_rate", "batch_size", "mixture"], steps: int
+    ) -> tuple[int, int]:
         """(first step, length) of one of the phase's schedules, which has `steps` unless `within` says otherwise."""
         part: PhasePart | None = getattr(self.within, schedule, None)
         return (part.first, part.steps) if part else (0, steps)
@@ -338,7 +352,12 @@ def section_at(path: Sequence[str]) -> type[Section] | None:
     kinds: list[Any] = [Recipe]
     for key in path:
         kinds = [inner for kind in kinds for one in _members(kind) for inner in _under(one, key)]
-    sections = (one for kind in kinds for one in _members(kind) if isinstance(one, type) and issubclass(one, Section))
+    sections = (
+        one
+        for kind in kinds
+        for one in _members(kind)
+        if isinstance(one, type) and issubclass(one, Section)
+    )
     return next(sections, None)
 
 

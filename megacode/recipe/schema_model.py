@@ -118,7 +118,9 @@ class Model(Section):
     @property
     def residual_init_std(self) -> float:
         """Of attention-out and FFN-down."""
-        return (self.output_init_std or self.init_std / math.sqrt(2 * self.layers)) * math.sqrt(self.width_ratio)
+        return (self.output_init_std or self.init_std / math.sqrt(2 * self.layers)) * math.sqrt(
+            self.width_ratio
+        )
 
     @property
     def resolved_embedding_init_std(self) -> float:
@@ -141,7 +143,9 @@ class Model(Section):
     @property
     def resolved_softmax_scale(self) -> float:
         """Factor on attention scores."""
-        return self.softmax_scale or (1 / self.resolved_head_dim if self.mup else self.resolved_head_dim**-0.5)
+        return self.softmax_scale or (
+            1 / self.resolved_head_dim if self.mup else self.resolved_head_dim**-0.5
+        )
 
     @property
     def gated(self) -> bool:

@@ -21,7 +21,9 @@ def parse_count(value: Any) -> Any:
         return value
     match = _COUNT.match(value)
     if not match:
-        raise ValueError(f"expected a count such as 4000, 120k, 1.5M, 344.8B or 1.4T, not {value!r}")
+        raise ValueError(
+            f"expected a count such as 4000, 120k, 1.5M, 344.8B or 1.4T, not {value!r}"
+        )
     number = float(match[1].replace("_", "")) * _SUFFIXES[match[2].lower()]
     if number > MOST:
         raise ValueError(f"expected a count of {MOST:,} at most, not {value!r}")

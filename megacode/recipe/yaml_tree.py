@@ -25,7 +25,9 @@ _RESOLVERS = (
     ("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9](?:_?[0-9])*$"), list("-+0123456789")),
     (
         "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
+        re.compile(
+            r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
+        ),
         list("-+.0123456789"),
     ),
     ("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"]),
@@ -40,7 +42,8 @@ class Dumper(yaml.SafeDumper):
     """Writes YAML that reads back as the same values here and under YAML 1.1's own rules."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: list(resolvers) for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
+        first: list(resolvers)
+        for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
     }
 
 
@@ -94,10 +97,14 @@ def read_yaml(path: Path) -> Node:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such recipe; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); a recipe is a YAML file in UTF-8") from error
+        raise UserError(
+            f"{path}: cannot be read ({error}); a recipe is a YAML file in UTF-8"
+        ) from error
     tree = parse_yaml(text, str(path), path.parent.resolve())
     if not isinstance(tree.value, dict):
-        raise UserError(f"{path}: expected `key: value` lines at the top of a recipe, not {describe(tree.value)}")
+        raise UserError(
+            f"{path}: expected `key: value` lines at the top of a recipe, not {describe(tree.value)}"
+        )
     return tree
 
 
@@ -119,9 +126,15 @@ def parse_yaml(text: str, origin: str, folder: Path, numbered: bool = True) -> N
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError:
-        raise UserError(f"{origin}: is nested too deeply to be read; a recipe has about eight levels") from None
+        raise UserError(
+            f"{origin}: is nested too deeply to be read; a recipe has about eight levels"
+        ) from None
     if root is None:
-        return Node({}, origin, 1 if numbered else None, folder) if numbered else Node(None, origin, None, folder)
+        return (
+            Node({}, origin, 1 if numbered else None, folder)
+            if numbered
+            else Node(None, origin, None, folder)
+        )
     return _Builder(origin, folder, numbered).build(root, root.start_mark.line, ())
 
 
@@ -135,15 +148,25 @@ class _Builder:
     def build(self, node: yaml.Node, line: int, above: tuple[int, ...]) -> Node:
         self.built += 1
         if id(node) in above or self.built > _MAX_NODES:
-            what = "an alias that contains itself" if id(node) in above else f"more than {_MAX_NODES:,} values"
-            raise UserError(f"{self.origin}:{line + 1}: {what} cannot be read; write the values out")
+            what = (
+                "an alias that contains itself"
+                if id(node) in above
+                else f"more than {_MAX_NODES:,} values"
+            )
+            raise UserError(
+                f"{self.origin}:{line + 1}: {what} cannot be read; write the values out"
+            )
         replaces = node.tag == _REPLACE and isinstance(node, yaml.MappingNode)
         if not isinstance(node, yaml.ScalarNode) and node.tag not in _CONTAINERS and not replaces:
-            raise UserError(f"{self.origin}:{line + 1}: the tag {node.tag!r} cannot be read; take it out")
+            raise UserError(
+                f"{self.origin}:{line + 1}: the tag {node.tag!r} cannot be read; take it out"
+            )
         if isinstance(node, yaml.MappingNode):
             value: Any = self._mapping(node, (*above, id(node)))
         elif isinstance(node, yaml.SequenceNode):
-            value = [self.build(item, item.start_mark.line, (*above, id(node))) for item in node.value]
+            value = [
+                self.build(item, item.start_mark.line, (*above, id(node))) for item in node.value
+            ]
         else:
             value = self._scalar(node)
         return Node(value, self.origin, line + 1 if self.numbered else None, self.folder, replaces)
@@ -155,7 +178,9 @@ class _Builder:
         for key_node, value_node in node.value:
             line = key_node.start_mark.line
             if not isinstance(key_node, yaml.ScalarNode):
-                raise UserError(f"{self.origin}:{line + 1}: a key is a word, not a list or mapping; correct the line")
+                raise UserError(
+                    f"{self.origin}:{line + 1}: a key is a word, not a list or mapping; correct the line"
+                )
             value = self.build(value_node, line, above)
             if key_node.tag.endswith(":merge"):
                 for part in value.value if isinstance(value.value, list) else [value]:
@@ -210,4 +235,6 @@ def describe(value: Any) -> str:
 
 def dump_yaml(data: Any) -> str:
     """YAML text of plain data, in the order given."""
-    return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    return yaml.dump(
+        data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None
+    )

@@ -14,7 +14,16 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from megacode.report.curves import readable_limits, smooth
-from megacode.report.drawing import DASHES, Band, count_axis, curve, dots, draw, number_axis, phase_bands
+from megacode.report.drawing import (
+    DASHES,
+    Band,
+    count_axis,
+    curve,
+    dots,
+    draw,
+    number_axis,
+    phase_bands,
+)
 from megacode.report.figures import FORMS, NOISY, TITLES, bands, planned_shares, validation_points
 from megacode.report.palette import INK, placeholder
 from megacode.report.run_data import Floats, Run
@@ -40,7 +49,9 @@ def losses(runs: list[Run], hue: dict[str, int]) -> str:
                 _line(axes, run, line, colour, index)
                 curves.append(line)
             at, loss = validation_points(run, "loss_by_domain", name)
-            chosen = np.unique(np.linspace(0, len(at) - 1, min(len(at), _MOST_MARKS)).round().astype(int))
+            chosen = np.unique(
+                np.linspace(0, len(at) - 1, min(len(at), _MOST_MARKS)).round().astype(int)
+            )
             tokens = np.array([run.tokens_at(step) for step in at[chosen]])
             dots(axes, tokens, loss[chosen], colour, 5, _MARKS[index % 5], zorder=4 + index)
             curves.append(loss)
@@ -48,13 +59,22 @@ def losses(runs: list[Run], hue: dict[str, int]) -> str:
             axes.set_ylim(limits)
 
     return _panels(
-        runs, names, hue, paint_panel, "loss, nats per token", f"Loss by domain over tokens of {_names(runs)}"
+        runs,
+        names,
+        hue,
+        paint_panel,
+        "loss, nats per token",
+        f"Loss by domain over tokens of {_names(runs)}",
     )
 
 
 def differences(runs: list[Run], hue: dict[str, int]) -> str | None:
     """A panel a domain: smoothed training loss less that of the first run at the same number of tokens."""
-    names = [name for name in all_domains(runs) if sum(name in run.train.loss_by_domain for run in runs) > 1]
+    names = [
+        name
+        for name in all_domains(runs)
+        if sum(name in run.train.loss_by_domain for run in runs) > 1
+    ]
     names = [name for name in names if name in runs[0].train.loss_by_domain]
     names = [name for name in names if np.isfinite(_smoothed(runs[0], name)).any()]
     if not names:
@@ -70,14 +90,18 @@ def differences(runs: list[Run], hue: dict[str, int]) -> str | None:
                 continue
             line = _smoothed(run, name)
             # beyond either run's values there is nothing to subtract
-            gap = line - np.interp(run.train["tokens"], tokens[known], base[known], left=np.nan, right=np.nan)
+            gap = line - np.interp(
+                run.train["tokens"], tokens[known], base[known], left=np.nan, right=np.nan
+            )
             _line(axes, run, gap, placeholder(hue[name]), index)
             curves.append(gap)
         if limits := readable_limits(curves):
             axes.set_ylim(min(limits[0], 0), max(limits[1], 0))
 
     label = f"difference from {runs[0].label}"
-    return _panels(runs, names, hue, paint_panel, label, f"{label}: {_names(runs[1:])}", legend=False)
+    return _panels(
+        runs, names, hue, paint_panel, label, f"{label}: {_names(runs[1:])}", legend=False
+    )
 
 
 def _panels(
@@ -91,7 +115,9 @@ def _panels(
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, name in zip(grid.ravel(), names, strict=False):
             paint_panel(axes, name)
-            axes.set_title(name, color=placeholder(hue[name]), pad=16 if common_bands(runs) else None)
+            axes.set_title(
+                name, color=placeholder(hue[name]), pad=16 if common_bands(runs) else None
+            )
             _frame(axes, runs, 5)
         for axes in grid.ravel()[len(names) :]:
             axes.set_visible(False)
@@ -104,7 +130,9 @@ def _panels(
 
 
 def _smoothed(run: Run, domain: str) -> Floats:
-    return smooth(run.train.loss_by_domain[domain], run.train, run.train.ratio_by_domain.get(domain))
+    return smooth(
+        run.train.loss_by_domain[domain], run.train, run.train.ratio_by_domain.get(domain)
+    )
 
 
 def _names(runs: list[Run]) -> str:
@@ -151,7 +179,9 @@ def ratios(runs: list[Run], hue: dict[str, int]) -> str | None:
 def small_figures(runs: list[Run]) -> list[tuple[str, str]]:
     """(caption, SVG) of rate, gradient norm and throughput of all runs."""
     keys = ("learning_rate", "grad_norm", "tokens_per_second", "mfu", "batch_size")
-    return [(TITLES[key], _small(runs, key)) for key in keys if any(run.train.has(key) for run in runs)]
+    return [
+        (TITLES[key], _small(runs, key)) for key in keys if any(run.train.has(key) for run in runs)
+    ]
 
 
 def _small(runs: list[Run], key: str) -> str:
@@ -172,10 +202,15 @@ def _small(runs: list[Run], key: str) -> str:
 
 def common_bands(runs: list[Run]) -> list[Band]:
     """Phases over tokens, if all runs have the same ones; otherwise none, for a band would be true of one run only."""
-    all_bands = [[Band(b.name, run.tokens_at(b.start), run.tokens_at(b.end)) for b in bands(run)] for run in runs]
+    all_bands = [
+        [Band(b.name, run.tokens_at(b.start), run.tokens_at(b.end)) for b in bands(run)]
+        for run in runs
+    ]
     longest = max(all_bands, key=lambda some: some[-1].end if some else 0.0)
     for some in all_bands:
-        same = [(a.name, a.start) for a in some] == [(b.name, b.start) for b in longest[: len(some)]]
+        same = [(a.name, a.start) for a in some] == [
+            (b.name, b.start) for b in longest[: len(some)]
+        ]
         if not same:
             return []
     return longest

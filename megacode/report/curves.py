@@ -29,7 +29,9 @@ def smooth(values: Floats, series: Series, weights: Floats | None = None) -> Flo
     return _running_mean(mean, weight, series, half)[0]
 
 
-def _running_mean(values: Floats, weight: Floats, series: Series, half: int) -> tuple[Floats, Floats]:
+def _running_mean(
+    values: Floats, weight: Floats, series: Series, half: int
+) -> tuple[Floats, Floats]:
     """(means, total weights) over the records from `half` before to `half` after, inside a phase."""
     total = np.concatenate([[0.0], np.cumsum(np.where(weight > 0, values, 0.0) * weight)])
     sums = np.concatenate([[0.0], np.cumsum(weight)])

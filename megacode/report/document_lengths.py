@@ -42,7 +42,9 @@ def plot_lengths(histograms: Mapping[str, NDArray[np.int64]], path: Path) -> Non
     from megacode.report import drawing
 
     if not any(histogram[1].sum() for histogram in histograms.values()):
-        raise UserError(f"{path}: nothing to draw: {', '.join(histograms)}: no document with a token")
+        raise UserError(
+            f"{path}: nothing to draw: {', '.join(histograms)}: no document with a token"
+        )
     form = path.suffix[1:] or "png"
     style: Any = {key: _on_paper(value) for key, value in drawing._STYLE.items()}
     with rc_context(style):
@@ -52,7 +54,9 @@ def plot_lengths(histograms: Mapping[str, NDArray[np.int64]], path: Path) -> Non
             with replace_file(path) as file:
                 figure.savefig(file, format=form, dpi=150)
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be drawn ({error}); give FILE.png in a folder you may write") from error
+            raise UserError(
+                f"{path}: cannot be drawn ({error}); give FILE.png in a folder you may write"
+            ) from error
 
 
 def _on_paper(value: Any) -> Any:
@@ -60,7 +64,12 @@ def _on_paper(value: Any) -> Any:
     from megacode.report.palette import FAINT, GRID, INK, PAPER, css
 
     light = css()["light"]
-    return {INK: light["ink"], FAINT: light["faint"], GRID: light["grid"], PAPER: light["paper"]}.get(value, value)
+    return {
+        INK: light["ink"],
+        FAINT: light["faint"],
+        GRID: light["grid"],
+        PAPER: light["paper"],
+    }.get(value, value)
 
 
 def _paint(figure: Figure, histograms: Mapping[str, NDArray[np.int64]]) -> None:
@@ -73,7 +82,9 @@ def _paint(figure: Figure, histograms: Mapping[str, NDArray[np.int64]]) -> None:
     colours = [light[f"hue{n}"] for n in range(sum(key.startswith("hue") for key in light))]
     per_octave = _fineness(histograms)
     edges = log_edges(per_octave)
-    widths = np.diff(np.log2(edges[1:])) * per_octave  # 1, but for lengths below 8 or so, whose bins are wider
+    widths = (
+        np.diff(np.log2(edges[1:])) * per_octave
+    )  # 1, but for lengths below 8 or so, whose bins are wider
     counts = {name: merged(histogram, edges) for name, histogram in histograms.items()}
     used = np.flatnonzero(sum(count[0, 1:] for count in counts.values()))
     first, last = int(edges[1 + used[0]]), int(edges[2 + used[-1]])
@@ -82,7 +93,10 @@ def _paint(figure: Figure, histograms: Mapping[str, NDArray[np.int64]]) -> None:
     for row, (axes, what) in enumerate(zip(panels, ("documents", "tokens"), strict=True)):
         for number, (name, count) in enumerate(counts.items()):
             shares = count[row, 1:] / max(count[row].sum(), 1) / widths
-            colour, dash = colours[number % len(colours)], DASHES[number // len(colours) % len(DASHES)]
+            colour, dash = (
+                colours[number % len(colours)],
+                DASHES[number // len(colours) % len(DASHES)],
+            )
             if len(counts) <= 3:
                 axes.stairs(shares, edges[1:], fill=True, color=colour, alpha=0.12, linewidth=0)
             label = _label(name, count) if row == 0 else None

@@ -49,7 +49,13 @@ _STYLE: Any = {
     "path.simplify_threshold": 0.3,
 }
 _NICE = [1, 2, 2.5, 5, 10]
-DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.4, 1.2, 1.4)), (0, (2.5, 2.5)))
+DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (5, 1.6)),
+    (0, (1.2, 1.2)),
+    (0, (6, 1.4, 1.2, 1.4)),
+    (0, (2.5, 2.5)),
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,11 @@ def draw(width: float, height: float, paint: Callable[[Figure], None], descripti
         for axes in figure.axes:
             axes.patch.set_visible(False)
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            out,
+            format="svg",
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     # Ids are page-wide: those of another picture must not be taken for this one's.
@@ -92,7 +102,9 @@ def draw(width: float, height: float, paint: Callable[[Figure], None], descripti
     return with_variables(svg)
 
 
-def draw_png(width: float, height: float, paint: Callable[[Figure], None], description: str) -> bytes:
+def draw_png(
+    width: float, height: float, paint: Callable[[Figure], None], description: str
+) -> bytes:
     """The same picture as a PNG on white, for pages that show no SVG; 160 dots per inch."""
     with rc_context({key: light(value) for key, value in _STYLE.items()}):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -100,11 +112,16 @@ def draw_png(width: float, height: float, paint: Callable[[Figure], None], descr
         figure.canvas.draw()  # ticks come into being
         for artist in figure.findobj():
             for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
-                get, put = getattr(artist, f"get_{name}", None), getattr(artist, f"set_{name}", None)
+                get, put = (
+                    getattr(artist, f"get_{name}", None),
+                    getattr(artist, f"set_{name}", None),
+                )
                 if get and put:
                     put(light(get()))
         out = io.BytesIO()
-        figure.savefig(out, format="png", dpi=160, metadata={"Description": description, "Software": None})
+        figure.savefig(
+            out, format="png", dpi=160, metadata={"Description": description, "Software": None}
+        )
     return out.getvalue()
 
 
@@ -145,10 +162,18 @@ def _inches(axes: Axes) -> tuple[float, float]:
     return float(width), float(height)
 
 
-def dots(axes: Axes, x: Floats, y: Floats, colour: str, size: float, mark: str = "o", **style: Any) -> None:
+def dots(
+    axes: Axes, x: Floats, y: Floats, colour: str, size: float, mark: str = "o", **style: Any
+) -> None:
     """Points with a rim of the page's colour, whole also at the picture's edge."""
     if len(x):  # an empty line that is not clipped spoils matplotlib's layout
-        look: Any = {"color": colour, "markersize": size, "markeredgecolor": PAPER, "markeredgewidth": 1.0, "zorder": 4}
+        look: Any = {
+            "color": colour,
+            "markersize": size,
+            "markeredgecolor": PAPER,
+            "markeredgewidth": 1.0,
+            "zorder": 4,
+        }
         axes.plot(x, y, mark, clip_on=False, **(look | style))
 
 
@@ -158,7 +183,9 @@ def end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], size: float
     Args:
         labels: (height in data units, text, colour).
     """
-    entries = sorted((entry for entry in labels if np.isfinite(entry[0])), key=lambda entry: entry[0])
+    entries = sorted(
+        (entry for entry in labels if np.isfinite(entry[0])), key=lambda entry: entry[0]
+    )
     if not entries:
         return
     low, high = axes.get_ylim()
@@ -180,7 +207,9 @@ def end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], size: float
 
 def count_axis(axes: Axes, label: str, many: int = 8) -> None:
     """Whole numbers along the bottom: 20,000 or 1.2 B."""
-    axes.xaxis.set_major_locator(MaxNLocator(many, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(
+        MaxNLocator(many, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+    )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.set_xlabel(label)
 

@@ -31,7 +31,12 @@ from megacode.report.run_data import Floats, Run
 
 _WIDTH = 10.0
 _HALF = 5.0
-FORMS = {"mfu": "{:.0%}".format, "learning_rate": rate, "tokens_per_second": short, "drift": "{:+.2%}".format}
+FORMS = {
+    "mfu": "{:.0%}".format,
+    "learning_rate": rate,
+    "tokens_per_second": short,
+    "drift": "{:+.2%}".format,
+}
 NOISY = ("grad_norm", "tokens_per_second", "mfu", "tflops_per_device")
 TITLES = {
     "learning_rate": "Learning rate",
@@ -49,16 +54,26 @@ def bands(run: Run) -> list[Band]:
     """The run's phases over finished steps, as far as it has come."""
     end = run.steps_done
     if run.phases:
-        starts = [(phase["name"], phase["first_step"], phase["first_step"] + phase["steps"]) for phase in run.phases]
+        starts = [
+            (phase["name"], phase["first_step"], phase["first_step"] + phase["steps"])
+            for phase in run.phases
+        ]
         return [Band(name, start, min(stop, end)) for name, start, stop in starts if start < end]
     parts = run.train.phase_slices()
     steps = run.train["step"]
-    return [Band(str(run.train.phase[part.start]), steps[part.start] - 1, steps[part.stop - 1]) for part in parts]
+    return [
+        Band(str(run.train.phase[part.start]), steps[part.start] - 1, steps[part.stop - 1])
+        for part in parts
+    ]
 
 
 def validation_points(run: Run, key: str, name: str) -> tuple[Floats, Floats]:
     """(steps, losses) of a source (`loss_by_source`) or domain (`loss_by_domain`)."""
-    pairs = [(r["step"], r[key][name]) for r in run.validations if (r.get(key) or {}).get(name) is not None]
+    pairs = [
+        (r["step"], r[key][name])
+        for r in run.validations
+        if (r.get(key) or {}).get(name) is not None
+    ]
     points = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return points[:, 0], points[:, 1]
 
@@ -105,7 +120,8 @@ def loss_by_domain(run: Run, hue: dict[str, int], draw: Callable[..., Any] = dra
 def loss_by_source(run: Run, hue: dict[str, int]) -> str | None:
     """One panel a domain, one line a source; None where no domain has two sources."""
     groups = {
-        domain: [n for n in run.recipe.sources if run.recipe.sources[n].domain == domain] for domain in run.domains
+        domain: [n for n in run.recipe.sources if run.recipe.sources[n].domain == domain]
+        for domain in run.domains
     }
     read = {d: [n for n in names if n in run.train.loss_by_source] for d, names in groups.items()}
     read = {domain: names for domain, names in read.items() if names}
@@ -118,7 +134,14 @@ def loss_by_source(run: Run, hue: dict[str, int]) -> str | None:
             colour, labels, curves = placeholder(hue[domain]), [], []
             for index, name in enumerate(names):
                 line = smooth(run.train.loss_by_source[name], run.train)
-                curve(axes, run.train["step"], line, color=colour, linestyle=DASHES[index % len(DASHES)], linewidth=1.4)
+                curve(
+                    axes,
+                    run.train["step"],
+                    line,
+                    color=colour,
+                    linestyle=DASHES[index % len(DASHES)],
+                    linewidth=1.4,
+                )
                 at, losses = validation_points(run, "loss_by_source", name)
                 dots(axes, at, losses, colour, 4.5)
                 known = line[np.isfinite(line)]
@@ -152,7 +175,9 @@ def mixture(run: Run, hue: dict[str, int], draw: Callable[..., Any] = draw) -> A
             stack = [np.concatenate([share[part][:1], share[part]]) for share in shares]
             colours = [placeholder(hue[name]) for name in names]
             chosen = [thin(x, layer) for layer in stack]
-            axes.stackplot(chosen[0][0], [c[1] for c in chosen], colors=colours, alpha=0.35, linewidth=0)
+            axes.stackplot(
+                chosen[0][0], [c[1] for c in chosen], colors=colours, alpha=0.35, linewidth=0
+            )
         planned = planned_shares(run, names)
         for at, levels in planned:
             for level in levels[:-1]:
@@ -167,9 +192,18 @@ def mixture(run: Run, hue: dict[str, int], draw: Callable[..., Any] = draw) -> A
         figure.canvas.draw()
         last = np.cumsum([share[-1] for share in shares])
         middles = last - np.array([share[-1] for share in shares]) / 2
-        end_labels(axes, [(m, n, placeholder(hue[n])) for m, n in zip(middles, names, strict=True)], size=10)
+        end_labels(
+            axes,
+            [(m, n, placeholder(hue[n])) for m, n in zip(middles, names, strict=True)],
+            size=10,
+        )
 
-    return draw(_WIDTH, 2.9, paint, f"Share of sequences of {run.label} by domain over steps, consumed and planned")
+    return draw(
+        _WIDTH,
+        2.9,
+        paint,
+        f"Share of sequences of {run.label} by domain over steps, consumed and planned",
+    )
 
 
 def planned_shares(run: Run, names: list[str]) -> list[tuple[Floats, Floats]]:
@@ -182,7 +216,9 @@ def planned_shares(run: Run, names: list[str]) -> list[tuple[Floats, Floats]]:
         for stream, shares in zip(phase["streams"], curves["shares"], strict=True):
             if stream["domain"] in names:
                 per_domain[names.index(stream["domain"])] += shares
-        x = np.concatenate([[at[0]], at + 1])  # step s (from 0) lies between s and s + 1 finished steps
+        x = np.concatenate(
+            [[at[0]], at + 1]
+        )  # step s (from 0) lies between s and s + 1 finished steps
         out.append((x, np.concatenate([per_domain[:, :1], per_domain], axis=1).cumsum(axis=0)))
     return out
 
@@ -219,7 +255,9 @@ def _small(run: Run, key: str) -> str:
             axes.set_ylim(-reach, reach)
         elif key == "grad_norm" and positive and finite.max() > 20 * np.median(finite):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the scale's own writes formulas
+            axes.yaxis.set_major_formatter(
+                lambda value, _: f"{value:g}"
+            )  # the scale's own writes formulas
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(0, 1.08 * float(finite.max()) or 1)

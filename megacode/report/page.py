@@ -76,13 +76,21 @@ def lead(run: Run) -> str:
     """One sentence: how far it is and what it reached."""
     planned = (run.plan or {}).get("steps")
     done = (
-        f"{run.steps_done:,} steps" if planned in (None, run.steps_done) else f"{run.steps_done:,} of {planned:,} steps"
+        f"{run.steps_done:,} steps"
+        if planned in (None, run.steps_done)
+        else f"{run.steps_done:,} of {planned:,} steps"
     )
     text = f"{done}, {count(float(run.train['tokens'][-1]))} tokens in {tables.clock(float(np.nansum(run.train['seconds'])))}."
     losses = (run.validations[-1].get("loss_by_domain") or {}) if run.validations else {}
-    known = {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    known = {
+        name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)
+    }
     if known:
-        text += " Validation loss: " + ", ".join(f"{name} {loss:.3f}" for name, loss in known.items()) + "."
+        text += (
+            " Validation loss: "
+            + ", ".join(f"{name} {loss:.3f}" for name, loss in known.items())
+            + "."
+        )
     unknown = int(np.isnan(run.train["loss"]).sum())
     if unknown:
         text += f" In {unknown:,} step{'s' * (unknown > 1)} the loss was not a finite number."

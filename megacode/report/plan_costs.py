@@ -36,7 +36,9 @@ class Machine:
         return DEVICES[self.device][1]
 
 
-def print_costs(plan: Plan, vocab_size: int | None, machine: Machine, console: Console, every_checkpoint: bool) -> None:
+def print_costs(
+    plan: Plan, vocab_size: int | None, machine: Machine, console: Console, every_checkpoint: bool
+) -> None:
     """Checkpoints, memory, time and disk. Without a vocabulary only how many checkpoints there are."""
     print_table(console, checkpoint_table(plan, vocab_size, every_checkpoint))
     print_table(console, _speed_table(plan, machine))
@@ -56,7 +58,9 @@ def checkpoint_table(plan: Plan, vocab_size: int | None, every: bool) -> Table:
     each = gigabytes(size) if size else "not known"
     last = plan.recipe.checkpoints.keep_last
     if every:
-        table = table_of("Checkpoints", "name", "phase", "step of it", "tokens", "size", "kept", left=2)
+        table = table_of(
+            "Checkpoints", "name", "phase", "step of it", "tokens", "size", "kept", left=2
+        )
         for step in saves:
             phase = plan.phase_at(step - 1)
             table.add_row(
@@ -64,7 +68,9 @@ def checkpoint_table(plan: Plan, vocab_size: int | None, every: bool) -> Table:
                 "for good" if step in kept else f"among the last {last}",
             )  # fmt: skip
     else:
-        table = table_of("Checkpoints", "phase", "saves", "kept for good", "first", "last", "size of each")
+        table = table_of(
+            "Checkpoints", "phase", "saves", "kept for good", "first", "last", "size of each"
+        )
         for phase in plan.phases:
             own = [s for s in saves if phase.first_step < s <= phase.first_step + phase.steps]
             table.add_row(
@@ -73,7 +79,9 @@ def checkpoint_table(plan: Plan, vocab_size: int | None, every: bool) -> Table:
             )  # fmt: skip
     most = len(kept) + min(last, len(saves) - len(kept))
     disk = f", {gigabytes(size * most)} on disk at the end" if size else ""
-    table.caption = f"{len(saves):,} saves; {len(kept):,} kept for good and the last {last} of the others{disk}"
+    table.caption = (
+        f"{len(saves):,} saves; {len(kept):,} kept for good and the last {last} of the others{disk}"
+    )
     table.caption_justify = "left"
     return table
 
@@ -90,12 +98,24 @@ def _speed_table(plan: Plan, machine: Machine) -> Table:
     hardware = assumed(machine.device)
     table = table_of(f"Overlap and fusion on {machine.device}", "", "", "", left=3, prose=True)
     for one in decide_overlaps(recipe, hardware, data).values():
-        table.add_row("on" if one.on else "off", one.key, Text(one.why, style="" if one.on else "dim"))
-    many = "" if machine.devices else "; more than one data-parallel rank assumed (--gpus N says how many)"
+        table.add_row(
+            "on" if one.on else "off", one.key, Text(one.why, style="" if one.on else "dim")
+        )
+    many = (
+        ""
+        if machine.devices
+        else "; more than one data-parallel rank assumed (--gpus N says how many)"
+    )
     table.caption = Text(f"with CUDA, Transformer Engine and Apex{many}; `false` turns one off")
-    refusal = fp8_refusal(recipe.precision.fp8_recipe, hardware) if recipe.precision.compute == "fp8" else None
+    refusal = (
+        fp8_refusal(recipe.precision.fp8_recipe, hardware)
+        if recipe.precision.compute == "fp8"
+        else None
+    )
     if refusal:
-        table.caption = Text(f"precision: fp8 cannot run on {machine.device}: {refusal}", style="bold red")
+        table.caption = Text(
+            f"precision: fp8 cannot run on {machine.device}: {refusal}", style="bold red"
+        )
     table.caption_justify = "left"
     return table
 
@@ -115,15 +135,29 @@ def _memory_table(plan: Plan, vocab_size: int, machine: Machine) -> Table:
         memory = stage_memory(plan.recipe, vocab_size, world, stage)
         totals.append(memory.total)
         gathered = max(gathered, gathered_bytes(plan.recipe, memory.parameters, world))
-        parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
-        table.add_row(f"{stage + 1} of {parallel.pipeline}", count(memory.parameters), *(gigabytes(p) for p in parts))
+        parts = (
+            memory.weights,
+            memory.gradients,
+            memory.optimizer,
+            memory.activations,
+            memory.total,
+        )
+        table.add_row(
+            f"{stage + 1} of {parallel.pipeline}",
+            count(memory.parameters),
+            *(gigabytes(p) for p in parts),
+        )
     peak = machine.peak
     fits = max(totals) <= peak.usable
     verdict = f"fits {machine.device}" if fits else f"does NOT fit {machine.device}"
     table.caption = Text(
         f"{verdict} ({peak.memory} GiB, of which {gigabytes(peak.usable)} usable beside CUDA, NCCL and fragmentation); with "
         "flash attention (Transformer Engine)"
-        + (f"; a save takes {gigabytes(gathered)} of host memory in each process" if gathered else ""),
+        + (
+            f"; a save takes {gigabytes(gathered)} of host memory in each process"
+            if gathered
+            else ""
+        ),
         style="" if fits else "bold red",
     )
     table.caption_justify = "left"
@@ -136,7 +170,9 @@ def _memory_table(plan: Plan, vocab_size: int, machine: Machine) -> Table:
 def _cost_table(plan: Plan, vocab_size: int, machine: Machine) -> Table:
     flops = estimate.run_flops(plan, vocab_size)
     table = table_of("Costs", "", "", left=2, prose=True)
-    table.add_row("compute", f"{flops:.4g} FLOPs, forward and backward; causal attention counted in full")
+    table.add_row(
+        "compute", f"{flops:.4g} FLOPs, forward and backward; causal attention counted in full"
+    )
     if machine.devices:
         peak = machine.peak.sixteen_bit * 1e12
         days = estimate.days(flops, machine.devices, peak, machine.mfu)
@@ -147,7 +183,9 @@ def _cost_table(plan: Plan, vocab_size: int, machine: Machine) -> Table:
             f"(dense, 16 bit); {hours:,.0f} device hours",
         )
         if machine.price is not None:
-            table.add_row("price", f"{hours * machine.price:,.0f} at {machine.price:g} a device hour")
+            table.add_row(
+                "price", f"{hours * machine.price:,.0f} at {machine.price:g} a device hour"
+            )
     else:
         table.add_row("time", "give --gpus N (and --device, --mfu, --price)")
     each = checkpoint_bytes(plan.recipe, vocab_size)
@@ -163,7 +201,11 @@ def _cost_table(plan: Plan, vocab_size: int, machine: Machine) -> Table:
 
 
 def print_suggestions(
-    proposals: Sequence[Proposal], machine: Machine, recipe: str, overrides: Sequence[str], console: Console
+    proposals: Sequence[Proposal],
+    machine: Machine,
+    recipe: str,
+    overrides: Sequence[str],
+    console: Console,
 ) -> None:
     """Layouts that fit, fastest first, what was assumed, and how to take the first: after the `overrides` (`key=value`)
     that these are for."""
@@ -174,7 +216,13 @@ def print_suggestions(
     table = table_of(f"Layouts for {machine.devices:,} {machine.device}, fastest first", *columns)
     for number, proposal in enumerate(proposals, 1):
         p, r = proposal.parallel, proposal.parallel.recompute
-        again = "none" if r.granularity == "none" else f"{r.layers} layers" if r.method == "block" else "every layer"
+        again = (
+            "none"
+            if r.granularity == "none"
+            else f"{r.layers} layers"
+            if r.method == "block"
+            else "every layer"
+        )
         table.add_row(
             str(number), str(p.tensor), str(p.pipeline), str(p.virtual_pipeline or ""), str(proposal.data),
             str(p.micro_batch_size), f"x {proposal.micro_batches:,}", again, gigabytes(proposal.memory.total),
@@ -182,7 +230,9 @@ def print_suggestions(
         )  # fmt: skip
     print_table(console, table)
     console.print(Padding(Text(f"Assumed: {ASSUMPTIONS}.", style="dim"), (0, 2)))
-    settings = " ".join(f"--set {shlex.quote(setting)}" for setting in [*overrides, *proposals[0].settings()])
+    settings = " ".join(
+        f"--set {shlex.quote(setting)}" for setting in [*overrides, *proposals[0].settings()]
+    )
     console.print("\nThe first:", markup=False)
     console.print(
         f"  megacode plan {shlex.quote(recipe)} --gpus {machine.devices} --device {machine.device} {settings}\n",

@@ -40,8 +40,23 @@ def packing_table(plan: Plan, losses: Sequence[Losses]) -> Table | None:
     estimated = sorted({s.source for phase in plan.phases for s in phase.streams if s.estimated})
     if not losses and not estimated:
         return None
-    table = Table(title="Packing", title_justify="left", title_style="bold", box=SIMPLE_HEAD, header_style="dim")
-    heads = ("source", "length", "documents", "concatenate: cut", "lost", "best_fit: cut", "padding", "chosen")
+    table = Table(
+        title="Packing",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        header_style="dim",
+    )
+    heads = (
+        "source",
+        "length",
+        "documents",
+        "concatenate: cut",
+        "lost",
+        "best_fit: cut",
+        "padding",
+        "chosen",
+    )
     for number, head in enumerate(heads):
         table.add_column(head, justify="right" if 0 < number < 7 else "left", no_wrap=number == 0)
     for one in losses:
@@ -50,12 +65,13 @@ def packing_table(plan: Plan, losses: Sequence[Losses]) -> Table | None:
             Text(one.source),
             f"{one.sequence_length:,}",
             f"{one.documents:,}" + (f" ({one.measured:,} measured)" if partly else ""),
-            *(f"{100 * share:.3g} %" for share in (one.cut["concatenate"], one.lost, one.cut["best_fit"], one.padding)),
+            *(
+                f"{100 * share:.3g} %"
+                for share in (one.cut["concatenate"], one.lost, one.cut["best_fit"], one.padding)
+            ),
             one.packing,
         )
     if estimated:
-        table.caption = (
-            f"packs of {', '.join(estimated)}: estimated from `tokens` as if full; counted once the data is there"
-        )
+        table.caption = f"packs of {', '.join(estimated)}: estimated from `tokens` as if full; counted once the data is there"
         table.caption_justify = "left"
     return table

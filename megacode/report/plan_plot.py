@@ -21,23 +21,41 @@ def plot_plan(plan: Plan, path: Path) -> None:
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     top, middle, bottom, saved = figure.subplots(4, 1, sharex=True, height_ratios=[4, 3, 1, 0.5])
-    domains = list(dict.fromkeys(stream.domain for phase in plan.phases for stream in phase.streams))
+    domains = list(
+        dict.fromkeys(stream.domain for phase in plan.phases for stream in phase.streams)
+    )
     schemes = css()["light"]
     colours = [schemes[f"hue{hue}"] for hue in hues(domains).values()]
     total = plan.total_steps
     for phase in plan.phases:
-        steps = np.unique(np.linspace(phase.first_step, phase.last_step, min(phase.steps, 600)).astype(np.int64))
+        steps = np.unique(
+            np.linspace(phase.first_step, phase.last_step, min(phase.steps, 600)).astype(np.int64)
+        )
         weights = phase.weights_at(steps)
         edges = np.append(steps, phase.last_step + 1)
         bands = [
-            sum((weights[:, n] for n, s in enumerate(phase.streams) if s.domain == domain), np.zeros(len(steps)))
+            sum(
+                (weights[:, n] for n, s in enumerate(phase.streams) if s.domain == domain),
+                np.zeros(len(steps)),
+            )
             for domain in domains
         ]
         bands = [np.append(band, band[-1]) for band in bands]
-        top.stackplot(edges, bands, colors=colours, labels=domains if phase.index == 0 else (), alpha=0.85, step="post")
-        middle.plot(steps, [phase.learning_rate(int(step)) for step in steps], color="black", linewidth=1.2)
+        top.stackplot(
+            edges,
+            bands,
+            colors=colours,
+            labels=domains if phase.index == 0 else (),
+            alpha=0.85,
+            step="post",
+        )
+        middle.plot(
+            steps, [phase.learning_rate(int(step)) for step in steps], color="black", linewidth=1.2
+        )
         sizes = phase.quota.batch.at(steps - phase.first_step)
-        bottom.plot(edges, np.append(sizes, sizes[-1]), color="black", linewidth=1.2, drawstyle="steps-post")
+        bottom.plot(
+            edges, np.append(sizes, sizes[-1]), color="black", linewidth=1.2, drawstyle="steps-post"
+        )
         for axes in (top, middle, bottom, saved):
             axes.axvline(phase.first_step, color="grey", linewidth=0.6, linestyle=":")
         fim = {s.fim_rate for s in phase.streams if s.fim_rate}
@@ -53,7 +71,9 @@ def plot_plan(plan: Plan, path: Path) -> None:
     saved.set(ylim=(0, 1), yticks=[], xlabel="step")
     saved.set_ylabel(f"{len(saves)} saves", rotation=0, ha="right", va="center")
     top.set(ylabel="share of sequences", ylim=(0, 1), xlim=(0, total))
-    figure.legend(*top.get_legend_handles_labels(), loc="outside upper right", ncols=len(domains), fontsize=9)
+    figure.legend(
+        *top.get_legend_handles_labels(), loc="outside upper right", ncols=len(domains), fontsize=9
+    )
     middle.set(ylabel="learning rate")
     middle.set_ylim(bottom=0)
     middle.grid(alpha=0.3)
@@ -63,7 +83,11 @@ def plot_plan(plan: Plan, path: Path) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     tokens = top.secondary_xaxis("top")
     ticks = [tick for tick in saved.get_xticks() if 0 <= tick <= total]
-    tokens.set_xticks(ticks, [f"{count(plan.tokens_before(int(tick)))}" if tick else "0" for tick in ticks], fontsize=8)
+    tokens.set_xticks(
+        ticks,
+        [f"{count(plan.tokens_before(int(tick)))}" if tick else "0" for tick in ticks],
+        fontsize=8,
+    )
     tokens.set_xlabel("tokens", fontsize=9)
     figure.suptitle(plan.recipe.name, x=0.08, ha="left", fontweight="bold")
     figure.savefig(path, dpi=130)

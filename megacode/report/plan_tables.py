@@ -36,14 +36,23 @@ def print_plan(plan: Plan, vocab_size: int | None, console: Console) -> None:
 def _model_table(plan: Plan, vocab_size: int | None) -> Table:
     model = plan.recipe.model
     table = table_of("Model", "", "", left=2, prose=True)
-    kv = f" ({model.kv_heads} for keys and values)" if model.kv_heads not in (None, model.heads) else ""
+    kv = (
+        f" ({model.kv_heads} for keys and values)"
+        if model.kv_heads not in (None, model.heads)
+        else ""
+    )
     heads = f"{model.heads} heads{kv} of {model.resolved_head_dim}"
     table.add_row("shape", f"{model.layers} layers x {model.hidden_size}, {heads}")
     table.add_row("feed-forward", f"{model.resolved_ffn_size}, {model.activation}")
     length = max(phase.sequence_length for phase in plan.phases)
     if vocab_size is None:
-        table.add_row("vocabulary", "not known: the tokenizer is not there yet, and model.vocab_size does not say")
-        bare = estimate.parameter_count(model.model_copy(update={"tie_embeddings": True}), 0, length)
+        table.add_row(
+            "vocabulary",
+            "not known: the tokenizer is not there yet, and model.vocab_size does not say",
+        )
+        bare = estimate.parameter_count(
+            model.model_copy(update={"tie_embeddings": True}), 0, length
+        )
         table.add_row("parameters", f"{bare:,} without embeddings")
     else:
         table.add_row("vocabulary", f"{vocab_size:,}{', tied' if model.tie_embeddings else ''}")
@@ -62,7 +71,10 @@ def _model_table(plan: Plan, vocab_size: int | None) -> Table:
         f"{parallel.micro_batch_size}, {plan.recipe.precision.compute}",
     )
     if model.megatron:
-        table.add_row("", f"model.megatron ({', '.join(model.megatron)}) is not part of the counts and estimates")
+        table.add_row(
+            "",
+            f"model.megatron ({', '.join(model.megatron)}) is not part of the counts and estimates",
+        )
     return table
 
 
@@ -82,7 +94,11 @@ def _phase_table(plan: Plan) -> Table:
     table = table_of("Phases", *columns)
     for phase in plan.phases:
         first, last = phase.batch_size(phase.first_step), phase.batch_size(phase.last_step)
-        rates = (phase.learning_rate(phase.first_step), phase.rate.peak, phase.learning_rate(phase.last_step))
+        rates = (
+            phase.learning_rate(phase.first_step),
+            phase.rate.peak,
+            phase.learning_rate(phase.last_step),
+        )
         table.add_row(
             phase.name,
             f"{phase.steps:,}",
@@ -112,15 +128,21 @@ def _stream_table(phase: PhasePlan) -> Table:
             stream.label,
             stream.domain,
             given[number],
-            _percent(first) if abs(first - last) < 5e-7 else f"{_percent(first)} → {_percent(last)}",
+            _percent(first)
+            if abs(first - last) < 5e-7
+            else f"{_percent(first)} → {_percent(last)}",
             f"{stream.samples:,}",
             count(stream.tokens),
             f"{stream.epochs:.3g}",
             Text(f"{stream.epochs_after:.3g}", style="yellow" if stream.epochs_after > 4 else ""),
-            f"{stream.fim_rate:g}{' document' * (stream.fim_level == 'document')}" if stream.fim_rate else "",
+            f"{stream.fim_rate:g}{' document' * (stream.fim_level == 'document')}"
+            if stream.fim_rate
+            else "",
         )
     table.add_section()
-    table.add_row("sum", "", total, _percent(1.0), f"{phase.samples:,}", count(phase.tokens), style="dim")
+    table.add_row(
+        "sum", "", total, _percent(1.0), f"{phase.samples:,}", count(phase.tokens), style="dim"
+    )
     domains = domain_shares(phase)
     if len(domains) > 1:
         table.caption = " · ".join(f"{name} {_percent(share)}" for name, share in domains.items())
@@ -141,5 +163,7 @@ def given_weights(phase: PhasePlan) -> tuple[list[str], str]:
     first = weights.at(np.zeros(1, dtype=np.int64))[0]
     if weights.settled:
         last = weights.at(np.array([phase.steps - 1]))[0]
-        return [f"{a:.4g} → {b:.4g}" for a, b in zip(first, last, strict=True)], f"{first.sum():.6g} → {last.sum():.6g}"
+        return [
+            f"{a:.4g} → {b:.4g}" for a, b in zip(first, last, strict=True)
+        ], f"{first.sum():.6g} → {last.sum():.6g}"
     return [f"{weight:.4g}" for weight in first], f"{first.sum():.6g}"

@@ -11,7 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from megacode.corpus.preprocess import tokenize as part
@@ -37,15 +44,21 @@ def preprocess_visibly(
 
         def on_stage(stage: str, total_bytes: int, done_bytes: int) -> None:
             show_stage(stage, total_bytes, done_bytes)
-            if plot and stage == "tokenizing":  # workers are busy and this process is not: what the plot will need
+            if (
+                plot and stage == "tokenizing"
+            ):  # workers are busy and this process is not: what the plot will need
                 threading.Thread(target=_import_plotting, daemon=True).start()
 
         result = preprocess(request, workers, share, on_stage, on_progress)
     seconds = time.monotonic() - started
     if result.kept:
-        console.print(f"{name}: kept; already made from these files with these settings", soft_wrap=True)
+        console.print(
+            f"{name}: kept; already made from these files with these settings", soft_wrap=True
+        )
     elif result.parts_kept:
-        console.print(f"{name}: {result.parts_kept} of {result.parts} parts were done before and kept")
+        console.print(
+            f"{name}: {result.parts_kept} of {result.parts} parts were done before and kept"
+        )
     if not result.outputs:
         assert share
         console.print(
@@ -60,7 +73,9 @@ def preprocess_visibly(
         from megacode.report.document_lengths import plot_lengths
 
         made = result.outputs.values()
-        plot_lengths({_shown(prefix): statistics(open_dataset(prefix)).histogram for prefix in made}, picture)
+        plot_lengths(
+            {_shown(prefix): statistics(open_dataset(prefix)).histogram for prefix in made}, picture
+        )
     print_table(console, results_table(result, None if result.kept or share else seconds))
     if plot:
         console.print(f"document lengths: {_shown(picture)}")
@@ -95,13 +110,17 @@ def results_table(result: Result, seconds: float | None) -> Table:
             f"{seconds:.1f} s, {total.bytes / 1e6 / seconds:,.1f} MB/s, {total.tokens / seconds:,.0f} tokens/s"
         )
     if result.counts.checked:
-        notes.append(f"checked: {result.counts.checked:,} documents at random have the reference library's ids")
+        notes.append(
+            f"checked: {result.counts.checked:,} documents at random have the reference library's ids"
+        )
     if result.counts.exact:
         notes.append(f"tokenized by the reference library alone: {result.counts.exact}")
     for what, reasons in (("bad", result.counts.bad), ("passed over", result.counts.passed_over)):
         notes += [f"{what}: {count:,} × {reason}" for reason, count in reasons.most_common(8)]
     if result.counts.repaired:
-        notes.append(f"repaired: {result.counts.repaired:,} documents with lone surrogates, now U+FFFD")
+        notes.append(
+            f"repaired: {result.counts.repaired:,} documents with lone surrogates, now U+FFFD"
+        )
     if result.quarantine:
         notes.append(f"left out, with reasons: {_shown(result.quarantine)}")
     table.caption = "\n".join(notes)

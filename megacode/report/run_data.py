@@ -179,14 +179,23 @@ def _array(values: list[Any]) -> Floats:
 def _columns(records: list[Record], key: str, absent: float = np.nan) -> dict[str, Floats]:
     names = dict.fromkeys(name for record in records for name in record.get(key) or {})
     return {
-        name: _array([absent if (value := (record.get(key) or {}).get(name)) is None else value for record in records])
+        name: _array(
+            [
+                absent if (value := (record.get(key) or {}).get(name)) is None else value
+                for record in records
+            ]
+        )
         for name in names
     }
 
 
 def _domains(recipe: Recipe, plan: dict[str, Any] | None, train: list[Record]) -> tuple[str, ...]:
     """Domains in the recipe's order of sources: those that the run reads or validates."""
-    read = {stream["domain"] for phase in (plan or {"phases": []})["phases"] for stream in phase["streams"]}
+    read = {
+        stream["domain"]
+        for phase in (plan or {"phases": []})["phases"]
+        for stream in phase["streams"]
+    }
     read |= {name for record in train for name in record.get("loss_by_domain") or {}}
     read |= {source.domain for source in recipe.sources.values() if source.validation}
     ordered = dict.fromkeys(source.domain for source in recipe.sources.values())

@@ -50,17 +50,23 @@ def facts(run: Run, parameters: int | None) -> list[tuple[str, str]]:
     world = environment.get("world_size")
     layout = [
         f"{letter} {size}"
-        for letter, size in zip(("TP", "PP", "CP"), (parallel.tensor, parallel.pipeline, parallel.context), strict=True)
+        for letter, size in zip(
+            ("TP", "PP", "CP"), (parallel.tensor, parallel.pipeline, parallel.context), strict=True
+        )
         if size > 1
     ]
     if world:
-        layout.append(f"DP {max(1, world // (parallel.tensor * parallel.pipeline * parallel.context))}")
+        layout.append(
+            f"DP {max(1, world // (parallel.tensor * parallel.pipeline * parallel.context))}"
+        )
     rows = [
         ("Model", f"{count(parameters)} parameters; {shape}" if parameters else shape),
         ("Trained", f"{run.steps_done:,}{total} steps, {count(float(train['tokens'][-1]))} tokens"),
         (
             "Time in steps",
-            f"{clock(seconds)}, {np.nansum(_step_tokens(run)) / seconds:,.0f} tokens/s" if seconds else "–",
+            f"{clock(seconds)}, {np.nansum(_step_tokens(run)) / seconds:,.0f} tokens/s"
+            if seconds
+            else "–",
         ),
         ("Layout", f"{' × '.join(layout) or 'one process'}; {recipe.precision.compute}"),
     ]
@@ -75,7 +81,9 @@ def facts(run: Run, parameters: int | None) -> list[tuple[str, str]]:
             for name in ("torch", "megatron-core", "transformer-engine")
             if versions.get(name)
         ]
-        rows.append(("Software", ", ".join([f"megacode {environment.get('megacode', '?')}", *known])))
+        rows.append(
+            ("Software", ", ".join([f"megacode {environment.get('megacode', '?')}", *known]))
+        )
         rows.append(("Started", str(environment.get("started", "–"))))
     accepted = [
         f"{event['key']} from step {event['step']:,} on: {event['before']} → {event['now']}"
@@ -109,17 +117,35 @@ def phases(run: Run) -> Table | None:
                 (
                     Cell(f"{phase['first_step'] + 1:,}–{phase['first_step'] + phase['steps']:,}"),
                     Cell(count(phase["tokens"])),
-                    Cell(f"{_move(phase['batch_size'][0], phase['batch_size'][1], '{:,}')} × {phase['sequence_length']:,}"),
                     Cell(
-                        ", ".join(f"{name} {_move(100 * a, 100 * b, '{:.3g}')} %" for name, (a, b) in domains.items())
+                        f"{_move(phase['batch_size'][0], phase['batch_size'][1], '{:,}')} × {phase['sequence_length']:,}"
                     ),
-                    Cell("–" if not fim else "–".join(f"{rate:g}" for rate in sorted({min(fim), max(fim)}))),
+                    Cell(
+                        ", ".join(
+                            f"{name} {_move(100 * a, 100 * b, '{:.3g}')} %"
+                            for name, (a, b) in domains.items()
+                        )
+                    ),
+                    Cell(
+                        "–"
+                        if not fim
+                        else "–".join(f"{rate:g}" for rate in sorted({min(fim), max(fim)}))
+                    ),
                     Cell(f"{phase['learning_rate'][1]:.3g} → {phase['learning_rate'][2]:.3g}"),
                     Cell("fresh" if phase["fresh_optimizer"] else "kept"),
                 ),
             )
         )
-    columns = ("phase", "steps", "tokens", "batch × length", "mixture", "FIM rate", "learning rate", "Adam's state")
+    columns = (
+        "phase",
+        "steps",
+        "tokens",
+        "batch × length",
+        "mixture",
+        "FIM rate",
+        "learning rate",
+        "Adam's state",
+    )
     return Table(columns, tuple(rows))
 
 
@@ -139,7 +165,9 @@ def validation(run: Run) -> Table | None:
             inside = [r for r in run.validations if start < r["step"] <= end]
             if inside:
                 columns.append(
-                    phase["name"] if inside[-1]["step"] == end else f"{phase['name']} (step {inside[-1]['step']:,})"
+                    phase["name"]
+                    if inside[-1]["step"] == end
+                    else f"{phase['name']} (step {inside[-1]['step']:,})"
                 )
                 records.append(inside[-1])
     else:
@@ -148,10 +176,18 @@ def validation(run: Run) -> Table | None:
     rows = []
     for domain in run.domains:
         if any(domain in (r.get("loss_by_domain") or {}) for r in records):
-            rows.append(Row(domain, _losses([r["loss_by_domain"].get(domain) for r in records]), domain))
-            names = [n for n, s in run.recipe.sources.items() if s.domain == domain and s.validation]
+            rows.append(
+                Row(domain, _losses([r["loss_by_domain"].get(domain) for r in records]), domain)
+            )
+            names = [
+                n for n, s in run.recipe.sources.items() if s.domain == domain and s.validation
+            ]
             rows += [
-                Row(name, _losses([(r.get("loss_by_source") or {}).get(name) for r in records]), part=True)
+                Row(
+                    name,
+                    _losses([(r.get("loss_by_source") or {}).get(name) for r in records]),
+                    part=True,
+                )
                 for name in names
                 if len(names) > 1
             ]
@@ -201,7 +237,14 @@ def sources(run: Run) -> Table:
             Cell(f"{consumed / size:.3g}" if size and len(sizes[name]) == 1 else "–"),
         ]
         rows.append(Row(name, tuple(cells), source.domain))
-    columns = ("source", "tokens in an epoch", "planned", "consumed", "epochs planned", "epochs consumed")
+    columns = (
+        "source",
+        "tokens in an epoch",
+        "planned",
+        "consumed",
+        "epochs planned",
+        "epochs consumed",
+    )
     return Table(columns, tuple(rows))
 
 
@@ -211,14 +254,18 @@ def history(run: Run) -> list[tuple[int, str]]:
     for event in run.events:
         more = {k: v for k, v in event.items() if k not in ("kind", "step", "event", "at")}
         detail = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in more.items())
-        out.append((int(event["step"]), f"{event.get('event', '?')}{': ' + detail if detail else ''}"))
+        out.append(
+            (int(event["step"]), f"{event.get('event', '?')}{': ' + detail if detail else ''}")
+        )
     return out
 
 
 def comparison(runs: list[Run]) -> Table | None:
     """Last validation loss of every domain, one run a row, the best of each domain marked, against the first run."""
     last = [run.validations[-1] if run.validations else None for run in runs]
-    domains = list(dict.fromkeys(d for run in runs for d in run.domains if _final(run, d) is not None))
+    domains = list(
+        dict.fromkeys(d for run in runs for d in run.domains if _final(run, d) is not None)
+    )
     if not domains:
         return None
     best = {d: min(v for run in runs if (v := _final(run, d)) is not None) for d in domains}
@@ -230,16 +277,26 @@ def comparison(runs: list[Run]) -> Table | None:
         ]
         for domain in domains:
             value, base = _final(run, domain), _final(runs[0], domain)
-            note = signed(value - base) if value is not None and base is not None and run is not runs[0] else ""
+            note = (
+                signed(value - base)
+                if value is not None and base is not None and run is not runs[0]
+                else ""
+            )
             cells.append(
-                Cell("–" if value is None else f"{value:.4f}", note, best=value is not None and value == best[domain])
+                Cell(
+                    "–" if value is None else f"{value:.4f}",
+                    note,
+                    best=value is not None and value == best[domain],
+                )
             )
         rows.append(Row(run.label, tuple(cells)))
     return Table(("run", "steps", "tokens", *domains), tuple(rows))
 
 
 def _final(run: Run, domain: str) -> float | None:
-    value = (run.validations[-1].get("loss_by_domain") or {}).get(domain) if run.validations else None
+    value = (
+        (run.validations[-1].get("loss_by_domain") or {}).get(domain) if run.validations else None
+    )
     return float(value) if value is not None and math.isfinite(value) else None
 
 

@@ -33,7 +33,11 @@ def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def _step_folders(folder: Path) -> list[tuple[int, Path]]:
     paths = folder.iterdir() if folder.is_dir() else ()
-    return sorted((int(match[1]), path) for path in paths if (match := _NAME.fullmatch(path.name)) and path.is_dir())
+    return sorted(
+        (int(match[1]), path)
+        for path in paths
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    )
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -72,11 +76,19 @@ def _latest(folder: Path) -> tuple[Path | None, str | None]:
             "with --restart, which puts this run aside"
         )
     newest = max(there)
-    what = "is not there" if name is None else f"names {name[:40]!r}, which is not a complete checkpoint here"
+    what = (
+        "is not there"
+        if name is None
+        else f"names {name[:40]!r}, which is not a complete checkpoint here"
+    )
     if step is not None and step < newest:
         names = ", ".join(path.name for path in list(there.values())[-5:])
-        raise UserError(f"{pointer}: {what}, and there are later ones; write the name of one into it: {names}")
-    return there[newest], f"{pointer} {what}; going on from the newest complete one, {there[newest].name}"
+        raise UserError(
+            f"{pointer}: {what}, and there are later ones; write the name of one into it: {names}"
+        )
+    return there[
+        newest
+    ], f"{pointer} {what}; going on from the newest complete one, {there[newest].name}"
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -107,7 +119,9 @@ def find_checkpoint(path: str | Path, say: Callable[[str], None] = _tell) -> Pat
             if note := latest_note(folder):
                 say(note)
             return found
-    raise UserError(f"{path}: no complete checkpoint here; give a run folder or a checkpoints/step_* folder")
+    raise UserError(
+        f"{path}: no complete checkpoint here; give a run folder or a checkpoints/step_* folder"
+    )
 
 
 def read_info(checkpoint: Path) -> dict[str, Any]:
@@ -118,4 +132,6 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
             raise ValueError("it has no `step`")
         return info
     except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint / INFO}: cannot be read ({error}); the checkpoint is not complete") from error
+        raise UserError(
+            f"{checkpoint / INFO}: cannot be read ({error}); the checkpoint is not complete"
+        ) from error

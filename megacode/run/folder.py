@@ -26,7 +26,16 @@ from megacode.run.metrics import FILE as METRICS
 from megacode.run.metrics import read_metrics
 from megacode.version import __version__
 
-_VERSIONS = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "sentencepiece", "tokenizers", "tiktoken")
+_VERSIONS = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "apex",
+    "numpy",
+    "sentencepiece",
+    "tokenizers",
+    "tiktoken",
+)
 
 
 def environment(world_size: int) -> dict[str, Any]:
@@ -101,9 +110,15 @@ def checkpoint_to_resume(run: Path, plan: Plan, accept: Sequence[str] = ()) -> R
     batches, others = past_changes(checkpoint, info, plan)
     refused = [*batches, *(str(change) for change in others if not is_accepted(change, keys))]
     if refused:
-        shown = "; ".join(refused[:6]) + (f"; and {len(refused) - 6} more" if len(refused) > 6 else "")
+        shown = "; ".join(refused[:6]) + (
+            f"; and {len(refused) - 6} more" if len(refused) > 6 else ""
+        )
         go_on = " ".join(f"--accept-change {change.key}" for change in others if acceptable(change))
-        remedy = "" if batches or not all(map(acceptable, others)) else f", go on from here with the change ({go_on})"
+        remedy = (
+            ""
+            if batches or not all(map(acceptable, others))
+            else f", go on from here with the change ({go_on})"
+        )
         raise UserError(
             f"{run}: its first {step} steps were not trained as this recipe says: {shown}; undo the change{remedy}, or choose "
             "another --run (with `initialize_from` to start from these weights)"
@@ -124,7 +139,11 @@ def _refuse_lost_checkpoints(run: Path) -> None:
     """UserError if the metrics tell of checkpoints, and there are none: to begin at step 0 would end the run's history."""
     if not (run / METRICS).is_file():
         return
-    saved = [r["step"] for r in read_metrics(run) if r["kind"] == "event" and r.get("event") == "checkpoint"]
+    saved = [
+        r["step"]
+        for r in read_metrics(run)
+        if r["kind"] == "event" and r.get("event") == "checkpoint"
+    ]
     if saved:
         raise UserError(
             f"{run / 'checkpoints'}: is empty, and {METRICS} tells of a checkpoint at step {max(saved):,}; copy it here from "
@@ -147,12 +166,16 @@ def start_over(run: Path) -> Path | None:
     try:
         os.link(aside / LOCK, run / LOCK)
     except FileExistsError:
-        raise UserError(f"{run}: another process began here while the earlier run was put aside as {aside}") from None
+        raise UserError(
+            f"{run}: another process began here while the earlier run was put aside as {aside}"
+        ) from None
     (aside / LOCK).unlink()
     return aside
 
 
-def nothing_to_do(run: Path, plan: Plan, phase: str | None = None, accept: Sequence[str] = ()) -> str | None:
+def nothing_to_do(
+    run: Path, plan: Plan, phase: str | None = None, accept: Sequence[str] = ()
+) -> str | None:
     """A line that says so if the run, or its part up to the end of `phase`, is finished. Reads a few small files.
 
     Raises:

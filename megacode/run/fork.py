@@ -24,11 +24,19 @@ from megacode.run.metrics import FILE as METRICS
 from megacode.run.metrics import MetricsWriter, read_metrics
 
 _SAME = ("model", "tokenizer", "seed")
-_ASPECTS: tuple[Literal["learning_rate", "batch_size", "mixture"], ...] = ("learning_rate", "batch_size", "mixture")
+_ASPECTS: tuple[Literal["learning_rate", "batch_size", "mixture"], ...] = (
+    "learning_rate",
+    "batch_size",
+    "mixture",
+)
 
 
 def fork(
-    old: Path, step: int, new: Path, recipe_file: Path | None = None, overrides: list[str] | None = None
+    old: Path,
+    step: int,
+    new: Path,
+    recipe_file: Path | None = None,
+    overrides: list[str] | None = None,
 ) -> list[str]:
     """Make the run folder `new`, whose first `step` steps are those of the run `old`.
 
@@ -59,7 +67,9 @@ def fork(
             "what follows"
         )
     if recipe.parallel.distributed_optimizer != read_info(checkpoint)["distributed_optimizer"]:
-        raise UserError(f"parallel.distributed_optimizer: {checkpoint} was saved otherwise; leave it as it is")
+        raise UserError(
+            f"parallel.distributed_optimizer: {checkpoint} was saved otherwise; leave it as it is"
+        )
     _write(old, checkpoint, step, new, plan, overrides or [], [change.key for change in asked])
     return [
         f"{new}: {checkpoint_name(step)} of {old}, then {plan.total_steps - step:,} steps of its own",
@@ -98,10 +108,16 @@ def split(before: Plan, after: Plan, step: int) -> Recipe:
     for index, phase in enumerate(before.phases):
         if phase.first_step >= step:
             break
-        key, end, done = f"phases.{phase.name}", phase.first_step + phase.steps, step - phase.first_step
+        key, end, done = (
+            f"phases.{phase.name}",
+            phase.first_step + phase.steps,
+            step - phase.first_step,
+        )
         given = phases[index] if index < len(phases) else None
         if given is None or given.name != phase.name:
-            raise UserError(f"{key}: was trained before step {step:,} and is missing in the new recipe; keep it")
+            raise UserError(
+                f"{key}: was trained before step {step:,} and is missing in the new recipe; keep it"
+            )
         if given == old.phases[index]:
             continue
         if end <= step:
@@ -110,7 +126,9 @@ def split(before: Plan, after: Plan, step: int) -> Recipe:
             )
         steps = after.phases[index].steps
         if steps <= done:
-            raise UserError(f"{key}: has {steps:,} steps and the fork is {done:,} into it; make it longer")
+            raise UserError(
+                f"{key}: has {steps:,} steps and the fork is {done:,} into it; make it longer"
+            )
         names = [p.name for p in phases]
         phases[index : index + 1] = _pieces(before, index, given, done, steps - done, names)
     recipe = new.model_copy(update={"phases": phases})
@@ -121,7 +139,9 @@ def split(before: Plan, after: Plan, step: int) -> Recipe:
     return recipe
 
 
-def _pieces(before: Plan, index: int, given: Phase, done: int, left: int, names: list[str]) -> tuple[Phase, Phase]:
+def _pieces(
+    before: Plan, index: int, given: Phase, done: int, left: int, names: list[str]
+) -> tuple[Phase, Phase]:
     """A phase up to its step `done`, as it was, and `left` steps more of it as `given`."""
     old, steps = before.recipe.phases[index], before.phases[index].steps
     places = {aspect: old.placed(aspect, steps) for aspect in _ASPECTS}
@@ -129,7 +149,12 @@ def _pieces(before: Plan, index: int, given: Phase, done: int, left: int, names:
         update={
             "steps": done,
             "tokens": None,
-            "within": Within(**{aspect: PhasePart(first=start, steps=length) for aspect, (start, length) in places.items()}),
+            "within": Within(
+                **{
+                    aspect: PhasePart(first=start, steps=length)
+                    for aspect, (start, length) in places.items()
+                }
+            ),
         }
     )
     kept = {
@@ -137,7 +162,9 @@ def _pieces(before: Plan, index: int, given: Phase, done: int, left: int, names:
         for aspect, (start, length) in places.items()
         if getattr(given, aspect) == getattr(old, aspect)
     }
-    read = {(entry.source, entry.given.subset_range) for entry in mixture_entries(before.recipe, old)}
+    read = {
+        (entry.source, entry.given.subset_range) for entry in mixture_entries(before.recipe, old)
+    }
     second = given.model_copy(
         update={
             "name": _free_name(old.name, names),
@@ -145,7 +172,9 @@ def _pieces(before: Plan, index: int, given: Phase, done: int, left: int, names:
             "tokens": None,
             "within": Within(**kept) if kept else None,
             # Both happened at the old phase's first step.
-            "optimizer_state": "keep" if given.optimizer_state == old.optimizer_state else given.optimizer_state,
+            "optimizer_state": "keep"
+            if given.optimizer_state == old.optimizer_state
+            else given.optimizer_state,
             "cursor": "continue" if given.cursor == old.cursor else given.cursor,
             "mixture": _continued(given.mixture, read),
         }
@@ -158,7 +187,9 @@ def _continued(mixture: Mixture, read: set[tuple[str, tuple[float, float]]]) -> 
 
     def sources(entries: Mapping[str, MixtureSource]) -> dict[str, MixtureSource]:
         return {
-            name: entry.model_copy(update={"cursor": None}) if (name, entry.subset_range) in read else entry
+            name: entry.model_copy(update={"cursor": None})
+            if (name, entry.subset_range) in read
+            else entry
             for name, entry in entries.items()
         }
 
@@ -183,9 +214,13 @@ def _told(plan: Plan, step: int) -> Iterator[str]:
     for phase, given in zip(plan.phases, plan.recipe.phases, strict=True):
         if phase.first_step + phase.steps <= step:
             continue
-        line = f"  {phase.name}: steps {max(phase.first_step, step) + 1:,} to {phase.last_step + 1:,}"
+        line = (
+            f"  {phase.name}: steps {max(phase.first_step, step) + 1:,} to {phase.last_step + 1:,}"
+        )
         if phase.first_step == step and given.within:
-            kept = [aspect.replace("_", " ") for aspect in _ASPECTS if getattr(given.within, aspect)]
+            kept = [
+                aspect.replace("_", " ") for aspect in _ASPECTS if getattr(given.within, aspect)
+            ]
             line += f"; {', '.join(kept)} go{'es' * (len(kept) == 1)} on as in the phase it is a piece of"
         yield line
 
@@ -194,7 +229,13 @@ def _told(plan: Plan, step: int) -> Iterator[str]:
 
 
 def _write(
-    old: Path, checkpoint: Path, step: int, new: Path, plan: Plan, overrides: list[str], accepted: list[str]
+    old: Path,
+    checkpoint: Path,
+    step: int,
+    new: Path,
+    plan: Plan,
+    overrides: list[str],
+    accepted: list[str],
 ) -> None:
     """The new run folder, there whole or not at all."""
     partial = new.with_name(f".{new.name}.{secrets.token_hex(4)}.partial")

@@ -24,7 +24,9 @@ from megacode.run.metrics import FILE as METRICS
 from megacode.tokenizer.tokenizer import load_tokenizer
 
 
-def past_changes(checkpoint: Path, info: Mapping[str, Any], plan: Plan) -> tuple[list[str], list[Change]]:
+def past_changes(
+    checkpoint: Path, info: Mapping[str, Any], plan: Plan
+) -> tuple[list[str], list[Change]]:
     """How the steps before a checkpoint differ from those of a plan: (in their batches, in model, tokenizer and training).
 
     UserError if the recipe beside the checkpoint cannot be read.
@@ -36,11 +38,16 @@ def past_changes(checkpoint: Path, info: Mapping[str, Any], plan: Plan) -> tuple
             f"{recipe_file}: is missing, so the run's past cannot be compared; copy it here from where the run was"
         )
     before = load_recipe(recipe_file)
-    return batches, [*changed_past(before, plan, step), *tokenizer_changes(info, before, plan.recipe)]
+    return batches, [
+        *changed_past(before, plan, step),
+        *tokenizer_changes(info, before, plan.recipe),
+    ]
 
 
 def acceptable(change: Change) -> bool:
-    return change.key != "model.vocab_size"  # rows of embeddings and of Adam's state cannot come or go in a run
+    return (
+        change.key != "model.vocab_size"
+    )  # rows of embeddings and of Adam's state cannot come or go in a run
 
 
 def is_accepted(change: Change, keys: Iterable[str]) -> bool:
@@ -57,13 +64,19 @@ def initial_changes(recipe: Recipe, accept: Sequence[str] = ()) -> tuple[Change,
         return ()
     checkpoint = find_checkpoint(recipe.initialize_from, say=lambda line: None)
     if not (checkpoint / "recipe.yaml").is_file():
-        raise UserError(f"{checkpoint}: has no recipe.yaml, so its model is not known; copy the one of its run into it")
+        raise UserError(
+            f"{checkpoint}: has no recipe.yaml, so its model is not known; copy the one of its run into it"
+        )
     info, before = read_info(checkpoint), load_recipe(checkpoint / "recipe.yaml")
     changes = changed_function(before, recipe)
-    changes += [change for change in tokenizer_changes(info, before, recipe) if not only_grows(change)]
+    changes += [
+        change for change in tokenizer_changes(info, before, recipe) if not only_grows(change)
+    ]
     if refused := [change for change in changes if not is_accepted(change, accept)]:
         keys = " ".join(f"--accept-change {change.key}" for change in changes)
-        remedy = f", or accept that its weights then compute something else ({keys})" * all(map(acceptable, changes))
+        remedy = f", or accept that its weights then compute something else ({keys})" * all(
+            map(acceptable, changes)
+        )
         raise UserError(
             f"initialize_from: {checkpoint} was trained as another model: {'; '.join(map(str, refused[:6]))}"
             + (f"; and {len(refused) - 6} more" if len(refused) > 6 else "")
@@ -93,7 +106,11 @@ def tokenizer_changes(info: Mapping[str, Any], before: Recipe, now: Recipe) -> l
     old, new = info.get("tokenizer") or _tokenizer_facts(before), _tokenizer_facts(now)
     vocabulary = info.get("vocab_size") or before.model.vocab_size
     pairs: list[tuple[str, Any, Any]] = [
-        ("model.vocab_size", vocabulary, new["vocab_size"] if new else now.model.vocab_size or vocabulary)
+        (
+            "model.vocab_size",
+            vocabulary,
+            new["vocab_size"] if new else now.model.vocab_size or vocabulary,
+        )
     ]
     if old and new:
         pairs += [
@@ -103,9 +120,14 @@ def tokenizer_changes(info: Mapping[str, Any], before: Recipe, now: Recipe) -> l
         ]
     if before.tokenizer and now.tokenizer:
         keys = ("bos", "eod") if old and new else ("bos", "eod", "added_tokens")
-        pairs += [(f"tokenizer.{key}", getattr(before.tokenizer, key), getattr(now.tokenizer, key)) for key in keys]
+        pairs += [
+            (f"tokenizer.{key}", getattr(before.tokenizer, key), getattr(now.tokenizer, key))
+            for key in keys
+        ]
     elif before.tokenizer or now.tokenizer:
-        pairs += [("tokenizer", "given" if before.tokenizer else None, "given" if now.tokenizer else None)]
+        pairs += [
+            ("tokenizer", "given" if before.tokenizer else None, "given" if now.tokenizer else None)
+        ]
     return [Change(key, a, b) for key, a, b in pairs if a != b]
 
 
@@ -136,7 +158,9 @@ def is_own(checkpoint: Path, plan: Plan, accepted: Sequence[Mapping[str, Any]]) 
     return not batches and all(accepts(keys, change) for change in others)
 
 
-def put_other_futures_aside(run: Path, plan: Plan, done: int, accepted: Sequence[Mapping[str, Any]]) -> str | None:
+def put_other_futures_aside(
+    run: Path, plan: Plan, done: int, accepted: Sequence[Mapping[str, Any]]
+) -> str | None:
     """Move checkpoints after step `done` that this run would not come to, and a copy of the metrics, to
     `RUN/checkpoints.before-N`; a line that says so. They are never removed."""
     later = [path for step, path in complete_checkpoints(run / "checkpoints") if step > done]

@@ -34,7 +34,9 @@ def read_metrics(path: str | Path) -> list[Record]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); a run writes it from its first step on") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); a run writes it from its first step on"
+        ) from error
     lines = content.split(b"\n")
     lines.pop()  # what follows the last newline: nothing, or a torn line
     records = []
@@ -43,10 +45,16 @@ def read_metrics(path: str | Path) -> list[Record]:
             record = json.loads(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict) or "kind" not in record or not isinstance(record.get("step"), int):
+        if (
+            not isinstance(record, dict)
+            or "kind" not in record
+            or not isinstance(record.get("step"), int)
+        ):
             if number == len(lines):
                 break
-            raise UserError(f"{path}, line {number}: is no record (a JSON object with `kind` and `step`); remove it")
+            raise UserError(
+                f"{path}, line {number}: is no record (a JSON object with `kind` and `step`); remove it"
+            )
         records.append(record)
     return records
 
@@ -69,9 +77,15 @@ class MetricsWriter:
         path = run / FILE
         kept = _keep_until(path, first_step)
         had_events = (run / "tensorboard").exists()
-        events = _Events(run / "tensorboard", first_step + 1 if had_events else None) if tensorboard else None
+        events = (
+            _Events(run / "tensorboard", first_step + 1 if had_events else None)
+            if tensorboard
+            else None
+        )
         last_train = next((r for r in reversed(kept) if r["kind"] == "train"), None)
-        return cls(open(path, "a", buffering=1, encoding="utf-8"), events, last_train)  # closed by close()
+        return cls(
+            open(path, "a", buffering=1, encoding="utf-8"), events, last_train
+        )  # closed by close()
 
     def write(self, record: Mapping[str, Any]) -> Record:
         """Append one record (`kind` and `step` at least; numpy and torch scalars are fine). A `train` record without
@@ -112,7 +126,10 @@ class MetricsWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -162,7 +179,9 @@ def add_tokens_by_source(record: Record, previous: Mapping[str, Any] | None) -> 
     old_tokens = before.get("tokens_by_source", {})
     new = {name: count - old_samples.get(name, 0) for name, count in samples.items()}
     length = (record["tokens"] - before.get("tokens", 0)) / max(sum(new.values()), 1)
-    record["tokens_by_source"] = {name: old_tokens.get(name, 0) + round(n * length) for name, n in new.items()}
+    record["tokens_by_source"] = {
+        name: old_tokens.get(name, 0) + round(n * length) for name, n in new.items()
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- inside
@@ -216,7 +235,9 @@ class _Events:
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         if values:
-            value = [self._summary.Value(tag=tag, simple_value=number) for tag, number in values.items()]
+            value = [
+                self._summary.Value(tag=tag, simple_value=number) for tag, number in values.items()
+            ]
             self._add(step, summary=self._summary(value=value))
 
     def _add(self, step: int, **content: Any) -> None:

@@ -25,7 +25,9 @@ class ProfileSteps:
         """
         match = re.fullmatch(r"(\d+):(\d+)", steps)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise UserError(f"--profile: expected FIRST:LAST step, such as 10:12 (counted from 1), not {steps!r}")
+            raise UserError(
+                f"--profile: expected FIRST:LAST step, such as 10:12 (counted from 1), not {steps!r}"
+            )
         if ranks == "all":
             return cls(int(match[1]), int(match[2]), None)
         if not re.fullmatch(r"\d+(,\d+)*", ranks):

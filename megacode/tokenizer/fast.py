@@ -93,7 +93,9 @@ class FastEncoder:
     classes: bool
     nfc: bool
 
-    def encode_documents(self, texts: Sequence[bytes]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    def encode_documents(
+        self, texts: Sequence[bytes]
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Documents, well-formed UTF-8, to their ids one after another (uint32 [tokens]) and where each begins and
         ends (int64 [n + 1], from 0). No BOS or EOD. Batches of a megabyte and more are fastest.
         """
@@ -120,8 +122,16 @@ class FastEncoder:
         if _unsettled().search(others) is not None:
             return None
         # Without a character that composes, text is NFC already; most is.
-        if self.nfc and _composing().search(others) and not unicodedata.is_normalized("NFC", decoded := text.decode()):
-            return None if _young_marks().search(decoded) else unicodedata.normalize("NFC", decoded).encode()
+        if (
+            self.nfc
+            and _composing().search(others)
+            and not unicodedata.is_normalized("NFC", decoded := text.decode())
+        ):
+            return (
+                None
+                if _young_marks().search(decoded)
+                else unicodedata.normalize("NFC", decoded).encode()
+            )
         return text
 
     @property
@@ -129,13 +139,19 @@ class FastEncoder:
         return self.literals is not None or self.classes
 
     def _spliced(
-        self, texts: Sequence[bytes], exact: list[int], ids: NDArray[np.uint32], counts: NDArray[np.int64]
+        self,
+        texts: Sequence[bytes],
+        exact: list[int],
+        ids: NDArray[np.uint32],
+        counts: NDArray[np.int64],
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """`ids` with the exact documents' put in where `counts` has an empty one."""
         ends = np.cumsum(counts)
         parts: list[NDArray[np.uint32]] = []
         counts, done = counts.copy(), 0
-        for i, reference in zip(exact, self.tokenizer.encode_batch([texts[i].decode() for i in exact]), strict=True):
+        for i, reference in zip(
+            exact, self.tokenizer.encode_batch([texts[i].decode() for i in exact]), strict=True
+        ):
             parts += [ids[done : ends[i]], np.asarray(reference, np.uint32)]
             counts[i], done = len(reference), int(ends[i])
         return np.concatenate([*parts, ids[done:]]), counts
@@ -151,7 +167,9 @@ def load_fast(tokenizer: Tokenizer) -> FastEncoder | str:
         encoder = FastEncoder(
             tokenizer=tokenizer,
             backend=_Backend(json.dumps(description.contents)),
-            literals=re.compile("|".join(description.literals).encode()) if description.literals else None,
+            literals=re.compile("|".join(description.literals).encode())
+            if description.literals
+            else None,
             classes=description.classes,
             nfc=description.nfc,
         )
@@ -215,9 +233,7 @@ def _difference(encoder: FastEncoder) -> str | None:
 
 _SETTLED_PLANES = ((0x1D400, 0x1D7FF), (0x1F000, 0x1FAFF), (0x20000, 0x2A6D6))
 """Mathematical letters, pictographs and CJK extension B: what text has of the higher planes, and does not change."""
-_LATER = (
-    "\u0897\u088f\u0c5c\u0cdc\u0cf3\u0ece\u1acf-\u1aeb\u1b4e\u1b4f\u1b7f\u1c89\u1c8a\ua7cb-\ua7d2\ua7d4\ua7da-\ua7dc\ua7f1"
-)
+_LATER = "\u0897\u088f\u0c5c\u0cdc\u0cf3\u0ece\u1acf-\u1aeb\u1b4e\u1b4f\u1b7f\u1c89\u1c8a\ua7cb-\ua7d2\ua7d4\ua7da-\ua7dc\ua7f1"
 """Letters and marks of plane 0 that Unicode 15 to 17 brought, which Python's own table may or may not know."""
 
 
@@ -228,7 +244,9 @@ def _unsettled() -> re.Pattern[str]:
     spans = [(c, c) for c in unassigned]
     gaps = [0xFFFF, *(edge for span in _SETTLED_PLANES for edge in span), 0x110000]
     spans += [(low + 1, high - 1) for low, high in zip(gaps[::2], gaps[1::2], strict=True)]
-    return re.compile("[" + _LATER + "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in spans) + "]")
+    return re.compile(
+        "[" + _LATER + "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in spans) + "]"
+    )
 
 
 _PLANE = [chr(c) for c in range(0x80, 0x10000) if not 0xD800 <= c < 0xE000]
@@ -238,8 +256,14 @@ _PLANE = [chr(c) for c in range(0x80, 0x10000) if not 0xD800 <= c < 0xE000]
 def _composing() -> re.Pattern[str]:
     """Finds a character of plane 0 that text in NFC may not have, or not everywhere."""
     pairs = (unicodedata.decomposition(c).split() for c in _PLANE)
-    second = {chr(int(pair[1], 16)) for pair in pairs if len(pair) == 2 and not pair[0].startswith("<")}
-    found = [c for c in _PLANE if unicodedata.combining(c) or not unicodedata.is_normalized("NFC", c) or c in second]
+    second = {
+        chr(int(pair[1], 16)) for pair in pairs if len(pair) == 2 and not pair[0].startswith("<")
+    }
+    found = [
+        c
+        for c in _PLANE
+        if unicodedata.combining(c) or not unicodedata.is_normalized("NFC", c) or c in second
+    ]
     return re.compile("[\u1160-\u11ff" + "".join(found) + "]")
 
 

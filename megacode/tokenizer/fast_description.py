@@ -14,7 +14,11 @@ from functools import cache
 from typing import Any
 
 from megacode.tokenizer.tokenizer import Tokenizer
-from megacode.tokenizer.vocabularies import HuggingFaceVocabulary, SentencePieceVocabulary, TiktokenVocabulary
+from megacode.tokenizer.vocabularies import (
+    HuggingFaceVocabulary,
+    SentencePieceVocabulary,
+    TiktokenVocabulary,
+)
 
 _MARK = "\u2581"  # SentencePiece's space
 
@@ -47,11 +51,16 @@ _LIKE_A_BYTE = re.compile(r"<0x..>", re.DOTALL)
 def _describe_sentencepiece(vocabulary: SentencePieceVocabulary) -> Description:
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.processor.serialized_model_proto())
+    model = sentencepiece_model_pb2.ModelProto.FromString(
+        vocabulary.processor.serialized_model_proto()
+    )
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     _refuse(trainer.model_type != _BPE, "a SentencePiece model that is not BPE")
     _refuse(not trainer.byte_fallback, "a SentencePiece model without byte fallback")
-    _refuse(bool(normalizer.precompiled_charsmap), f"SentencePiece's normalizer {normalizer.name or 'of its own'}")
+    _refuse(
+        bool(normalizer.precompiled_charsmap),
+        f"SentencePiece's normalizer {normalizer.name or 'of its own'}",
+    )
     _refuse(normalizer.remove_extra_whitespaces, "SentencePiece's remove_extra_whitespaces")
     _refuse(not normalizer.escape_whitespaces, "SentencePiece without escape_whitespaces")
     _refuse(trainer.treat_whitespace_as_suffix, "SentencePiece's treat_whitespace_as_suffix")
@@ -63,7 +72,10 @@ def _describe_sentencepiece(vocabulary: SentencePieceVocabulary) -> Description:
     _refuse(set(kinds[_BYTE]) != _BYTES, "a SentencePiece model without a piece for every byte")
     _refuse(any(_LIKE_A_BYTE.fullmatch(piece) for piece in normal), "a piece spelt like a byte")
     _refuse(any(not piece or " " in piece for piece in normal), "a piece with a blank in it")
-    _refuse(any(c not in normal for piece in normal for c in piece), "a piece of characters that are no pieces")
+    _refuse(
+        any(c not in normal for piece in normal for c in piece),
+        "a piece of characters that are no pieces",
+    )
     scores = {piece: model.pieces[i].score for piece, i in normal.items() if len(piece) > 1}
     _refuse(len(set(scores.values())) != len(scores), "pieces of equal score")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _MARK}
@@ -76,7 +88,9 @@ def _describe_sentencepiece(vocabulary: SentencePieceVocabulary) -> Description:
         normalizer={"type": "Sequence", "normalizers": [*prefix, replace]},
     )
     symbols = kinds[_USER_DEFINED]
-    return Description(contents, tuple(_symbol_pattern(s, normalizer.add_dummy_prefix) for s in symbols))
+    return Description(
+        contents, tuple(_symbol_pattern(s, normalizer.add_dummy_prefix) for s in symbols)
+    )
 
 
 def _symbol_pattern(symbol: str, prefixed: bool) -> str:
@@ -84,7 +98,8 @@ def _symbol_pattern(symbol: str, prefixed: bool) -> str:
     the blank that SentencePiece puts in front of a document.
     """
     _refuse(
-        not symbol.strip(_MARK + " \t\r\n"), f"the user-defined symbol {symbol!r}, which is in nearly every document"
+        not symbol.strip(_MARK + " \t\r\n"),
+        f"the user-defined symbol {symbol!r}, which is in nearly every document",
     )
     raw = re.escape(symbol).replace(_MARK, f"(?:{_MARK}| )").replace("\\ ", f"(?:{_MARK}| )")
     return raw if not (prefixed and symbol[0] == _MARK) else f"{raw}|\\A{re.escape(symbol[1:])}"
@@ -111,12 +126,25 @@ _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _TAIL
 _QWEN2 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _TAIL
-_QWEN35 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _TAIL
+_QWEN35 = (
+    _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _TAIL
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (
-    r"[^\r\n\p{L}\p{N}]?" + _UPPER + "*" + _LOWER + "+{0}|" + r"[^\r\n\p{L}\p{N}]?" + _UPPER + "+" + _LOWER + "*{0}|"
+    r"[^\r\n\p{L}\p{N}]?"
+    + _UPPER
+    + "*"
+    + _LOWER
+    + "+{0}|"
+    + r"[^\r\n\p{L}\p{N}]?"
+    + _UPPER
+    + "+"
+    + _LOWER
+    + "*{0}|"
 )
-_O200K = _CASED.replace("{0}", _CONTRACTION + "?") + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _TAIL
+_O200K = (
+    _CASED.replace("{0}", _CONTRACTION + "?") + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _TAIL
+)
 _NEMOTRON = _CASED.replace("{0}", "") + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _TAIL
 _PATTERNS = (_GPT2, _LLAMA3, _QWEN2, _QWEN35, _O200K, _NEMOTRON)
 """Splitting patterns that gigatoken knows and that gave the same pieces in Oniguruma and in tiktoken."""
@@ -127,7 +155,10 @@ def _describe_huggingface(vocabulary: HuggingFaceVocabulary) -> Description:
     model = contents["model"]
     _refuse(model["type"] != "BPE", f"a tokenizer.json of type {model['type']}")
     _refuse(bool(model.get("dropout")), "BPE dropout")
-    _refuse(bool(model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")), "marks on parts of words")
+    _refuse(
+        bool(model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")),
+        "marks on parts of words",
+    )
     merges = [tuple(merge) for merge in model["merges"]]
     literals = _found_in_text(contents)
     describe = _byte_fallback if model["byte_fallback"] else _byte_level
@@ -151,12 +182,18 @@ def _found_in_text(contents: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _byte_fallback(
-    contents: Mapping[str, Any], model: Mapping[str, Any], merges: list[Any], literals: tuple[str, ...]
+    contents: Mapping[str, Any],
+    model: Mapping[str, Any],
+    merges: list[Any],
+    literals: tuple[str, ...],
 ) -> Description:
     """BPE as SentencePiece does it, in a tokenizer.json (Llama 2, Mistral, Gemma)."""
     vocab = model["vocab"]
     _refuse(bool(model.get("ignore_merges")), "ignore_merges together with byte fallback")
-    bytes_there = all(name in vocab or (byte < 0x80 and chr(byte) in vocab) for byte, name in enumerate(sorted(_BYTES)))
+    bytes_there = all(
+        name in vocab or (byte < 0x80 and chr(byte) in vocab)
+        for byte, name in enumerate(sorted(_BYTES))
+    )
     _refuse(not bytes_there, "a vocabulary without a piece for every byte")
     _refuse(
         any(_LIKE_A_BYTE.fullmatch(piece) and piece not in _BYTES for piece in vocab)
@@ -168,17 +205,24 @@ def _byte_fallback(
     normalizer, splitter = contents["normalizer"], contents["pre_tokenizer"]
     steps = _flat(normalizer, "normalizers")
     if splitter is None:
-        _refuse(steps not in ([replace], [prepend, replace]), "a normalizer that is not SentencePiece's")
+        _refuse(
+            steps not in ([replace], [prepend, replace]), "a normalizer that is not SentencePiece's"
+        )
     else:
         _refuse(bool(steps), "a normalizer before the pre-tokenizer")
         shape = {"type": "Metaspace", "replacement": _MARK}
-        _refuse({k: splitter.get(k) for k in shape} != shape, f"the pre-tokenizer {splitter['type']}")
+        _refuse(
+            {k: splitter.get(k) for k in shape} != shape, f"the pre-tokenizer {splitter['type']}"
+        )
     made = _tokenizer_json(vocab, merges, True, normalizer, splitter)
     return Description(made, literals)
 
 
 def _byte_level(
-    contents: Mapping[str, Any], model: Mapping[str, Any], merges: list[Any], literals: tuple[str, ...]
+    contents: Mapping[str, Any],
+    model: Mapping[str, Any],
+    merges: list[Any],
+    literals: tuple[str, ...],
 ) -> Description:
     """BPE of bytes (GPT-2, Llama 3, Qwen)."""
     steps = _flat(contents["normalizer"], "normalizers")
@@ -198,8 +242,13 @@ def _byte_level(
         raise Refused("a pre-tokenizer that is not on the list: " + (", ".join(kinds) or "none"))
     letters = set(_letters().values())
     vocab = {piece: i for piece, i in model["vocab"].items() if letters.issuperset(piece)}
-    _refuse(any(part not in vocab for a, b in merges for part in (a, b, a + b)), "a merge outside the byte alphabet")
-    made = _tokenizer_json(vocab, merges, False, None, _split(pattern, blank), bool(model.get("ignore_merges")))
+    _refuse(
+        any(part not in vocab for a, b in merges for part in (a, b, a + b)),
+        "a merge outside the byte alphabet",
+    )
+    made = _tokenizer_json(
+        vocab, merges, False, None, _split(pattern, blank), bool(model.get("ignore_merges"))
+    )
     return Description(made, literals, classes=True, nfc=bool(steps))
 
 
@@ -208,7 +257,9 @@ def _flat(step: Mapping[str, Any] | None, children: str) -> list[Mapping[str, An
     if step is None:
         return []
     return (
-        [part for child in step[children] for part in _flat(child, children)] if step["type"] == "Sequence" else [step]
+        [part for child in step[children] for part in _flat(child, children)]
+        if step["type"] == "Sequence"
+        else [step]
     )
 
 
@@ -231,7 +282,9 @@ def _describe_tiktoken(vocabulary: TiktokenVocabulary) -> Description:
     by_rank = sorted(vocabulary.ranks, key=vocabulary.ranks.__getitem__)
     vocab = {"".join(letters[byte] for byte in token): vocabulary.ranks[token] for token in by_rank}
     # tiktoken takes a piece that is a token as it stands, which others call ignore_merges.
-    made = _tokenizer_json(vocab, _merges(vocab, vocab), False, None, _split(pattern, False), ignore_merges=True)
+    made = _tokenizer_json(
+        vocab, _merges(vocab, vocab), False, None, _split(pattern, False), ignore_merges=True
+    )
     return Description(made, classes=True)
 
 
@@ -271,8 +324,18 @@ def _tokenizer_json(
 
 
 def _split(pattern: str, blank: bool) -> dict[str, Any]:
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    level = {"type": "ByteLevel", "add_prefix_space": blank, "trim_offsets": True, "use_regex": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": blank,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     return {"type": "Sequence", "pretokenizers": [split, level]}
 
 

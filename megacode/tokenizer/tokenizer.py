@@ -19,7 +19,12 @@ from typing import Any
 
 from megacode.errors import UserError
 from megacode.recipe import schema
-from megacode.tokenizer.vocabularies import Vocabulary, load_huggingface, load_sentencepiece, load_tiktoken
+from megacode.tokenizer.vocabularies import (
+    Vocabulary,
+    load_huggingface,
+    load_sentencepiece,
+    load_tiktoken,
+)
 
 CRYSTAL_TOKENS: tuple[str, ...] = (
     *("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
@@ -62,7 +67,9 @@ class Tokenizer:
     def bos_id(self) -> int:
         """Begin of sequence. UserError if the tokenizer has none."""
         if self.base.bos_id is None:
-            raise UserError(f"{self.path}: this tokenizer has no begin-of-sequence token; set `tokenizer.bos: false`")
+            raise UserError(
+                f"{self.path}: this tokenizer has no begin-of-sequence token; set `tokenizer.bos: false`"
+            )
         return self.base.bos_id
 
     @property
@@ -85,7 +92,9 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`[encode(t) for t in texts]`, on the calling thread."""
-        return self.base.encode_batch([text if text.isascii() else well_formed(text) for text in texts])
+        return self.base.encode_batch(
+            [text if text.isascii() else well_formed(text) for text in texts]
+        )
 
     def decode(self, ids: Sequence[int], control: bool = False) -> str:
         """Text of ids. Control tokens are left out, or written by name with `control`; ids beyond the vocabulary (a
@@ -183,7 +192,9 @@ def model_vocab_size(recipe: schema.Recipe, tokenizer: Tokenizer | None) -> int:
     stated = recipe.model.vocab_size
     if tokenizer is None:
         if stated is None:
-            raise UserError("tokenizer: the recipe names none and model.vocab_size is not given; give one of the two")
+            raise UserError(
+                "tokenizer: the recipe names none and model.vocab_size is not given; give one of the two"
+            )
         return stated
     if stated is not None and stated != tokenizer.vocab_size:
         raise UserError(
@@ -207,7 +218,9 @@ def _tokenizer_file(path: Path) -> Path:
         for name in ("tokenizer.json", "tokenizer.model"):
             if (path / name).is_file():
                 return path / name
-        raise UserError(f"{path}: no tokenizer.json or tokenizer.model in this folder; give the tokenizer's file")
+        raise UserError(
+            f"{path}: no tokenizer.json or tokenizer.model in this folder; give the tokenizer's file"
+        )
     if not path.is_file():
         raise UserError(
             f"{path}: no such tokenizer file; give a SentencePiece .model, a tokenizer.json or a .tiktoken file"

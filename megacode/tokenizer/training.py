@@ -33,7 +33,9 @@ def train_tokenizer(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(well_formed(text).translate(_RESERVED) for text in documents if text),
+            sentence_iterator=(
+                well_formed(text).translate(_RESERVED) for text in documents if text
+            ),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -62,6 +64,8 @@ def sample(documents: Iterable[str], share: float) -> Iterator[str]:
     """About `share` (0 to 1) of the documents, chosen by a hash of each, so the same ones whatever their order."""
     limit = int(share * 2**64)
     for text in documents:
-        key = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8, person=b"tokenizer").digest()
+        key = hashlib.blake2b(
+            text.encode(errors="surrogatepass"), digest_size=8, person=b"tokenizer"
+        ).digest()
         if int.from_bytes(key, "little") < limit:
             yield text

@@ -70,8 +70,14 @@ def load_sentencepiece(path: Path, control: Sequence[str]) -> SentencePieceVocab
     except (RuntimeError, OSError):
         size = 0
     if size == 0:
-        raise UserError(f"{path}: not a SentencePiece model; give the .model file that its trainer wrote")
-    names = {i: processor.id_to_piece(i) for i in range(size) if processor.is_control(i) or processor.is_unknown(i)}
+        raise UserError(
+            f"{path}: not a SentencePiece model; give the .model file that its trainer wrote"
+        )
+    names = {
+        i: processor.id_to_piece(i)
+        for i in range(size)
+        if processor.is_control(i) or processor.is_unknown(i)
+    }
     # The model file does not say which pieces are user-defined through this interface, but such a piece is found in
     # text whatever stands around it; so a wanted control token that is a normal piece already counts as literal.
     wanted = {name: processor.piece_to_id(name) for name in control}
@@ -123,7 +129,11 @@ def load_huggingface(path: Path, control: Sequence[str]) -> HuggingFaceVocabular
         added = contents.get("added_tokens") or []
         for token in added:
             name = token["content"]
-            token["special"] = token["special"] or name in control or (name.startswith("<|") and name.endswith("|>"))
+            token["special"] = (
+                token["special"]
+                or name in control
+                or (name.startswith("<|") and name.endswith("|>"))
+            )
         # A saved limit on length would cut documents without a word, and padding would lengthen them.
         contents["truncation"] = contents["padding"] = None
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(contents))
@@ -154,7 +164,9 @@ def _tokenizer_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{config}: not JSON ({error}); mend it or take it away") from None
 
 
-def _special(config: Mapping[str, Any], key: str, usual: Sequence[str], special: Mapping[str, int]) -> int | None:
+def _special(
+    config: Mapping[str, Any], key: str, usual: Sequence[str], special: Mapping[str, int]
+) -> int | None:
     if key in config:
         name = config[key]["content"] if isinstance(config[key], dict) else config[key]
         return special.get(name) if name is not None else None
@@ -187,12 +199,17 @@ def load_tiktoken(path: Path, control: Sequence[str]) -> TiktokenVocabulary:
     try:
         ranks = load_tiktoken_bpe(str(path))
     except Exception as error:
-        raise UserError(f"{path}: not a tiktoken vocabulary (lines of base64 and rank): {error}") from None
+        raise UserError(
+            f"{path}: not a tiktoken vocabulary (lines of base64 and rank): {error}"
+        ) from None
     beside = path.with_name(path.name + ".json")
     if beside.is_file():
         try:
             given = json.loads(beside.read_text(encoding="utf-8"))
-            pattern, special = str(given["pattern"]), {str(k): int(v) for k, v in given["special_tokens"].items()}
+            pattern, special = (
+                str(given["pattern"]),
+                {str(k): int(v) for k, v in given["special_tokens"].items()},
+            )
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(
                 f'{beside}: expected {{"pattern": "...", "special_tokens": {{name: id}}}} ({error!r})'
@@ -200,7 +217,9 @@ def load_tiktoken(path: Path, control: Sequence[str]) -> TiktokenVocabulary:
     else:
         pattern, special = _known_encoding(path, ranks)
     try:
-        encoding = tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        encoding = tiktoken.Encoding(
+            path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
     except Exception as error:
         raise UserError(f"{beside}: tiktoken refuses it: {error}") from None
     eod = next((special[name] for name in _USUAL_EOD if name in special), None)

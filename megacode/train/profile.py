@@ -49,7 +49,9 @@ class Profiler:
         if self.world.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self._began = step + 1
-        self._running = torch.profiler.profile(activities=activities, with_stack=True, acc_events=True)
+        self._running = torch.profiler.profile(
+            activities=activities, with_stack=True, acc_events=True
+        )
         self._running.__enter__()
 
     def after(self, step: int) -> None:
@@ -84,7 +86,11 @@ def summary(profile: Any, steps: int, cuda: bool) -> str:
     )
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
     table = operations.table(sort_by=order, row_limit=_ROWS, max_name_column_width=80)
-    waits = [f"{event.key}: {event.count / steps:g} a step" for event in operations if _WAITS.match(event.key)]
+    waits = [
+        f"{event.key}: {event.count / steps:g} a step"
+        for event in operations
+        if _WAITS.match(event.key)
+    ]
     asked = [f"{count / steps:g} a step: {where}" for where, count in _asked(profile).most_common()]
     lines = [
         f"Operations by {'device' if cuda else 'CPU'} time of their own, {steps} step{'s' * (steps > 1)}.",

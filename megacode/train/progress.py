@@ -51,7 +51,9 @@ class Progress:
     _last: Mapping[str, Any] | None = None
 
     @classmethod
-    def open(cls, run: Path, plan: Plan, first_step: int, device: str, console: Console | None = None) -> Progress:
+    def open(
+        cls, run: Path, plan: Plan, first_step: int, device: str, console: Console | None = None
+    ) -> Progress:
         """Begin after `first_step` finished steps.
 
         Args:
@@ -63,10 +65,16 @@ class Progress:
         log = (run / "log.txt").open("a", buffering=1, encoding="utf-8")
         progress = cls(plan, device, console, log, _first_step=first_step)
         if console.is_terminal:
-            columns = (BarColumn(bar_width=_BAR_WIDTH), TextColumn("{task.fields[line]}", markup=False), _TimeLeft())
+            columns = (
+                BarColumn(bar_width=_BAR_WIDTH),
+                TextColumn("{task.fields[line]}", markup=False),
+                _TimeLeft(),
+            )
             progress.bar = Bar(*columns, console=console, refresh_per_second=2)
             line = "waiting for the first step"
-            progress.task = progress.bar.add_task("", total=plan.total_steps, completed=first_step, line=line, end=None)
+            progress.task = progress.bar.add_task(
+                "", total=plan.total_steps, completed=first_step, line=line, end=None
+            )
             progress.bar.start()
         return progress
 
@@ -89,18 +97,24 @@ class Progress:
         self._last = last
         for record in records:
             if record.get("drift") is not None:
-                self.say(f"step {record['step']:,}: the loss in FP8 differs from bf16's by {record['drift']:+.3%}")
+                self.say(
+                    f"step {record['step']:,}: the loss in FP8 differs from bf16's by {record['drift']:+.3%}"
+                )
         left = self._seconds_left(records)
         if self.bar is not None and self.task is not None:
             line = self.line(last, left=None, width=self.console.width - _BAR_WIDTH - 15)
-            self.bar.update(self.task, completed=last["step"], line=line, end=time.monotonic() + left)
+            self.bar.update(
+                self.task, completed=last["step"], line=line, end=time.monotonic() + left
+            )
             self.bar.refresh()
         line = self.line(last, left)
         if self.bar is None:
             self.console.print(line, markup=False, soft_wrap=True)
         self._write(line)
 
-    def line(self, record: Mapping[str, Any], left: float | None = None, width: int | None = None) -> str:
+    def line(
+        self, record: Mapping[str, Any], left: float | None = None, width: int | None = None
+    ) -> str:
         """`step 120/300  second  loss 4.213  rate 1.2e-03  norm 0.81  2,310 tok/s  0.052 TFLOP/s/device  2:10 left`
 
         Args:
@@ -135,18 +149,27 @@ class Progress:
         losses = {name: loss for name, loss in record["loss_by_source"].items() if loss is not None}
         rows = [("domain", "source", "loss", "change")]
         for name, loss in sorted(losses.items(), key=lambda item: list(sources).index(item[0])):
-            rows.append((sources[name].domain, name, _number(loss, ".4f"), self._change(name, loss)))
+            rows.append(
+                (sources[name].domain, name, _number(loss, ".4f"), self._change(name, loss))
+            )
         for domain, loss in record["loss_by_domain"].items():
             if loss is not None and sum(sources[name].domain == domain for name in losses) > 1:
-                rows.append((domain, "(all)", _number(loss, ".4f"), self._change(f"{domain}/", loss)))
+                rows.append(
+                    (domain, "(all)", _number(loss, ".4f"), self._change(f"{domain}/", loss))
+                )
         if not any(row[3] for row in rows[1:]):
             rows = [(*row[:3], "") for row in rows]
         widths = [max(len(row[n]) for row in rows) for n in range(4)]
         lines = [
-            f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip() for a, b, c, d in rows
+            f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip()
+            for a, b, c, d in rows
         ]
         samples = f", {record['samples']} sequences a source" if "samples" in record else ""
-        self.say("\n".join([f"validation after step {record['step']:,} ({record['phase']}){samples}", *lines]))
+        self.say(
+            "\n".join(
+                [f"validation after step {record['step']:,} ({record['phase']}){samples}", *lines]
+            )
+        )
 
     def _change(self, key: str, loss: float) -> str:
         before, self._validated[key] = self._validated.get(key), loss
@@ -159,7 +182,11 @@ class Progress:
         text = f"finished: {self.plan.total_steps:,} steps, {count(self.plan.total_tokens)} tokens"
         if last is not None:
             here = self.plan.tokens_before(last["step"]) - self.plan.tokens_before(self._first_step)
-            share = "" if self._first_step == 0 else f", {last['step'] - self._first_step:,} of the steps"
+            share = (
+                ""
+                if self._first_step == 0
+                else f", {last['step'] - self._first_step:,} of the steps"
+            )
             text += f"; this start took {duration(seconds)}{share} ({here / seconds:,.0f} tok/s with everything)"
         self.say(text)
 
@@ -174,7 +201,9 @@ class Progress:
 
     def _write(self, text: str) -> None:
         if not self.log.closed:
-            self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  " + text.replace("\n", f"\n{'':21}") + "\n")
+            self.log.write(
+                f"{time.strftime('%Y-%m-%d %H:%M:%S')}  " + text.replace("\n", f"\n{'':21}") + "\n"
+            )
 
     def _say_what_mfu_is(self) -> None:
         precision = self.plan.recipe.precision.compute
@@ -190,7 +219,9 @@ class Progress:
         start, which warms everything up, does not."""
         now, last = time.monotonic(), records[-1]
         if not self._seen:
-            self._seen.append((now - sum(record["seconds"] for record in records[1:]), records[0]["tokens"]))
+            self._seen.append(
+                (now - sum(record["seconds"] for record in records[1:]), records[0]["tokens"])
+            )
         if last["tokens"] > self._seen[-1][1]:
             self._seen.append((now, last["tokens"]))
         (start, before), (end, after) = self._seen[0], self._seen[-1]
@@ -205,7 +236,9 @@ def phase_line(phase: PhasePlan, phases: int) -> str:
     for stream, a, b in zip(phase.streams, first.tolist(), last.tolist(), strict=True):
         ends = shares.setdefault(stream.domain, [0.0, 0.0])
         ends[0], ends[1] = ends[0] + 100 * a, ends[1] + 100 * b
-    sizes = _move(f"{phase.batch_size(phase.first_step):,}", f"{phase.batch_size(phase.last_step):,}")
+    sizes = _move(
+        f"{phase.batch_size(phase.first_step):,}", f"{phase.batch_size(phase.last_step):,}"
+    )
     parts = [
         f"steps {phase.first_step + 1:,} to {phase.last_step + 1:,}",
         f"batch {sizes} × {phase.sequence_length:,} tokens",

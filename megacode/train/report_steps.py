@@ -67,7 +67,9 @@ class StepReports:
     """CUDA event after the copy of what is gathered."""
 
     @classmethod
-    def open(cls, plan: Plan, run: Path, world: World, first_step: int, vocab_size: int) -> StepReports:
+    def open(
+        cls, plan: Plan, run: Path, world: World, first_step: int, vocab_size: int
+    ) -> StepReports:
         recipe = plan.recipe
         cuda = world.device.type == "cuda"
         device = torch.cuda.get_device_name() if cuda else "cpu"
@@ -76,8 +78,12 @@ class StepReports:
             plan=plan,
             world=world,
             flops={length: flops_per_token(recipe.model, vocab_size, length) for length in lengths},
-            peak=peak_flops(device, "fp8" if recipe.precision.compute == "fp8" else recipe.precision.compute),
-            writer=MetricsWriter.open(run, recipe.logging.tensorboard, first_step) if world.is_main else None,
+            peak=peak_flops(
+                device, "fp8" if recipe.precision.compute == "fp8" else recipe.precision.compute
+            ),
+            writer=MetricsWriter.open(run, recipe.logging.tensorboard, first_step)
+            if world.is_main
+            else None,
             progress=Progress.open(run, plan, first_step, device) if world.is_main else None,
             _arrived=torch.cuda.Event() if cuda else None,
         )
@@ -122,7 +128,9 @@ class StepReports:
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        totals = torch.stack([torch.stack([p.sums, p.sums if p.reference is None else p.reference]) for p in pending])
+        totals = torch.stack(
+            [torch.stack([p.sums, p.sums if p.reference is None else p.reference]) for p in pending]
+        )
         digests = torch.tensor([_signed(p.digest) for p in pending])
         if self.world.device.type == "cuda":
             digests = digests.pin_memory().to(self.world.device, non_blocking=True)
@@ -143,7 +151,9 @@ class StepReports:
         if gathered and self.writer and self.progress:
             if self.world.device.type == "cuda":
                 self._arrived.synchronize()
-            numbers = zip(gathered.pending, gathered.totals.tolist(), gathered.digests.tolist(), strict=True)
+            numbers = zip(
+                gathered.pending, gathered.totals.tolist(), gathered.digests.tolist(), strict=True
+            )
             records = [self._record(*one) for one in numbers]
             for record in records:
                 self.writer.write(record)
@@ -156,7 +166,9 @@ class StepReports:
         if self.writer:
             self.writer.flush()
 
-    def _record(self, pending: _Pending, totals: list[list[list[float]]], digest: int) -> dict[str, Any]:
+    def _record(
+        self, pending: _Pending, totals: list[list[list[float]]], digest: int
+    ) -> dict[str, Any]:
         phase, step = pending.phase, pending.step
         (losses, tokens), (bf16, _) = totals
         batch_size = phase.batch_size(step)
@@ -165,10 +177,15 @@ class StepReports:
         sources = [stream.source for stream in phase.streams]
         domains = [stream.domain for stream in phase.streams]
         counts = phase.counts(step).tolist()
-        memory = torch.cuda.max_memory_allocated() / 1e9 if self.world.device.type == "cuda" else None
+        memory = (
+            torch.cuda.max_memory_allocated() / 1e9 if self.world.device.type == "cuda" else None
+        )
         compared = {}
         if pending.reference is not None:
-            compared = {"loss_bf16": _ratio(sum(bf16), sum(tokens)), "drift": _ratio(sum(losses), sum(bf16)) - 1}
+            compared = {
+                "loss_bf16": _ratio(sum(bf16), sum(tokens)),
+                "drift": _ratio(sum(losses), sum(bf16)) - 1,
+            }
         return {
             "kind": "train",
             "step": step + 1,
@@ -213,16 +230,25 @@ class StepReports:
             if line:
                 self.progress.say(line)
 
-    def machine(self, hardware: Hardware, adam: str, overlaps: Mapping[str, OverlapDecision]) -> None:
+    def machine(
+        self, hardware: Hardware, adam: str, overlaps: Mapping[str, OverlapDecision]
+    ) -> None:
         """What this start computes with: device, layers, Adam, precision, overlap and fusion."""
         precision = self.plan.recipe.precision
-        computes = f"fp8 ({precision.fp8_recipe})" if precision.compute == "fp8" else precision.compute
+        computes = (
+            f"fp8 ({precision.fp8_recipe})" if precision.compute == "fp8" else precision.compute
+        )
         engine = hardware.engine
         layers = (
-            f"layers of Transformer Engine {'.'.join(map(str, engine))}" if engine else "Megatron-Core's local layers"
+            f"layers of Transformer Engine {'.'.join(map(str, engine))}"
+            if engine
+            else "Megatron-Core's local layers"
         )
         on = [one.key.rsplit(".")[-1] for one in overlaps.values() if one.on]
-        self.say(f"{hardware.name}: {layers}, {adam}, {computes}" + (f"; on: {', '.join(on)}" if on else ""))
+        self.say(
+            f"{hardware.name}: {layers}, {adam}, {computes}"
+            + (f"; on: {', '.join(on)}" if on else "")
+        )
 
     def started(self) -> None:
         recipe, world = self.plan.recipe, self.world
@@ -273,7 +299,11 @@ class StepReports:
 
     def stopped(self, done: int, signal_number: int) -> None:
         self.flush()
-        self._event(done, "stop", f"stopped by signal {signal_number} after step {done:,}; saved, run again to go on")
+        self._event(
+            done,
+            "stop",
+            f"stopped by signal {signal_number} after step {done:,}; saved, run again to go on",
+        )
 
     def paused(self, done: int) -> None:
         """Trained as far as was asked."""
@@ -291,7 +321,9 @@ class StepReports:
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in pinned memory, under way."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+        tensor, non_blocking=True
+    )
 
 
 def _signed(value: int) -> int:
@@ -313,4 +345,6 @@ def _sums(names: list[str], values: list[Any]) -> dict[str, Any]:
 def _means(names: list[str], totals: list[float], counts: list[float]) -> dict[str, float]:
     """Mean loss of each name that has tokens in this step."""
     count = _sums(names, counts)
-    return {name: total / count[name] for name, total in _sums(names, totals).items() if count[name]}
+    return {
+        name: total / count[name] for name, total in _sums(names, totals).items() if count[name]
+    }

@@ -35,17 +35,24 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for number in STOPPING:
             self._previous[number] = signal.signal(number, self._remember)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # one may have come while the run started
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, STOPPING
+        )  # one may have come while the run started
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         # What was asked for is done: a time limit's warning that comes late must not make a failure of it.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        if error is None:  # every rank comes here; after an error others may not, and waiting would be for ever
+        if (
+            error is None
+        ):  # every rank comes here; after an error others may not, and waiting would be for ever
             self._finish()
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
@@ -63,7 +70,9 @@ class StopRequest:
             return self.received
         answer = self._finish()
         flag = torch.tensor([self.received], dtype=torch.int32)
-        work = torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        work = torch.distributed.all_reduce(
+            flag, op=torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+        )
         self._exchange = flag, work
         return answer
 

@@ -1,7 +1,7 @@
 """Training: the loop reads like the algorithm; everything it calls has a file of its own.
 
-    with Trainer(recipe, "runs/mine") as trainer:
-        trainer.train()
+with Trainer(recipe, "runs/mine") as trainer:
+    trainer.train()
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ from megacode.megatron.distributed import initialize, read_launch, seed_step, sh
 from megacode.megatron.hardware import detect
 from megacode.megatron.initialize import fill_new_rows
 from megacode.megatron.model import build_model, global_parameter_names
-from megacode.megatron.optimizer import adam_of, build_optimizer, reset_optimizer_state, set_lr, wrap_data_parallel
+from megacode.megatron.optimizer import (
+    adam_of,
+    build_optimizer,
+    reset_optimizer_state,
+    set_lr,
+    wrap_data_parallel,
+)
 from megacode.megatron.step import (
     forward_backward,
     gathered_weights,
@@ -79,7 +85,12 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe | Plan, run: str | Path, *, restart: bool = False, accept_changes: Sequence[str] = ()
+        self,
+        recipe: Recipe | Plan,
+        run: str | Path,
+        *,
+        restart: bool = False,
+        accept_changes: Sequence[str] = (),
     ) -> None:
         self.plan = recipe if isinstance(recipe, Plan) else plan_with_data(recipe)
         self.recipe, self.run = self.plan.recipe, Path(run)
@@ -92,7 +103,12 @@ class Trainer:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._stack.__exit__(kind, error, trace)
 
     def _open(self, stack: contextlib.ExitStack) -> None:
@@ -106,7 +122,9 @@ class Trainer:
             may_write = held.check
             if self._restart and (aside := start_over(run)):
                 print(f"starting over; the earlier run is kept as {aside}", flush=True)
-        self.world = world = initialize(recipe.parallel, recipe.seed, launch, bool(recipe.fusion.cuda_graphs))
+        self.world = world = initialize(
+            recipe.parallel, recipe.seed, launch, bool(recipe.fusion.cuda_graphs)
+        )
         stack.push(_leave)
         self.tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
         self.vocab_size = model_vocab_size(recipe, self.tokenizer)
@@ -118,7 +136,10 @@ class Trainer:
         resume = checkpoint_to_resume(run, plan, self._accept_changes)
         self.done = resume.step if resume else 0
         changes = resume.changes if resume else initial_changes(recipe, self._accept_changes)
-        accepted = [*(resume.info.get("accepted", []) if resume else []), *({"step": self.done, **asdict(c)} for c in changes)]
+        accepted = [
+            *(resume.info.get("accepted", []) if resume else []),
+            *({"step": self.done, **asdict(c)} for c in changes),
+        ]
         self.history = {
             "tokenizer": self.tokenizer.facts() if self.tokenizer else None,
             "accepted": accepted,
@@ -136,7 +157,9 @@ class Trainer:
 
         decided = megatron_config(recipe, detect(), world.data_size)
         stack.enter_context(userbuffers(recipe, decided.transformer.tp_comm_overlap))
-        self.model_chunks = wrap_data_parallel(decided, build_model(recipe, self.vocab_size, decided))
+        self.model_chunks = wrap_data_parallel(
+            decided, build_model(recipe, self.vocab_size, decided)
+        )
         self.optimizer = build_optimizer(recipe, self.model_chunks)
         prepare_model_for_training(self.model_chunks, self.optimizer)
         self.reports.machine(decided.hardware, adam_of(self.optimizer), decided.overlaps)
@@ -177,10 +200,17 @@ class Trainer:
             tokenizer=self.tokenizer,
         )
         profiler = Profiler(profile, self.run / "profile", self.world, self.reports.say)
-        with contextlib.closing(step_batches), StopRequest() as stop, contextlib.closing(profiler), garbage.held_off():
+        with (
+            contextlib.closing(step_batches),
+            StopRequest() as stop,
+            contextlib.closing(profiler),
+            garbage.held_off(),
+        ):
             return self._loop(step_batches, end, stop, profiler)
 
-    def _loop(self, step_batches: Iterator[StepBatch], end: int, stop: StopRequest, profiler: Profiler) -> int:
+    def _loop(
+        self, step_batches: Iterator[StepBatch], end: int, stop: StopRequest, profiler: Profiler
+    ) -> int:
         plan, recipe, world = self.plan, self.recipe, self.world
         checkpoint_steps, last_saved = set(plan.checkpoints()), self.done
         clock = time.perf_counter()
@@ -196,7 +226,12 @@ class Trainer:
             reference = self._bf16_sums(batch, step)
             set_lr(self.optimizer, phase.learning_rate(step), recipe.optimizer.weight_decay)
             sums, norm = train_step(
-                self.model_chunks, self.optimizer, batch.micro_batches, len(phase.streams), recipe, world
+                self.model_chunks,
+                self.optimizer,
+                batch.micro_batches,
+                len(phase.streams),
+                recipe,
+                world,
             )
             garbage.collect_after(step + 1)
             # From the end of one step to the end of the next, reporting included; evaluation and saving are not training.
@@ -210,7 +245,9 @@ class Trainer:
             if norm is not None and not math.isfinite(norm):
                 self._diverged(norm)
             at_phase_end = self.done == phase.first_step + phase.steps
-            if _due(self.done, recipe.evaluation.every) or (at_phase_end and recipe.evaluation.at_phase_end):
+            if _due(self.done, recipe.evaluation.every) or (
+                at_phase_end and recipe.evaluation.at_phase_end
+            ):
                 self.evaluate()
                 clock = time.perf_counter()
             stopped_by = stop.should_stop() if self.done < end else 0
@@ -253,7 +290,9 @@ class Trainer:
         tokenizer = self.tokenizer
         if self.world.size > 1 or tokenizer is None or self.recipe.tokenizer is None:
             why = "several ranks hold the model" if tokenizer else "the recipe names no tokenizer"
-            raise UserError(f"{self.run}: cannot generate here: {why}; use `megacode generate {self.run}` on a checkpoint")
+            raise UserError(
+                f"{self.run}: cannot generate here: {why}; use `megacode generate {self.run}` on a checkpoint"
+            )
         ids = tokenizer.encode(prompt)
         start = [tokenizer.bos_id] if self.recipe.tokenizer.bos else []
         stop = tokenizer.eod_id if self.recipe.tokenizer.eod else None
@@ -262,7 +301,14 @@ class Trainer:
         try:
             with gathered_weights(self.model_chunks):
                 written = list(
-                    continue_tokens(model, [*start, *ids], tokens, stop, sampling or Sampling(), tokenizer.vocab_size)
+                    continue_tokens(
+                        model,
+                        [*start, *ids],
+                        tokens,
+                        stop,
+                        sampling or Sampling(),
+                        tokenizer.vocab_size,
+                    )
                 )
         finally:
             model.train()
@@ -275,7 +321,12 @@ class Trainer:
         streams = len(self.plan.phase_at(step).streams)
         with without_fp8(self.model_chunks), torch.no_grad():
             sums = forward_backward(
-                self.model_chunks, batch.micro_batches, streams, self.recipe, self.world, forward_only=True
+                self.model_chunks,
+                batch.micro_batches,
+                streams,
+                self.recipe,
+                self.world,
+                forward_only=True,
             )
         seed_step(self.recipe, step, self.world)  # the step itself drops what this one dropped
         return sums
@@ -302,7 +353,9 @@ class Trainer:
             },
         }
         with gathered_weights(self.model_chunks):
-            self.checkpointer.save(self.done, self.model_chunks, self.optimizer, info, dump_recipe(recipe))
+            self.checkpointer.save(
+                self.done, self.model_chunks, self.optimizer, info, dump_recipe(recipe)
+            )
         gc.collect()  # its copies of tensors are not to wait for the next time that this is due
 
     def _restore(self, resume: Resume | None) -> None:
@@ -345,10 +398,16 @@ class Trainer:
             remedy = f"there is no checkpoint from before: {lower} and start again"
         else:
             last, path = before[-1]
-            doubtful = last == done - 1 and len(before) > 1  # the update that it holds may be the one that went wrong
+            doubtful = (
+                last == done - 1 and len(before) > 1
+            )  # the update that it holds may be the one that went wrong
             remedy = (
                 f"the last checkpoint is {path}: {lower} and train on from there, or "
-                + ("leave it, for its weights may be spoilt already, with" if doubtful else "change more with")
+                + (
+                    "leave it, for its weights may be spoilt already, with"
+                    if doubtful
+                    else "change more with"
+                )
                 + f" `megacode fork {folder.parent} --at {before[-2 if doubtful else -1][0]}`"
             )
         raise UserError(

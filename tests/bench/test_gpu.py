@@ -32,7 +32,9 @@ def test_every_device_has_something_to_measure_and_all_of_it_fits(bench: Any, me
         layers = bench.fitting_layers(case, HOPPER, memory)
         assert 8 <= layers < case.layers
         assert all(bench.refusal(case, layers, precision, memory) is None for precision in HOPPER)
-        assert any(needed(case, layers + 2, precision) > 0.9 * memory for precision in HOPPER), "more layers would fit"
+        assert any(needed(case, layers + 2, precision) > 0.9 * memory for precision in HOPPER), (
+            "more layers would fit"
+        )
 
 
 def test_the_full_model_is_tried_where_it_can_fit(bench: Any) -> None:
@@ -54,7 +56,15 @@ def test_its_recipes_can_be_loaded(bench: Any, precision: str, tmp_path: Path) -
 
 
 def test_a_page_keeps_what_earlier_runs_measured(bench: Any, tmp_path: Path) -> None:
-    row = {"case": "tiny", "layers": 2, "precision": "bf16", "tokens": 1e4, "tflops": 1.0, "mfu": 0.5, "memory": 3.0}
+    row = {
+        "case": "tiny",
+        "layers": 2,
+        "precision": "bf16",
+        "tokens": 1e4,
+        "tflops": 1.0,
+        "mfu": 0.5,
+        "memory": 3.0,
+    }
     first = bench.Page(tmp_path, "NVIDIA X", "What it is.", "python bench/gpu.py --first")
     first.write([{**row, "side": "bare", "ms": 100.0}])
     first.write([{**row, "side": "bare", "ms": 100.0}, {**row, "side": "megacode", "ms": 102.0}])
@@ -62,10 +72,17 @@ def test_a_page_keeps_what_earlier_runs_measured(bench: Any, tmp_path: Path) -> 
     eighth = {**row, "precision": "tensorwise", "side": "bare"}
     for _ in range(2):
         second.write(
-            [{**row, "side": "bare", "ms": 90.0}, {**eighth, "ms": 60.0}, {**eighth, "side": "megacode", "none": "no"}]
+            [
+                {**row, "side": "bare", "ms": 90.0},
+                {**eighth, "ms": 60.0},
+                {**eighth, "side": "megacode", "none": "no"},
+            ]
         )
     text = (tmp_path / "gpu-nvidia-x.md").read_text()
-    assert text.count("# Training speed on one NVIDIA X\n\nWhat it is.") == 1 and text.count("\n## ") == 2
+    assert (
+        text.count("# Training speed on one NVIDIA X\n\nWhat it is.") == 1
+        and text.count("\n## ") == 2
+    )
     assert text.index("--second") < text.index("--first")
     assert "| tiny | bf16 | megacode | 102 | 10,000 | 1 | 50.0% | 3.0 | 1.020 | 1.00 |" in text
     assert "| tiny | tensorwise | bare | 60 | 10,000 | 1 | 50.0% | 3.0 | 1.000 | 1.50 |" in text

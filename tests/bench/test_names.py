@@ -29,6 +29,9 @@ def names_of(module: str) -> set[str]:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_is_imported_is_there(script: Path) -> None:
     for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("megacode", "tests"):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in (
+            "megacode",
+            "tests",
+        ):
             missing = {alias.name for alias in node.names} - names_of(str(node.module))
             assert not missing, f"{script}:{node.lineno}: {node.module} has no {', '.join(missing)}"

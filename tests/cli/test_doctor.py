@@ -23,7 +23,15 @@ GONE = Probe(None, {}, None, absent=True)
 
 
 def package(module: str, script: str = "import json, {module}; print(json.dumps({{}}))") -> Package:
-    return Package("Training", module, module, None, script.format(module=module), "something", "from somewhere")
+    return Package(
+        "Training",
+        module,
+        module,
+        None,
+        script.format(module=module),
+        "something",
+        "from somewhere",
+    )
 
 
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, code: str) -> None:
@@ -71,7 +79,9 @@ def test_the_package_named_apex_that_is_not_nvidias_is_recognised(
     assert finding.state == "missing" and "not NVIDIA's" in finding.found
 
 
-def test_a_package_hidden_from_this_process_is_still_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_package_hidden_from_this_process_is_still_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     # As `megacode.megatron.cpu` hides Transformer Engine and Apex from Megatron-Core where there is no device.
     install(monkeypatch, tmp_path, "hidden_thing", "")
     monkeypatch.setitem(sys.modules, "hidden_thing", None)
@@ -99,9 +109,13 @@ def test_training_uses_what_megatron_core_would_take() -> None:
     assert "not possible" in training_would_use({**FINE, "torch": GONE})["training"]
 
 
-@pytest.mark.parametrize(("version", "fits"), [("2.9.1", False), ("2.10.0", True), ("2.12.0", True), ("2.13.0", False)])
+@pytest.mark.parametrize(
+    ("version", "fits"), [("2.9.1", False), ("2.10.0", True), ("2.12.0", True), ("2.13.0", False)]
+)
 def test_transformer_engine_versions_that_pair_with_megatron_core(version: str, fits: bool) -> None:
-    finding = doctor._package(HERE["Transformer Engine"], Probe(version, {}, None, absent=False), {})
+    finding = doctor._package(
+        HERE["Transformer Engine"], Probe(version, {}, None, absent=False), {}
+    )
     assert (finding.state == "ok") is fits
 
 
@@ -143,7 +157,11 @@ def test_slurm_says_what_job_it_is_in(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_the_gpu_line_names_the_dense_peak() -> None:
     found = doctor._gpu(CUDA).found
-    assert "8 × NVIDIA H100 80GB HBM3" in found and "989 TFLOP/s in bf16" in found and "1,979 in FP8" in found
+    assert (
+        "8 × NVIDIA H100 80GB HBM3" in found
+        and "989 TFLOP/s in bf16" in found
+        and "1,979 in FP8" in found
+    )
 
 
 def test_the_verb_answers_here(capsys: pytest.CaptureFixture[str]) -> None:

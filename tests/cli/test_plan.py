@@ -32,10 +32,14 @@ def test_the_largest_recipe_is_planned_at_once_and_without_torch():
         "assert not {'torch', 'megatron.core', 'matplotlib'} & set(sys.modules)\n"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     assert done.returncode == 0, done.stderr
-    assert seconds < 5, "0.5 s of a quick core, 1.2 s of a busy one; a table with a row a step would take minutes"
+    assert seconds < 5, (
+        "0.5 s of a quick core, 1.2 s of a busy one; a table with a row a step would take minutes"
+    )
     for words in (
         "321,836 steps",
         "feed-forward",
@@ -67,7 +71,13 @@ def test_the_picture_is_drawn(tmp_path, capsys):
 
 def test_ranks_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="7 ranks cannot hold tensor 2 x pipeline 4"):
-        run(ROOT / "recipes/crystal-7b.yaml", "--gpus", "7", "--set", "parallel={tensor: 2, pipeline: 4}")
+        run(
+            ROOT / "recipes/crystal-7b.yaml",
+            "--gpus",
+            "7",
+            "--set",
+            "parallel={tensor: 2, pipeline: 4}",
+        )
 
 
 @pytest.mark.parametrize("wrong", [["--mfu", "2"], ["--gpus", "0"], ["--device", "abacus"]])
@@ -95,8 +105,13 @@ def test_what_a_suggestion_prints_can_be_typed_and_keeps_what_it_was_for(capsys)
         "--set",
         "precision={compute: fp8, fp8_recipe: tensorwise}",
     )
-    command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  megacode plan"))
+    command = next(
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("  megacode plan")
+    )
     program, verb, *arguments = shlex.split(command)
-    assert (program, verb) == ("megacode", "plan") and "precision={compute: fp8, fp8_recipe: tensorwise}" in arguments
+    assert (program, verb) == (
+        "megacode",
+        "plan",
+    ) and "precision={compute: fp8, fp8_recipe: tensorwise}" in arguments
     run(*arguments)
     assert "fp8" in capsys.readouterr().out

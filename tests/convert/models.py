@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-from megacode.recipe.schema import LearningRate, Mixture, Model, Parallel, Phase, Recipe, RotaryScaling, Source
+from megacode.recipe.schema import (
+    LearningRate,
+    Mixture,
+    Model,
+    Parallel,
+    Phase,
+    Recipe,
+    RotaryScaling,
+    Source,
+)
 
 VOCAB, LENGTH = 300, 24
 NEOX = dict(normalization="layernorm", linear_bias=True)

@@ -64,16 +64,25 @@ def save(world: Any, run: str, recipe: Recipe, steps: tuple[int, ...], vocab_siz
                 if parameter.ndim == 2 and "layers" in name:
                     parameter.mul_(20)
                 if name.endswith(("word_embeddings.weight", "output_layer.weight")):
-                    parameter[3:259] = 0  # and no bytes, which libraries show in their own ways where they are no UTF-8
+                    parameter[3:259] = (
+                        0  # and no bytes, which libraries show in their own ways where they are no UTF-8
+                    )
         place = Path(run, "checkpoints", f"step_{step:08d}")
         place.mkdir(parents=True)
         dist_checkpointing.save(_sharded_state(chunks, None, loading=False), str(place))
         (place / "recipe.yaml").write_text(dump_recipe(recipe))
-        info = {"step": step, "phase": "one" if step <= 4 else "two", "tokens": step * 128, "vocab_size": vocab_size}
+        info = {
+            "step": step,
+            "phase": "one" if step <= 4 else "two",
+            "tokens": step * 128,
+            "vocab_size": vocab_size,
+        }
         (place / "megacode.json").write_text(json.dumps(info))
 
 
-def make_run(folder: Path, model: Model = CRYSTAL, steps: tuple[int, ...] = STEPS, bos: bool = True) -> Path:
+def make_run(
+    folder: Path, model: Model = CRYSTAL, steps: tuple[int, ...] = STEPS, bos: bool = True
+) -> Path:
     """FOLDER/run with these checkpoints, metrics and a plan."""
     recipe = recipe_of(folder, model, bos)
     run = folder / "run"

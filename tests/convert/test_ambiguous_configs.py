@@ -18,7 +18,13 @@ from megacode.convert.importing import Found, import_model  # noqa: E402
 from megacode.convert.layout import EMBEDDING, OUTPUT  # noqa: E402
 from megacode.errors import UserError  # noqa: E402
 
-SIZES = {"hidden_size": 2048, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 32, "vocab_size": 100}
+SIZES = {
+    "hidden_size": 2048,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "vocab_size": 100,
+}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CLASSES = {
     "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "stablelm": "StableLm",
@@ -30,11 +36,15 @@ def section_of(kind: str, keys: dict[str, Any]) -> dict[str, Any]:
     architecture = f"{CLASSES[kind]}ForCausalLM"
     more = {"use_parallel_residual": False} if kind == "gpt_neox" else {}
     family = by_architecture([architecture], kind, "config.json")
-    return family.model_section({"architectures": [architecture], "model_type": kind, **SIZES, **more, **keys})
+    return family.model_section(
+        {"architectures": [architecture], "model_type": kind, **SIZES, **more, **keys}
+    )
 
 
 def theirs(kind: str, keys: dict[str, Any]) -> Any:
-    return getattr(transformers, f"{CLASSES[kind]}Config").from_dict({"model_type": kind, **SIZES, **keys})
+    return getattr(transformers, f"{CLASSES[kind]}Config").from_dict(
+        {"model_type": kind, **SIZES, **keys}
+    )
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -48,7 +58,9 @@ def test_a_silent_config_means_what_it_means_to_transformers(kind: str) -> None:
         "rotary_fraction": rope.get("partial_rotary_factor"),
         "context_length": min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 10**9),
     }  # fmt: skip
-    assert {key: ours[key] for key in wanted if key in ours} == {key: wanted[key] for key in wanted if key in ours}
+    assert {key: ours[key] for key in wanted if key in ours} == {
+        key: wanted[key] for key in wanted if key in ours
+    }
     assert ours.get("head_dim") in (None, wanted["head_dim"])
 
 
@@ -92,7 +104,10 @@ def test_rotary_keys_are_read_as_transformers_does_or_refused(
                 section_of(kind, keys)
             assert all(word in str(error.value) for word in words), error.value
             continue
-        section, rope = section_of(kind, keys), theirs(kind, json.loads(json.dumps(keys))).rope_parameters
+        section, rope = (
+            section_of(kind, keys),
+            theirs(kind, json.loads(json.dumps(keys))).rope_parameters,
+        )
         assert section["rotary_base"] == base == rope["rope_theta"]
         scaling = section.get("rotary_scaling")
         assert (scaling["kind"] if scaling else "default") == rope["rope_type"]
@@ -125,13 +140,22 @@ def test_so_is_the_share_that_is_rotated(
 
 
 @pytest.mark.parametrize(
-    ("kind", "head"), [("llama", "lm_head.weight"), ("qwen2", "lm_head.weight"), ("gpt_neox", "embed_out.weight")]
+    ("kind", "head"),
+    [("llama", "lm_head.weight"), ("qwen2", "lm_head.weight"), ("gpt_neox", "embed_out.weight")],
 )
-def test_an_output_layer_of_its_own_is_kept(tmp_path: Path, kind: str, head: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_layer_of_its_own_is_kept(
+    tmp_path: Path, kind: str, head: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Although the config says tied: transformers since version 5 keeps both, so the logits are those of both."""
     from megacode.cli.main import main
 
-    sizes = {**SIZES, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
+    sizes = {
+        **SIZES,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    }
     more = {"use_parallel_residual": False} if kind == "gpt_neox" else {}
     config = getattr(transformers, f"{CLASSES[kind]}Config")(**sizes, **more)
     model = getattr(transformers, f"{CLASSES[kind]}ForCausalLM")(config)
@@ -155,7 +179,9 @@ def test_an_output_layer_of_its_own_is_kept(tmp_path: Path, kind: str, head: str
     assert torch.equal(reader.tensor(EMBEDDING)[:100], embedding)
     with torch.no_grad():
         loaded = getattr(transformers, f"{CLASSES[kind]}ForCausalLM").from_pretrained(folder)
-        assert torch.equal(loaded.get_output_embeddings().weight, weights[head]), "what this is compared with"
+        assert torch.equal(loaded.get_output_embeddings().weight, weights[head]), (
+            "what this is compared with"
+        )
 
 
 def test_import_says_nothing_of_a_model_without_surprises(tmp_path: Path) -> None:

@@ -29,31 +29,46 @@ def checkpoint(run: Path, step: int, **info: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / "recipe.yaml", folder)
     record = next(r for r in read_metrics(run) if r["kind"] == "train" and r["step"] == step)
-    known = {"step": step, "phase": record["phase"], "tokens": record["tokens"], "vocab_size": 32032}
+    known = {
+        "step": step,
+        "phase": record["phase"],
+        "tokens": record["tokens"],
+        "vocab_size": 32032,
+    }
     (folder / "megacode.json").write_text(json.dumps(known | info))
     return folder
 
 
 def card(folder: Path, checkpoint_folder: Path, run: Path | None) -> str:
     folder.mkdir(exist_ok=True)
-    write_card(folder, load_recipe(checkpoint_folder / "recipe.yaml"), checkpoint_folder, run, "llama")
+    write_card(
+        folder, load_recipe(checkpoint_folder / "recipe.yaml"), checkpoint_folder, run, "llama"
+    )
     return (folder / "README.md").read_text()
 
 
 def rows(text: str, heading: str) -> list[list[str]]:
     """Cells of the table that follows a heading."""
     lines = text.split(f"## {heading}")[1].split("\n## ", maxsplit=1)[0].splitlines()
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")]
+    return [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in lines
+        if line.startswith("| ")
+    ]
 
 
 def test_header_model_and_phases(run: Path, tmp_path: Path) -> None:
     text = card(tmp_path / "out", checkpoint(run, 200), run)
     header = yaml.safe_load(text.split("---\n")[1])
     assert header["library_name"] == "transformers" and header["pipeline_tag"] == "text-generation"
-    assert header["tags"] == ["megacode", "llama", "code", "math", "text"] and "license" not in header
+    assert (
+        header["tags"] == ["megacode", "llama", "code", "math", "text"] and "license" not in header
+    )
     assert "# license: yours to choose" in text
     model = dict(rows(text, "Model"))
-    assert model["heads"] == "16, 128 wide, 8 for keys and values" and model["vocabulary"] == "32,032"
+    assert (
+        model["heads"] == "16, 128 wide, 8 for keys and values" and model["vocabulary"] == "32,032"
+    )
     per_layer = 2048 * (2048 + 2 * 1024) + 2048 * 2048 + 3 * 2048 * 5504 + 2 * 2048
     assert model["parameters"] == f"{24 * per_layer + 2 * 32032 * 2048 + 2048:,}"
     phases = rows(text, "Training")[1:]
@@ -71,7 +86,9 @@ def test_numbers_are_those_of_the_checkpoints_step(run: Path, tmp_path: Path) ->
     last = records[50:150]
     for domain in ("code", "text"):
         pairs = [
-            (r["loss_by_domain"][domain], r["ratio_by_domain"][domain]) for r in last if domain in r["loss_by_domain"]
+            (r["loss_by_domain"][domain], r["ratio_by_domain"][domain])
+            for r in last
+            if domain in r["loss_by_domain"]
         ]
         expected = np.average([loss for loss, _ in pairs], weights=[share for _, share in pairs])
         assert float(table[domain][0]) == pytest.approx(expected, abs=6e-5)
@@ -101,7 +118,10 @@ def test_how_to_load_follows_the_files(run: Path, tmp_path: Path) -> None:
     (folder / "modeling_crystalcoder.py").touch()
     (folder / "tokenizer.json").touch()
     text = card(folder, checkpoint(run, 300), run)
-    assert 'from_pretrained("out", trust_remote_code=True)' in text and "split_special_tokens=True" in text
+    assert (
+        'from_pretrained("out", trust_remote_code=True)' in text
+        and "split_special_tokens=True" in text
+    )
     assert '"<|fim_prefix|>" + before + "<|fim_suffix|>" + after + "<|fim_middle|>"' in text
 
 
@@ -109,4 +129,6 @@ def test_without_a_run_the_model_is_still_told(run: Path, tmp_path: Path) -> Non
     text = card(tmp_path / "out", checkpoint(run, 300), None)
     assert "## Model" in text and "## Training" not in text and "## Losses" not in text
     assert "tokens seen" in text and not (tmp_path / "out" / "loss.png").exists()
-    assert card(tmp_path / "other", checkpoint(run, 300), tmp_path / "nowhere") == text.replace('"out"', '"other"')
+    assert card(tmp_path / "other", checkpoint(run, 300), tmp_path / "nowhere") == text.replace(
+        '"out"', '"other"'
+    )

@@ -18,7 +18,13 @@ SCALED = dict(rotary_scaling=RotaryScaling(kind="linear", factor=4.0))
     [
         (LLAMA, "llama"),
         (LLAMA | SCALED | dict(kv_heads=2, head_dim=24), "llama"),
-        (LLAMA | dict(megatron={"attention_backend": "flash", "num_layers_in_first_pipeline_stage": 1}), "llama"),
+        (
+            LLAMA
+            | dict(
+                megatron={"attention_backend": "flash", "num_layers_in_first_pipeline_stage": 1}
+            ),
+            "llama",
+        ),
         (LLAMA | dict(qkv_bias=True), "qwen2"),
         (LLAMA | dict(qk_norm=True, head_dim=32), "qwen3"),
         (LLAMA | dict(normalization="layernorm", rotary_fraction=0.25), "stablelm"),
@@ -37,12 +43,28 @@ def test_the_first_family_that_fits(keys: dict, family: str) -> None:
         (GPT, "llama", "model.normalization is layernorm, not rmsnorm"),
         (LLAMA | dict(rotary_fraction=0.5), "llama", "model.rotary_fraction is 0.5, not 1"),
         (LLAMA | dict(activation="geglu"), "mistral", "model.activation is geglu, not swiglu"),
-        (LLAMA | dict(qkv_bias=True, head_dim=24), "qwen2", "model.head_dim is 24, not hidden_size / heads"),
+        (
+            LLAMA | dict(qkv_bias=True, head_dim=24),
+            "qwen2",
+            "model.head_dim is 24, not hidden_size / heads",
+        ),
         (GPT, "starcoder2", "model.activation is swiglu, not one of gelu, gelu-tanh, relu"),
-        (GPT | dict(kv_heads=2, activation="gelu"), "gpt_neox", "model.kv_heads is 2, not heads (4)"),
-        (GPT | SCALED | dict(activation="gelu"), "gpt_neox", "model.rotary_scaling stretches rotary positions"),
+        (
+            GPT | dict(kv_heads=2, activation="gelu"),
+            "gpt_neox",
+            "model.kv_heads is 2, not heads (4)",
+        ),
+        (
+            GPT | SCALED | dict(activation="gelu"),
+            "gpt_neox",
+            "model.rotary_scaling stretches rotary positions",
+        ),
         (GPT | SCALED, "crystalcoder", "model.rotary_scaling stretches rotary positions"),
-        (LLAMA | dict(megatron={"window_size": [16, 0]}), "llama", "model.megatron.window_size may change"),
+        (
+            LLAMA | dict(megatron={"window_size": [16, 0]}),
+            "llama",
+            "model.megatron.window_size may change",
+        ),
         (LLAMA, "bert", "no such family; known are llama, mistral"),
     ],
 )
@@ -55,4 +77,6 @@ def test_what_is_in_the_way_is_named(keys: dict, family: str, words: str) -> Non
 def test_a_shape_of_no_family_names_the_field_for_each() -> None:
     with pytest.raises(UserError) as caught:
         choose(Model(**LLAMA, linear_bias=True, softmax_scale=0.3, normalization="layernorm"))
-    assert "llama: attention scores" in str(caught.value) and "crystalcoder: model.softmax_scale" in str(caught.value)
+    assert "llama: attention scores" in str(
+        caught.value
+    ) and "crystalcoder: model.softmax_scale" in str(caught.value)

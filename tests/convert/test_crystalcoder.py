@@ -19,7 +19,13 @@ from megacode.errors import UserError  # noqa: E402
 from megacode.recipe.load import load_recipe  # noqa: E402
 from megacode.recipe.schema import Model, Mup, Parallel  # noqa: E402
 from tests.convert.models import VOCAB, save_and_run, tokens_to_try  # noqa: E402
-from tests.convert.test_crystalcoder_remote_code import CONFIG, expected_logits, load, weights, write_model  # noqa: E402
+from tests.convert.test_crystalcoder_remote_code import (  # noqa: E402
+    CONFIG,
+    expected_logits,
+    load,
+    weights,
+    write_model,
+)
 from tests.convert.test_families import place, tensors_of  # noqa: E402
 from tests.processes import run_on  # noqa: E402
 
@@ -46,7 +52,9 @@ LAYOUT = Parallel(tensor=2, pipeline=2)
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, module_cache: None) -> tuple[Path, dict[str, torch.Tensor]]:
+def saved(
+    tmp_path_factory: pytest.TempPathFactory, module_cache: None
+) -> tuple[Path, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("saved")
     results = run_on(4, save_and_run, str(folder), MODELS, LAYOUT, True, parallel=LAYOUT)
     last = [r for r in results if all(len(v) for v in r.values())]
@@ -65,7 +73,9 @@ def exported(saved: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_the_remote_code(name: str, saved: tuple[Path, Any], exported: Path) -> None:
+def test_logits_are_those_of_the_remote_code(
+    name: str, saved: tuple[Path, Any], exported: Path
+) -> None:
     model = load(place(exported, name))
     with torch.no_grad():
         theirs = model(tokens_to_try()).logits
@@ -77,7 +87,9 @@ def test_logits_are_those_of_the_remote_code(name: str, saved: tuple[Path, Any],
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["crystal", "learned, relu"])
-def test_logits_are_those_of_the_description(name: str, saved: tuple[Path, Any], exported: Path) -> None:
+def test_logits_are_those_of_the_description(
+    name: str, saved: tuple[Path, Any], exported: Path
+) -> None:
     """Our remote code set aside: the exported numbers in the forward pass that the tests wrote from the description."""
     config = json.loads((place(exported, name) / "config.json").read_text())
     w = {key: value.numpy() for key, value in tensors_of(place(exported, name)).items()}
@@ -96,7 +108,9 @@ def test_back_and_forth_is_bit_exact(name: str, exported: Path, tmp_path: Path) 
     before, after = tensors_of(folder), tensors_of(tmp_path / "again")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    configs = [json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "again")]
+    configs = [
+        json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "again")
+    ]
     assert configs[0] == configs[1]
 
 
@@ -108,7 +122,15 @@ def test_imported_weights_give_the_same_logits_in_another_layout(
     for name in MODELS:
         import_model(Found.open(place(exported, name)), place(tmp_path, name), None)
         models[name] = load_recipe(place(tmp_path, name) / "recipe.yaml").model
-    results = run_on(2, save_and_run, str(tmp_path), models, Parallel(tensor=2), False, parallel=Parallel(tensor=2))
+    results = run_on(
+        2,
+        save_and_run,
+        str(tmp_path),
+        models,
+        Parallel(tensor=2),
+        False,
+        parallel=Parallel(tensor=2),
+    )
     for name, expected in saved[1].items():
         got = torch.cat([r[name] for r in results], -1)[..., :VOCAB]
         assert float((got - expected).abs().max()) < 1e-4, name
@@ -119,7 +141,9 @@ def test_the_published_form_is_read(tmp_path: Path) -> None:
     """Config keys, names, mask buffers and .bin files as LLM360 published them, at a small size."""
     config = CONFIG | {"vocab_size": VOCAB, "n_embd": 64, "n_inner": 90, "rotary_dim": 4}
     w = weights(config)
-    folder = write_model(tmp_path / "hf", config, {"transformer.wte.weight": w["transformer.wte.weight"]})
+    folder = write_model(
+        tmp_path / "hf", config, {"transformer.wte.weight": w["transformer.wte.weight"]}
+    )
     (folder / "model.safetensors").unlink()
     stored = {name: torch.from_numpy(value) for name, value in w.items()}
     stored["lm_head.weight"] = stored["transformer.wte.weight"]
@@ -127,10 +151,16 @@ def test_the_published_form_is_read(tmp_path: Path) -> None:
         stored[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
         stored[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
     names = sorted(stored)
-    halves = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    halves = {
+        "pytorch_model-00001-of-00002.bin": names[::2],
+        "pytorch_model-00002-of-00002.bin": names[1::2],
+    }
     for file, held in halves.items():
         torch.save({name: stored[name] for name in held}, folder / file)
-    index = {"metadata": {}, "weight_map": {name: file for file, held in halves.items() for name in held}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: file for file, held in halves.items() for name in held},
+    }
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
     found = Found.open(folder)
@@ -140,7 +170,9 @@ def test_the_published_form_is_read(tmp_path: Path) -> None:
     (got,) = run_on(1, save_and_run, str(tmp_path), {"in": found.model}, Parallel(), False)
     for row, tokens in enumerate(tokens_to_try().numpy()):
         expected = expected_logits(config, w, tokens)
-        assert np.abs(got["in"][row, :, :VOCAB].numpy() - expected).max() < 1e-4 * max(1, np.abs(expected).max())
+        assert np.abs(got["in"][row, :, :VOCAB].numpy() - expected).max() < 1e-4 * max(
+            1, np.abs(expected).max()
+        )
 
 
 def test_crystals_own_shape() -> None:
@@ -178,7 +210,15 @@ def test_crystals_own_shape() -> None:
     assert len(names) == len(set(names)) == 32 * 14 + 3
     assert {name for name in names if ".h.31." in name} == {
         f"transformer.h.31.{part}.{kind}"
-        for part in ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_fc2", "mlp.c_proj")
+        for part in (
+            "ln_1",
+            "ln_2",
+            "attn.c_attn",
+            "attn.c_proj",
+            "mlp.c_fc",
+            "mlp.c_fc2",
+            "mlp.c_proj",
+        )
         for kind in ("weight", "bias")
     }
 
@@ -227,8 +267,12 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], words: str) -> None:
         ({"n_head": 5}, "n_embd 48 is not a multiple of n_head 5"),
     ],
 )
-def test_what_cannot_be_imported_is_told(change: dict[str, Any], words: str, tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "hf", CONFIG | change, {"transformer.wte.weight": np.zeros((97, 48), np.float32)})
+def test_what_cannot_be_imported_is_told(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    folder = write_model(
+        tmp_path / "hf", CONFIG | change, {"transformer.wte.weight": np.zeros((97, 48), np.float32)}
+    )
     with pytest.raises(UserError) as caught:
         Found.open(folder)
     assert words in str(caught.value) and str(folder / "config.json") in str(caught.value)

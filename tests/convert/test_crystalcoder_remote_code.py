@@ -57,7 +57,9 @@ def weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     return {name: value.astype(np.float32) for name, value in made.items()}
 
 
-def expected_logits(config: dict[str, Any], w: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
+def expected_logits(
+    config: dict[str, Any], w: dict[str, np.ndarray], tokens: np.ndarray
+) -> np.ndarray:
     """Logits [length, vocab] of one sequence in float64, loop by loop; shares nothing with the shipped code."""
     width, heads = config["n_embd"], config["n_head"]
     d = width // heads
@@ -65,7 +67,9 @@ def expected_logits(config: dict[str, Any], w: dict[str, np.ndarray], tokens: np
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
         centred = x - x.mean(-1, keepdims=True)
-        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + config["layer_norm_epsilon"])
+        scaled = centred / np.sqrt(
+            (centred**2).mean(-1, keepdims=True) + config["layer_norm_epsilon"]
+        )
         return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
 
     def linear(x: np.ndarray, name: str) -> np.ndarray:
@@ -90,11 +94,15 @@ def expected_logits(config: dict[str, Any], w: dict[str, np.ndarray], tokens: np
         qkv = linear(norm(x, f"{name}.ln_1"), f"{name}.attn.c_attn")
         mixed = np.zeros_like(x)
         for head in range(heads):
-            q, k, v = (qkv[:, part * width + head * d : part * width + (head + 1) * d] for part in range(3))
+            q, k, v = (
+                qkv[:, part * width + head * d : part * width + (head + 1) * d] for part in range(3)
+            )
             if config["position_embedding_type"] == "rotary":
                 q, k = rotated(q), rotated(k)
             for i in range(length):
-                scores = k[: i + 1] @ q[i] / (d if config["mup_scale_qk_dot_by_d"] else math.sqrt(d))
+                scores = (
+                    k[: i + 1] @ q[i] / (d if config["mup_scale_qk_dot_by_d"] else math.sqrt(d))
+                )
                 share = np.exp(scores - scores.max())
                 mixed[i, head * d : (head + 1) * d] = (share / share.sum()) @ v[: i + 1]
         x = x + linear(mixed, f"{name}.attn.c_proj")
@@ -107,7 +115,12 @@ def expected_logits(config: dict[str, Any], w: dict[str, np.ndarray], tokens: np
             inner = np.maximum(inner, 0)
         x = x + linear(inner, f"{name}.mlp.c_proj")
     head = w["transformer.wte.weight" if config["tie_word_embeddings"] else "lm_head.weight"]
-    return norm(x, "transformer.ln_f") @ head.T * config["mup_output_alpha"] * config["mup_width_scale"]
+    return (
+        norm(x, "transformer.ln_f")
+        @ head.T
+        * config["mup_output_alpha"]
+        * config["mup_width_scale"]
+    )
 
 
 def write_model(folder: Path, config: dict[str, Any], w: dict[str, np.ndarray]) -> Path:
@@ -123,7 +136,9 @@ def write_model(folder: Path, config: dict[str, Any], w: dict[str, np.ndarray]) 
 
 
 def load(folder: Path, **keys: Any) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **keys).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, **keys
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +160,9 @@ TOKENS = np.random.default_rng(1).integers(3, 97, 20)
     ],
     ids=["published", "untied", "learned", "none"],
 )
-def test_logits_are_those_of_the_description(tmp_path: Path, changed: dict[str, Any], attention: str) -> None:
+def test_logits_are_those_of_the_description(
+    tmp_path: Path, changed: dict[str, Any], attention: str
+) -> None:
     config = CONFIG | changed
     w = weights(config)
     model = load(write_model(tmp_path / "m", config, w), attn_implementation=attention)
@@ -198,8 +215,12 @@ def test_left_padding_in_a_batch(folder: Path, attention: str) -> None:
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    keys = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
-    for written, prompt in zip(model.generate(ids, **keys)[:, width:].tolist(), prompts, strict=True):
+    keys = dict(
+        attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    for written, prompt in zip(
+        model.generate(ids, **keys)[:, width:].tolist(), prompts, strict=True
+    ):
         assert written == greedy(prompt, 6)
     with torch.no_grad():
         logits = model(ids, attention_mask=mask).logits
@@ -224,7 +245,9 @@ def test_saving_and_loading_again_keeps_every_bit(folder: Path, tmp_path: Path) 
     model = load(folder)
     model.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
-    for (name, one), (_, other) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+    for (name, one), (_, other) in zip(
+        model.state_dict().items(), again.state_dict().items(), strict=True
+    ):
         assert torch.equal(one, other), name
     w = weights(CONFIG)
     for name, value in model.state_dict().items():
@@ -235,8 +258,13 @@ def test_saving_and_loading_again_keeps_every_bit(folder: Path, tmp_path: Path) 
 def test_published_files_with_mask_buffers_and_a_stored_head_load(tmp_path: Path) -> None:
     """The published index lists causal-mask buffers of each layer, and the tied head once more."""
     w = weights(CONFIG)
-    extra = {f"transformer.h.{i}.attn.bias": np.tril(np.ones((1, 1, 64, 64), dtype=bool)) for i in range(3)}
-    extra |= {f"transformer.h.{i}.attn.masked_bias": np.array(-1e4, dtype=np.float32) for i in range(3)}
+    extra = {
+        f"transformer.h.{i}.attn.bias": np.tril(np.ones((1, 1, 64, 64), dtype=bool))
+        for i in range(3)
+    }
+    extra |= {
+        f"transformer.h.{i}.attn.masked_bias": np.array(-1e4, dtype=np.float32) for i in range(3)
+    }
     extra["lm_head.weight"] = w["transformer.wte.weight"].copy()
     model = load(write_model(tmp_path, CONFIG, w | extra))
     with torch.no_grad():
@@ -256,20 +284,26 @@ def test_training_with_checkpointed_activations_gives_the_same_gradients(folder:
         loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
         logs = expected_logits(CONFIG, weights(CONFIG), TOKENS)[:-1]
-        logs -= np.log(np.exp(logs - logs.max(-1, keepdims=True)).sum(-1, keepdims=True)) + logs.max(-1, keepdims=True)
+        logs -= np.log(
+            np.exp(logs - logs.max(-1, keepdims=True)).sum(-1, keepdims=True)
+        ) + logs.max(-1, keepdims=True)
         assert loss.item() == pytest.approx(-logs[np.arange(19), TOKENS[1:]].mean(), rel=1e-4)
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-5, atol=1e-7), name
 
 
 def test_new_models_start_as_mup_says(folder: Path) -> None:
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True, n_embd=256, n_head=4)
+    config = transformers.AutoConfig.from_pretrained(
+        folder, trust_remote_code=True, n_embd=256, n_head=4
+    )
     config.initializer_range = 0.08
     model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     layer = model.transformer.h[0]
     assert model.transformer.wte.weight.std().item() == pytest.approx(0.08, rel=0.05)
     assert layer.attn.c_attn.weight.std().item() == pytest.approx(0.08 * 0.25, rel=0.05)
-    assert layer.attn.c_proj.weight.std().item() == pytest.approx(0.08 * 0.25 / math.sqrt(6), rel=0.05)
+    assert layer.attn.c_proj.weight.std().item() == pytest.approx(
+        0.08 * 0.25 / math.sqrt(6), rel=0.05
+    )
     assert layer.attn.c_attn.bias.abs().max().item() == 0 and layer.ln_1.weight.min().item() == 1
 
 

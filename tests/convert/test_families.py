@@ -39,7 +39,13 @@ def exported(saved, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("exported")
     for name in MODELS:
         source = ExportSource.open(place(saved[0], name))
-        export(source, place(out, name), chosen_family(source, name.split()[0]), torch.float32, shard_bytes=100_000)
+        export(
+            source,
+            place(out, name),
+            chosen_family(source, name.split()[0]),
+            torch.float32,
+            shard_bytes=100_000,
+        )
     return out
 
 
@@ -49,7 +55,9 @@ def test_logits_are_those_of_transformers(name, saved, exported) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = place(exported, name)
-    model, told = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, told = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     assert not told["missing_keys"] and not told["unexpected_keys"]
     with torch.no_grad():
         theirs = model.eval()(tokens_to_try()).logits
@@ -60,7 +68,9 @@ def test_logits_are_those_of_transformers(name, saved, exported) -> None:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    return {
+        k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
+    }
 
 
 @pytest.mark.slow
@@ -83,7 +93,15 @@ def test_imported_weights_give_the_same_logits_in_another_layout(saved, exported
     for name in MODELS:
         import_model(Found.open(place(exported, name)), place(tmp_path, name), None)
     plain = {k: m.model_copy(update={"rotary_interleaved": False}) for k, m in MODELS.items()}
-    results = run_on(2, save_and_run, str(tmp_path), plain, Parallel(tensor=2), False, parallel=Parallel(tensor=2))
+    results = run_on(
+        2,
+        save_and_run,
+        str(tmp_path),
+        plain,
+        Parallel(tensor=2),
+        False,
+        parallel=Parallel(tensor=2),
+    )
     for name, expected in saved[1].items():
         got = torch.cat([r[name] for r in results], -1)[..., :VOCAB]
         assert float((got - expected).abs().max()) < 1e-4, name
@@ -128,16 +146,24 @@ def test_what_is_broken_is_told(saved, exported, tmp_path) -> None:
 
     cut = copy(folder)
     next(cut.glob("model-00002*")).unlink()
-    with pytest.raises(UserError, match="which model.safetensors.index.json names, is missing".replace(".", r"\.")):
+    with pytest.raises(
+        UserError, match="which model.safetensors.index.json names, is missing".replace(".", r"\.")
+    ):
         Found.open(cut)
     cut = copy(folder)
     text = (cut / "config.json").read_text()
     for change, words in {
-        '"LlamaForCausalLM"': ('"BertModel"', "BertModel, which cannot be imported; known are LlamaForCausalLM"),
+        '"LlamaForCausalLM"': (
+            '"BertModel"',
+            "BertModel, which cannot be imported; known are LlamaForCausalLM",
+        ),
         '"intermediate_size": 200': ('"intermediate_size": 208', "asks for (208, 96)"),
         '"num_hidden_layers": 4': ('"num_hidden_layers": 5', "has no tensor model.layers.4"),
         '"hidden_act": "silu"': ('"hidden_act": "gelu"', "hidden_act is 'gelu'"),
-        '"rope_theta": 500000': ('"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn"}', "type 'yarn'"),
+        '"rope_theta": 500000': (
+            '"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn"}',
+            "type 'yarn'",
+        ),
     }.items():
         (cut / "config.json").write_text(text.replace(change, words[0]))
         with pytest.raises(UserError) as caught:

@@ -37,7 +37,10 @@ def lay_out(path: Path) -> None:
     """The recipe as if the checkpoint, which fits any layout, came from pipeline stages of unequal depth."""
     recipe = load_recipe(path)
     uneven = {"num_layers_in_first_pipeline_stage": 1, "account_for_loss_in_pipeline_split": False}
-    changes = {"parallel": Parallel(pipeline=2), "model": recipe.model.model_copy(update={"megatron": uneven})}
+    changes = {
+        "parallel": Parallel(pipeline=2),
+        "model": recipe.model.model_copy(update={"megatron": uneven}),
+    }
     path.write_text(dump_recipe(recipe.model_copy(update=changes)))
 
 
@@ -109,7 +112,9 @@ def write_tasks(folder: Path, export: Path) -> None:
     folder.mkdir()
     questions = [f"{'def f(x):' if n % 3 else 'The lazy dog'} {n} =" for n in range(8)]
     lines = []
-    for n, (question, answer) in enumerate(zip(questions, written(export, questions, 12), strict=True)):
+    for n, (question, answer) in enumerate(
+        zip(questions, written(export, questions, 12), strict=True)
+    ):
         first = answer.split("\n\n")[0]
         lines.append(
             {
@@ -120,19 +125,41 @@ def write_tasks(folder: Path, export: Path) -> None:
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, task in TASKS.items():
         files = {"test": str(folder / "data.jsonl")}
-        about = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
-        (folder / f"{name}.yaml").write_text(json.dumps(about | {"num_fewshot": 0} | task))  # JSON is YAML
+        about = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": files},
+            "test_split": "test",
+        }
+        (folder / f"{name}.yaml").write_text(
+            json.dumps(about | {"num_fewshot": 0} | task)
+        )  # JSON is YAML
 
 
-def test_a_run_and_its_export_write_and_score_the_same(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_run_and_its_export_write_and_score_the_same(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     run, export = pair
-    commands = [["generate", run, "--tokens", 24, *(a for prompt in PROMPTS for a in ("--prompt", prompt))]]
+    commands = [
+        ["generate", run, "--tokens", 24, *(a for prompt in PROMPTS for a in ("--prompt", prompt))]
+    ]
     if harness := importlib.util.find_spec("lm_eval"):
         write_tasks(tmp_path / "tasks", export)
-        asked = ["--harness", ",".join(TASKS), "--harness-tasks", tmp_path / "tasks", "--json", "--batch-size", 5]
+        asked = [
+            "--harness",
+            ",".join(TASKS),
+            "--harness-tasks",
+            tmp_path / "tasks",
+            "--json",
+            "--batch-size",
+            5,
+        ]
         commands = [["evaluate", target, *asked] for target in (export, run)] + commands
     *results, text = megacode(*commands)
-    expected = "".join(prompt + more + "\n" for prompt, more in zip(PROMPTS, written(export, PROMPTS, 24), strict=True))
+    expected = "".join(
+        prompt + more + "\n"
+        for prompt, more in zip(PROMPTS, written(export, PROMPTS, 24), strict=True)
+    )
     assert text == expected
     if not harness:
         pytest.skip("lm-eval is not installed; the text is equal")
@@ -156,23 +183,35 @@ def test_an_answer_leaves_room_for_the_question(monkeypatch: Any) -> None:
         base=SimpleNamespace(bos_id=None), eod_id=0, vocab_size=256, encode=lambda text: list(text.encode()),
         decode=lambda ids: bytes(ids).decode(),
     )  # fmt: skip
-    monkeypatch.setattr(harness_model, "continue_tokens", lambda model, prompt, *settings: iter(prompt))
+    monkeypatch.setattr(
+        harness_model, "continue_tokens", lambda model, prompt, *settings: iter(prompt)
+    )
     model = harness_model.MegatronLM(recipe, letters, None, 1)
     question = "".join(map(chr, range(40, 40 + LENGTH)))
     asked = [
-        SimpleNamespace(task_name="some", args=(question, {"until": [], "max_gen_toks": n})) for n in (8, LENGTH - 1)
+        SimpleNamespace(task_name="some", args=(question, {"until": [], "max_gen_toks": n}))
+        for n in (8, LENGTH - 1)
     ]
     assert model.generate_until(asked, disable_tqdm=True) == [question[8:], question[-1]]
     for more in ({"max_gen_toks": LENGTH}, {}):
         asked[1].args = (question, {"until": []} | more)
-        with pytest.raises(UserError, match=f"--harness some: .* context of {LENGTH} .* smaller max_gen_toks"):
+        with pytest.raises(
+            UserError, match=f"--harness some: .* context of {LENGTH} .* smaller max_gen_toks"
+        ):
             model.generate_until(asked, disable_tqdm=True)
 
 
-def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_mistakes_are_sentences(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     pytest.importorskip("lm_eval")
     (tmp_path / "tasks").mkdir()
-    broken = {"task": "broken", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test"}
+    broken = {
+        "task": "broken",
+        "dataset_path": "json",
+        "output_type": "multiple_choice",
+        "test_split": "test",
+    }
     broken["dataset_kwargs"] = {"data_files": {"test": str(tmp_path / "nowhere.jsonl")}}
     (tmp_path / "tasks" / "broken.yaml").write_text(json.dumps(broken))
     given = ["--harness-tasks", str(tmp_path / "tasks")]

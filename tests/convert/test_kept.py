@@ -23,7 +23,13 @@ from tests.convert.test_tokenizer_files import byte_level, own_model  # noqa: E4
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-GENERATION = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05}
+GENERATION = {
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_p": 0.95,
+    "top_k": 20,
+    "repetition_penalty": 1.05,
+}
 
 
 def chat_model(folder: Path, template_file: bool) -> Path:
@@ -45,7 +51,9 @@ def chat_model(folder: Path, template_file: bool) -> Path:
         num_key_value_heads=2, eos_token_id=ends, pad_token_id=ends[0],
     )  # fmt: skip
     model = transformers.Qwen2ForCausalLM(config)
-    model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=ends[0], **GENERATION)
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=ends, pad_token_id=ends[0], **GENERATION
+    )
     model.save_pretrained(folder)
     return folder
 
@@ -67,16 +75,24 @@ def loaded(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("template_file", [True, False])
-def test_a_chat_model_goes_out_as_it_came(tmp_path: Path, template_file: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_chat_model_goes_out_as_it_came(
+    tmp_path: Path, template_file: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = chat_model(tmp_path / "hf", template_file)
     (folder / "tokenizer.model").write_bytes(b"as it was")
     assert main(["import", str(folder), str(tmp_path / "in")]) == 0
     assert main(["export", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
     before, after = loaded(folder), loaded(tmp_path / "out")
-    assert before == after and len(after["generation"]["eos_token_id"]) == 2 and before["talk"].startswith("<|im_start|>user")
+    assert (
+        before == after
+        and len(after["generation"]["eos_token_id"]) == 2
+        and before["talk"].startswith("<|im_start|>user")
+    )
     assert (before["tools"] is not None) == template_file
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"as it was"
-    assert {path.name for path in folder.iterdir()} <= {path.name for path in (tmp_path / "out").iterdir()} | {"m.model"}
+    assert {path.name for path in folder.iterdir()} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    } | {"m.model"}
 
 
 def test_a_run_hands_on_what_its_first_weights_came_with(tmp_path: Path) -> None:
@@ -91,20 +107,31 @@ def test_a_run_hands_on_what_its_first_weights_came_with(tmp_path: Path) -> None
     assert came_with_weights(begun, {"step": 3}) == {} == came_with_weights(recipe, None)
 
 
-def test_ids_of_another_tokenizer_are_not_kept_and_said(tmp_path: Path, own_model: Path) -> None:  # noqa: F811
+def test_ids_of_another_tokenizer_are_not_kept_and_said(tmp_path: Path, own_model: Path) -> None:
     tokenizer = load_tokenizer(schema.TokenizerSection(path=str(own_model)))
     ends = {"eos_token_id": [601, 602]}
     imported = {"ids": ends, "generation": {"temperature": 0.6, **ends}, "tokenizer": "0"}
     own = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
     about = outgoing(imported, own, tokenizer)
-    assert about.ids == own and about.generation == {"temperature": 0.6, "bos_token_id": 1, "eos_token_id": 2}
+    assert about.ids == own and about.generation == {
+        "temperature": 0.6,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     assert about.note and "eos_token_id [601, 602]" in about.note
     same = outgoing({**imported, "tokenizer": None}, own, tokenizer)
-    assert same.ids["eos_token_id"] == [601, 602] == same.generation["eos_token_id"] and same.note is None
-    assert outgoing(None, own, tokenizer).generation == {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2}
+    assert (
+        same.ids["eos_token_id"] == [601, 602] == same.generation["eos_token_id"]
+        and same.note is None
+    )
+    assert outgoing(None, own, tokenizer).generation == {
+        "_from_model_config": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
-def test_a_converter_finds_scores_and_every_control_token(tmp_path: Path, own_model: Path) -> None:  # noqa: F811
+def test_a_converter_finds_scores_and_every_control_token(tmp_path: Path, own_model: Path) -> None:
     """As llama.cpp's reads them: pieces and scores from tokenizer.model, the ids beyond from `added_tokens_decoder`."""
     section = schema.TokenizerSection(path=str(own_model), added_tokens="crystal")
     tokenizer = load_tokenizer(section)
@@ -114,7 +141,9 @@ def test_a_converter_finds_scores_and_every_control_token(tmp_path: Path, own_mo
     decoder = json.loads((tmp_path / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     beyond = range(pieces.vocab_size(), tokenizer.vocab_size)
     names = {token: name for name, token in tokenizer.control_tokens.items()}
-    assert [decoder[str(i)]["content"] for i in beyond] == [names[i] for i in beyond] and len(beyond) == 32
+    assert [decoder[str(i)]["content"] for i in beyond] == [names[i] for i in beyond] and len(
+        beyond
+    ) == 32
     assert all(decoder[str(i)]["special"] for i in beyond)
 
 

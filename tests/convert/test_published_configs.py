@@ -19,7 +19,13 @@ from megacode.recipe.schema import Parallel
 from tests.convert.models import VOCAB, save_and_run, tokens_to_try
 from tests.processes import run_on
 
-SMALL = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4)
+SMALL = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=176,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip
 PUBLISHED = {
@@ -76,7 +82,9 @@ def test_published_models_run_here(tmp_path: Path) -> None:
         ours = got[name][..., :VOCAB]
         assert float((ours - theirs).abs().max()) < 1e-4, name
         assert bool((ours.argmax(-1) == theirs.argmax(-1)).all()), name
-    assert models["Mistral-7B-v0.1"].context_length == 4096, "beyond its window the model attends otherwise"
+    assert models["Mistral-7B-v0.1"].context_length == 4096, (
+        "beyond its window the model attends otherwise"
+    )
     assert models["starcoder2-3b"].context_length == 4096
 
 
@@ -107,7 +115,13 @@ def test_what_cannot_be_expressed_is_told(name, more, words, tmp_path) -> None:
 
 
 def test_what_matters_in_training_is_kept(tmp_path: Path) -> None:
-    build("starcoder2-3b", tmp_path / "hf", attention_dropout=0.1, residual_dropout=0.05, initializer_range=0.018042)
+    build(
+        "starcoder2-3b",
+        tmp_path / "hf",
+        attention_dropout=0.1,
+        residual_dropout=0.05,
+        initializer_range=0.018042,
+    )
     model = Found.open(tmp_path / "hf").model
     assert (model.attention_dropout, model.dropout, model.init_std) == (0.1, 0.05, 0.018042)
 
@@ -123,30 +137,51 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def changed(half: Path, folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
     """A copy with other weights."""
     shutil.copytree(half, folder)
-    weights = {name: change(name, tensor) for name, tensor in load_file(half / "model.safetensors").items()}
+    weights = {
+        name: change(name, tensor) for name, tensor in load_file(half / "model.safetensors").items()
+    }
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
 def test_a_checkpoint_has_the_type_of_most_weights(half: Path, tmp_path: Path) -> None:
     """Of files that keep a few in another one, within a stack of layers too."""
-    wide = ("lm_head.weight", "model.norm.weight", "model.layers.1.mlp.down_proj.weight", "0.self_attn.q_proj.weight")
-    mixed = changed(half, tmp_path / "hf", lambda n, tensor: tensor.float() if n.endswith(wide) else tensor)
+    wide = (
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.1.mlp.down_proj.weight",
+        "0.self_attn.q_proj.weight",
+    )
+    mixed = changed(
+        half, tmp_path / "hf", lambda n, tensor: tensor.float() if n.endswith(wide) else tensor
+    )
     assert import_model(Found.open(mixed), tmp_path / "mixed", None).precision.compute == "bf16"
     import_model(Found.open(half), tmp_path / "plain", None)
-    got, expected = CheckpointReader.open(tmp_path / "mixed"), CheckpointReader.open(tmp_path / "plain")
+    got, expected = (
+        CheckpointReader.open(tmp_path / "mixed"),
+        CheckpointReader.open(tmp_path / "plain"),
+    )
     for slot in Found.open(half).slots():
         found = got.tensor(slot.key, slot.layer)
-        assert found.dtype == torch.bfloat16 and torch.equal(found, expected.tensor(slot.key, slot.layer)), slot.key
-    narrow = changed(half, tmp_path / "wide", lambda n, tensor: tensor if n in wide else tensor.float())
+        assert found.dtype == torch.bfloat16 and torch.equal(
+            found, expected.tensor(slot.key, slot.layer)
+        ), slot.key
+    narrow = changed(
+        half, tmp_path / "wide", lambda n, tensor: tensor if n in wide else tensor.float()
+    )
     assert import_model(Found.open(narrow), tmp_path / "fp32", None).precision.compute == "fp32"
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.int8, torch.float8_e4m3fn])
-def test_types_that_are_none_of_weights_are_told(kind: torch.dtype, half: Path, tmp_path: Path) -> None:
-    folder = changed(half, tmp_path / "hf", lambda n, tensor: tensor.to(kind) if "q_proj" in n else tensor)
+def test_types_that_are_none_of_weights_are_told(
+    kind: torch.dtype, half: Path, tmp_path: Path
+) -> None:
+    folder = changed(
+        half, tmp_path / "hf", lambda n, tensor: tensor.to(kind) if "q_proj" in n else tensor
+    )
     with pytest.raises(
-        UserError, match=r"layers.0.self_attn.q_proj.weight is of type .*, and only fp32, bf16 and fp16"
+        UserError,
+        match=r"layers.0.self_attn.q_proj.weight is of type .*, and only fp32, bf16 and fp16",
     ):
         import_model(Found.open(folder), tmp_path / "in", None)
     assert not (tmp_path / "in").exists()
@@ -154,14 +189,21 @@ def test_types_that_are_none_of_weights_are_told(kind: torch.dtype, half: Path, 
 
 def test_numbers_that_do_not_fit_fp16_are_told(half: Path, tmp_path: Path) -> None:
     def large(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.index_fill(0, torch.tensor([1]), 1e5) if name == "model.norm.weight" else tensor
+        return (
+            tensor.index_fill(0, torch.tensor([1]), 1e5) if name == "model.norm.weight" else tensor
+        )
 
     import_model(Found.open(changed(half, tmp_path / "hf", large)), tmp_path / "in", None)
     source = ExportSource.open(tmp_path / "in")
-    with pytest.raises(UserError, match=r"model.norm.weight: has numbers beyond 65,504, .*give --dtype bf16 or fp32"):
+    with pytest.raises(
+        UserError,
+        match=r"model.norm.weight: has numbers beyond 65,504, .*give --dtype bf16 or fp32",
+    ):
         export(source, tmp_path / "out", chosen_family(source, "llama"), torch.float16)
     assert not (tmp_path / "out").exists()
-    few = changed(half, tmp_path / "few", lambda n, t: large(n, t) if n == "model.norm.weight" else t.half())
+    few = changed(
+        half, tmp_path / "few", lambda n, t: large(n, t) if n == "model.norm.weight" else t.half()
+    )
     with pytest.raises(UserError, match=r"model.norm.weight has numbers beyond 65,504"):
         import_model(Found.open(few), tmp_path / "other", None)
 
@@ -177,9 +219,13 @@ def test_torchs_own_files_are_read_in_both_formats(half: Path, tmp_path: Path) -
         import_model(Found.open(folder), tmp_path / f"in-{zipped}", None)
         got = CheckpointReader.open(tmp_path / f"in-{zipped}")
         for slot in Found.open(half).slots():
-            assert torch.equal(got.tensor(slot.key, slot.layer), expected.tensor(slot.key, slot.layer))
+            assert torch.equal(
+                got.tensor(slot.key, slot.layer), expected.tensor(slot.key, slot.layer)
+            )
     (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"pytorch_model.bin: cannot be read .*download the file again"):
+    with pytest.raises(
+        UserError, match=r"pytorch_model.bin: cannot be read .*download the file again"
+    ):
         Found.open(folder)
 
 
@@ -191,4 +237,6 @@ def test_a_stack_of_layers_of_different_types_is_read(tmp_path: Path) -> None:
         writer.add("decoder.layers.x", number, tensor)
     writer.finish()
     for number, tensor in enumerate(layers):
-        assert torch.equal(CheckpointReader.open(tmp_path).tensor("decoder.layers.x", number), tensor)
+        assert torch.equal(
+            CheckpointReader.open(tmp_path).tensor("decoder.layers.x", number), tensor
+        )

@@ -23,7 +23,12 @@ from tests.convert.test_families import tensors_of  # noqa: E402
 
 pytestmark = pytest.mark.slow
 CRYSTAL = Wanted("crystalcoder")
-NAMES = ["phase1_checkpoint_000002", "phase1_checkpoint_000004", "phase2_checkpoint_000002", "phase2_checkpoint_000005"]
+NAMES = [
+    "phase1_checkpoint_000002",
+    "phase1_checkpoint_000004",
+    "phase2_checkpoint_000002",
+    "phase2_checkpoint_000005",
+]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +87,10 @@ def test_each_folder_is_a_whole_export_of_its_checkpoint(run: Path, done: Path) 
         )
         assert len((done / name / "SHA256SUMS").read_text().splitlines()) == len(files) - 1
         embeddings.append(tensors_of(done / name)["transformer.wte.weight"])
-        assert f'from_pretrained("{name}", trust_remote_code=True)' in (done / name / "README.md").read_text()
+        assert (
+            f'from_pretrained("{name}", trust_remote_code=True)'
+            in (done / name / "README.md").read_text()
+        )
     assert not any(torch.equal(embeddings[0], other) for other in embeddings[1:])
     assert "Losses at step 4" in (done / NAMES[1] / "README.md").read_text()
 
@@ -127,7 +135,9 @@ def test_another_checkpoint_or_another_way_is_made_again(run: Path, out: Path) -
     assert [state == "kept" for state in found] == [True, False, True, True]
 
 
-def test_a_failure_leaves_nothing_half_made_and_others_files_alone(run: Path, tmp_path: Path) -> None:
+def test_a_failure_leaves_nothing_half_made_and_others_files_alone(
+    run: Path, tmp_path: Path
+) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     damage_tensors(copy / "checkpoints" / "step_00000006")
     with pytest.raises(UserError, match="step_00000006"):
@@ -156,17 +166,32 @@ def test_the_verb(
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["vocab_size"]) == (1, 2, 452)
     (tmp_path / "plain").mkdir()
-    for path in (tmp_path / "one", *(tmp_path / "one").iterdir()):  # others may read what the umask lets them
+    for path in (
+        tmp_path / "one",
+        *(tmp_path / "one").iterdir(),
+    ):  # others may read what the umask lets them
         like = (tmp_path / "plain") if path.is_dir() else tmp_path / "one" / "config.json"
         assert path.stat().st_mode == like.stat().st_mode, path
 
     for arguments, words in (
-        ([str(run / "checkpoints" / "step_00000004"), str(tmp_path / "x"), "--all"], "is no run folder"),
-        ([str(run), str(tmp_path / "x"), "--name-pattern", "a"], "--name-pattern: names the folders that --all makes"),
+        (
+            [str(run / "checkpoints" / "step_00000004"), str(tmp_path / "x"), "--all"],
+            "is no run folder",
+        ),
+        (
+            [str(run), str(tmp_path / "x"), "--name-pattern", "a"],
+            "--name-pattern: names the folders that --all makes",
+        ),
         ([str(run), str(tmp_path / "one")], "already there"),
         ([str(run), str(tmp_path / "x"), "--format", "llama"], "does not fit"),
-        ([str(run), str(run / "recipe.yaml" / "x")], "recipe.yaml/x: cannot be written (Not a directory)"),
-        ([str(run), str(run / "recipe.yaml" / "x"), "--all"], "cannot be written (Not a directory)"),
+        (
+            [str(run), str(run / "recipe.yaml" / "x")],
+            "recipe.yaml/x: cannot be written (Not a directory)",
+        ),
+        (
+            [str(run), str(run / "recipe.yaml" / "x"), "--all"],
+            "cannot be written (Not a directory)",
+        ),
     ):
         assert main(["export", *arguments]) == 2
         assert words in capsys.readouterr().err and not (tmp_path / "x").exists()
@@ -185,7 +210,9 @@ def test_overwrite_keeps_the_old_one_until_the_new_one_is_there(
     assert hashlib.sha256((target / "model.safetensors").read_bytes()).hexdigest() == digest
     shard.write_bytes(whole)
     (tmp_path / "link").symlink_to("one")
-    assert main(["export", str(copy), str(tmp_path / "link"), "--overwrite", "--dtype", "fp16"]) == 0
+    assert (
+        main(["export", str(copy), str(tmp_path / "link"), "--overwrite", "--dtype", "fp16"]) == 0
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "one", "run"]
     assert (tmp_path / "link").is_symlink()
     assert json.loads((target / "config.json").read_text())["torch_dtype"] == "float16"
@@ -227,6 +254,9 @@ def test_import_takes_the_tokenizer_along(
     assert main(["import", str(done / NAMES[3]), str(tmp_path / "in")]) == 0
     section = load_recipe(tmp_path / "in" / "recipe.yaml").tokenizer
     assert section is not None and section.bos and section.eod
-    again, first = load_tokenizer(section), load_tokenizer(load_recipe(run / "recipe.yaml").tokenizer)
+    again, first = (
+        load_tokenizer(section),
+        load_tokenizer(load_recipe(run / "recipe.yaml").tokenizer),
+    )
     assert again.encode("<s> naïve\n\n  x") == first.encode("<s> naïve\n\n  x")
     assert again.control_tokens == first.control_tokens

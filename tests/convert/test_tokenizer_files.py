@@ -29,7 +29,14 @@ from megacode.tokenizer.training import train_tokenizer  # noqa: E402
 from tests.tokenizer.test_tokenizer import CORPUS, HOSTILE  # noqa: E402
 
 SOURCE = Path(__file__).read_text() + Path(prove.__code__.co_filename).read_text()
-TEXTS = [*HOSTILE, *SAMPLE, SOURCE, " ".join(CORPUS), "Ünïcode " * 50, "if x:\n" + "\t" * 9 + "y = '" + "=" * 77 + "'"]
+TEXTS = [
+    *HOSTILE,
+    *SAMPLE,
+    SOURCE,
+    " ".join(CORPUS),
+    "Ünïcode " * 50,
+    "if x:\n" + "\t" * 9 + "y = '" + "=" * 77 + "'",
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +47,9 @@ def own_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spm(folder: Path, **keys: Any) -> Path:
-    usual: dict[str, Any] = dict(vocab_size=700, model_type="bpe", byte_fallback=True, hard_vocab_limit=False)
+    usual: dict[str, Any] = dict(
+        vocab_size=700, model_type="bpe", byte_fallback=True, hard_vocab_limit=False
+    )
     usual |= dict(normalization_rule_name="identity", minloglevel=2, max_sentence_length=10**6)
     texts = keys.pop("texts", [*CORPUS, SOURCE])
     sentencepiece.SentencePieceTrainer.train(
@@ -69,11 +78,28 @@ def byte_level(folder: Path, special: list[str], ordinary: list[str]) -> Path:
 
 def tiktoken_file(folder: Path, pattern: str = r"\p{L}+|\p{N}{1,3}|\s+|[^\s\p{L}\p{N}]+") -> Path:
     pieces = [bytes([i]) for i in range(256)]
-    pieces += [b"he", b"ll", b"hell", b"hello", b" w", b"==", b"====", b"re", b"ret", b"return", b"se", b"self"]
+    pieces += [
+        b"he",
+        b"ll",
+        b"hell",
+        b"hello",
+        b" w",
+        b"==",
+        b"====",
+        b"re",
+        b"ret",
+        b"return",
+        b"se",
+        b"self",
+    ]
     path = folder / "tiny.tiktoken"
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(pieces)))
+    path.write_text(
+        "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(pieces))
+    )
     special = {"<|endoftext|>": len(pieces), "<|fim_prefix|>": len(pieces) + 1}
-    path.with_name(path.name + ".json").write_text(json.dumps({"pattern": pattern, "special_tokens": special}))
+    path.with_name(path.name + ".json").write_text(
+        json.dumps({"pattern": pattern, "special_tokens": special})
+    )
     return path
 
 
@@ -86,12 +112,16 @@ def check(section: schema.TokenizerSection, folder: Path) -> tuple[Tokenizer, An
     start = [tokenizer.bos_id] if section.bos else []
     for text in TEXTS:
         expected = tokenizer.encode(text)
-        assert loaded(text, add_special_tokens=False, split_special_tokens=True).input_ids == expected, text[:80]
+        assert (
+            loaded(text, add_special_tokens=False, split_special_tokens=True).input_ids == expected
+        ), text[:80]
         if not any(name in text for name in tokenizer.control_tokens):
             assert loaded(text).input_ids == start + expected, text[:80]
     for name, token in tokenizer.control_tokens.items():
         assert loaded.convert_tokens_to_ids(name) == token
-        assert loaded(f"x{name}", add_special_tokens=False).input_ids[-1] == token, "found in text, as users expect"
+        assert loaded(f"x{name}", add_special_tokens=False).input_ids[-1] == token, (
+            "found in text, as users expect"
+        )
         assert loaded.decode([token], skip_special_tokens=True) == ""
     assert loaded.bos_token_id == ids["bos_token_id"] == tokenizer.base.bos_id
     assert loaded.eos_token_id == ids["eos_token_id"] == tokenizer.base.eod_id
@@ -116,14 +146,29 @@ def test_own_sentencepiece_with_crystals_tokens(own_model: Path, tmp_path: Path,
         {"add_dummy_prefix": True, "remove_extra_whitespaces": False},  # Llama
         {"add_dummy_prefix": True, "remove_extra_whitespaces": True},
         {"add_dummy_prefix": False, "remove_extra_whitespaces": True, "byte_fallback": False},
-        {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "user_defined_symbols": ["<ud>", "x y"]},
-        {"model_type": "unigram", "add_dummy_prefix": True, "remove_extra_whitespaces": False, "pad_id": 3}
-        | {"texts": [line.strip("=- ") for line in SOURCE.splitlines() if "==" not in line], "vocab_size": 400},
+        {
+            "add_dummy_prefix": False,
+            "remove_extra_whitespaces": False,
+            "user_defined_symbols": ["<ud>", "x y"],
+        },
+        {
+            "model_type": "unigram",
+            "add_dummy_prefix": True,
+            "remove_extra_whitespaces": False,
+            "pad_id": 3,
+        }
+        | {
+            "texts": [line.strip("=- ") for line in SOURCE.splitlines() if "==" not in line],
+            "vocab_size": 400,
+        },
     ],
     ids=["llama", "trimmed", "no-bytes", "user-defined", "unigram"],
 )
 def test_sentencepiece_settings(tmp_path: Path, keys: dict[str, Any]) -> None:
-    check(schema.TokenizerSection(path=str(spm(tmp_path, **keys)), added_tokens="crystal"), tmp_path / "out")
+    check(
+        schema.TokenizerSection(path=str(spm(tmp_path, **keys)), added_tokens="crystal"),
+        tmp_path / "out",
+    )
 
 
 def test_the_proof_refuses_what_differs(own_model: Path, tmp_path: Path) -> None:
@@ -141,12 +186,19 @@ def test_the_proof_refuses_what_differs(own_model: Path, tmp_path: Path) -> None
         with pytest.raises(UserError, match=r"t\.model: cannot be said"):
             prove(tokenizer, json.dumps(spoilt), bos=False)
     folder = tmp_path / "out"
-    with pytest.raises(UserError, match="cannot be said exactly"):  # of equally likely pieces each library takes others
+    with pytest.raises(
+        UserError, match="cannot be said exactly"
+    ):  # of equally likely pieces each library takes others
         model = spm(
-            tmp_path, model_type="unigram", remove_extra_whitespaces=False, texts=["=" * 16 + " a b", "==="] * 9
+            tmp_path,
+            model_type="unigram",
+            remove_extra_whitespaces=False,
+            texts=["=" * 16 + " a b", "==="] * 9,
         )
         write_tokenizer(schema.TokenizerSection(path=str(model)), folder, 2000)
-    with pytest.raises(UserError, match="cannot be said exactly"):  # its normaliser works on other units of text
+    with pytest.raises(
+        UserError, match="cannot be said exactly"
+    ):  # its normaliser works on other units of text
         model = spm(tmp_path, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=False)
         write_tokenizer(schema.TokenizerSection(path=str(model)), folder, 2000)
     assert not folder.exists()
@@ -155,24 +207,36 @@ def test_the_proof_refuses_what_differs(own_model: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("bos", [True, False])
 def test_huggingface_files_as_qwens(tmp_path: Path, bos: bool) -> None:
     path = byte_level(tmp_path, ["<|endoftext|>", "<s>"], ["<|fim_prefix|>", "<think>"])
-    tokenizer, loaded = check(schema.TokenizerSection(path=str(path), added_tokens="crystal", bos=bos), tmp_path / "out")
+    tokenizer, loaded = check(
+        schema.TokenizerSection(path=str(path), added_tokens="crystal", bos=bos), tmp_path / "out"
+    )
     think = tokenizer.base.literal["<think>"]
-    assert loaded("a<think>b").input_ids.count(think) == 1 and think in tokenizer.encode("a<think>b")
+    assert loaded("a<think>b").input_ids.count(think) == 1 and think in tokenizer.encode(
+        "a<think>b"
+    )
     again = load_tokenizer(schema.TokenizerSection(path=str(tmp_path / "out")))
     assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
 
 
 def test_tiktoken(tmp_path: Path) -> None:
-    check(schema.TokenizerSection(path=str(tiktoken_file(tmp_path)), added_tokens="crystal"), tmp_path / "out")
+    check(
+        schema.TokenizerSection(path=str(tiktoken_file(tmp_path)), added_tokens="crystal"),
+        tmp_path / "out",
+    )
     (tmp_path / "gaps").mkdir()
-    path = tiktoken_file(tmp_path / "gaps", pattern=r"\p{L}+|\s+")  # what it does not match is left out
+    path = tiktoken_file(
+        tmp_path / "gaps", pattern=r"\p{L}+|\s+"
+    )  # what it does not match is left out
     check(schema.TokenizerSection(path=str(path)), tmp_path / "gaps" / "out")
 
 
 @pytest.mark.parametrize(
-    "model_type", ["llama", "mistral", "qwen3", "stablelm", "gpt_neox", "starcoder2", "crystalcoder"]
+    "model_type",
+    ["llama", "mistral", "qwen3", "stablelm", "gpt_neox", "starcoder2", "crystalcoder"],
 )
-def test_the_models_family_does_not_change_the_ids(own_model: Path, tmp_path: Path, model_type: str) -> None:
+def test_the_models_family_does_not_change_the_ids(
+    own_model: Path, tmp_path: Path, model_type: str
+) -> None:
     """AutoTokenizer looks at config.json too, and has classes of its own for some families."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": 732}))
     check(schema.TokenizerSection(path=str(own_model), added_tokens="crystal", bos=True), tmp_path)
@@ -198,7 +262,11 @@ def test_a_family_whose_tokenizer_class_is_fixed_is_told(own_model: Path, tmp_pa
 
 def test_a_tokenizer_larger_than_the_model_is_refused(own_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has 732 tokens and the model only 731"):
-        write_tokenizer(schema.TokenizerSection(path=str(own_model), added_tokens="crystal"), tmp_path / "out", 731)
+        write_tokenizer(
+            schema.TokenizerSection(path=str(own_model), added_tokens="crystal"),
+            tmp_path / "out",
+            731,
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -211,11 +279,16 @@ def test_what_was_written_is_read_as_it_was(own_model: Path, tmp_path: Path, bos
     write_tokenizer(section, tmp_path, 732)
     read = read_tokenizer(tmp_path, 732)
     assert read.note is None and read.section["bos"] is bos and read.section["eod"] is True
-    again, tokenizer = load_tokenizer(schema.TokenizerSection(**read.section)), load_tokenizer(section)
+    again, tokenizer = (
+        load_tokenizer(schema.TokenizerSection(**read.section)),
+        load_tokenizer(section),
+    )
     assert (again.bos_id, again.eod_id, again.vocab_size) == (1, 2, 732)
     assert again.control_tokens == tokenizer.control_tokens
     assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
-    (tmp_path / "tokenizer_config.json").write_text("{}")  # then the file itself says whether BOS comes first
+    (tmp_path / "tokenizer_config.json").write_text(
+        "{}"
+    )  # then the file itself says whether BOS comes first
     assert read_tokenizer(tmp_path, 732).section["bos"] is bos
 
 
@@ -230,7 +303,9 @@ def test_rows_without_a_token_are_named(own_model: Path, tmp_path: Path) -> None
 
 def test_a_llama_folder_with_only_a_sentencepiece_file(own_model: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(own_model.read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer"})
+    )
     assert read_tokenizer(tmp_path, 700).section == {
         "path": str(tmp_path / "tokenizer.model"), "bos": True, "eod": True
     }  # fmt: skip

@@ -27,7 +27,9 @@ from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megacode.tokenizer.training import train_tokenizer
 from tests.data.conftest import EOD, write_shard
 
-TEXTS = [f"def f_{n}(x):\n\treturn x * {n}  # naïve </s> \x1b[31m\n" * (1 + n % 5) for n in range(60)]
+TEXTS = [
+    f"def f_{n}(x):\n\treturn x * {n}  # naïve </s> \x1b[31m\n" * (1 + n % 5) for n in range(60)
+]
 HEADER = 34
 
 
@@ -38,7 +40,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(schema.TokenizerSection(path=str(path), added_tokens="crystal"))
 
 
-def manifest(prefix: Path, tokenizer: Tokenizer, documents: list[list[int]], segments: int = 3) -> dict[str, Any]:
+def manifest(
+    prefix: Path, tokenizer: Tokenizer, documents: list[list[int]], segments: int = 3
+) -> dict[str, Any]:
     data = prefix.with_name(prefix.name + ".bin").read_bytes()
     size = len(data) // segments + 1
     pieces = [data[at : at + size] for at in range(0, len(data), size)]
@@ -116,16 +120,26 @@ def problems(prefix: Path, **more: Any) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 7])
-def test_statistics_are_those_of_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_statistics_are_those_of_numpy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
     monkeypatch.setattr(indexed, "CHUNK", chunk)
-    monkeypatch.setattr(inspect, "_COUNTED", 1000)  # so that some documents are too long to be counted by length
+    monkeypatch.setattr(
+        inspect, "_COUNTED", 1000
+    )  # so that some documents are too long to be counted by length
     generator = np.random.default_rng(3)
-    lengths = np.append(np.exp(generator.normal(5, 2, 150)).astype(int), [0, 0, 1000, 999, 2048, 4097, 8193])
+    lengths = np.append(
+        np.exp(generator.normal(5, 2, 150)).astype(int), [0, 0, 1000, 999, 2048, 4097, 8193]
+    )
     write_shard(tmp_path / "a", [[5] * n for n in lengths])
     found = statistics(open_dataset(tmp_path / "a"))
     expected = [int(np.percentile(lengths, p, method="inverted_cdf")) for p in (50, 90, 99)]
     assert [found.median, found.p90, found.p99] == expected
-    assert (found.shortest, found.longest, found.tokens) == (lengths.min(), lengths.max(), lengths.sum())
+    assert (found.shortest, found.longest, found.tokens) == (
+        lengths.min(),
+        lengths.max(),
+        lengths.sum(),
+    )
     assert found.documents == found.sequences == len(lengths) and found.mean == lengths.mean()
     assert found.empty == (lengths == 0).sum() >= 2
     assert found.beyond == {limit: (lengths > limit).sum() for limit in (2048, 4096, 8192)}
@@ -133,7 +147,9 @@ def test_statistics_are_those_of_numpy(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 2])
-def test_a_document_may_be_several_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_a_document_may_be_several_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
     monkeypatch.setattr(indexed, "CHUNK", chunk)
     monkeypatch.setattr(verify, "CHUNK", chunk)
     megatron(tmp_path / "m", [[[1, 2], [3]], [[4]], [], [[5, 6, 7], [8], [9]]])
@@ -186,14 +202,18 @@ def test_documents_are_shown_decoded(
     assert main(["inspect", f"{prefix}.idx", "--documents", "3,39:41,-1", "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)
     assert [one["document"] for one in entry["documents"]] == [3, 39, 40, 59]
-    assert [one["text"] for one in entry["documents"]] == [TEXTS[n] + "</s>" for n in (3, 39, 40, 59)]
+    assert [one["text"] for one in entry["documents"]] == [
+        TEXTS[n] + "</s>" for n in (3, 39, 40, 59)
+    ]
     assert main(["inspect", str(prefix), "--documents", "40", "--limit", "20"]) == 0
     out = capsys.readouterr().out
     assert TEXTS[40][:20] in out
     assert f"{len(TEXTS[40]) + 4 - 20} of {len(TEXTS[40]) + 4} characters left out" in out
 
 
-def test_a_document_cannot_steer_the_terminal(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_document_cannot_steer_the_terminal(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["inspect", str(whole), "--documents", "0"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\\x1b[31m" in out
@@ -203,10 +223,17 @@ def test_control_tokens_are_told_from_text_that_spells_them(tokenizer: Tokenizer
     fim = tokenizer.control_tokens["<|fim_prefix|>"]
     ids = [fim, *tokenizer.encode("a </s>"), EOD, 5000]
     pieces = list(inspect.pieces_of_text(tokenizer, ids))
-    assert pieces == [("control", "<|fim_prefix|>"), ("text", "a </s>"), ("control", "</s>"), ("unknown", "<id 5000>")]
+    assert pieces == [
+        ("control", "<|fim_prefix|>"),
+        ("text", "a </s>"),
+        ("control", "</s>"),
+        ("unknown", "<id 5000>"),
+    ]
 
 
-def test_documents_as_ids(whole: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_documents_as_ids(
+    whole: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
     expected = documents_of(tokenizer)[7]
     assert main(["inspect", str(whole), "--documents", "7", "--tokens", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["documents"] == [
@@ -215,7 +242,9 @@ def test_documents_as_ids(whole: Path, tokenizer: Tokenizer, capsys: pytest.Capt
     assert main(["inspect", str(whole), "--documents", "7", "--tokens", "--limit", "9"]) == 0
     out = capsys.readouterr().out
     shown = [int(token) for token in out.splitlines()[1].split()]
-    assert shown == expected[: len(shown)] and len(" ".join(map(str, expected[: len(shown) + 1]))) > 9
+    assert (
+        shown == expected[: len(shown)] and len(" ".join(map(str, expected[: len(shown) + 1]))) > 9
+    )
     assert f"{len(expected) - len(shown)} of {len(expected)} ids left out" in out
 
 
@@ -227,7 +256,10 @@ def test_another_tokenizer_is_not_taken_for_the_one_of_the_dataset(
     beside = tmp_path / tokenizer.path.name
     beside.write_bytes(tokenizer.path.read_bytes())
     for named, expected in (
-        ({"path": "elsewhere/gone.model"}, "its tokenizer elsewhere/gone.model is not there; give --tokenizer FILE"),
+        (
+            {"path": "elsewhere/gone.model"},
+            "its tokenizer elsewhere/gone.model is not there; give --tokenizer FILE",
+        ),
         ({"fingerprint": "0" * 64}, "is not the tokenizer that made it"),
         ({"path": "elsewhere/t.model"}, None),
     ):
@@ -245,10 +277,18 @@ def test_another_tokenizer_is_not_taken_for_the_one_of_the_dataset(
 # ------------------------------------------------------------------------------------------------------ the command
 
 
-def test_the_summary(whole: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary(
+    whole: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["inspect", str(whole), "--plot", str(tmp_path / "a.png")]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    for expected in ("version 1, uint16", "4.00 bytes of text", "corpus/a.jsonl", "digest a9a9535427350cad", "eod true"):
+    for expected in (
+        "version 1, uint16",
+        "4.00 bytes of text",
+        "corpus/a.jsonl",
+        "digest a9a9535427350cad",
+        "eod true",
+    ):
         assert expected in out
     assert (tmp_path / "a.png").stat().st_size > 10_000
     assert main(["inspect", str(whole), str(whole) + ".bin", "--json"]) == 0
@@ -260,16 +300,26 @@ def test_the_summary(whole: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: 
     assert sum(entry["histogram"]["documents"]) == 60
 
 
-def test_a_corpus_is_its_datasets(whole: Path, sharded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_corpus_is_its_datasets(
+    whole: Path, sharded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     corpus = whole.with_name("corpus")
-    write_manifest(corpus, {"kind": "megacode corpus", "run": {"datasets": {"a": "whole", "b": "sharded", "c": "../x"}}})
+    write_manifest(
+        corpus,
+        {
+            "kind": "megacode corpus",
+            "run": {"datasets": {"a": "whole", "b": "sharded", "c": "../x"}},
+        },
+    )
     assert main(["inspect", str(corpus), "--verify", "--json"]) == 0
     out, err = capsys.readouterr()
     assert [entry["prefix"] for entry in json.loads(out)] == [str(whole), str(sharded)]
     assert err == "in other folders, to be named by themselves: ../x\n"
 
 
-def test_mistakes_are_sentences(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_sentences(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for arguments, expected in (
         ([str(tmp_path / "nothing")], "nothing: no dataset there (nothing.bin and nothing.idx)"),
         ([str(whole), "--limit", "0"], "--limit 0"),
@@ -342,27 +392,49 @@ def boundary(prefix: Path, number: int, value: int) -> None:
 BREAKS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "id beyond the vocabulary": (
         lambda p: token(p, 7, 3, 4000),
-        [r"whole\.bin: token 3 of document 7 \(\d+ tokens\) is 4,000, outside the vocabulary of 332"],
+        [
+            r"whole\.bin: token 3 of document 7 \(\d+ tokens\) is 4,000, outside the vocabulary of 332"
+        ],
     ),
     "no EOD": (
         lambda p: token(p, 7, -1, 40),
-        [r"token (\d+) of document 7 \(\d+ tokens\) is the last one and should be EOD \(2\); it is 40"],
+        [
+            r"token (\d+) of document 7 \(\d+ tokens\) is the last one and should be EOD \(2\); it is 40"
+        ],
     ),
     "early EOD": (
         lambda p: token(p, 59, 5, EOD),
         [r"token 5 of document 59 .* is EOD \(2\) before the document's end"],
     ),
-    "length 0": (lambda p: length(p, 30, 0), [r"sequence 30 \(document 30\) has a length of 0", "sequence 31"]),
+    "length 0": (
+        lambda p: length(p, 30, 0),
+        [r"sequence 30 \(document 30\) has a length of 0", "sequence 31"],
+    ),
     "length below 0": (lambda p: length(p, 30, -5), ["has a length of -5", "sequence 31"]),
-    "length too large": (lambda p: length(p, 30, 9999), [r"sequence 31 \(document 31\) begins at byte .* ends at"]),
-    "offset outside": (lambda p: offset(p, 30, 1 << 40), ["sequence 30 .*1,099,511,627,776", "sequence 31"]),
+    "length too large": (
+        lambda p: length(p, 30, 9999),
+        [r"sequence 31 \(document 31\) begins at byte .* ends at"],
+    ),
+    "offset outside": (
+        lambda p: offset(p, 30, 1 << 40),
+        ["sequence 30 .*1,099,511,627,776", "sequence 31"],
+    ),
     "boundary backwards": (
         lambda p: boundary(p, 30, 28),
         ["document 29 begins at sequence 29 and ends before it, at 28"],
     ),
-    "boundary outside": (lambda p: boundary(p, 30, 500), ["document 30 begins at sequence 500 and ends before it"]),
-    "last boundary": (lambda p: boundary(p, 60, 59), ["the last document, 59, ends at sequence 59; there are 60"]),
-    "first boundary": (lambda p: boundary(p, 0, 1), ["document 0 begins at sequence 1 instead of 0"]),
+    "boundary outside": (
+        lambda p: boundary(p, 30, 500),
+        ["document 30 begins at sequence 500 and ends before it"],
+    ),
+    "last boundary": (
+        lambda p: boundary(p, 60, 59),
+        ["the last document, 59, ends at sequence 59; there are 60"],
+    ),
+    "first boundary": (
+        lambda p: boundary(p, 0, 1),
+        ["document 0 begins at sequence 1 instead of 0"],
+    ),
 }
 
 
@@ -382,11 +454,15 @@ def test_what_is_broken_is_found_without_checksums(
         assert re.search(pattern, sentence), sentence
     result = verify.verify(whole)
     index_is_whole = ".bin" in "".join(found) and ".idx" not in "".join(found)
-    assert bool(result.unchecked) != index_is_whole  # then it says that ends of documents were not looked at
+    assert (
+        bool(result.unchecked) != index_is_whole
+    )  # then it says that ends of documents were not looked at
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 11])
-def test_checksums_find_any_change(whole: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_checksums_find_any_change(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
     monkeypatch.setattr(verify, "CHUNK", chunk)
     segments = json.loads(whole.with_name("whole.json").read_text())["checksums"]["bin"]
     assert len(segments) == 3
@@ -414,7 +490,11 @@ def test_manifests_that_say_something_else(whole: Path, sharded: Path) -> None:
     for key, value, expected in (
         ("documents", 61, "says documents 61; the index says 60"),
         ("tokens", 5, "says tokens 5; the index says"),
-        ("checksums", {**said["checksums"], "bin": said["checksums"]["bin"][:-1]}, "has checksums of"),
+        (
+            "checksums",
+            {**said["checksums"], "bin": said["checksums"]["bin"][:-1]},
+            "has checksums of",
+        ),
     ):
         path.write_text(json.dumps({**said, key: value}))
         (problem,) = problems(whole)
@@ -425,7 +505,9 @@ def test_manifests_that_say_something_else(whole: Path, sharded: Path) -> None:
     assert "sharded.json says 61 documents; its shards hold 60" in problem
 
 
-def test_one_bad_shard_does_not_hide_the_next(sharded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_bad_shard_does_not_hide_the_next(
+    sharded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = sharded.parent
     (folder / "sharded-00000-of-00003.idx").unlink()
     with open(folder / "sharded-00001-of-00003.bin", "ab") as file:
@@ -436,11 +518,15 @@ def test_one_bad_shard_does_not_hide_the_next(sharded: Path, capsys: pytest.Capt
     captured = capsys.readouterr()
     assert "sharded-00000-of-00003.idx is missing" in captured.out
     assert "sharded-00001-of-00003.bin has" in captured.out
-    assert "token 1 of document 44" in captured.out and "9,999" in captured.out  # numbers go on through the shards
+    assert (
+        "token 1 of document 44" in captured.out and "9,999" in captured.out
+    )  # numbers go on through the shards
     assert f"{sharded}: 4 problems found" in captured.err
 
 
-def test_many_problems_are_counted_and_each_kind_is_shown(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_problems_are_counted_and_each_kind_is_shown(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = np.fromfile(f"{whole}.bin", dtype="<u2")
     data[data != EOD] = 5000
     data[-1] = 7
@@ -454,12 +540,18 @@ def test_many_problems_are_counted_and_each_kind_is_shown(whole: Path, capsys: p
     assert f"and {result.count - 10:,} more" in capsys.readouterr().out
 
 
-def test_a_dataset_without_a_manifest(whole: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dataset_without_a_manifest(
+    whole: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole.with_name("whole.json").unlink()
     token(whole, 3, 2, 320)
     assert main(["inspect", str(whole), "--verify"]) == 0
     out = capsys.readouterr().out
-    for what in ("checksums: whole.json is not there", "vocabulary: nothing says", "EOD at the ends"):
+    for what in (
+        "checksums: whole.json is not there",
+        "vocabulary: nothing says",
+        "EOD at the ends",
+    ):
         assert f"not checked {what}" in out
     assert "nothing wrong in what was checked" in out and "highest id 320" in out
     assert main(["inspect", str(whole), "--verify", "--tokenizer", str(tokenizer.path)]) == 2
@@ -474,7 +566,11 @@ def test_empty_documents_have_no_eod(tmp_path: Path, tokenizer: Tokenizer) -> No
     flat = [[token for sequence in document for token in sequence] for document in documents]
     write_manifest(prefix, manifest(prefix, tokenizer, flat))
     found = problems(prefix)
-    assert [re.search(r"m\.idx: document (\d) is empty", problem)[1] for problem in found] == ["0", "2", "4"]
+    assert [re.search(r"m\.idx: document (\d) is empty", problem)[1] for problem in found] == [
+        "0",
+        "2",
+        "4",
+    ]
     without = manifest(prefix, tokenizer, flat)
     without["tokenizer"]["eod"] = False
     write_manifest(prefix, without)
@@ -503,7 +599,10 @@ def test_memory_stays_the_same(tmp_path: Path) -> None:
         write_index(tmp_path / f"{name}.idx", lengths, np.dtype(np.uint16))
         (tmp_path / f"{name}.bin").write_bytes(bytes(2 * int(lengths.sum())))
         run = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / name)], capture_output=True, text=True, check=True
+            [sys.executable, "-c", code, str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         peaks.append(int(run.stdout) / 1024)
     assert peaks[1] - peaks[0] < 25

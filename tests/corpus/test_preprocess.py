@@ -37,7 +37,23 @@ from megacode.recipe import schema
 from megacode.tokenizer.training import train_tokenizer
 from tests.data.conftest import write_shard
 
-WORDS = ["def", "return", "self", "the", "of", "(x)", "= [i]", "for", "naïve", "12", "<s>", "</s>", "\t", "\n", "  "]
+WORDS = [
+    "def",
+    "return",
+    "self",
+    "the",
+    "of",
+    "(x)",
+    "= [i]",
+    "for",
+    "naïve",
+    "12",
+    "<s>",
+    "</s>",
+    "\t",
+    "\n",
+    "  ",
+]
 
 
 def document(number: int) -> str:
@@ -68,7 +84,9 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def request(model: Path, corpus: Path, output: Path, **more: Any) -> Request:
-    tokenizer = schema.TokenizerSection(path=str(model), added_tokens="crystal", bos=more.pop("bos", False))
+    tokenizer = schema.TokenizerSection(
+        path=str(model), added_tokens="crystal", bos=more.pop("bos", False)
+    )
     return Request(inputs=(str(corpus),), tokenizer=tokenizer, output=output, **more)
 
 
@@ -88,22 +106,31 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("vocab_size", [400, 70000])
 @pytest.mark.parametrize("documents", [1, 3000])
-def test_bytes_are_those_of_megatrons_builder(tmp_path: Path, vocab_size: int, documents: int) -> None:
+def test_bytes_are_those_of_megatrons_builder(
+    tmp_path: Path, vocab_size: int, documents: int
+) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     generator = np.random.default_rng(7)
-    ids = [generator.integers(0, vocab_size, size=generator.integers(0, 50)).tolist() for _ in range(documents)]
+    ids = [
+        generator.integers(0, vocab_size, size=generator.integers(0, 50)).tolist()
+        for _ in range(documents)
+    ]
     dtype = indexed.token_dtype(vocab_size)
     assert dtype == DType.optimal_dtype(vocab_size)
-    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size))
+    builder = IndexedDatasetBuilder(
+        str(tmp_path / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size)
+    )
     for document_ids in ids:
         builder.add_item(torch.tensor(document_ids, dtype=torch.int64))
         builder.end_document()
     builder.finalize(str(tmp_path / "theirs.idx"))
     write_shard(tmp_path / "ours", ids, vocab_size)
     for ending in ("bin", "idx"):
-        assert (tmp_path / f"ours.{ending}").read_bytes() == (tmp_path / f"theirs.{ending}").read_bytes()
+        assert (tmp_path / f"ours.{ending}").read_bytes() == (
+            tmp_path / f"theirs.{ending}"
+        ).read_bytes()
 
 
 def test_an_index_longer_than_one_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,35 +157,57 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- the corpus
 
 
-def test_every_document_in_order_with_sentencepieces_ids(model: Path, corpus: Path, tmp_path: Path) -> None:
+def test_every_document_in_order_with_sentencepieces_ids(
+    model: Path, corpus: Path, tmp_path: Path
+) -> None:
     result = preprocess(request(model, corpus, tmp_path / "out", bos=True))
     reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
     expected = [*DOCUMENTS[:3000], *DOCUMENTS[:3000], *DOCUMENTS[3000:]]
     assert read(tmp_path / "out") == [[1, *reference.encode(text), 2] for text in expected]
     numbers = result.counts.groups[Group("train")]
-    assert (numbers.documents, numbers.bytes) == (7000, sum(len(text.encode()) for text in expected))
+    assert (numbers.documents, numbers.bytes) == (
+        7000,
+        sum(len(text.encode()) for text in expected),
+    )
     assert result.parts > 1
     assert result.counts.checked >= result.parts
 
 
-def test_any_number_of_workers_gives_the_same_bytes(model: Path, corpus: Path, tmp_path: Path) -> None:
+def test_any_number_of_workers_gives_the_same_bytes(
+    model: Path, corpus: Path, tmp_path: Path
+) -> None:
     for workers, name in ((1, "one"), (3, "three")):
         (tmp_path / name).mkdir()
         preprocess(request(model, corpus, tmp_path / name / "out", validation=0.1), workers)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     assert set(contents(tmp_path / "one")) == {
-        f"{prefix}.{ending}" for prefix in ("out", "out_validation") for ending in ("bin", "idx", "json", "records.npy")
+        f"{prefix}.{ending}"
+        for prefix in ("out", "out_validation")
+        for ending in ("bin", "idx", "json", "records.npy")
     }
 
 
 def test_the_split_goes_by_content(model: Path, corpus: Path, tmp_path: Path) -> None:
-    preprocess(request(model, corpus, tmp_path / "out", validation=0.2, validation_output=tmp_path / "held" / "out"))
-    train, held = ({tuple(ids) for ids in read(prefix)} for prefix in (tmp_path / "out", tmp_path / "held" / "out"))
+    preprocess(
+        request(
+            model,
+            corpus,
+            tmp_path / "out",
+            validation=0.2,
+            validation_output=tmp_path / "held" / "out",
+        )
+    )
+    train, held = (
+        {tuple(ids) for ids in read(prefix)}
+        for prefix in (tmp_path / "out", tmp_path / "held" / "out")
+    )
     assert not train & held
     assert len(train) + len(held) == len(set(DOCUMENTS))
     assert 0.15 < len(held) / len(set(DOCUMENTS)) < 0.25
     texts = [text.encode() for text in DOCUMENTS]
-    assert {t for t in texts if in_validation(t, 0.05)} < {t for t in texts if in_validation(t, 0.2)}
+    assert {t for t in texts if in_validation(t, 0.05)} < {
+        t for t in texts if in_validation(t, 0.2)
+    }
 
 
 def test_the_manifest_says_what_is_there(model: Path, corpus: Path, tmp_path: Path) -> None:
@@ -172,7 +221,10 @@ def test_the_manifest_says_what_is_there(model: Path, corpus: Path, tmp_path: Pa
         assert xxhash.xxh3_128_hexdigest(data[done : done + size]) == digest
         done += size
     assert done == len(data)
-    assert xxhash.xxh3_128_hexdigest((tmp_path / "out.idx").read_bytes()) == manifest["checksums"]["idx"]
+    assert (
+        xxhash.xxh3_128_hexdigest((tmp_path / "out.idx").read_bytes())
+        == manifest["checksums"]["idx"]
+    )
     for row in manifest["input files"]:
         contents_of_file, done = Path(row["path"]).read_bytes(), 0
         assert row["bytes"] == len(contents_of_file)
@@ -180,8 +232,14 @@ def test_the_manifest_says_what_is_there(model: Path, corpus: Path, tmp_path: Pa
             assert xxhash.xxh3_128_hexdigest(contents_of_file[done : done + size]) == digest
             done += size
         assert done == len(contents_of_file)
-    assert [row["path"] for row in manifest["input files"]] == [str(p) for p in sorted(corpus.iterdir())]
-    assert manifest["documents"] + json.loads((tmp_path / "out_validation.json").read_text())["documents"] == 7000
+    assert [row["path"] for row in manifest["input files"]] == [
+        str(p) for p in sorted(corpus.iterdir())
+    ]
+    assert (
+        manifest["documents"]
+        + json.loads((tmp_path / "out_validation.json").read_text())["documents"]
+        == 7000
+    )
 
 
 def test_units_tile_the_corpus(corpus: Path) -> None:
@@ -200,13 +258,20 @@ def test_units_tile_the_corpus(corpus: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_bad_records_are_set_aside_and_the_good_ones_are_all_there(model: Path, tmp_path: Path) -> None:
+def test_bad_records_are_set_aside_and_the_good_ones_are_all_there(
+    model: Path, tmp_path: Path
+) -> None:
     good = [json.dumps({"text": text}).encode() for text in DOCUMENTS]
     lines = []
     for number, line in enumerate(good):
         lines.append(line)
         if number % 1000 == 7:
-            lines += [b'{"text": "broken', b'{"text": "\xff"}', b'{"text": ""}', rb'{"text": "half \ud83d pair"}']
+            lines += [
+                b'{"text": "broken',
+                b'{"text": "\xff"}',
+                b'{"text": ""}',
+                rb'{"text": "half \ud83d pair"}',
+            ]
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
     result = preprocess(request(model, tmp_path / "in.jsonl", tmp_path / "out"))
     assert result.counts.bad.total() == 8
@@ -214,14 +279,20 @@ def test_bad_records_are_set_aside_and_the_good_ones_are_all_there(model: Path, 
     assert result.counts.repaired == 4
     assert result.counts.total.documents == len(DOCUMENTS) + 4
     assert result.parts > 1
-    quarantined = [json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()]
+    quarantined = [
+        json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()
+    ]
     assert len(quarantined) == 12
     for entry in quarantined:
-        assert lines[entry["record"] - 1].startswith((b'{"text": "broken', b'{"text": "\xff', b'{"text": ""'))
-    assert {entry["raw"].strip() for entry in quarantined if entry["reason"].startswith("not JSON")} == {
-        '{"text": "broken'
-    }
-    assert all("raw_base64" in entry for entry in quarantined if entry["reason"].startswith("not UTF-8"))
+        assert lines[entry["record"] - 1].startswith(
+            (b'{"text": "broken', b'{"text": "\xff', b'{"text": ""')
+        )
+    assert {
+        entry["raw"].strip() for entry in quarantined if entry["reason"].startswith("not JSON")
+    } == {'{"text": "broken'}
+    assert all(
+        "raw_base64" in entry for entry in quarantined if entry["reason"].startswith("not UTF-8")
+    )
 
 
 def arguments(*args: str) -> argparse.Namespace:
@@ -230,7 +301,9 @@ def arguments(*args: str) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-def test_too_many_bad_records_end_the_command_after_the_good_ones_are_written(model: Path, tmp_path: Path) -> None:
+def test_too_many_bad_records_end_the_command_after_the_good_ones_are_written(
+    model: Path, tmp_path: Path
+) -> None:
     lines = [json.dumps({"text": text}) for text in DOCUMENTS[:99]] + ["broken"]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     common = (
@@ -242,7 +315,9 @@ def test_too_many_bad_records_end_the_command_after_the_good_ones_are_written(mo
         "--workers",
         "1",
     )
-    with pytest.raises(UserError, match=r"1 of 100 records are bad \(1\.00%, over --max-bad 0\.1%\).*quarantine"):
+    with pytest.raises(
+        UserError, match=r"1 of 100 records are bad \(1\.00%, over --max-bad 0\.1%\).*quarantine"
+    ):
         run(arguments(*common, "--max-bad", "0.1%"))
     assert len(read(tmp_path / "out")) == 99
     assert run(arguments(*common, "--max-bad", "2%")) == 0
@@ -274,11 +349,15 @@ def test_a_finished_output_is_kept_and_another_one_is_not_overwritten(
     (corpus / "c.jsonl").write_text('{"text": "changed"}\n')
     with pytest.raises(UserError, match="input files differ"):
         preprocess(request(model, corpus, tmp_path / "out", validation=0.1))
-    assert not preprocess(request(model, corpus, tmp_path / "out", validation=0.1, overwrite=True)).kept
+    assert not preprocess(
+        request(model, corpus, tmp_path / "out", validation=0.1, overwrite=True)
+    ).kept
     assert contents(tmp_path) != before
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(model: Path, corpus: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
+    model: Path, corpus: Path, tmp_path: Path
+) -> None:
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     for folder in (alone, killed):
         folder.mkdir()
@@ -296,7 +375,9 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(model: Path, co
             if seen > count:
                 raise Stop
 
-        return preprocess(request(model, corpus, killed / "out", validation=0.1), on_progress=on_progress)
+        return preprocess(
+            request(model, corpus, killed / "out", validation=0.1), on_progress=on_progress
+        )
 
     for count in (0, 2, 3):
         with pytest.raises(Stop):
@@ -313,7 +394,9 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(
 ) -> None:
     """A real process with workers, kill -9, again and again; its workers go with it."""
     alone, killed = tmp_path / "alone" / "out", tmp_path / "killed" / "out"
-    options: dict[str, Any] = dict(validation=0.1, **(dict(deduplicate=True, shuffle=3) if reordered else {}))
+    options: dict[str, Any] = dict(
+        validation=0.1, **(dict(deduplicate=True, shuffle=3) if reordered else {})
+    )
     (corpus / "d.jsonl").write_bytes((corpus / "a.jsonl").read_bytes() * 3)
     preprocess(request(model, corpus, alone, **options))
     command = [
@@ -379,7 +462,9 @@ for n in [*range(0, whole - 16, 9), *range(whole - 16, whole)]:
 """
 
 
-def test_ended_before_any_change_to_the_disk_it_goes_on(model: Path, corpus: Path, tmp_path: Path) -> None:
+def test_ended_before_any_change_to_the_disk_it_goes_on(
+    model: Path, corpus: Path, tmp_path: Path
+) -> None:
     """The last moments, when the parts are cleared away, one by one."""
     for path in corpus.iterdir():
         path.unlink()
@@ -396,7 +481,9 @@ def test_ended_before_any_change_to_the_disk_it_goes_on(model: Path, corpus: Pat
         assert not (tmp_path / number / "out.parts").exists()
 
 
-def test_a_picture_half_drawn_by_a_killed_process_goes(model: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_picture_half_drawn_by_a_killed_process_goes(
+    model: Path, corpus: Path, tmp_path: Path
+) -> None:
     from rich.console import Console
 
     from megacode.report.preprocessing import preprocess_visibly
@@ -405,11 +492,15 @@ def test_a_picture_half_drawn_by_a_killed_process_goes(model: Path, corpus: Path
     gone.wait()
     node = platform.node().partition(".")[0]
     writers = (f"{node}-{gone.pid}", f"{node}-{os.getppid()}", f"far-{gone.pid}")
-    half, living, elsewhere = (tmp_path / f".out.lengths.png.{writer}.partial" for writer in writers)
+    half, living, elsewhere = (
+        tmp_path / f".out.lengths.png.{writer}.partial" for writer in writers
+    )
     preprocess_visibly(request(model, corpus, tmp_path / "out"), 1, Console(quiet=True))
     half.touch(), living.touch(), elsewhere.touch()
     preprocess_visibly(request(model, corpus, tmp_path / "out"), 1, Console(quiet=True))
-    assert not half.exists() and living.exists() and elsewhere.exists(), "of another machine's nobody here knows"
+    assert not half.exists() and living.exists() and elsewhere.exists(), (
+        "of another machine's nobody here knows"
+    )
 
 
 def test_two_runs_do_not_write_one_output(model: Path, corpus: Path, tmp_path: Path) -> None:
@@ -422,7 +513,9 @@ def test_two_runs_do_not_write_one_output(model: Path, corpus: Path, tmp_path: P
     assert not preprocess(mine, on_stage=meanwhile).kept
 
 
-def test_a_lock_that_its_holder_removed_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_its_holder_removed_is_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other run ends between this one's opening the file and taking the lock."""
     from megacode.corpus.preprocess import folder
 
@@ -449,7 +542,11 @@ def test_mistakes_are_sentences(model: Path, corpus: Path, tmp_path: Path) -> No
     (tmp_path / "data.json").write_text('{"text": "mine"}\n')
     for source, output, expected in (
         ("array.json", "out", "one JSON value over many lines"),
-        ("content.jsonl", "out", r"no field 'text' in its records \(they have content, id\); give --text-field"),
+        (
+            "content.jsonl",
+            "out",
+            r"no field 'text' in its records \(they have content, id\); give --text-field",
+        ),
         ("empty.jsonl", "out", r"no document for .*\(no records\)"),
         ("nothing.jsonl", "out", "no such file"),
         ("corpus", "other", "not made by this tool"),
@@ -459,7 +556,10 @@ def test_mistakes_are_sentences(model: Path, corpus: Path, tmp_path: Path) -> No
             preprocess(request(model, tmp_path / source, tmp_path / output))
     assert (tmp_path / "data.json").read_text() == '{"text": "mine"}\n'
     common = (str(corpus), "--tokenizer", str(model), "--output", str(tmp_path / "out"))
-    for more, expected in ((("--validation", "1.5"), "--validation 1.5"), (("--workers", "0"), "--workers 0")):
+    for more, expected in (
+        (("--validation", "1.5"), "--validation 1.5"),
+        (("--workers", "0"), "--workers 0"),
+    ):
         with pytest.raises(UserError, match=expected):
             run(arguments(*common, *more))
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("out")]
@@ -491,7 +591,9 @@ def _fails(how: str) -> Any:
         ("dies", UserError, "ended by signal 9"),
     ],
 )
-def test_what_goes_wrong_in_a_worker_reaches_the_user(how: str, error: type[Exception], expected: str) -> None:
+def test_what_goes_wrong_in_a_worker_reaches_the_user(
+    how: str, error: type[Exception], expected: str
+) -> None:
     with pytest.raises(error, match=expected):
         list(run_tasks(_fails, how, range(6), workers=2))
 
@@ -502,7 +604,9 @@ def _squares(context: int) -> Any:
 
 @pytest.mark.parametrize(("tasks", "workers"), [(0, 1), (0, 2), (1, 4), (9, 1), (9, 3)])
 def test_every_task_is_done_once(tasks: int, workers: int) -> None:
-    assert sorted(run_tasks(_squares, 2, range(tasks), workers)) == [2 * i * i for i in range(tasks)]
+    assert sorted(run_tasks(_squares, 2, range(tasks), workers)) == [
+        2 * i * i for i in range(tasks)
+    ]
 
 
 def test_a_worker_whose_parent_is_gone_ends_in_silence(capfd: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def corpus(path: Path, name: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"text": f"{name} {i} " * (i % 7 + 1), "lang": LANGUAGES[i % 2]}) for i in range(40)]
+    lines = [
+        json.dumps({"text": f"{name} {i} " * (i % 7 + 1), "lang": LANGUAGES[i % 2]})
+        for i in range(40)
+    ]
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -69,12 +72,16 @@ def test_an_input_is_never_written_over(
 ) -> None:
     corpus(Path(source), "raw")
     before = contents()
-    with pytest.raises(UserError, match=r"may get a file of this name|in the way: not the manifest"):
+    with pytest.raises(
+        UserError, match=r"may get a file of this name|in the way: not the manifest"
+    ):
         make(model, source, output, **more)
     assert contents() == before
 
 
-def test_a_dataset_of_another_run_stays_unless_overwriting_is_asked_for(model: Path, here: Path) -> None:
+def test_a_dataset_of_another_run_stays_unless_overwriting_is_asked_for(
+    model: Path, here: Path
+) -> None:
     make(model, "first.jsonl", "o/web_validation")
     make(model, "first.jsonl", "o/python")
     make(model, "first.jsonl", "o/one", validation=0.3, validation_output=Path("o/held"))
@@ -85,18 +92,24 @@ def test_a_dataset_of_another_run_stays_unless_overwriting_is_asked_for(model: P
     )
     before = contents(Path("o"))
     for output, more in cases:
-        with pytest.raises(UserError, match="already there: is a dataset that another run made; choose"):
+        with pytest.raises(
+            UserError, match="already there: is a dataset that another run made; choose"
+        ):
             make(model, "second.jsonl", output, **more)
         kept = contents(Path("o"))
         assert {name: kept[name] for name in before} == before
     for output, more in cases:
         assert not make(model, "second.jsonl", output, overwrite=True, **more).kept
     assert make(model, "second.jsonl", *cases[2][:1], **cases[2][1]).kept
-    with pytest.raises(UserError, match=r"o/held\.json: already there: is a dataset that another run made"):
+    with pytest.raises(
+        UserError, match=r"o/held\.json: already there: is a dataset that another run made"
+    ):
         make(model, "first.jsonl", "o/one", validation=0.3, validation_output=Path("o/held"))
 
 
-@pytest.mark.parametrize("victim", ["../victim/one", "{here}/victim/one", "x/../../victim/one", "sub/one", 7])
+@pytest.mark.parametrize(
+    "victim", ["../victim/one", "{here}/victim/one", "x/../../victim/one", "sub/one", 7]
+)
 def test_a_manifest_deletes_nothing_elsewhere(model: Path, here: Path, victim: Any) -> None:
     """Nor does the list of what a killed run began."""
     victim = victim.replace("{here}", str(here)) if isinstance(victim, str) else victim
@@ -108,7 +121,9 @@ def test_a_manifest_deletes_nothing_elsewhere(model: Path, here: Path, victim: A
     Path("o/two.json").write_text(json.dumps(made))
     for bad in ("two.json", "two.parts/datasets.json"):
         before = contents()
-        with pytest.raises(UserError, match=r"o/two.*is not in o, where this command writes; nothing was deleted"):
+        with pytest.raises(
+            UserError, match=r"o/two.*is not in o, where this command writes; nothing was deleted"
+        ):
             make(model, "second.jsonl", "o/two", overwrite=True)
         kept = contents()
         assert {name: kept[name] for name in before} == before, bad
@@ -120,7 +135,9 @@ def test_a_manifest_deletes_nothing_elsewhere(model: Path, here: Path, victim: A
 def test_files_of_no_run_stay(model: Path, here: Path) -> None:
     for name in ("corpus_validation.json", "corpus.idx", "corpus-00000.bin"):
         Path(name).write_text("mine")
-        with pytest.raises(UserError, match=f"{name}: (already there: was not made by this tool|in the way)"):
+        with pytest.raises(
+            UserError, match=f"{name}: (already there: was not made by this tool|in the way)"
+        ):
             make(model, "first.jsonl", "corpus", validation=0.3)
         assert Path(name).read_text() == "mine"
         Path(name).unlink()
@@ -132,7 +149,9 @@ def test_files_of_no_run_stay(model: Path, here: Path) -> None:
     Path("corpus.parts").mkdir()
     Path("corpus.parts/mine.jsonl").write_text("mine")
     for more in ({}, {"overwrite": True}):
-        with pytest.raises(UserError, match=r"corpus\.parts: in the way: not made by a run of this tool"):
+        with pytest.raises(
+            UserError, match=r"corpus\.parts: in the way: not made by a run of this tool"
+        ):
             make(model, "first.jsonl", "corpus", **more)
     assert Path("corpus.parts/mine.jsonl").read_text() == "mine"
 
@@ -181,20 +200,27 @@ def test_what_would_come_out_otherwise_is_not_kept(model: Path, here: Path) -> N
         make(model, "first.jsonl", "v", validation=0.3, validation_output=Path("d2/held"))
 
 
-def test_the_working_directory_has_a_name(model: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_working_directory_has_a_name(
+    model: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     corpus(Path("project/x.jsonl"), "project")
     monkeypatch.chdir(here / "project")
-    assert [path.name for path in make(model, ".", "../o/{value}", split_by="file.repository").outputs.values()] == [
-        "project"
-    ]
+    assert [
+        path.name
+        for path in make(model, ".", "../o/{value}", split_by="file.repository").outputs.values()
+    ] == ["project"]
 
 
 def test_long_and_odd_values_make_names_that_a_file_system_takes(model: Path, here: Path) -> None:
     values = ["x" * 300, "é" * 200, "x" * 299 + "y", "p\ud83d.py", "../up", "a\0b"]
     with open("odd.jsonl", "w") as out:
-        out.writelines(json.dumps({"text": f"text {i}", "v": value}) + "\n" for i, value in enumerate(values))
+        out.writelines(
+            json.dumps({"text": f"text {i}", "v": value}) + "\n" for i, value in enumerate(values)
+        )
     made = make(model, "odd.jsonl", "o/{value}", split_by="v")
-    assert len(made.outputs) == len(values) and {path.parent for path in made.outputs.values()} == {Path("o")}
+    assert len(made.outputs) == len(values) and {path.parent for path in made.outputs.values()} == {
+        Path("o")
+    }
     assert all(len(file_name(value).encode(errors="replace")) <= 100 for value in values)
 
 
@@ -213,7 +239,10 @@ def test_file_names_that_are_no_utf8(model: Path, here: Path) -> None:
     [
         (["--output", "."], "--output .: expected a prefix"),
         (["--output", "o/{value}/train", "--split-by", "lang"], "may stand in the name only"),
-        (["--output", "o/x", "--validation", "0.1", "--validation-output", "o/../o/x"], "is --output too"),
+        (
+            ["--output", "o/x", "--validation", "0.1", "--validation-output", "o/../o/x"],
+            "is --output too",
+        ),
         (["--output", "first.jsonl/x"], "first.jsonl/x.parts: Not a directory"),
         (["--output", "o/" + "x" * 300], "File name too long"),
     ],
@@ -221,5 +250,7 @@ def test_file_names_that_are_no_utf8(model: Path, here: Path) -> None:
 def test_outputs_that_cannot_be(
     model: Path, here: Path, capsys: pytest.CaptureFixture[str], more: list[str], expected: str
 ) -> None:
-    assert main(["preprocess", "first.jsonl", "--tokenizer", str(model), "--workers", "1", *more]) == 2
+    assert (
+        main(["preprocess", "first.jsonl", "--tokenizer", str(model), "--workers", "1", *more]) == 2
+    )
     assert expected in " ".join(capsys.readouterr().err.split())

@@ -38,7 +38,8 @@ LANGUAGES = ("python", "c++", "c/h")
 def record(number: int) -> dict[str, Any]:
     rng = random.Random(number)
     text = " ".join(
-        rng.choice(("def", "x", "return", "naïve", "<s>", "\n", "  ", str(number))) for _ in range(number % 90 + 1)
+        rng.choice(("def", "x", "return", "naïve", "<s>", "\n", "  ", str(number)))
+        for _ in range(number % 90 + 1)
     )
     return {
         "text": text + f" {number if number % 5 else 'copy'}",
@@ -65,9 +66,13 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def make(model: Path, source: Path, output: Path, workers: int = 1, share: Any = None, **more: Any) -> Any:
+def make(
+    model: Path, source: Path, output: Path, workers: int = 1, share: Any = None, **more: Any
+) -> Any:
     tokenizer = schema.TokenizerSection(path=str(model), added_tokens="crystal")
-    return preprocess(Request(inputs=(str(source),), tokenizer=tokenizer, output=output, **more), workers, share)
+    return preprocess(
+        Request(inputs=(str(source),), tokenizer=tokenizer, output=output, **more), workers, share
+    )
 
 
 def read(prefix: Path) -> list[list[int]]:
@@ -109,7 +114,9 @@ def same(one: list[list[int]], other: list[list[int]]) -> bool:
         ("not (matches(meta.stars, 'x') or meta.stars > 3)", lambda r: (r["meta"]["stars"] or 0) <= 3),
     ],
 )  # fmt: skip
-def test_where(model: Path, corpus: Path, tmp_path: Path, expression: str, wanted: Callable[[Any], bool]) -> None:
+def test_where(
+    model: Path, corpus: Path, tmp_path: Path, expression: str, wanted: Callable[[Any], bool]
+) -> None:
     result = make(model, corpus, tmp_path / "out", where=expression)
     expected = [r["text"] for r in RECORDS if wanted(r)]
     assert 0 < len(expected) < len(RECORDS)
@@ -140,8 +147,15 @@ def test_a_wrong_condition_is_a_sentence(expression: str, expected: str) -> None
 
 
 def test_a_field_that_no_record_has_is_named(model: Path, corpus: Path, tmp_path: Path) -> None:
-    for more in ({"where": "metta.stars > 3"}, {"split_by": "language"}, {"repository": "repository", "path": "path"}):
-        with pytest.raises(UserError, match=r"no field '.*' in the first records \(they have text, meta, repo, path"):
+    for more in (
+        {"where": "metta.stars > 3"},
+        {"split_by": "language"},
+        {"repository": "repository", "path": "path"},
+    ):
+        with pytest.raises(
+            UserError,
+            match=r"no field '.*' in the first records \(they have text, meta, repo, path",
+        ):
             make(model, corpus, tmp_path / "out", **more)
     assert not list(tmp_path.glob("out*"))
 
@@ -157,7 +171,10 @@ def test_a_dataset_for_each_value(model: Path, corpus: Path, tmp_path: Path) -> 
     }
     for language, name in zip(LANGUAGES, ("python", "c++", "c_h"), strict=True):
         train, held = read(tmp_path / "data" / name), read(tmp_path / "data" / f"{name}_validation")
-        assert same(train + held, encoded(model, [r["text"] for r in RECORDS if r["meta"]["language"] == language]))
+        assert same(
+            train + held,
+            encoded(model, [r["text"] for r in RECORDS if r["meta"]["language"] == language]),
+        )
         assert json.loads((tmp_path / "data" / f"{name}.json").read_text())["value"] == language
     again = make(model, corpus, tmp_path / "data" / "{value}", **options)
     assert again.kept and again.outputs == result.outputs and again.counts == result.counts
@@ -176,16 +193,28 @@ def test_parquet_folders_named_by_language(model: Path, tmp_path: Path) -> None:
         rows = [r for r in RECORDS if r["meta"]["language"] == language]
         (tmp_path / "in" / language).mkdir(parents=True)
         table = pyarrow.table(
-            {"content": [r["text"] for r in rows], "stars": [r["meta"]["stars"] for r in rows], "other": rows}
+            {
+                "content": [r["text"] for r in rows],
+                "stars": [r["meta"]["stars"] for r in rows],
+                "other": rows,
+            }
         )
-        pyarrow.parquet.write_table(table, tmp_path / "in" / language / "train-0.parquet", row_group_size=100)
-    options = dict(text_field="content", split_by="file.folder", where="stars >= 5 and other.repo != 'owner/r3'")
+        pyarrow.parquet.write_table(
+            table, tmp_path / "in" / language / "train-0.parquet", row_group_size=100
+        )
+    options = dict(
+        text_field="content",
+        split_by="file.folder",
+        where="stars >= 5 and other.repo != 'owner/r3'",
+    )
     make(model, tmp_path / "in", tmp_path / "out", **options)
     for language in LANGUAGES[:2]:
         expected = [
             r["text"]
             for r in RECORDS
-            if r["meta"]["language"] == language and (r["meta"]["stars"] or 0) >= 5 and r["repo"] != "owner/r3"
+            if r["meta"]["language"] == language
+            and (r["meta"]["stars"] or 0) >= 5
+            and r["repo"] != "owner/r3"
         ]
         assert read(tmp_path / f"out-{language}") == encoded(model, expected)
 
@@ -196,7 +225,9 @@ def test_even_and_odd_files(model: Path, tmp_path: Path) -> None:
         (tmp_path / "in" / f"{i}.jsonl").write_text(json.dumps({"text": f"file {i}"}) + "\n")
     for first in (0, 1):
         make(model, tmp_path / "in", tmp_path / f"half{first}", every=(first, 2))
-        assert read(tmp_path / f"half{first}") == encoded(model, [f"file {i}" for i in range(first, 7, 2)])
+        assert read(tmp_path / f"half{first}") == encoded(
+            model, [f"file {i}" for i in range(first, 7, 2)]
+        )
 
 
 # --------------------------------------------------------------------------------------------------- order, duplicates
@@ -222,14 +253,27 @@ def test_the_first_of_equal_texts_stays_whatever_dataset_it_goes_into(
     values = random.Random(3).choices(
         ["a", "b", "c"], k=600
     )  # "first" is by place in the corpus, not by the value's name
-    lines = [{"text": f"text {i // 2 if i % 3 else i % 7}", "to": value} for i, value in enumerate(values)]
+    lines = [
+        {"text": f"text {i // 2 if i % 3 else i % 7}", "to": value}
+        for i, value in enumerate(values)
+    ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     first = {line["text"]: line["to"] for line in reversed(lines)}
     for name, hashes_at_a_time in (("at once", 1 << 25), ("in ranges", 100)):
         monkeypatch.setattr(order, "_SORTED_HASHES", hashes_at_a_time)
-        make(model, tmp_path / "in.jsonl", tmp_path / name / "{value}", split_by="to", deduplicate=True)
+        make(
+            model,
+            tmp_path / "in.jsonl",
+            tmp_path / name / "{value}",
+            split_by="to",
+            deduplicate=True,
+        )
         for value in "abc":
-            expected = [text for text in dict.fromkeys(line["text"] for line in lines) if first[text] == value]
+            expected = [
+                text
+                for text in dict.fromkeys(line["text"] for line in lines)
+                if first[text] == value
+            ]
             assert read(tmp_path / name / value) == encoded(model, expected)
 
 
@@ -263,7 +307,10 @@ def test_files_of_a_repository_become_one_document(
     for name, files in repositories.items():
         ids = [tokenizer.token_id("<reponame>"), *tokenizer.encode(name)]
         for r in sorted(files, key=lambda r: r["path"]):
-            ids += [tokenizer.token_id("<filename>"), *tokenizer.encode(r["path"] + "\n" + r["text"])]
+            ids += [
+                tokenizer.token_id("<filename>"),
+                *tokenizer.encode(r["path"] + "\n" + r["text"]),
+            ]
         expected.append([*ids, tokenizer.eod_id])
     options = dict(repository="repo", path="path")
     result = make(model, corpus, tmp_path / "out", **options)
@@ -277,7 +324,13 @@ def test_files_of_a_repository_become_one_document(
     assert same(read(tmp_path / "halves") + read(halves.outputs[Group("validation")]), expected)
     with pytest.raises(UserError, match=r"--repository puts <reponame> in front.*crystal"):
         preprocess(
-            Request((str(corpus),), schema.TokenizerSection(path=str(model)), tmp_path / "no", repository="repo", path="path")
+            Request(
+                (str(corpus),),
+                schema.TokenizerSection(path=str(model)),
+                tmp_path / "no",
+                repository="repo",
+                path="path",
+            )
         )
 
 
@@ -286,7 +339,12 @@ def test_a_tree_of_repositories(model: Path, tmp_path: Path) -> None:
         (tmp_path / "in" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / path).write_text(f"# {path}\n")
     result = make(
-        model, tmp_path / "in", tmp_path / "out", repository="file.repository", path="file.path", include=("*.py",)
+        model,
+        tmp_path / "in",
+        tmp_path / "out",
+        repository="file.repository",
+        path="file.path",
+        include=("*.py",),
     )
     tokenizer = load_tokenizer(schema.TokenizerSection(path=str(model), added_tokens="crystal"))
     texts = {tokenizer.decode(ids, control=True) for ids in read(tmp_path / "out")}
@@ -314,7 +372,9 @@ def test_shards_hold_the_same_documents_and_none_is_too_large(
     assert max(sizes) <= 20_000 and min(sizes[:-1]) > 19_000
     own = [json.loads(indexed.with_ending(shard, ".json").read_text()) for shard in shards]
     assert sum(m["documents"] for m in own) == manifest["documents"]
-    records = np.concatenate([np.load(indexed.with_ending(shard, ".records.npy")) for shard in shards])
+    records = np.concatenate(
+        [np.load(indexed.with_ending(shard, ".records.npy")) for shard in shards]
+    )
     assert np.array_equal(records, np.load(tmp_path / "whole.records.npy"))
     again = make(model, corpus, tmp_path / "cut", shard_size=10**9, overwrite=True, **more)
     assert not again.kept and sorted(p.name for p in tmp_path.glob("cut-*")) == [
@@ -322,8 +382,12 @@ def test_shards_hold_the_same_documents_and_none_is_too_large(
     ]  # fmt: skip
 
 
-def test_a_document_longer_than_a_shard_is_a_shard(model: Path, corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "few.jsonl").write_bytes(b"".join(corpus.read_bytes().splitlines(keepends=True)[:40]))
+def test_a_document_longer_than_a_shard_is_a_shard(
+    model: Path, corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "few.jsonl").write_bytes(
+        b"".join(corpus.read_bytes().splitlines(keepends=True)[:40])
+    )
     make(model, tmp_path / "few.jsonl", tmp_path / "out", shard_size=50)
     shards = json.loads((tmp_path / "out.json").read_text())["shards"]
     assert [ids for shard in shards for ids in read(tmp_path / shard)] == encoded(
@@ -333,7 +397,9 @@ def test_a_document_longer_than_a_shard_is_a_shard(model: Path, corpus: Path, tm
 
 def test_every_document_knows_its_record(model: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    lines = [json.dumps(r) if i % 50 else "\n" * (i % 3) + "broken" for i, r in enumerate(RECORDS * 3)]
+    lines = [
+        json.dumps(r) if i % 50 else "\n" * (i % 3) + "broken" for i, r in enumerate(RECORDS * 3)
+    ]
     text = "\n".join(lines) + "\n\n"
     (tmp_path / "in" / "a.jsonl").write_text(text)
     (tmp_path / "in" / "b.jsonl.gz").write_bytes(gzip.compress(text.encode()))
@@ -344,7 +410,9 @@ def test_every_document_knows_its_record(model: Path, tmp_path: Path) -> None:
     texts = [json.loads(source[line - 1])["text"] for _, line in records]
     assert documents == encoded(model, texts)
     assert sorted({int(f) for f in records[:, 0]}) == [0, 1]
-    bad = [json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()]
+    bad = [
+        json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()
+    ]
     assert len(bad) == 2 * 180
     assert all(source[entry["record"] - 1] == "broken" == entry["raw"].strip() for entry in bad)
 
@@ -358,13 +426,17 @@ def test_shares_make_what_one_run_makes(model: Path, corpus: Path, tmp_path: Pat
     (tmp_path / "in" / "a.jsonl").write_bytes(data)
     (tmp_path / "in" / "b.jsonl.zst").write_bytes(zstandard.compress(data))
     make(model, tmp_path / "in", tmp_path / "one" / "out", shuffle=1)
-    results = [make(model, tmp_path / "in", tmp_path / "three" / "out", share=(i, 3), shuffle=1) for i in (2, 0)]
+    results = [
+        make(model, tmp_path / "in", tmp_path / "three" / "out", share=(i, 3), shuffle=1)
+        for i in (2, 0)
+    ]
     assert not any(result.outputs for result in results)
     with pytest.raises(UserError, match=r"already there|other settings|differ"):
         make(model, tmp_path / "in", tmp_path / "three" / "out", share=(1, 3), shuffle=1)
         make(model, tmp_path / "in", tmp_path / "three" / "out", share=(1, 3), shuffle=2)
     one, three = (
-        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir() if p.is_file()} for name in ("one", "three")
+        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir() if p.is_file()}
+        for name in ("one", "three")
     )
     assert one == three and not (tmp_path / "three" / "out.parts").exists()
 
@@ -376,12 +448,17 @@ def test_shares_at_the_same_time(model: Path, corpus: Path, tmp_path: Path) -> N
         sys.executable, "-m", "megacode.cli", "preprocess", str(tmp_path / "big.jsonl"), "--tokenizer", str(model),
         "--added-tokens", "crystal", "--output", str(tmp_path / "three"), "--workers", "1",
     ]  # fmt: skip
-    processes = [subprocess.Popen([*command, "--shard", f"{i}/3"], stdout=subprocess.PIPE, text=True) for i in range(3)]
+    processes = [
+        subprocess.Popen([*command, "--shard", f"{i}/3"], stdout=subprocess.PIPE, text=True)
+        for i in range(3)
+    ]
     said = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert sum("documents" in text for text in said) == 1
     for ending in ("bin", "idx", "records.npy"):
-        assert (tmp_path / f"three.{ending}").read_bytes() == (tmp_path / f"one.{ending}").read_bytes()
+        assert (tmp_path / f"three.{ending}").read_bytes() == (
+            tmp_path / f"one.{ending}"
+        ).read_bytes()
 
 
 # ------------------------------------------------------------------------------------------- large and broken records
@@ -391,7 +468,9 @@ def test_a_large_compressed_file_is_many_parts_with_the_same_documents(
     model: Path, corpus: Path, tmp_path: Path
 ) -> None:
     rng = random.Random(1)
-    noise = [{"text": "".join(chr(rng.randrange(33, 1000)) for _ in range(2000))} for _ in range(1500)]
+    noise = [
+        {"text": "".join(chr(rng.randrange(33, 1000)) for _ in range(2000))} for _ in range(1500)
+    ]
     data = b"".join(json.dumps(r).encode() + b"\n" for r in [*RECORDS, *noise] * 2)
     (tmp_path / "plain.jsonl").write_bytes(data)
     (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(data, 1))
@@ -399,7 +478,9 @@ def test_a_large_compressed_file_is_many_parts_with_the_same_documents(
     result = make(model, tmp_path / "packed.jsonl.gz", tmp_path / "packed", workers=2)
     assert result.parts > 2
     for ending in ("bin", "idx", "records.npy"):
-        assert (tmp_path / f"packed.{ending}").read_bytes() == (tmp_path / f"plain.{ending}").read_bytes()
+        assert (tmp_path / f"packed.{ending}").read_bytes() == (
+            tmp_path / f"plain.{ending}"
+        ).read_bytes()
     cut = (tmp_path / "packed.jsonl.gz").read_bytes()[:-200_000]
     (tmp_path / "cut.jsonl.gz").write_bytes(cut)
     result = make(model, tmp_path / "cut.jsonl.gz", tmp_path / "cut", workers=2)
@@ -411,8 +492,14 @@ def test_a_large_compressed_file_is_many_parts_with_the_same_documents(
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
-def test_a_record_beyond_the_limit_is_set_aside_whole(model: Path, tmp_path: Path, ending: str) -> None:
-    pack: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+def test_a_record_beyond_the_limit_is_set_aside_whole(
+    model: Path, tmp_path: Path, ending: str
+) -> None:
+    pack: dict[str, Callable[[bytes], bytes]] = {
+        "": bytes,
+        ".gz": gzip.compress,
+        ".zst": zstandard.compress,
+    }
     long = json.dumps({"text": "x" * 3_000_000}).encode()
     lines = [json.dumps(RECORDS[1]).encode(), long, json.dumps(RECORDS[2]).encode()]
     (tmp_path / f"in.jsonl{ending}").write_bytes(pack[ending](b"\n".join(lines)))
@@ -446,17 +533,25 @@ def test_memory_stays_bounded_by_a_huge_line(model: Path, tmp_path: Path) -> Non
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split("PEAK")[1]) < 600_000  # kB; Python with its libraries is 150,000 of them
+    assert (
+        int(done.stdout.split("PEAK")[1]) < 600_000
+    )  # kB; Python with its libraries is 150,000 of them
     assert len(read(tmp_path / "out")) == 2
     assert (tmp_path / "out.quarantine.jsonl").stat().st_size > 400_000_000
 
 
-@pytest.mark.skipif(os.geteuid() != 0 if hasattr(os, "geteuid") else True, reason="mounting a small disk needs root")
-def test_a_full_disk_is_a_sentence_and_the_run_goes_on_afterwards(model: Path, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    os.geteuid() != 0 if hasattr(os, "geteuid") else True, reason="mounting a small disk needs root"
+)
+def test_a_full_disk_is_a_sentence_and_the_run_goes_on_afterwards(
+    model: Path, corpus: Path, tmp_path: Path
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     (tmp_path / "big.jsonl").write_bytes(corpus.read_bytes() * 10)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("this machine does not let us mount a small disk")
     try:
@@ -482,7 +577,9 @@ def test_damaged_parts_are_done_again(model: Path, corpus: Path, tmp_path: Path)
     assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "alone.bin").read_bytes()
 
 
-def test_a_recipe_reads_all_shards_by_the_name_of_the_dataset(model: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_recipe_reads_all_shards_by_the_name_of_the_dataset(
+    model: Path, corpus: Path, tmp_path: Path
+) -> None:
     make(model, corpus, tmp_path / "whole")
     make(model, corpus, tmp_path / "cut", shard_size=20_000)
     whole, cut = (open_source("s", [name], tmp_path) for name in ("whole", "cut"))
@@ -491,7 +588,9 @@ def test_a_recipe_reads_all_shards_by_the_name_of_the_dataset(model: Path, corpu
     assert origin is not None and origin.origin(0)[0] == str(corpus)
 
 
-def test_tokens_laid_end_to_end_are_checked_when_a_run_goes_on(model: Path, corpus: Path, tmp_path: Path) -> None:
+def test_tokens_laid_end_to_end_are_checked_when_a_run_goes_on(
+    model: Path, corpus: Path, tmp_path: Path
+) -> None:
     """Killed while it ran: what is laid is kept where it is whole, and done again where it is not."""
     (tmp_path / "big.jsonl").write_bytes(corpus.read_bytes() * 12)
     make(model, tmp_path / "big.jsonl", tmp_path / "alone", validation=0.2)
@@ -518,7 +617,10 @@ def test_tokens_laid_end_to_end_are_checked_when_a_run_goes_on(model: Path, corp
         with pytest.raises(Stop):
             preprocess(request, on_progress=stop_after(3))
         laid = sorted((folder / "out.parts").glob("laid-*.bin"))
-        assert len(laid) == 2 and len((folder / "out.parts" / "laid.jsonl").read_text().splitlines()) == 3
+        assert (
+            len(laid) == 2
+            and len((folder / "out.parts" / "laid.jsonl").read_text().splitlines()) == 3
+        )
         if damage == "bytes":
             data = bytearray(laid[0].read_bytes())
             data[len(data) // 2] ^= 1
@@ -534,7 +636,11 @@ def test_tokens_laid_end_to_end_are_checked_when_a_run_goes_on(model: Path, corp
         for name in ("", "_validation"):
             for ending in ("bin", "idx", "records.npy"):
                 made = (folder / f"out{name}.{ending}").read_bytes()
-                assert made == (tmp_path / f"alone{name}.{ending}").read_bytes(), (damage, name, ending)
+                assert made == (tmp_path / f"alone{name}.{ending}").read_bytes(), (
+                    damage,
+                    name,
+                    ending,
+                )
         assert sorted(p.name for p in folder.iterdir()) == sorted(
             p.name.replace("alone", "out") for p in tmp_path.glob("alone*")
         )
@@ -544,7 +650,9 @@ def test_a_fast_backend_that_is_wrong_ends_the_run(
     model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = FastEncoder.encode_documents
-    encoder = part.load_fast(load_tokenizer(schema.TokenizerSection(path=str(model), added_tokens="crystal")))
+    encoder = part.load_fast(
+        load_tokenizer(schema.TokenizerSection(path=str(model), added_tokens="crystal"))
+    )
     assert isinstance(encoder, FastEncoder)
 
     def wrong(self: FastEncoder, texts: Any) -> Any:

@@ -31,7 +31,11 @@ def texts(file: InputFile, field: str = "text", span: tuple[int, int] | None = N
 
 
 def bad(file: InputFile, field: str = "text") -> list[tuple[int, str]]:
-    return [(item.record, item.reason) for item in read_input(file, field) if isinstance(item, BadRecord)]
+    return [
+        (item.record, item.reason)
+        for item in read_input(file, field)
+        if isinstance(item, BadRecord)
+    ]
 
 
 def jsonl(*values: str) -> bytes:
@@ -42,9 +46,11 @@ MANY = [f"document {i} " + "é\n" * (i % 7) for i in range(3000)]
 
 
 def compress(data: bytes, ending: str) -> bytes:
-    return {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress, "": bytes}[ending](
-        data
-    )
+    return {
+        ".gz": gzip.compress,
+        ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+        "": bytes,
+    }[ending](data)
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
@@ -58,14 +64,18 @@ def test_jsonl_plain_and_compressed(tmp_path: Path, ending: str) -> None:
 def test_several_frames_are_one_file(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"a.jsonl{ending}"
     path.write_bytes(
-        compress(jsonl(*MANY[:1000]), ending) + compress(b"", ending) + compress(jsonl(*MANY[1000:]), ending)
+        compress(jsonl(*MANY[:1000]), ending)
+        + compress(b"", ending)
+        + compress(jsonl(*MANY[1000:]), ending)
     )
     assert texts(one(path)) == MANY
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_broken_file_gives_what_can_be_read_and_one_bad_record(tmp_path: Path, ending: str, damage: str) -> None:
+def test_a_broken_file_gives_what_can_be_read_and_one_bad_record(
+    tmp_path: Path, ending: str, damage: str
+) -> None:
     noise = [os.urandom(200).hex() for _ in range(4000)]
     data = bytearray(compress(jsonl(*noise), ending))
     if damage == "truncated":
@@ -131,7 +141,9 @@ def test_bad_lines_are_told_apart_and_placed(tmp_path: Path) -> None:
 
 def test_a_nested_field_and_one_with_a_dot_in_its_name(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"a": {"b": "nested"}}\n{"a.b": "dotted", "a": {"b": "nested"}}\n{"a": "flat"}\n')
+    path.write_text(
+        '{"a": {"b": "nested"}}\n{"a.b": "dotted", "a": {"b": "nested"}}\n{"a": "flat"}\n'
+    )
     assert texts(one(path), "a.b") == ["nested", "dotted"]
 
 
@@ -145,7 +157,9 @@ def test_spans_that_tile_a_file_give_every_record_once(
 ) -> None:
     path = tmp_path_factory.mktemp("spans") / "a.jsonl"
     values = [value or "x" for value in values]
-    path.write_bytes(b"".join(json.dumps({"text": v}, ensure_ascii=False).encode() + b"\n" for v in values))
+    path.write_bytes(
+        b"".join(json.dumps({"text": v}, ensure_ascii=False).encode() + b"\n" for v in values)
+    )
     file = one(path)
     edges = sorted({0, file.size, *(min(cut, file.size) for cut in cuts)})
     found = [text for span in itertools.pairwise(edges) for text in texts(file, span=span)]
@@ -188,7 +202,9 @@ def test_parquet_with_nested_null_binary_and_row_groups(tmp_path: Path) -> None:
 
 
 def test_parquet_with_cells_that_python_has_no_value_for(tmp_path: Path) -> None:
-    times = pyarrow.array([1, None, 10**18 + 1], pyarrow.timestamp("ns"))  # with nanoseconds, beside a datetime
+    times = pyarrow.array(
+        [1, None, 10**18 + 1], pyarrow.timestamp("ns")
+    )  # with nanoseconds, beside a datetime
     far = pyarrow.array([0, 10**14, 10**14], pyarrow.timestamp("s"))  # beyond the year 9999
     table = pyarrow.table({"text": ["a", "b", "c"], "ns": times, "far": far})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
@@ -199,7 +215,9 @@ def test_parquet_with_cells_that_python_has_no_value_for(tmp_path: Path) -> None
 
 
 def test_parquet_with_two_columns_of_one_name_is_broken(tmp_path: Path) -> None:
-    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    table = pyarrow.Table.from_arrays(
+        [pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"]
+    )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert bad(one(tmp_path / "a.parquet"))[0][1].startswith("broken parquet")
 
@@ -214,7 +232,9 @@ def test_plain_files(tmp_path: Path) -> None:
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    items = [item for file in find_inputs([tmp_path], on_link=unexpected) for item in read_input(file)]
+    items = [
+        item for file in find_inputs([tmp_path], on_link=unexpected) for item in read_input(file)
+    ]
     assert [item.text if isinstance(item, TextDocument) else item.reason for item in items] == [
         "x = 1\r\n", "not UTF-8 (invalid start byte)", "binary file", "empty text", "hi",
     ]  # fmt: skip
@@ -236,8 +256,13 @@ def test_a_download_of_records_is_read_without_its_readme(tmp_path: Path) -> Non
     (tmp_path / "README.md").write_text("about")
     (tmp_path / ".gitattributes").write_text("x" * 10000)
     for name in ("chunk2/b.jsonl.zst", "a.jsonl"):
-        (tmp_path / name).write_bytes(compress(jsonl(*MANY), ".zst" if name.endswith("zst") else ""))
-    assert names(find_inputs([tmp_path], on_link=unexpected)) == [("a.jsonl", "jsonl"), ("b.jsonl.zst", "jsonl")]
+        (tmp_path / name).write_bytes(
+            compress(jsonl(*MANY), ".zst" if name.endswith("zst") else "")
+        )
+    assert names(find_inputs([tmp_path], on_link=unexpected)) == [
+        ("a.jsonl", "jsonl"),
+        ("b.jsonl.zst", "jsonl"),
+    ]
 
 
 def test_a_repository_is_a_tree_of_files_even_with_a_little_data_in_it(tmp_path: Path) -> None:
@@ -249,24 +274,46 @@ def test_a_repository_is_a_tree_of_files_even_with_a_little_data_in_it(tmp_path:
     (tmp_path / "package.json").write_text("{}" + " " * 9000)
     every = [("package.json", "file"), ("sample.jsonl", "file"), ("main.py", "file")]
     assert names(find_inputs([tmp_path], on_link=unexpected)) == every
-    assert names(find_inputs([tmp_path], include=["*.py"], on_link=unexpected)) == [("main.py", "file")]
-    assert names(find_inputs([tmp_path], include=["src/*"], on_link=unexpected)) == [("main.py", "file")]
-    assert names(find_inputs([tmp_path], "jsonl", on_link=unexpected)) == [("package.json", "jsonl"), ("sample.jsonl", "jsonl")]
+    assert names(find_inputs([tmp_path], include=["*.py"], on_link=unexpected)) == [
+        ("main.py", "file")
+    ]
+    assert names(find_inputs([tmp_path], include=["src/*"], on_link=unexpected)) == [
+        ("main.py", "file")
+    ]
+    assert names(find_inputs([tmp_path], "jsonl", on_link=unexpected)) == [
+        ("package.json", "jsonl"),
+        ("sample.jsonl", "jsonl"),
+    ]
 
 
 def test_links_stay_in_the_folder_and_are_read_once(tmp_path: Path) -> None:
     """Others are counted: a repository may link to any file of the machine."""
     tree, elsewhere = tmp_path / "tree", tmp_path / "elsewhere"
-    for path in (tree / "real" / "a.txt", elsewhere / "b.txt", tree / ".hidden" / "c.txt", tmp_path / "alone.txt"):
+    for path in (
+        tree / "real" / "a.txt",
+        elsewhere / "b.txt",
+        tree / ".hidden" / "c.txt",
+        tmp_path / "alone.txt",
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(path.name)
     (tree / ".hidden" / "round").symlink_to(tree / ".hidden")
     out = {"etc": "/etc", "other": elsewhere, "up": "..", "alone": tmp_path / "alone.txt", "real/deep": "../../elsewhere/b.txt",
            "half": "real/deep", "nowhere": "/nothing"}  # fmt: skip
-    for name, target in {**out, "again": "real", "self": ".", "seen": ".hidden", "same.txt": "real/a.txt", "lost": "no"}.items():
+    for name, target in {
+        **out,
+        "again": "real",
+        "self": ".",
+        "seen": ".hidden",
+        "same.txt": "real/a.txt",
+        "lost": "no",
+    }.items():
         (tree / name).symlink_to(target)
     links: list[Path] = []
-    found = [file.path.relative_to(tree).as_posix() for file in find_inputs([tree], "files", on_link=links.append)]
+    found = [
+        file.path.relative_to(tree).as_posix()
+        for file in find_inputs([tree], "files", on_link=links.append)
+    ]
     assert found == ["same.txt", "real/a.txt", "seen/c.txt"]
     assert sorted(link.relative_to(tree).as_posix() for link in links) == sorted([*out, "lost"])
 
@@ -277,10 +324,14 @@ def test_links_stay_in_the_folder_and_are_read_once(tmp_path: Path) -> None:
         "same.txt", "real/a.txt", "again/a.txt", "self/same.txt", "self/real/a.txt", "self/seen/c.txt", "seen/c.txt",
     }  # fmt: skip
     assert len(links) >= len(out) - 1
-    assert [file.path.name for file in find_inputs([tree / "alone", tree / "other"], on_link=unexpected)] == ["alone", "b.txt"]
+    assert [
+        file.path.name for file in find_inputs([tree / "alone", tree / "other"], on_link=unexpected)
+    ] == ["alone", "b.txt"]
     (tmp_path / "linked").symlink_to(elsewhere)
     assert names(find_inputs([tmp_path / "linked"], on_link=unexpected)) == [("b.txt", "file")]
-    with pytest.raises(UserError, match=r"\(1 links lead out of it or nowhere, and are not followed"):
+    with pytest.raises(
+        UserError, match=r"\(1 links lead out of it or nowhere, and are not followed"
+    ):
         find_inputs([f"{tree}/oth*"], on_link=links.append)
 
 
@@ -298,7 +349,9 @@ def test_a_hugging_face_cache_keeps_its_files_behind_links(tmp_path: Path) -> No
     assert [link.name for link in links] == ["etc.jsonl"] * 3
 
 
-def test_what_must_not_be_read_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_must_not_be_read_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "in" / "closed").mkdir(parents=True)
     (tmp_path / "in" / "a.txt").write_text("a")
     (tmp_path / "in" / "closed" / "b.txt").write_text("b")
@@ -311,9 +364,13 @@ def test_what_must_not_be_read_is_a_sentence(tmp_path: Path, monkeypatch: pytest
 
     with monkeypatch.context() as patch:  # the tests may run as root, for whom nothing is closed
         patch.setattr(os, "scandir", closed)
-        with pytest.raises(UserError, match=r"closed: this folder cannot be read \(Permission denied\)"):
+        with pytest.raises(
+            UserError, match=r"closed: this folder cannot be read \(Permission denied\)"
+        ):
             find_inputs([tmp_path / "in"], on_link=unexpected)
-    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not str(path).endswith("b.txt"))
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: access(path, mode) and not str(path).endswith("b.txt")
+    )
     with pytest.raises(UserError, match=r"b\.txt: this file cannot be read"):
         find_inputs([tmp_path / "in"], on_link=unexpected)
 
@@ -340,6 +397,10 @@ def test_a_list_of_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (tmp_path / name).write_text("{}")
     (tmp_path / "list").write_text("b.jsonl\n\n  [a-c].jsonl\nc.txt\n")
     monkeypatch.chdir(tmp_path)
-    assert [file.path.name for file in find_inputs(["@list"], on_link=unexpected)] == ["b.jsonl", "a.jsonl", "c.txt"]
+    assert [file.path.name for file in find_inputs(["@list"], on_link=unexpected)] == [
+        "b.jsonl",
+        "a.jsonl",
+        "c.txt",
+    ]
     with pytest.raises(UserError, match="@nothing: cannot read this list of inputs"):
         find_inputs(["@nothing"], on_link=unexpected)

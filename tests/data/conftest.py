@@ -23,7 +23,11 @@ def write_shard(prefix: Path, documents: Sequence[Sequence[int]], vocab_size: in
     with open(f"{prefix}.bin", "wb") as file:
         for document in documents:
             file.write(np.asarray(document, dtype=dtype).tobytes())
-    write_index(Path(f"{prefix}.idx"), np.array([len(document) for document in documents], dtype=np.int32), dtype)
+    write_index(
+        Path(f"{prefix}.idx"),
+        np.array([len(document) for document in documents], dtype=np.int32),
+        dtype,
+    )
 
 
 def numbered(tokens: int, document: int = 50, first: int = 0) -> list[list[int]]:
@@ -34,7 +38,11 @@ def numbered(tokens: int, document: int = 50, first: int = 0) -> list[list[int]]
 
 def recipe_of(sources: dict[str, Any], phases: list[dict[str, Any]], **keys: Any) -> Recipe:
     """A recipe around sources and phases; a phase's missing keys are small."""
-    usual = {"batch_size": 8, "sequence_length": 16, "learning_rate": {"schedule": "constant", "peak": 1e-3}}
+    usual = {
+        "batch_size": 8,
+        "sequence_length": 16,
+        "learning_rate": {"schedule": "constant", "peak": 1e-3},
+    }
     return Recipe.model_validate(
         {
             "name": "test",

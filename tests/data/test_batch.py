@@ -13,11 +13,15 @@ from tests.data.conftest import EOD
 
 def batch_of(windows: np.ndarray, first: int = 0, **settings: object) -> Batch:
     count = len(windows)
-    return make_batch(windows, np.zeros(count, np.int32), np.arange(first, first + count), **settings)  # type: ignore[arg-type]
+    return make_batch(
+        windows, np.zeros(count, np.int32), np.arange(first, first + count), **settings
+    )  # type: ignore[arg-type]
 
 
 def windows_of(seed: int, count: int = 4, length: int = 32) -> np.ndarray:
-    return np.random.default_rng(seed).choice([EOD, 5, 6, 7], size=(count, length + 1), p=[0.1, 0.3, 0.3, 0.3])
+    return np.random.default_rng(seed).choice(
+        [EOD, 5, 6, 7], size=(count, length + 1), p=[0.1, 0.3, 0.3, 0.3]
+    )
 
 
 def test_labels_are_the_next_tokens() -> None:
@@ -68,7 +72,11 @@ def test_digests_of_parts_add_up(seed: int, cut: int) -> None:
 
 def test_digests_see_every_token_and_every_place() -> None:
     windows = windows_of(5)
-    seen = {batch_of(windows).digest, batch_of(windows[::-1]).digest, batch_of(windows, first=1).digest}
+    seen = {
+        batch_of(windows).digest,
+        batch_of(windows[::-1]).digest,
+        batch_of(windows, first=1).digest,
+    }
     for row in range(4):
         for column in range(33):
             changed = windows.copy()

@@ -25,7 +25,10 @@ from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megacode.tokenizer.training import train_tokenizer
 from tests.data.conftest import mixture_of, recipe_of, write_shard
 
-CODE = "def add(left, right):\n    return left + right  # naïve, 12 + 34\n\n\nclass Point:\n\tx = 1\n" * 4
+CODE = (
+    "def add(left, right):\n    return left + right  # naïve, 12 + 34\n\n\nclass Point:\n\tx = 1\n"
+    * 4
+)
 TEXT = "It was the best of times, it was the worst of times. Grüße aus Köln, 你好 and 🎉!\n" * 4
 FILENAME = "<filename>"
 
@@ -45,10 +48,16 @@ def trained(path: Path, kind: str) -> Tokenizer:
     else:
         tokenizers = pytest.importorskip("tokenizers")
         tokenizer = tokenizers.ByteLevelBPETokenizer()
-        tokenizer.train_from_iterator([CODE, TEXT], 330, special_tokens=["<s>", "</s>"], show_progress=False)
+        tokenizer.train_from_iterator(
+            [CODE, TEXT], 330, special_tokens=["<s>", "</s>"], show_progress=False
+        )
         tokenizer.save(str(path / "tokenizer.json"))
-        return load_tokenizer(schema.TokenizerSection(path=str(path / "tokenizer.json"), added_tokens="crystal"))
-    return load_tokenizer(schema.TokenizerSection(path=str(path / "t.model"), added_tokens="crystal"))
+        return load_tokenizer(
+            schema.TokenizerSection(path=str(path / "tokenizer.json"), added_tokens="crystal")
+        )
+    return load_tokenizer(
+        schema.TokenizerSection(path=str(path / "t.model"), added_tokens="crystal")
+    )
 
 
 @pytest.fixture(scope="module", params=["ours", "llama", "bytes"])
@@ -59,7 +68,9 @@ def fim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def apply(fim: Fim, ids: list[int], key: int = 1, rate: float = 1.0, room: int = 400) -> list[int]:
     """One window of `ids` and `room` end-of-document tokens, so that nothing need be cut; the real tokens come back."""
     window = [*ids, *[fim.eod] * room]
-    out, lengths = rearrange(fim, np.array([window]), np.array([key], dtype=np.uint64), np.array([rate]))
+    out, lengths = rearrange(
+        fim, np.array([window]), np.array([key], dtype=np.uint64), np.array([rate])
+    )
     assert out.shape == (1, len(window)) and (out[0, lengths[0] :] == fim.pad).all()
     tokens = out[0, : lengths[0]].tolist()
     while room and tokens and tokens[-1] == fim.eod:
@@ -71,7 +82,11 @@ def undo(fim: Fim, ids: list[int]) -> list[list[int]] | None:
     """[prefix, middle, suffix] of a document written as PSM; None for one that was left alone."""
     if fim.prefix not in ids:
         return None
-    assert [sum(i == token for i in ids) for token in (fim.prefix, fim.middle, fim.suffix)] == [1, 1, 1]
+    assert [sum(i == token for i in ids) for token in (fim.prefix, fim.middle, fim.suffix)] == [
+        1,
+        1,
+        1,
+    ]
     start, middle, suffix = ids.index(fim.prefix), ids.index(fim.middle), ids.index(fim.suffix)
     assert start < suffix < middle
     return [ids[start + 1 : suffix], ids[middle + 1 :], ids[suffix + 1 : middle]]
@@ -101,7 +116,8 @@ def test_unpermuting_psm_gives_the_text_back(fim: Fim, text: str, key: int) -> N
 
 @settings(max_examples=40, deadline=None)
 @given(
-    text=st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), min_size=1, max_size=60), key=st.integers(0)
+    text=st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), min_size=1, max_size=60),
+    key=st.integers(0),
 )
 def test_spm_holds_suffix_then_prefix_and_middle(fim: Fim, text: str, key: int) -> None:
     spm = form(fim, "spm")
@@ -126,7 +142,9 @@ def test_rates_and_cuts_are_as_asked(fim: Fim) -> None:
     found = [apply(fim, ids, int(key), rate=0.3, room=12) for key in keys]
     changed = [out for out in found if out != ids]
     assert all(out[0] == fim.prefix for out in changed) and abs(len(changed) - 120) < 40
-    suffix_first = sum(out[1] == fim.suffix for out in changed)  # or PSM with an empty prefix: 1 in 6
+    suffix_first = sum(
+        out[1] == fim.suffix for out in changed
+    )  # or PSM with an empty prefix: 1 in 6
     assert abs(suffix_first / len(changed) - (0.5 + 0.5 * 21 / 121)) < 0.15
     psm = form(fim, "psm")
     cuts: Counter[tuple[int, int]] = Counter()
@@ -147,7 +165,11 @@ def test_each_document_is_rearranged_by_itself_between_bos_and_eod(fim: Fim) -> 
     bos, fim = fim.bos, form(fim, "psm")
     assert bos is not None
     out = apply(fim, list(itertools.chain(*([bos, *ids, fim.eod] for ids in documents))))
-    parts = [list(part) for is_end, part in itertools.groupby([*out, fim.eod], lambda i: i == fim.eod) if not is_end]
+    parts = [
+        list(part)
+        for is_end, part in itertools.groupby([*out, fim.eod], lambda i: i == fim.eod)
+        if not is_end
+    ]
     assert len(parts) == 3
     for part, text in zip(parts, texts, strict=True):
         assert part[:2] == [bos, fim.prefix]
@@ -157,17 +179,25 @@ def test_each_document_is_rearranged_by_itself_between_bos_and_eod(fim: Fim) -> 
 def test_control_tokens_move_with_the_text_and_text_never_becomes_one(fim: Fim) -> None:
     name = fim.tokenizer.token_id(FILENAME)
     psm = form(fim, "psm")
-    before, after = (fim.tokenizer.encode_batch([text])[0] for text in ("src/<filename>.py\n", "x = '</s><s>'"))
+    before, after = (
+        fim.tokenizer.encode_batch([text])[0] for text in ("src/<filename>.py\n", "x = '</s><s>'")
+    )
     ids = [name, *before, name, *after, name]
     for key in range(60):
         pieces = undo(psm, apply(psm, ids, key)) or []
         order = [i for piece in pieces for i in piece]
         assert [i == name for i in order].count(True) == 3
-        runs = [list(run) for is_name, run in itertools.groupby(order, lambda i: i == name) if not is_name]
+        runs = [
+            list(run)
+            for is_name, run in itertools.groupby(order, lambda i: i == name)
+            if not is_name
+        ]
         assert order[0] == order[-1] == name and len(runs) == 2
         assert fim.eod not in order and fim.bos not in order
     # Documents of control tokens only, and of nothing, are no trouble.
-    assert sorted(apply(psm, [name, name])) == sorted([name, name, fim.prefix, fim.middle, fim.suffix])
+    assert sorted(apply(psm, [name, name])) == sorted(
+        [name, name, fim.prefix, fim.middle, fim.suffix]
+    )
     assert apply(psm, [fim.eod, fim.eod, name])[:2] == [fim.eod, fim.eod]
 
 
@@ -176,11 +206,17 @@ def test_a_window_may_start_and_end_inside_a_character(fim: Fim) -> None:
     fim, broken = form(fim, "psm"), 0
     ids = fim.tokenizer.encode_batch(["ab 𝔘𝔫𝔦 ☃ é cd 𐍈𐍈"])[0]
     # Characters one by one: encoding again takes fewer tokens, which leaves room for the document after it.
-    first = [*(ids[-1] for ids in fim.tokenizer.encode_batch(["~" + c for c in CODE[:40]])), fim.eod]
+    first = [
+        *(ids[-1] for ids in fim.tokenizer.encode_batch(["~" + c for c in CODE[:40]])),
+        fim.eod,
+    ]
 
     def check(part: list[int], document: list[int], left: int, right: int) -> None:
         start = document.index(fim.prefix)
-        assert document[:start] == part[:left] and document[len(document) - right :] == part[len(part) - right :]
+        assert (
+            document[:start] == part[:left]
+            and document[len(document) - right :] == part[len(part) - right :]
+        )
         pieces = undo(fim, document[start : len(document) - right]) or []
         # Without spaces: some tokenizers drop one at the beginning of what they decode.
         whole = fim.tokenizer.decode(part[left : len(part) - right]).replace(" ", "")
@@ -189,7 +225,10 @@ def test_a_window_may_start_and_end_inside_a_character(fim: Fim) -> None:
     for start, end in itertools.combinations(range(len(ids) + 1), 2):
         part = ids[start:end]
         key = start * 100 + end
-        begins, ends = (fim.tokenizer.decode(part).startswith("\ufffd"), fim.tokenizer.decode(part).endswith("\ufffd"))
+        begins, ends = (
+            fim.tokenizer.decode(part).startswith("\ufffd"),
+            fim.tokenizer.decode(part).endswith("\ufffd"),
+        )
         left, right = (
             next((k for k in range(4) if not edge(fim.tokenizer.decode(cut(part, k)))), 0)
             for edge, cut in (
@@ -263,16 +302,25 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def mixture(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> OpenMixture:
     folder = tmp_path_factory.mktemp("corpus")
     # Characters one by one are more tokens than the tokenizer would make: encoding again leaves room to pad.
-    ids = [[tokenizer.bos_id, *itertools.chain(*tokenizer.encode_batch(list(CODE))), tokenizer.eod_id]]
-    ids += [[tokenizer.bos_id, *tokenizer.encode_batch([text])[0], tokenizer.eod_id] for text in (CODE, TEXT)]
+    ids = [
+        [tokenizer.bos_id, *itertools.chain(*tokenizer.encode_batch(list(CODE))), tokenizer.eod_id]
+    ]
+    ids += [
+        [tokenizer.bos_id, *tokenizer.encode_batch([text])[0], tokenizer.eod_id]
+        for text in (CODE, TEXT)
+    ]
     write_shard(folder / "code", ids * 4, tokenizer.vocab_size)
     sources: dict[str, Any] = {name: {"path": str(folder / "code")} for name in ("code", "text")}
     mixed = {"sources": {"code": {"weight": 1, "fim_rate": 0.9}, "text": 1}}
     phase = {"steps": 12, "sequence_length": 64, "mixture": mixed}
-    return mixture_of(recipe_of(sources, [phase, {**phase, "mixture": {"sources": {"code": 1}}, "fim_rate": 0.5}]))
+    return mixture_of(
+        recipe_of(sources, [phase, {**phase, "mixture": {"sources": {"code": 1}}, "fim_rate": 0.5}])
+    )
 
 
-def test_fim_replays_in_any_layout_and_from_any_step(mixture: OpenMixture, tokenizer: Tokenizer) -> None:
+def test_fim_replays_in_any_layout_and_from_any_step(
+    mixture: OpenMixture, tokenizer: Tokenizer
+) -> None:
     straight = [StepReader(mixture, tokenizer=tokenizer).read(step) for step in range(24)]
     for world, size in ((1, 8), (2, 2), (4, 1)):
         ranks = [
@@ -284,7 +332,9 @@ def test_fim_replays_in_any_layout_and_from_any_step(mixture: OpenMixture, token
     assert len({batch.digest for batch in straight}) == 24
 
 
-def test_epochs_draw_afresh_and_rates_go_by_stream(mixture: OpenMixture, tokenizer: Tokenizer) -> None:
+def test_epochs_draw_afresh_and_rates_go_by_stream(
+    mixture: OpenMixture, tokenizer: Tokenizer
+) -> None:
     reader = StepReader(mixture, tokenizer=tokenizer)
     prefix = tokenizer.token_id("<|fim_prefix|>")
     seen: dict[tuple[int, int], set[bytes]] = {}
@@ -300,7 +350,11 @@ def test_epochs_draw_afresh_and_rates_go_by_stream(mixture: OpenMixture, tokeniz
 
 
 def test_padding_has_no_loss(mixture: OpenMixture, tokenizer: Tokenizer) -> None:
-    reader, pad, padded = StepReader(mixture, tokenizer=tokenizer), tokenizer.token_id("<|fim_pad|>"), 0
+    reader, pad, padded = (
+        StepReader(mixture, tokenizer=tokenizer),
+        tokenizer.token_id("<|fim_pad|>"),
+        0,
+    )
     for step in range(24):
         for part in reader.read(step).micro_batches:
             assert np.array_equal(part.labels == pad, part.loss_mask == 0)

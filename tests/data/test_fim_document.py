@@ -41,11 +41,17 @@ def parts_of(documents: list[Document], start: int, stop: int) -> list[DocumentP
 
 
 def assemble(
-    documents: list[Document], growth: list[int], samples: list[list[DocumentPart]], length: int, packed: bool
+    documents: list[Document],
+    growth: list[int],
+    samples: list[list[DocumentPart]],
+    length: int,
+    packed: bool,
 ) -> list[list[tuple[int, int]]]:
     """What each sample shows, as (document, token of the rearranged one); a document grows by its `growth` tokens."""
     new = {
-        document.start: [1000 * (number + 1) + token for token in range(max(document.tokens + more, 0))]
+        document.start: [
+            1000 * (number + 1) + token for token in range(max(document.tokens + more, 0))
+        ]
         for number, (document, more) in enumerate(zip(documents, growth, strict=True))
     }
 
@@ -71,7 +77,8 @@ SIZES = st.lists(st.tuples(st.integers(1, 60), st.integers(-6, 9)), min_size=1, 
 def laid_out(sizes: list[tuple[int, int]]) -> list[Document]:
     ends = np.cumsum([size for size, _ in sizes]).tolist()
     return [
-        Document(Path("p"), n, end - size, size) for n, ((size, _), end) in enumerate(zip(sizes, ends, strict=True))
+        Document(Path("p"), n, end - size, size)
+        for n, ((size, _), end) in enumerate(zip(sizes, ends, strict=True))
     ]
 
 
@@ -83,7 +90,9 @@ def test_windows_in_order_show_rearranged_documents_in_order_without_repeats(
     documents, growth = laid_out(sizes), [more for _, more in sizes]
     total = sum(size for size, _ in sizes)
     windows = (total - 1) // sequence
-    samples = [parts_of(documents, w * sequence, w * sequence + sequence + 1) for w in range(windows)]
+    samples = [
+        parts_of(documents, w * sequence, w * sequence + sequence + 1) for w in range(windows)
+    ]
     shown = assemble(documents, growth, samples, sequence + 1, packed=False)
     inputs = [one for row in shown for one in row[:-1]]  # of which each has a label
     assert inputs == sorted(set(inputs))
@@ -98,7 +107,9 @@ def test_windows_in_order_show_rearranged_documents_in_order_without_repeats(
             for token in range(part.first, part.first + part.tokens)
             if token < part.document.tokens + growth[part.document.document]
         }
-        expected |= {(n, token) for n in ended for token in range(sizes[n][0], sizes[n][0] + growth[n])}
+        expected |= {
+            (n, token) for n in ended for token in range(sizes[n][0], sizes[n][0] + growth[n])
+        }
         assert set(row) <= expected and len(expected) - len(row) <= grown, number
     if not any(growth):
         plain = [(n, token) for n, (size, _) in enumerate(sizes) for token in range(size)]
@@ -107,7 +118,9 @@ def test_windows_in_order_show_rearranged_documents_in_order_without_repeats(
 
 @settings(max_examples=200, deadline=None)
 @given(sizes=SIZES, capacity=st.integers(3, 25))
-def test_packs_show_rearranged_documents_in_order_without_repeats(sizes: list[tuple[int, int]], capacity: int) -> None:
+def test_packs_show_rearranged_documents_in_order_without_repeats(
+    sizes: list[tuple[int, int]], capacity: int
+) -> None:
     documents, growth = laid_out(sizes), [more for _, more in sizes]
     pieces = [
         DocumentPart(document, first, min(capacity, document.tokens - first))
@@ -138,18 +151,33 @@ def make(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
     write_shard(folder / "code", ids, tokenizer.vocab_size)
 
     def build(rate: float = 1.0, **data: Any) -> OpenMixture:
-        phase = {"steps": 60, "sequence_length": LENGTH, "mixture": {"sources": {"code": 1}}, "fim_rate": rate}
+        phase = {
+            "steps": 60,
+            "sequence_length": LENGTH,
+            "mixture": {"sources": {"code": 1}},
+            "fim_rate": rate,
+        }
         return mixture_of(recipe_of({"code": {"path": str(folder / "code")}}, [phase], data=data))
 
     return build
 
 
-def rearranged(mixture: OpenMixture, tokenizer: Tokenizer, document: Document, epoch: int, rate: float = 1.0) -> list[int]:
+def rearranged(
+    mixture: OpenMixture, tokenizer: Tokenizer, document: Document, epoch: int, rate: float = 1.0
+) -> list[int]:
     """The whole document as the module's docstring says it is rearranged."""
     stream = mixture.plan.phases[0].streams[0]
-    key = uniform_bits(uniform_bits(stream_key(mixture.plan.recipe.seed, "fim", stream), epoch), document.start)
-    row = mixture.sources["code"].read(np.array([document.start]), document.tokens)[0].astype(np.int64)
-    (ids,) = rearrange_rows(make_fim(schema.FimSection(), tokenizer), [row], key, np.array([rate]), ["none"])
+    key = uniform_bits(
+        uniform_bits(stream_key(mixture.plan.recipe.seed, "fim", stream), epoch), document.start
+    )
+    row = (
+        mixture.sources["code"]
+        .read(np.array([document.start]), document.tokens)[0]
+        .astype(np.int64)
+    )
+    (ids,) = rearrange_rows(
+        make_fim(schema.FimSection(), tokenizer), [row], key, np.array([rate]), ["none"]
+    )
     return row.tolist() if ids is None else ids
 
 
@@ -161,12 +189,16 @@ def samples_of(mixture: OpenMixture, tokenizer: Tokenizer) -> list[tuple[int, in
         for index, part in enumerate(batch.micro_batches):
             ids = [*part.tokens[0].tolist(), int(part.labels[0, -1])]
             real = int(part.loss_mask[0].sum()) + 1
-            out.append((int(batch.samples.epoch[index]), int(batch.samples.start[index]), ids[:real]))
+            out.append(
+                (int(batch.samples.epoch[index]), int(batch.samples.start[index]), ids[:real])
+            )
     return out
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
-def test_samples_show_slices_of_the_documents_rearranged_whole(make: Any, tokenizer: Tokenizer, packing: str) -> None:
+def test_samples_show_slices_of_the_documents_rearranged_whole(
+    make: Any, tokenizer: Tokenizer, packing: str
+) -> None:
     mixture = make(fim={"level": "document"}, packing=packing)
     stream, several = mixture.plan.phases[0].streams[0], 0
     for epoch, start, ids in samples_of(mixture, tokenizer)[:200]:
@@ -200,9 +232,15 @@ def test_a_document_inside_a_window_keeps_its_characters(make: Any, tokenizer: T
         for part, low, high in zip(origin.parts[:-1], ends, ends[1:], strict=False):
             if part.tokens < part.document.tokens:
                 continue
-            original = mixture.sources["code"].read(np.array([part.document.start]), part.tokens)[0].tolist()
+            original = (
+                mixture.sources["code"]
+                .read(np.array([part.document.start]), part.tokens)[0]
+                .tolist()
+            )
             new = ids[low + 1 : high]
-            assert new[0] == original[0] == tokenizer.bos_id and sorted(t for t in new if t in marks) == sorted(marks)
+            assert new[0] == original[0] == tokenizer.bos_id and sorted(
+                t for t in new if t in marks
+            ) == sorted(marks)
             assert Counter(tokenizer.decode(new)) == Counter(tokenizer.decode(original))
             seen[new[1], new[2]] += 1
     assert sum(seen.values()) > 30 and len(seen) > 1
@@ -218,7 +256,9 @@ def test_it_replays_in_any_layout_and_differs_by_epoch(
         whole = StepReader(mixture, tokenizer=tokenizer).read(step).digest
         for world, size in ((1, 8), (2, 2), (4, 1)):
             parts = [
-                StepReader(mixture, rank=rank, world=world, micro_batch_size=size, tokenizer=tokenizer).read(step)
+                StepReader(
+                    mixture, rank=rank, world=world, micro_batch_size=size, tokenizer=tokenizer
+                ).read(step)
                 for rank in range(world)
             ]
             assert sum(part.digest for part in parts) % 2**64 == whole
@@ -230,7 +270,9 @@ def test_it_replays_in_any_layout_and_differs_by_epoch(
 
 def test_packs_are_rearranged_in_their_own_room(make: Any, tokenizer: Tokenizer) -> None:
     """Context level: what a pack's documents grow by takes its padding first; then the end is cut, as in a window."""
-    plain, packed = (samples_of(make(rate=rate, packing="best_fit"), tokenizer) for rate in (0.0, 1.0))
+    plain, packed = (
+        samples_of(make(rate=rate, packing="best_fit"), tokenizer) for rate in (0.0, 1.0)
+    )
     marks = {tokenizer.token_id(f"<|fim_{name}|>") for name in ("prefix", "suffix", "middle")}
     grown = 0
     for (_, start, before), (_, other, after) in zip(plain, packed, strict=True):
@@ -241,7 +283,9 @@ def test_packs_are_rearranged_in_their_own_room(make: Any, tokenizer: Tokenizer)
     assert grown > 0
 
 
-def test_giant_documents_are_left_as_they_are(make: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_giant_documents_are_left_as_they_are(
+    make: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fim_document, "MAX_WINDOWS", 1)
     mixture = make(fim={"level": "document"})
     marks = {tokenizer.token_id(f"<|fim_{name}|>") for name in ("prefix", "suffix", "middle")}
@@ -251,7 +295,9 @@ def test_giant_documents_are_left_as_they_are(make: Any, tokenizer: Tokenizer, m
         if all(part.document.tokens > LENGTH for part in parts):
             assert ids == mixture.sources["code"].read(np.array([start]), LENGTH + 1)[0].tolist()
             left += 1
-        elif any(part.document.tokens <= LENGTH and part.first == 0 and part.tokens > 1 for part in parts):
+        elif any(
+            part.document.tokens <= LENGTH and part.first == 0 and part.tokens > 1 for part in parts
+        ):
             assert marks & set(ids) or parts[-1].tokens < 4
     assert left > 20
 
@@ -260,11 +306,20 @@ def test_the_level_is_chosen_by_phase_domain_and_source() -> None:
     def levels(**phase: Any) -> list[str]:
         sources = {name: {"tokens": 10_000, "domain": "code"} for name in ("a", "b")}
         given = {"steps": 1, "fim_rate": 0.5, "mixture": {"domains": {"code": 1}}, **phase}
-        plan = make_plan(recipe_of(sources, [given], tokenizer={"path": "x"}), {"a": 10_000, "b": 10_000})
+        plan = make_plan(
+            recipe_of(sources, [given], tokenizer={"path": "x"}), {"a": 10_000, "b": 10_000}
+        )
         return [stream.fim_level for stream in plan.phases[0].streams]
 
     assert levels() == ["context", "context"]
     assert levels(fim_level="document") == ["document", "document"]
-    domain = {"ratio": 1, "fim_level": "document", "sources": {"a": {"fim_level": "context"}, "b": {}}}
+    domain = {
+        "ratio": 1,
+        "fim_level": "document",
+        "sources": {"a": {"fim_level": "context"}, "b": {}},
+    }
     assert levels(mixture={"domains": {"code": domain}}) == ["context", "document"]
-    assert levels(mixture={"sources": {"a": {"weight": 1, "fim_level": "document"}, "b": 1}}) == ["document", "context"]
+    assert levels(mixture={"sources": {"a": {"weight": 1, "fim_level": "document"}, "b": 1}}) == [
+        "document",
+        "context",
+    ]

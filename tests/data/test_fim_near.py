@@ -48,7 +48,9 @@ def both(fim: Fim, ids: list[int], key: int) -> tuple[list[list[int]], list[list
     """Prefix, middle and suffix by the short way and by the long way (which a sample's edge takes)."""
     found = []
     for edges in ("none", "outer"):
-        (new,) = rearrange_rows(fim, [np.array(ids)], uniform_bits(key, np.arange(1)), np.ones(1), [edges])
+        (new,) = rearrange_rows(
+            fim, [np.array(ids)], uniform_bits(key, np.arange(1)), np.ones(1), [edges]
+        )
         assert new is not None
         found.append(undo(fim, new) or [])
     return found[0], found[1]
@@ -57,12 +59,16 @@ def both(fim: Fim, ids: list[int], key: int) -> tuple[list[list[int]], list[list
 @settings(max_examples=150, deadline=None)
 @given(words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=400), first=st.sampled_from(["x", " x", "  x", "\n"]),
        key=st.integers(0, 2**60))  # fmt: skip
-def test_the_text_of_every_piece_is_that_of_the_long_way(fim: Fim, words: list[str], first: str, key: int) -> None:
+def test_the_text_of_every_piece_is_that_of_the_long_way(
+    fim: Fim, words: list[str], first: str, key: int
+) -> None:
     near, whole = both(fim, fim.tokenizer.encode(first + "".join(words)), key)
     assert [fim.decode(piece) for piece in near] == [fim.decode(piece) for piece in whole]
 
 
-def test_real_code_has_the_tokens_of_encoding_all_of_it(fim: Fim, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_code_has_the_tokens_of_encoding_all_of_it(
+    fim: Fim, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:30]
     encoded = []
     original = type(fim.tokenizer).encode_batch
@@ -96,11 +102,17 @@ def test_cuts_at_every_place_of_a_document(fim: Fim, monkeypatch: pytest.MonkeyP
     for low in [*range(0, 40), *range(40, len(decoded), 37), len(decoded)]:
         for high in {low, min(low + 1, len(decoded)), min(low + 90, len(decoded)), len(decoded)}:
             texts: list[str] = []
-            pieces = fim_near.near_pieces(table, fim.decode, np.array(ids), lambda _, cuts=(low, high): cuts, texts)
+            pieces = fim_near.near_pieces(
+                table, fim.decode, np.array(ids), lambda _, cuts=(low, high): cuts, texts
+            )
             assert pieces is not None
             encoded = fim.tokenizer.encode_batch(texts)
             tokens = [
-                [t for atom in piece for t in (atom if isinstance(atom, list) else encoded[-1 - atom])]
+                [
+                    t
+                    for atom in piece
+                    for t in (atom if isinstance(atom, list) else encoded[-1 - atom])
+                ]
                 for piece in pieces
             ]
             expected = [decoded[:low], decoded[low:high], decoded[high:]]
@@ -113,8 +125,14 @@ def test_cuts_at_every_place_of_a_document(fim: Fim, monkeypatch: pytest.MonkeyP
 
 def test_documents_with_parts_of_characters_take_the_long_way(fim: Fim) -> None:
     rare = fim.tokenizer.encode(CODE + "𝔘𐍈" + TEXT)
-    assert fim_near.near_pieces(fim.texts, fim.decode, np.array(rare), lambda size: (0, size), []) is None
+    assert (
+        fim_near.near_pieces(fim.texts, fim.decode, np.array(rare), lambda size: (0, size), [])
+        is None
+    )
     short = fim.tokenizer.encode("x = 1\n")
-    assert fim_near.near_pieces(fim.texts, fim.decode, np.array(short), lambda size: (0, size), []) is None
+    assert (
+        fim_near.near_pieces(fim.texts, fim.decode, np.array(short), lambda size: (0, size), [])
+        is None
+    )
     near, whole = both(fim, rare, 3)
     assert near == whole

@@ -25,7 +25,9 @@ def rows(batch: StepBatch) -> list[tuple[int, ...]]:
     return [
         (int(stream), *tokens, int(labels[-1]))
         for part in batch.micro_batches
-        for stream, tokens, labels in zip(part.stream, part.tokens.tolist(), part.labels, strict=True)
+        for stream, tokens, labels in zip(
+            part.stream, part.tokens.tolist(), part.labels, strict=True
+        )
     ]
 
 
@@ -33,13 +35,17 @@ def rows(batch: StepBatch) -> list[tuple[int, ...]]:
 def test_any_layout_reads_the_same_tokens(make_mixture: Make, world: int, size: int) -> None:
     mixture = make_mixture(PHASES)
     whole = StepReader(mixture)
-    ranks = [StepReader(mixture, rank=rank, world=world, micro_batch_size=size) for rank in range(world)]
+    ranks = [
+        StepReader(mixture, rank=rank, world=world, micro_batch_size=size) for rank in range(world)
+    ]
     for step in range(12):
         expected, parts = whole.read(step), [rank.read(step) for rank in ranks]
         assert all(len(batch) == size for part in parts for batch in part.micro_batches)
         assert sum(part.digest for part in parts) % 2**64 == expected.digest
         placed = {
-            place: row for part in parts for place, row in zip(part.samples.positions.tolist(), rows(part), strict=True)
+            place: row
+            for part in parts
+            for place, row in zip(part.samples.positions.tolist(), rows(part), strict=True)
         }
         assert [placed[place] for place in range(len(placed))] == rows(expected)
 
@@ -56,13 +62,19 @@ def test_tokens_are_those_of_the_mixture(make_mixture: Make) -> None:
         batch = StepReader(mixture, micro_batch_size=4).read(step)
         tokens = np.concatenate([part.tokens for part in batch.micro_batches])
         first = base[batch.samples.stream] + batch.samples.start
-        assert np.array_equal(tokens, first[:, None] + np.arange(batch.samples.phase.sequence_length))
-        assert np.array_equal(np.concatenate([part.stream for part in batch.micro_batches]), batch.samples.stream)
+        assert np.array_equal(
+            tokens, first[:, None] + np.arange(batch.samples.phase.sequence_length)
+        )
+        assert np.array_equal(
+            np.concatenate([part.stream for part in batch.micro_batches]), batch.samples.stream
+        )
 
 
 @pytest.mark.parametrize("first", [0, 1, 5, 6, 11])
 @pytest.mark.parametrize("prefetch", [0, 3])
-def test_a_resumed_run_reads_the_same_batches(make_mixture: Make, first: int, prefetch: int) -> None:
+def test_a_resumed_run_reads_the_same_batches(
+    make_mixture: Make, first: int, prefetch: int
+) -> None:
     with (
         batches(make_mixture(PHASES), prefetch=prefetch) as straight,
         batches(make_mixture(PHASES), first_step=first, prefetch=prefetch) as resumed,
@@ -77,32 +89,46 @@ def test_a_longer_run_reads_the_same_batches(make_mixture: Make) -> None:
     def digests(phases: list[dict[str, Any]]) -> list[int]:
         return [batch.digest for batch in batches(make_mixture(phases), prefetch=0)]
 
-    assert digests(PHASES)[:6] == digests([{**PHASES[0], "steps": 17}])[:6] == digests([*PHASES, PHASES[0]])[:6]
+    assert (
+        digests(PHASES)[:6]
+        == digests([{**PHASES[0], "steps": 17}])[:6]
+        == digests([*PHASES, PHASES[0]])[:6]
+    )
     assert len(set(digests(PHASES))) == 12
 
 
 def test_a_batch_that_does_not_divide_is_one_sentence(make_mixture: Make) -> None:
-    with pytest.raises(UserError, match=r"phases\.p0\.batch_size: 8 sequences .* make it a multiple of 6"):
+    with pytest.raises(
+        UserError, match=r"phases\.p0\.batch_size: 8 sequences .* make it a multiple of 6"
+    ):
         StepReader(make_mixture(PHASES), world=2, micro_batch_size=3).read(0)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_an_id_outside_the_vocabulary_is_one_sentence(corpora: dict[str, Any], prefetch: int) -> None:
+def test_an_id_outside_the_vocabulary_is_one_sentence(
+    corpora: dict[str, Any], prefetch: int
+) -> None:
     model = {"layers": 1, "hidden_size": 8, "heads": 1, "vocab_size": 6000}
     with (
-        pytest.raises(UserError, match=r"sources\.b: holds token 10\d{4}, outside the vocabulary of 6,000"),
+        pytest.raises(
+            UserError, match=r"sources\.b: holds token 10\d{4}, outside the vocabulary of 6,000"
+        ),
         batches(mixture_of(recipe_of(corpora, PHASES, model=model)), prefetch=prefetch) as stream,
     ):
         next(stream)
 
 
-def test_what_fails_on_the_thread_says_which_step(make_mixture: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_on_the_thread_says_which_step(
+    make_mixture: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def read(self: TokenSource, starts: Any, length: int) -> None:
         raise MemoryError("no more")
 
     with batches(make_mixture(PHASES), first_step=3, prefetch=2) as stream:
         monkeypatch.setattr(TokenSource, "read", read)
-        with pytest.raises(RuntimeError, match=r"loading step [3-6] on data-parallel rank 0 failed: MemoryError"):
+        with pytest.raises(
+            RuntimeError, match=r"loading step [3-6] on data-parallel rank 0 failed: MemoryError"
+        ):
             list(stream)
 
 
@@ -115,7 +141,9 @@ def test_boundaries_without_a_tokenizer_are_one_sentence(make_mixture: Make) -> 
 # ------------------------------------------------------------------------------------------------------- validation
 
 
-@pytest.mark.parametrize(("tokens", "samples"), [(161, 4), (161, 99), (170, 99), (5, 3), (17, 1), (2, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "samples"), [(161, 4), (161, 99), (170, 99), (5, 3), (17, 1), (2, 1)]
+)
 @pytest.mark.parametrize(("world", "size"), [(1, 1), (2, 2), (3, 1)])
 def test_validation_reads_the_first_windows_once_on_any_ranks(
     tmp_path: Path, tokens: int, samples: int, world: int, size: int

@@ -32,18 +32,25 @@ def named(samples: StepSamples) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("window", [None, 16, 32, 48])
-def test_within_an_epoch_every_sample_once(make_mixture: Make, corpora: dict[str, Any], window: int | None) -> None:
+def test_within_an_epoch_every_sample_once(
+    make_mixture: Make, corpora: dict[str, Any], window: int | None
+) -> None:
     mixture = make_mixture([{"steps": 60, **MIXED}])
     if window is not None:
         recipe = mixture.plan.recipe
-        sources = {name: source.model_copy(update={"window": window}) for name, source in recipe.sources.items()}
+        sources = {
+            name: source.model_copy(update={"window": window})
+            for name, source in recipe.sources.items()
+        }
         mixture = mixture_of(recipe.model_copy(update={"sources": sources}))
     seen = Counter(read(mixture, range(60)))
     assert max(seen.values()) == 1
     for stream in mixture.plan.phases[0].streams:
         whole = set(range(0, stream.windows * stream.window, 16))
         for epoch in range(stream.samples * 16 // (stream.windows * stream.window)):
-            assert {start for name, e, start in seen if (name, e) == (stream.source, epoch)} == whole
+            assert {
+                start for name, e, start in seen if (name, e) == (stream.source, epoch)
+            } == whole
 
 
 def test_counts_are_the_plans(make_mixture: Make) -> None:
@@ -64,11 +71,15 @@ def test_any_step_can_be_asked_for_first_and_again(make_mixture: Make) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(step=st.integers(0, 29), data=st.data())
-def test_a_share_is_the_same_part_of_the_whole(make_mixture: Make, step: int, data: st.DataObject) -> None:
+def test_a_share_is_the_same_part_of_the_whole(
+    make_mixture: Make, step: int, data: st.DataObject
+) -> None:
     mixture = make_mixture([{"steps": 30, **MIXED}])
     places = data.draw(st.lists(st.integers(0, 7), max_size=12))
     whole = named(mixture.step(step))
-    assert named(mixture.step(step, np.array(places, dtype=np.int64))) == [whole[place] for place in places]
+    assert named(mixture.step(step, np.array(places, dtype=np.int64))) == [
+        whole[place] for place in places
+    ]
     assert named(mixture.step(step, slice(2, 6))) == whole[2:6]
     assert named(mixture.step(step).take(slice(3, None))) == whole[3:]
 
@@ -89,7 +100,9 @@ def test_every_epoch_has_its_own_order(make_mixture: Make) -> None:
     assert sorted(first) == sorted(second) and first != second
 
 
-@pytest.mark.parametrize("change", ["longer", "another phase", "another source later", "more streams unread"])
+@pytest.mark.parametrize(
+    "change", ["longer", "another phase", "another source later", "more streams unread"]
+)
 def test_extending_a_run_leaves_its_past(make_mixture: Make, change: str) -> None:
     first = {"steps": 20, **MIXED}
     later: list[dict[str, Any]] = [first]
@@ -98,7 +111,10 @@ def test_extending_a_run_leaves_its_past(make_mixture: Make, change: str) -> Non
     elif change == "another phase":
         later = [first, {"steps": 9, "mixture": {"sources": {"c": 1}}, "batch_size": 4}]
     elif change == "another source later":
-        later = [first, {"steps": 9, "mixture": {"sources": {"b": 1, "c": 3}}, "sequence_length": 8}]
+        later = [
+            first,
+            {"steps": 9, "mixture": {"sources": {"b": 1, "c": 3}}, "sequence_length": 8},
+        ]
     elif change == "more streams unread":
         more = {"sources": {**MIXED["mixture"]["sources"], "a": {"weight": 0.6}}}
         later = [{**first, "mixture": more}]
@@ -108,7 +124,12 @@ def test_extending_a_run_leaves_its_past(make_mixture: Make, change: str) -> Non
 def test_a_cursor_goes_on_from_phase_to_phase(make_mixture: Make) -> None:
     """23 + 23 steps in two phases read what one phase of 46 reads; a restart reads its start again."""
     one = make_mixture([{"steps": 16, "mixture": {"sources": {"a": 1}}}])
-    two = make_mixture([{"steps": 7, "mixture": {"sources": {"a": 1}}}, {"steps": 9, "mixture": {"sources": {"a": 1}}}])
+    two = make_mixture(
+        [
+            {"steps": 7, "mixture": {"sources": {"a": 1}}},
+            {"steps": 9, "mixture": {"sources": {"a": 1}}},
+        ]
+    )
     assert read(one, range(16)) == read(two, range(16))
     assert max(Counter(read(two, range(16))).values()) == 1
     phases = [{"steps": 7, **MIXED}, {"steps": 7, "cursor": "restart", **MIXED}]
@@ -120,7 +141,11 @@ def test_phases_of_other_lengths_read_on_without_repeating(make_mixture: Make) -
     """16 tokens a sample, then 8, then 16: a window that was read in part is left, and no token is read twice."""
     one = {"mixture": {"sources": {"a": 1}}}
     mixture = make_mixture(
-        [{"steps": 5, **one}, {"steps": 5, "batch_size": 3, "sequence_length": 8, **one}, {"steps": 10, **one}]
+        [
+            {"steps": 5, **one},
+            {"steps": 5, "batch_size": 3, "sequence_length": 8, **one},
+            {"steps": 10, **one},
+        ]
     )
     seen: Counter[int] = Counter()
     for step in range(20):
@@ -132,7 +157,9 @@ def test_phases_of_other_lengths_read_on_without_repeating(make_mixture: Make) -
 
 def test_subsets_stay_in_their_part_and_have_cursors_of_their_own(make_mixture: Make) -> None:
     part = {"sources": {"a": {"weight": 1, "subset": "0.0-0.1"}}}
-    mixture = make_mixture([{"steps": 5, "mixture": {"sources": {"a": 1}}}, {"steps": 9, "mixture": part}])
+    mixture = make_mixture(
+        [{"steps": 5, "mixture": {"sources": {"a": 1}}}, {"steps": 9, "mixture": part}]
+    )
     stream = mixture.plan.phases[1].streams[0]
     starts = [start for _, _, start in read(mixture, range(5, 14))]
     assert stream.cursor == 0 and stream.windows == 18
@@ -157,7 +184,10 @@ def test_documents_of_a_step_can_be_named(make_mixture: Make) -> None:
         first, last = origin.documents[0], origin.documents[-1]
         assert first.start <= origin.start < first.start + first.tokens
         assert last.start < origin.start + origin.tokens <= last.start + last.tokens
-        assert all(x.start + x.tokens == y.start for x, y in zip(origin.documents, origin.documents[1:], strict=False))
+        assert all(
+            x.start + x.tokens == y.start
+            for x, y in zip(origin.documents, origin.documents[1:], strict=False)
+        )
 
 
 def test_a_step_or_place_outside_is_an_error(make_mixture: Make) -> None:

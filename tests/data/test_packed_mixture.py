@@ -29,7 +29,10 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     random, ids, documents = np.random.default_rng(0), iter(range(TOKENS)), []
     while sum(map(len, documents)) < TOKENS:
         documents.append(
-            [next(ids) for _ in range(min(int(random.integers(0, 40)), TOKENS - sum(map(len, documents))))]
+            [
+                next(ids)
+                for _ in range(min(int(random.integers(0, 40)), TOKENS - sum(map(len, documents))))
+            ]
         )
     write_shard(folder / "p0", documents[:70], 200_000)
     write_shard(folder / "p1", documents[70:], 200_000)
@@ -52,7 +55,11 @@ ALONE = {"mixture": {"sources": {"p": 1}}}
 def of_epoch(mixture: OpenMixture, steps: range, epoch: int) -> list[list[int]]:
     """What `shown` gives of one epoch (which may end within a step)."""
     epochs = [number for step in steps for number in mixture.step(step).epoch.tolist()]
-    return [sample for number, sample in zip(epochs, shown(mixture, steps), strict=True) if number == epoch]
+    return [
+        sample
+        for number, sample in zip(epochs, shown(mixture, steps), strict=True)
+        if number == epoch
+    ]
 
 
 def shown(mixture: OpenMixture, steps: range) -> list[list[int]]:
@@ -60,7 +67,9 @@ def shown(mixture: OpenMixture, steps: range) -> list[list[int]]:
     out = []
     for step in steps:
         for batch in StepReader(mixture, micro_batch_size=4).read(step).micro_batches:
-            for tokens, labels, mask in zip(batch.tokens, batch.labels, batch.loss_mask, strict=True):
+            for tokens, labels, mask in zip(
+                batch.tokens, batch.labels, batch.loss_mask, strict=True
+            ):
                 real = int(mask.sum()) + 1
                 assert (mask[: real - 1] == 1).all() and not (labels[real - 1 :] != 0).any()
                 out.append([*tokens.tolist(), int(labels[-1])][:real])
@@ -93,7 +102,10 @@ def test_two_epochs_are_two_orders_of_the_same_packs(make: Make) -> None:
 def test_any_layout_reads_the_same(make: Make, world: int, size: int) -> None:
     mixture = make([{"steps": 9, "mixture": {"sources": {"p": 0.6, "c": 0.4}}}])
     for step in (8, 0):
-        parts = [StepReader(mixture, rank=r, world=world, micro_batch_size=size).read(step) for r in range(world)]
+        parts = [
+            StepReader(mixture, rank=r, world=world, micro_batch_size=size).read(step)
+            for r in range(world)
+        ]
         assert sum(part.digest for part in parts) % 2**64 == StepReader(mixture).read(step).digest
 
 
@@ -109,7 +121,10 @@ def test_a_cursor_goes_on_and_subsets_have_their_own(make: Make) -> None:
 
 def test_packs_of_another_length_are_read_from_their_start_or_refused(make: Make) -> None:
     longer = {"steps": 4, "sequence_length": 32, **ALONE}
-    with pytest.raises(UserError, match=r"p1\.mixture\.sources\.p: source p is packed .* set `cursor: restart` here"):
+    with pytest.raises(
+        UserError,
+        match=r"p1\.mixture\.sources\.p: source p is packed .* set `cursor: restart` here",
+    ):
         make([{"steps": 4, **ALONE}, longer])
     mixture = make([{"steps": 4, **ALONE}, {**longer, "cursor": "restart"}])
     assert {len(sample) for sample in shown(mixture, range(4, 8))} & set(range(18, 34))
@@ -121,7 +136,9 @@ def test_what_a_sample_holds_can_be_named(make: Make) -> None:
     for origin, sample in zip(mixture.describe(3), samples, strict=True):
         base = 100_000 if origin.stream.source == "c" else 0
         firsts = [(base + part.document.start + part.first, part.tokens) for part in origin.parts]
-        assert [token for first, tokens in firsts for token in range(first, first + tokens)] == sample
+        assert [
+            token for first, tokens in firsts for token in range(first, first + tokens)
+        ] == sample
         assert origin.tokens == len(sample)
 
 
@@ -152,7 +169,9 @@ def test_packs_that_changed_since_the_plan_are_one_sentence(make: Make) -> None:
 
 
 def test_a_window_has_no_meaning_in_packs() -> None:
-    recipe = recipe_of({"p": {"path": "x", "packing": "best_fit", "window": 32}}, [{"steps": 1, **ALONE}])
+    recipe = recipe_of(
+        {"p": {"path": "x", "packing": "best_fit", "window": 32}}, [{"steps": 1, **ALONE}]
+    )
     assert "no effect with `packing: best_fit`" in str(check_recipe(recipe)[0])
     cached = recipe_of({"p": {"path": "x"}}, [{"steps": 1, **ALONE}], data={"pack_cache": "y"})
     assert "no effect without" in str(check_recipe(cached)[0])

@@ -47,7 +47,9 @@ def test_it_is_best_fit_decreasing(lengths: list[int], capacity: int) -> None:
 
 def test_it_is_best_fit_decreasing_for_long_rooms() -> None:
     random = np.random.default_rng(5)
-    lengths = np.clip(random.lognormal(7, 1.5, 3000), 1, 70_000).astype(np.int64)  # above 2^16 another sort is used
+    lengths = np.clip(random.lognormal(7, 1.5, 3000), 1, 70_000).astype(
+        np.int64
+    )  # above 2^16 another sort is used
     bins, opened = best_fit(lengths, 70_000)
     filled = np.bincount(bins, weights=lengths, minlength=opened).astype(int)
     assert sorted((70_000 - filled).tolist()) == plain_best_fit(lengths.tolist(), 70_000)
@@ -59,15 +61,22 @@ def test_every_token_is_in_one_pack_and_no_document_that_fits_is_cut(
     lengths: list[int], capacity: int, gap: int, block: int
 ) -> None:
     tokens = np.array(lengths, dtype=np.int64)
-    starts = 1000 + np.concatenate([[0], np.cumsum(tokens + gap)[:-1]]).astype(np.int64)[: len(tokens)]
+    starts = (
+        1000 + np.concatenate([[0], np.cumsum(tokens + gap)[:-1]]).astype(np.int64)[: len(tokens)]
+    )
     packs = pack_documents(starts, tokens, capacity, block)
     pieces = list(zip(packs.start.tolist(), packs.tokens.tolist(), strict=True))
     shown = Counter(token for start, count in pieces for token in range(start, start + count))
-    assert shown == Counter(t for s, n in zip(starts.tolist(), lengths, strict=True) for t in range(s, s + n))
+    assert shown == Counter(
+        t for s, n in zip(starts.tolist(), lengths, strict=True) for t in range(s, s + n)
+    )
     whole = {(s, n) for s, n in zip(starts.tolist(), lengths, strict=True) if 0 < n <= capacity}
     assert whole <= set(pieces)
     for first, stop in zip(packs.first[:-1], packs.first[1:], strict=True):
-        assert 0 < packs.tokens[first:stop].sum() <= capacity and (np.diff(packs.start[first:stop]) > 0).all()
+        assert (
+            0 < packs.tokens[first:stop].sum() <= capacity
+            and (np.diff(packs.start[first:stop]) > 0).all()
+        )
 
 
 def test_realistic_lengths_fill_packs() -> None:
@@ -109,12 +118,21 @@ def contents(index: PackIndex) -> list[list[tuple[int, int]]]:
 
 def test_an_index_holds_every_token_once_block_by_block(shard: Shard) -> None:
     index = open_pack_index(shard, 32)
-    shown = sorted(token for pack in contents(index) for start, n in pack for token in range(start, start + n))
-    assert shown == list(range(shard.tokens)) and index.tokens == shard.tokens and index.documents == 1000
+    shown = sorted(
+        token for pack in contents(index) for start, n in pack for token in range(start, start + n)
+    )
+    assert (
+        shown == list(range(shard.tokens))
+        and index.tokens == shard.tokens
+        and index.documents == 1000
+    )
     _, tokens = shard.spans(0, 1000)
     assert index.cut == int((tokens > 33).sum())
     edges = [shard.spans(first, min(first + 64, 1000))[0][0] for first in range(0, 1000, 64)]
-    blocks = [np.searchsorted(edges, [start for start, _ in pack], side="right") for pack in contents(index)]
+    blocks = [
+        np.searchsorted(edges, [start for start, _ in pack], side="right")
+        for pack in contents(index)
+    ]
     assert all(len(set(block)) == 1 for block in blocks)
     for pack in (-1, index.packs):
         with pytest.raises(IndexError, match="outside"):
@@ -135,7 +153,9 @@ def test_an_index_is_made_once_and_again_when_anything_it_depends_on_changes(
     assert sorted(p.name for p in path.parent.iterdir()) == ["s.bin", "s.idx", "s.pack-32"]
 
 
-@pytest.mark.parametrize("damage", [b"", b"no index at all, but long enough to be read as one ...", None])
+@pytest.mark.parametrize(
+    "damage", [b"", b"no index at all, but long enough to be read as one ...", None]
+)
 def test_a_damaged_index_is_made_again(shard: Shard, damage: bytes | None) -> None:
     first, path = contents(open_pack_index(shard, 32)), index_path(shard, 32, None)
     path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
@@ -159,7 +179,10 @@ def test_of_many_processes_one_makes_the_index(tmp_path: Path) -> None:
     write_shard(tmp_path / "s", numbered(200_000, document=7), 1_000_000)
     spawn = multiprocessing.get_context("spawn")
     made, together = spawn.Semaphore(0), spawn.Barrier(4)
-    children = [spawn.Process(target=open_in_a_process, args=(tmp_path / "s", made, together)) for _ in range(4)]
+    children = [
+        spawn.Process(target=open_in_a_process, args=(tmp_path / "s", made, together))
+        for _ in range(4)
+    ]
     for child in children:
         child.start()
     for child in children:
@@ -169,7 +192,9 @@ def test_of_many_processes_one_makes_the_index(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s.bin", "s.idx", "s.pack-2048"]
 
 
-def test_what_a_killed_process_left_is_taken_over(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_process_left_is_taken_over(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pack_index, "_STALE", 0.2)
     lock = index_path(shard, 32, None)
     lock.with_name(lock.name + ".building").touch()
@@ -177,9 +202,13 @@ def test_what_a_killed_process_left_is_taken_over(shard: Shard, monkeypatch: pyt
     assert not lock.with_name(lock.name + ".building").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence_and_a_cache_helps(shard: Shard, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_one_sentence_and_a_cache_helps(
+    shard: Shard, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.packing: cannot write .* set `data\.pack_cache`"):
         open_pack_index(shard, 32, tmp_path / "file" / "cache")
     index = open_pack_index(shard, 32, tmp_path / "cache" / "packs")
-    assert index.path.parent == tmp_path / "cache" / "packs" and contents(index) == contents(open_pack_index(shard, 32))
+    assert index.path.parent == tmp_path / "cache" / "packs" and contents(index) == contents(
+        open_pack_index(shard, 32)
+    )

@@ -28,7 +28,10 @@ def recipe(tmp_path: Path) -> Recipe:
     sizes = np.random.default_rng(4).integers(0, 31, 300).tolist()
     for name, part in (("s0", sizes[:120]), ("s1", sizes[120:])):
         write_shard(tmp_path / name, [list(range(size)) for size in part])
-    sources = {"s": {"path": str(tmp_path / "s?")}, "gone": {"path": str(tmp_path / "g"), "tokens": 5000}}
+    sources = {
+        "s": {"path": str(tmp_path / "s?")},
+        "gone": {"path": str(tmp_path / "g"), "tokens": 5000},
+    }
     return recipe_of(sources, [{"steps": 3, "mixture": {"sources": {"s": 1, "gone": 1}}}])
 
 
@@ -53,16 +56,22 @@ def test_cut_documents_are_those_that_no_sample_shows_whole(recipe: Recipe) -> N
 
 
 def test_padding_and_cuts_of_best_fit_are_those_of_its_packs(recipe: Recipe) -> None:
-    packed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": "best_fit"})})
+    packed = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"packing": "best_fit"})}
+    )
     plan, one = plan_with_data(packed), measured(packed)
     source = open_source("s", recipe.sources["s"].paths)
-    assert one.padding == pytest.approx(1 - source.tokens / (plan.phases[0].streams[0].windows * (LENGTH + 1)))
+    assert one.padding == pytest.approx(
+        1 - source.tokens / (plan.phases[0].streams[0].windows * (LENGTH + 1))
+    )
     sizes = np.concatenate([shard.spans(0, shard.documents)[1] for shard in source.shards])
     assert one.cut["best_fit"] == pytest.approx((sizes > LENGTH + 1).sum() / (sizes > 0).sum())
     assert measured(recipe).padding == one.padding
 
 
-def test_large_sources_are_measured_in_part_and_it_is_said(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_sources_are_measured_in_part_and_it_is_said(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exact = measured(recipe)
     monkeypatch.setattr(losses_module, "MEASURED", 200)
     part = measured(recipe)
@@ -70,11 +79,15 @@ def test_large_sources_are_measured_in_part_and_it_is_said(recipe: Recipe, monke
     assert part.cut["concatenate"] == pytest.approx(exact.cut["concatenate"], abs=0.1)
 
 
-def test_what_document_level_fim_leaves_alone_is_counted(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_document_level_fim_leaves_alone_is_counted(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert measured(recipe).giant is None
     monkeypatch.setattr(losses_module, "MAX_WINDOWS", 1)
     phase = recipe.phases[0].model_copy(update={"fim_rate": 0.5, "fim_level": "document"})
-    sizes = np.concatenate([s.spans(0, s.documents)[1] for s in open_source("s", recipe.sources["s"].paths).shards])
+    sizes = np.concatenate(
+        [s.spans(0, s.documents)[1] for s in open_source("s", recipe.sources["s"].paths).shards]
+    )
     found = measured(recipe.model_copy(update={"phases": [phase]})).giant
     assert found == pytest.approx(sizes[sizes > LENGTH].sum() / sizes.sum())
 
@@ -92,7 +105,9 @@ def test_the_plan_and_the_start_of_a_run_say_both(
         return capsys.readouterr().out
 
     out = run("--set", "data.packing=best_fit")
-    assert "concatenate: cut" in out and "best_fit: cut" in out and "packs of gone: estimated" in out
+    assert (
+        "concatenate: cut" in out and "best_fit: cut" in out and "packs of gone: estimated" in out
+    )
     one = measured(recipe)
     assert f"{100 * one.cut['concatenate']:.3g} %" in out and f"{100 * one.padding:.3g} %" in out
     data = json.loads(run("--json"))

@@ -16,7 +16,9 @@ def shuffled(size: int, key: int) -> np.ndarray:
     return permute(np.arange(size), size, key)
 
 
-@pytest.mark.parametrize("size", [*range(1, 130), 255, 256, 257, 1000, 4095, 4096, 4097, 65_537, 100_003])
+@pytest.mark.parametrize(
+    "size", [*range(1, 130), 255, 256, 257, 1000, 4095, 4096, 4097, 65_537, 100_003]
+)
 def test_every_size_is_permuted_onto_itself(size: int) -> None:
     assert np.array_equal(np.sort(shuffled(size, 7)), np.arange(size))
 
@@ -49,19 +51,31 @@ def test_the_order_is_the_same_on_every_machine_and_release() -> None:
     """Golden values: changing them changes the data order of every run there is."""
     assert make_key(1234, "python", 0.0, 1.0) == 0xC6CF58C59A3D3F40
     assert shuffled(10, 1).tolist() == [1, 8, 9, 6, 4, 7, 5, 2, 0, 3]
-    assert permute([0, 1, 2], 10**12, make_key(1234, "c4")).tolist() == [705299580176, 753754386046, 743467926098]
+    assert permute([0, 1, 2], 10**12, make_key(1234, "c4")).tolist() == [
+        705299580176,
+        753754386046,
+        743467926098,
+    ]
     assert uniform_bits(1, [0, 1]).tolist() == [11385487063155714807, 658006869215568080]
 
 
 def test_another_key_gives_another_order() -> None:
     orders = {
-        tuple(shuffled(50, make_key(seed, "source", epoch)).tolist()) for seed in range(20) for epoch in range(20)
+        tuple(shuffled(50, make_key(seed, "source", epoch)).tolist())
+        for seed in range(20)
+        for epoch in range(20)
     }
     assert len(orders) == 400
 
 
 def test_keys_tell_parts_and_types_apart() -> None:
-    keys = [make_key(1, "ab", "c"), make_key(1, "a", "bc"), make_key(1, "abc"), make_key(1, "1"), make_key(1, 1)]
+    keys = [
+        make_key(1, "ab", "c"),
+        make_key(1, "a", "bc"),
+        make_key(1, "abc"),
+        make_key(1, "1"),
+        make_key(1, 1),
+    ]
     keys += [make_key(1, 1.0), make_key(2, "abc"), make_key(1, 0.0, 0.1), make_key(1, 0.0, 0.2)]
     assert len(set(keys)) == len(keys)
 
@@ -99,7 +113,9 @@ def test_a_shuffle_has_no_visible_structure(size: int) -> None:
 
 def test_two_epochs_are_unrelated() -> None:
     key = make_key(3, "source", 0.0, 1.0)
-    first, second = (shuffled(20_000, int(uniform_bits(key, e)[0])).astype(np.float64) for e in (0, 1))
+    first, second = (
+        shuffled(20_000, int(uniform_bits(key, e)[0])).astype(np.float64) for e in (0, 1)
+    )
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.04
     assert (first == second).sum() <= 9
 

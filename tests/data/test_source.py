@@ -27,7 +27,9 @@ def test_what_megatron_core_wrote_reads_back_equal(tmp_path: Path, vocab_size: i
     random = np.random.default_rng(1)
     documents = [random.integers(0, vocab_size, n).tolist() for n in (5, 1, 300, 17, 64)]
     for shard, part in enumerate((documents[:2], documents[2:])):
-        builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / f"s{shard}.bin"), dtype=dtype)
+        builder = indexed_dataset.IndexedDatasetBuilder(
+            str(tmp_path / f"s{shard}.bin"), dtype=dtype
+        )
         for document in part:
             builder.add_document(torch.tensor(document), [len(document)])
         builder.finalize(str(tmp_path / f"s{shard}.idx"))
@@ -92,7 +94,10 @@ def test_every_token_knows_its_document(tmp_path: Path) -> None:
     write_shard(tmp_path / "a", [[1] * 5, [2] * 3])
     write_shard(tmp_path / "b", [[3] * 4])
     source = open_source("s", ["a", "b"], tmp_path)
-    found = [(d.prefix.name, d.document, d.start, d.tokens) for d in map(source.document_at, range(source.tokens))]
+    found = [
+        (d.prefix.name, d.document, d.start, d.tokens)
+        for d in map(source.document_at, range(source.tokens))
+    ]
     assert found == [("a", 0, 0, 5)] * 5 + [("a", 1, 5, 3)] * 3 + [("b", 0, 8, 4)] * 4
     with pytest.raises(IndexError):
         source.document_at(12)
@@ -174,7 +179,9 @@ def test_broken_files_are_one_sentence(tmp_path: Path, how: str, message: str) -
     broken(tmp_path, how)
     with pytest.raises(UserError, match=message) as error:
         open_source("python", ["s"], tmp_path)
-    assert str(error.value).startswith("sources.python.path: ") and str(tmp_path) in str(error.value)
+    assert str(error.value).startswith("sources.python.path: ") and str(tmp_path) in str(
+        error.value
+    )
 
 
 def test_empty_sources_globs_without_match_and_repeats_are_one_sentence(tmp_path: Path) -> None:
@@ -210,7 +217,8 @@ def test_counts_come_from_data_else_from_the_recipe(tmp_path: Path) -> None:
     def count(source: dict[str, Any]) -> dict[str, int]:
         mixture = {"sources": {"x": 1}}
         return token_counts(
-            recipe_of({"x": source, "unread": {"path": "no"}}, [{"steps": 1, "mixture": mixture}]), tmp_path
+            recipe_of({"x": source, "unread": {"path": "no"}}, [{"steps": 1, "mixture": mixture}]),
+            tmp_path,
         )
 
     assert count({"path": "s", "tokens": 99}) == {"x": 10}

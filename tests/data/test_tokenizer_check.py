@@ -28,14 +28,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     train_tokenizer(TEXTS, folder / "a.model", vocab_size=300)
     train_tokenizer(OTHERS, folder / "b.model", vocab_size=300)
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (folder / "corpus.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    )
     for name, settings, more in (
         ("a", {}, {"validation": 0.2}), ("b", {"path": "b.model"}, {"validation": 0.2}), ("no_eod", {"eod": False}, {}),
         ("bos", {"bos": True}, {}), ("shards", {}, {"shard_size": 4000}), ("no_added", {"added_tokens": "none"}, {}),
         ("added", {"added_tokens": NAMES}, {}), ("turned", {"added_tokens": NAMES[::-1]}, {}),
     ):  # fmt: skip
         path = folder / settings.pop("path", "a.model")
-        tokenizer = schema.TokenizerSection.model_validate({"path": str(path), "added_tokens": "crystal", **settings})
+        tokenizer = schema.TokenizerSection.model_validate(
+            {"path": str(path), "added_tokens": "crystal", **settings}
+        )
         inputs = (str(folder / "corpus.jsonl"),)
         preprocess(Request(inputs=inputs, tokenizer=tokenizer, output=folder / name, **more))
     for name in ("shards", "b"):
@@ -45,9 +49,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe_of(made: Path, sources: dict[str, Any], tokenizer: dict[str, Any] | None = None, **model: Any) -> dict[str, Any]:
+def recipe_of(
+    made: Path, sources: dict[str, Any], tokenizer: dict[str, Any] | None = None, **model: Any
+) -> dict[str, Any]:
     mixture = {"sources": {name: 1 / len(sources) for name in sources}}
-    phase = {"name": "one", "steps": 2, "batch_size": 2, "sequence_length": 16, "learning_rate": {"peak": 1e-3}}
+    phase = {
+        "name": "one",
+        "steps": 2,
+        "batch_size": 2,
+        "sequence_length": 16,
+        "learning_rate": {"peak": 1e-3},
+    }
     default = {"path": str(made / "a.model"), "added_tokens": "crystal"}
     given = {} if tokenizer is None else {"tokenizer": {**default, **tokenizer}}
     return {
@@ -76,7 +88,9 @@ def opened(tmp_path: Path, tree: dict[str, Any]) -> schema.Recipe:
         ("*[!n]", {}, "was made with"),
     ],
 )  # fmt: skip
-def test_another_maker_is_named(tmp_path: Path, made: Path, source: str, tokenizer: dict[str, Any], words: str) -> None:
+def test_another_maker_is_named(
+    tmp_path: Path, made: Path, source: str, tokenizer: dict[str, Any], words: str
+) -> None:
     if "path" in tokenizer:
         tokenizer = {**tokenizer, "path": str(made / tokenizer["path"])}
     recipe = opened(tmp_path, recipe_of(made, {"x": {"path": str(made / source)}}, tokenizer))
@@ -86,7 +100,10 @@ def test_another_maker_is_named(tmp_path: Path, made: Path, source: str, tokeniz
 
 def test_validation_sets_are_asked_too(tmp_path: Path, made: Path) -> None:
     x = {"path": str(made / "a"), "validation": str(made / "b_validation")}
-    with pytest.raises(UserError, match=r"sources.x.validation: .*b_validation\.json: was made with another tokenizer"):
+    with pytest.raises(
+        UserError,
+        match=r"sources.x.validation: .*b_validation\.json: was made with another tokenizer",
+    ):
         check_tokenizers(opened(tmp_path, recipe_of(made, {"x": x}, {})))
 
 
@@ -117,9 +134,14 @@ def test_what_cannot_be_asked_is_counted(tmp_path: Path, made: Path) -> None:
 
 def test_without_a_tokenizer_sources_are_compared(tmp_path: Path, made: Path) -> None:
     sources = {"x": {"path": str(made / "a")}, "y": {"path": str(made / "b")}}
-    with pytest.raises(UserError, match=r"sources.y.path was made with another tokenizer \(.*b\.model\) than sources.x.path"):
+    with pytest.raises(
+        UserError,
+        match=r"sources.y.path was made with another tokenizer \(.*b\.model\) than sources.x.path",
+    ):
         check_tokenizers(opened(tmp_path, recipe_of(made, sources, vocab_size=400)))
-    with pytest.raises(UserError, match=r"was made with a vocabulary of 332, and model\.vocab_size is 300"):
+    with pytest.raises(
+        UserError, match=r"was made with a vocabulary of 332, and model\.vocab_size is 300"
+    ):
         check_tokenizers(opened(tmp_path, recipe_of(made, {"x": sources["x"]}, vocab_size=300)))
     check_tokenizers(opened(tmp_path, recipe_of(made, {"x": sources["x"]}, vocab_size=332)))
 
@@ -130,7 +152,9 @@ def test_every_verb_asks(tmp_path: Path, made: Path, capsys: pytest.CaptureFixtu
     (run / "checkpoints" / "step_00000001").mkdir(parents=True)
     for place in (run, run / "checkpoints" / "step_00000001"):
         (place / "recipe.yaml").write_text(path.read_text())
-    (run / "checkpoints" / "step_00000001" / "megacode.json").write_text(json.dumps({"step": 1, "phase": "one"}))
+    (run / "checkpoints" / "step_00000001" / "megacode.json").write_text(
+        json.dumps({"step": 1, "phase": "one"})
+    )
     assert recipe.tokenizer
     for arguments in (
         ["plan", path], ["train", path, "--run", tmp_path / "new"], ["trace", path, "--step", 1],
@@ -138,5 +162,7 @@ def test_every_verb_asks(tmp_path: Path, made: Path, capsys: pytest.CaptureFixtu
     ):  # fmt: skip
         assert main([str(argument) for argument in arguments]) == 2
         told = capsys.readouterr().err
-        assert "b.json: was made with another tokenizer" in told and "Traceback" not in told, arguments
+        assert "b.json: was made with another tokenizer" in told and "Traceback" not in told, (
+            arguments
+        )
     assert not (tmp_path / "new").exists() and not (tmp_path / "fork").exists()

@@ -31,7 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`recipe.yaml` over `code` (two shards; the first has records, by manifest) and `text` (records by a listing)."""
     folder = tmp_path_factory.mktemp("traced")
     train_tokenizer([CODE, TEXT], folder / "t.model", vocab_size=400, character_coverage=0.98)
-    tokenizer = load_tokenizer(schema.TokenizerSection(path=str(folder / "t.model"), added_tokens="crystal"))
+    tokenizer = load_tokenizer(
+        schema.TokenizerSection(path=str(folder / "t.model"), added_tokens="crystal")
+    )
 
     def documents(text: str, count: int) -> list[list[int]]:
         texts = [f"{number}: {text[number : number + 20 + 9 * number]}" for number in range(count)]
@@ -45,10 +47,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_shard(folder / name, made, tokenizer.vocab_size)
     np.save(folder / "code0.records.npy", np.array([[n % 2, 10 + n] for n in range(20)]))
     files = [{"path": f"in/{name}.jsonl", "bytes": 1, "sha256": "0"} for name in "ab"]
-    (folder / "code0.json").write_text(json.dumps({"kind": "megacode dataset", "input files": files}))
+    (folder / "code0.json").write_text(
+        json.dumps({"kind": "megacode dataset", "input files": files})
+    )
     np.save(folder / "text.records.npy", np.array([[n, 0] for n in range(25)]))
     (folder / "table.tsv").write_text("".join(f"plain/{n} x.txt\t1\t0\n" for n in range(25)))
-    (folder / "text.json").write_text(json.dumps({"kind": "megacode dataset", "input files table": "table.tsv"}))
+    (folder / "text.json").write_text(
+        json.dumps({"kind": "megacode dataset", "input files table": "table.tsv"})
+    )
     sources = {"code": {"path": str(folder / "code?")}, "text": {"path": str(folder / "text")}}
     mixed = {"sources": {"code": {"weight": 1, "fim_rate": 0.9}, "text": 1}}
     recipe = recipe_of(
@@ -65,12 +71,16 @@ def traced(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_documents_it_names_hold_the_tokens_of_the_batch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_documents_it_names_hold_the_tokens_of_the_batch(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for packing in ("concatenate", "best_fit"):
         change = ("--set", f"data.packing={packing}")
         found = traced(capsys, folder, "--step", 4, "--text", *change)
         mixture = mixture_of(load_recipe(folder / "recipe.yaml", change[1:]))
-        tokenizer = load_tokenizer(mixture.plan.recipe.tokenizer or schema.TokenizerSection(path=""))
+        tokenizer = load_tokenizer(
+            mixture.plan.recipe.tokenizer or schema.TokenizerSection(path="")
+        )
         plain = mixture.step(3)
         assert [sample["sample"] for sample in found["samples"]] == list(range(8))
         for place, sample in enumerate(found["samples"]):
@@ -80,12 +90,16 @@ def test_the_documents_it_names_hold_the_tokens_of_the_batch(folder: Path, capsy
                 shard = next(s for s in source.shards if str(s.prefix) == part["shard"])
                 before = sum(s.tokens for s in source.shards[: source.shards.index(shard)])
                 start, tokens = shard.spans(part["document"], part["document"] + 1)
-                assert part["document_tokens"] == int(tokens[0]) and 0 <= part["first"] < part["end"] <= int(tokens[0])
-                part_ids = source.read(np.array([before + int(start[0]) + part["first"]]), part["end"] - part["first"])[
-                    0
-                ]
+                assert part["document_tokens"] == int(tokens[0]) and 0 <= part["first"] < part[
+                    "end"
+                ] <= int(tokens[0])
+                part_ids = source.read(
+                    np.array([before + int(start[0]) + part["first"]]), part["end"] - part["first"]
+                )[0]
                 ids += part_ids.tolist()
-                assert tokenizer.decode(part_ids, control=True).startswith(part["text"].rstrip("\ufffd"))
+                assert tokenizer.decode(part_ids, control=True).startswith(
+                    part["text"].rstrip("\ufffd")
+                )
             if packing == "concatenate":
                 assert ids == source.read(plain.start[place : place + 1], 33)[0].tolist()
             elif sample["source"] == "text":
@@ -110,7 +124,9 @@ def test_original_files_and_records_are_named_where_the_dataset_knows(
     assert seen == {"code0", "code1", "text"}
 
 
-def test_a_sample_in_full_is_what_training_reads(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sample_in_full_is_what_training_reads(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     marks = 0
     for place in range(8):
         found = traced(capsys, folder, "--step", 2, "--sample", place)
@@ -131,20 +147,26 @@ def test_a_sample_in_full_is_what_training_reads(folder: Path, capsys: pytest.Ca
 def test_check_says_whether_it_is_the_batch_that_was_trained_on(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 2, "batch": "0000000000000000"}\n{"kind": "tr')
+    (folder / "metrics.jsonl").write_text(
+        '{"kind": "train", "step": 2, "batch": "0000000000000000"}\n{"kind": "tr'
+    )
     assert traced(capsys, folder, "--step", 2, "--check", code=1)["equal"] is False
     assert main(["trace", str(folder), "--step", "2", "--check"]) == 1
     out = capsys.readouterr().out
     assert "NOT the run's batch" in out
     digest = out.split("digest ")[1].split(":")[0]
-    (folder / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 2, "batch": digest}) + "\n")
+    (folder / "metrics.jsonl").write_text(
+        json.dumps({"kind": "train", "step": 2, "batch": digest}) + "\n"
+    )
     assert traced(capsys, folder, "--step", 2, "--check")["equal"] is True
     assert main(["trace", str(folder), "--step", "3", "--check"]) == 2
     assert "has no step 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("step", [0, 7, -1])
-def test_a_step_outside_the_run_is_one_sentence(folder: Path, step: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_outside_the_run_is_one_sentence(
+    folder: Path, step: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["trace", str(folder), "--step", str(step)]) == 2
     assert capsys.readouterr().err == f"megacode trace: --step {step}: the run has steps 1 to 6\n"
 
@@ -158,7 +180,10 @@ def test_tables_of_another_dataset_are_one_sentence(folder: Path, tmp_path: Path
     (tmp_path / "d.json").write_text(json.dumps({"input files": [{"path": "a", "bytes": 1}]}))
     records = read_records(prefix)
     assert records is not None and records.origin(0) == ("a", 1)
-    for document, sentence in ((1, "names input file 5 of 1"), (2, "has 2 documents and number 2 was asked for")):
+    for document, sentence in (
+        (1, "names input file 5 of 1"),
+        (2, "has 2 documents and number 2 was asked for"),
+    ):
         with pytest.raises(UserError, match=sentence):
             records.origin(document)
     np.save(tmp_path / "d.records.npy", np.zeros((2, 3)))
@@ -166,10 +191,14 @@ def test_tables_of_another_dataset_are_one_sentence(folder: Path, tmp_path: Path
         read_records(prefix)
 
 
-def test_it_reads_what_preprocess_writes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_reads_what_preprocess_writes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for file in range(2):
         records = [{"text": f"file {file} record {n} " + "word " * (5 + n)} for n in range(40)]
-        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (tmp_path / f"{file}.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in records)
+        )
     command = [
         "preprocess",
         str(tmp_path / "*.jsonl"),
@@ -186,7 +215,11 @@ def test_it_reads_what_preprocess_writes(folder: Path, tmp_path: Path, capsys: p
         for step in range(1, 7):
             found = traced(capsys, folder, "--step", step, "--text", *change)
             for part in (
-                p for s in found["samples"] if s["source"] == "text" for p in s["documents"] if not p["first"]
+                p
+                for s in found["samples"]
+                if s["source"] == "text"
+                for p in s["documents"]
+                if not p["first"]
             ):
                 assert part["file"].endswith(".jsonl")
                 file, record = Path(part["file"]).stem, part["record"]
@@ -204,5 +237,9 @@ def test_it_prints_for_people_without_torch_and_without_escapes(folder: Path) ->
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "step 1, p0: 8 sequences of 32 tokens" in done.stdout and "code0:" in done.stdout and "\\n" in done.stdout
+    assert (
+        "step 1, p0: 8 sequences of 32 tokens" in done.stdout
+        and "code0:" in done.stdout
+        and "\\n" in done.stdout
+    )
     assert printable("a\x1b[31m\nb\tc é", "\t") == "a\\x1b[31m\\nb\tc é"

@@ -127,5 +127,9 @@ class Steps:
 def steps_of(run: Path) -> Steps:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train = [r for r in records if r["kind"] == "train"]
-    assert [r["step"] for r in train] == list(range(1, len(train) + 1)), "a step is missing or stands twice"
-    return Steps([r["loss"] for r in train], [r["grad_norm"] for r in train], [r["batch"] for r in train])
+    assert [r["step"] for r in train] == list(range(1, len(train) + 1)), (
+        "a step is missing or stands twice"
+    )
+    return Steps(
+        [r["loss"] for r in train], [r["grad_norm"] for r in train], [r["batch"] for r in train]
+    )

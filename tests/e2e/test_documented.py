@@ -72,14 +72,21 @@ def normal(name: str) -> str:
 def missing_modules() -> list[str]:
     """Top-level modules that are installed here and would not be."""
     plain = {*plain_distributions(), "pip", "setuptools"}
-    others = [module for module, of in metadata.packages_distributions().items() if not plain & {normal(name) for name in of}]
+    others = [
+        module
+        for module, of in metadata.packages_distributions().items()
+        if not plain & {normal(name) for name in of}
+    ]
     return sorted(module for module in others if not is_vendored(module))
 
 
 def is_vendored(module: str) -> bool:
     """Whether a module is a copy that setuptools carries and shows to whoever imports it."""
     spec = find_spec(module)
-    return spec is not None and "_vendor" in f"{spec.origin} {list(spec.submodule_search_locations or [])}"
+    return (
+        spec is not None
+        and "_vendor" in f"{spec.origin} {list(spec.submodule_search_locations or [])}"
+    )
 
 
 class Place:
@@ -88,9 +95,17 @@ class Place:
     def __init__(self, folder: Path, site: Path) -> None:
         self.folder = folder
         self.kept: set[Path] = set()
-        path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+        path = os.pathsep.join(
+            [str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        )
         python_path = os.pathsep.join([str(site), str(ROOT)])
-        self.environment = {**os.environ, "PATH": path, "PYTHONPATH": python_path, "COLUMNS": "110", "HOME": str(folder / "home")}
+        self.environment = {
+            **os.environ,
+            "PATH": path,
+            "PYTHONPATH": python_path,
+            "COLUMNS": "110",
+            "HOME": str(folder / "home"),
+        }
 
     def keep(self) -> None:
         """What is there now stays when `clear` takes away what commands made."""
@@ -104,7 +119,14 @@ class Place:
     def bash(self, line: str, code: int = 0) -> str:
         """Standard output and error of a command line that ends with `code`."""
         command = ["bash", "-euo", "pipefail", "-c", line]
-        done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         told = f"{line} -> {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert done.returncode == code, told
         assert "Warning" not in done.stderr and "Traceback" not in done.stderr, told
@@ -139,22 +161,41 @@ def make_inputs(place: Place) -> None:
     tokenizer, run = folder / "data/quickstart/tokenizer.model", folder / "runs/crystal-tiny"
     for name in ("tokenizer.model", "my.model"):
         shutil.copy(tokenizer, folder / name)
-    lines = [{"text": f"Document {i}: a few words, and then some more of them.", "meta": {}} for i in range(300)]
+    lines = [
+        {"text": f"Document {i}: a few words, and then some more of them.", "meta": {}}
+        for i in range(300)
+    ]
     for i, line in enumerate(lines):
         line["meta"] = {"redpajama_set_name": ("RedPajamaGithub", "RedPajamaBook")[i % 2]}
     write_lines(folder / "corpus/a.jsonl", lines)
-    for name in ("my/a", "my/b", "corpus/b", *(f"SlimPajama-627B/train/chunk{i}/example" for i in (1, 2, 3))):
+    for name in (
+        "my/a",
+        "my/b",
+        "corpus/b",
+        *(f"SlimPajama-627B/train/chunk{i}/example" for i in (1, 2, 3)),
+    ):
         write_compressed(folder / f"{name}.jsonl.zst", lines)
     for language in ("python", "go"):
         write_stars(folder / "starcoderdata" / language / "train.parquet")
     for repository in ("checkouts/one", "checkouts/two", "my-repository"):
-        shutil.copytree(ROOT / "megacode/evaluate", folder / repository, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / "megacode/evaluate",
+            folder / repository,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
     for ending in (".bin", ".idx"):
-        shutil.copy(folder / f"data/quickstart/docs/train{ending}", folder / f"from-megatron_text_document{ending}")
+        shutil.copy(
+            folder / f"data/quickstart/docs/train{ending}",
+            folder / f"from-megatron_text_document{ending}",
+        )
     short = "".join(f"  {name}: {{steps: 3}}\n" for name in ("phase1", "phase2", "phase3"))
-    (folder / "my-recipe.yaml").write_text(f"extends: recipes/crystal-tiny.yaml\nname: mine\nphases:\n{short}")
+    (folder / "my-recipe.yaml").write_text(
+        f"extends: recipes/crystal-tiny.yaml\nname: mine\nphases:\n{short}"
+    )
     for share in (25, 50, 75):
-        shutil.copytree(run, folder / f"runs/code-{share}", ignore=shutil.ignore_patterns("checkpoints"))
+        shutil.copytree(
+            run, folder / f"runs/code-{share}", ignore=shutil.ignore_patterns("checkpoints")
+        )
     write_llama(folder / "home/models/Llama-2-7b", tokenizer)
     (folder / "bin").mkdir()
     srun = folder / "bin/srun"  # a job of one task: what follows srun's own options
@@ -171,7 +212,11 @@ def write_compressed(path: Path, lines: list[dict[str, object]]) -> None:
     import zstandard
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(zstandard.compress("".join(json.dumps({**line, "of": path.parts[-2]}) + "\n" for line in lines).encode()))
+    path.write_bytes(
+        zstandard.compress(
+            "".join(json.dumps({**line, "of": path.parts[-2]}) + "\n" for line in lines).encode()
+        )
+    )
 
 
 def write_stars(path: Path) -> None:
@@ -213,7 +258,9 @@ def write_llama(folder: Path, tokenizer: Path) -> None:
     weights = {name: torch.randn(shape).to(torch.bfloat16) for name, shape in shapes.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     shutil.copy(tokenizer, folder / "tokenizer.model")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "tokenizer_class": "LlamaTokenizer"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"add_bos_token": True, "tokenizer_class": "LlamaTokenizer"})
+    )
 
 
 # ------------------------------------------------------------------------------------------------- what is not run here
@@ -225,7 +272,9 @@ def checked(command: Command) -> bool:
     program = next(word for word in words if word not in ("python", "python3", "sbatch"))
     if words[0] == "pip":  # CI installs from nothing
         asked = [word for word in words if word.startswith((".[", "megacode["))]
-        extras = {normal(extra) for extra in metadata.metadata("megacode").get_all("Provides-Extra") or []}
+        extras = {
+            normal(extra) for extra in metadata.metadata("megacode").get_all("Provides-Extra") or []
+        }
         return all(set(re.findall(r"\w+", word.partition("[")[2])) <= extras for word in asked)
     if program in ("tools/quickstart", "tools/test"):  # the fixture; what runs this
         return (ROOT / program).is_file()
@@ -248,8 +297,12 @@ def test_what_is_read_are_commands() -> None:
     commands = list(of_everything())
     assert len(commands) > 45 and len({command.where.split(":")[0] for command in commands}) > 8
     slim = [command.line for command in commands if "SlimPajama" in command.line]
-    assert len(slim) == 2 and all("--split-by" in line and "{value}" in line for line in slim), "two lines each"
-    verbs = {command.line.split()[1] for command in commands if command.line.startswith("megacode ")}
+    assert len(slim) == 2 and all("--split-by" in line and "{value}" in line for line in slim), (
+        "two lines each"
+    )
+    verbs = {
+        command.line.split()[1] for command in commands if command.line.startswith("megacode ")
+    }
     assert verbs >= set(VERBS) - {"tokenizer"}
 
 
@@ -264,9 +317,13 @@ def test_options_named_in_prose_are_there(page: str, capsys: pytest.CaptureFixtu
             continue
         assert words[1] in VERBS or words[1].startswith("-"), command
         with pytest.raises(SystemExit):
-            _parser(words[1]).parse_args([*words[1:2], *(["train"] if words[1] == "tokenizer" else []), "--help"])
+            _parser(words[1]).parse_args(
+                [*words[1:2], *(["train"] if words[1] == "tokenizer" else []), "--help"]
+            )
         told = capsys.readouterr().out
-        missing = [word for word in words if word.startswith("--") and not re.search(rf"{word}\b", told)]
+        missing = [
+            word for word in words if word.startswith("--") and not re.search(rf"{word}\b", told)
+        ]
         assert not missing, (command, missing)
 
 
@@ -274,7 +331,11 @@ def test_processes_that_cannot_be_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for given, told in ((("--pp", "0"), "at least 1"), (("--tp", "0"), "at least 1"), (("--pp", "3"), "no multiple")):
+    for given, told in (
+        (("--pp", "0"), "at least 1"),
+        (("--tp", "0"), "at least 1"),
+        (("--pp", "3"), "no multiple"),
+    ):
         monkeypatch.setattr(sys, "argv", ["quickstart", *given])
         assert quickstart.main() == 2
         assert told in capsys.readouterr().err
@@ -286,7 +347,9 @@ def test_processes_that_cannot_be_are_told(
 def run_all(place: Place, commands: list[Command]) -> None:
     """In one place, in order, without what other pages' commands made."""
     place.clear()
-    if any("exported" in command.line for command in commands) and "megacode export" not in str(commands):
+    if any("exported" in command.line for command in commands) and "megacode export" not in str(
+        commands
+    ):
         place.bash("megacode export runs/crystal-tiny exported")
     for command in commands:
         if not re.match(r"(megacode|tools/(preprocess|convert)|srun|torchrun|jq)\b", command.line):
@@ -301,9 +364,19 @@ def run_all(place: Place, commands: list[Command]) -> None:
 @pytest.mark.slow
 def test_the_quickstart_leaves_a_run_that_explains_itself(place: Place) -> None:
     kept = {path.name for path in (place.folder / "runs/crystal-tiny").iterdir()}
-    files = {"recipe.yaml", "plan.json", "environment.json", "metrics.jsonl", "log.txt", "report.html", "samples.txt"}
+    files = {
+        "recipe.yaml",
+        "plan.json",
+        "environment.json",
+        "metrics.jsonl",
+        "log.txt",
+        "report.html",
+        "samples.txt",
+    }
     assert files <= kept
-    assert "nothing to do" in place.bash(f"{sys.executable} -m megacode.quickstart"), "again, it goes on"
+    assert "nothing to do" in place.bash(f"{sys.executable} -m megacode.quickstart"), (
+        "again, it goes on"
+    )
 
 
 @pytest.mark.slow

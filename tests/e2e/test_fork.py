@@ -22,7 +22,9 @@ def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_unchanged_fork_is_the_run(run: Path) -> None:
     new = run.with_name("same")
-    told = megacode("fork", run, "--at", 10, "--to", new, "--set", "phases.second.checkpoint_every=5").stdout
+    told = megacode(
+        "fork", run, "--at", 10, "--to", new, "--set", "phases.second.checkpoint_every=5"
+    ).stdout
     assert "second-fork: steps 11 to 20; learning rate, batch size, mixture go on" in told
     assert f"megacode train {new}/recipe.yaml --run {new}" in told
     before = [json.loads(line) for line in (new / "metrics.jsonl").read_text().splitlines()]
@@ -37,7 +39,12 @@ def test_an_unchanged_fork_is_the_run(run: Path) -> None:
 
 def test_a_changed_fork_shares_the_past_and_nothing_else(run: Path) -> None:
     new = Path(f"{run}-at-10")
-    changes = ("--set", "phases.second.mixture.domains.code.ratio=0.9", "--set", "parallel.tensor=2")
+    changes = (
+        "--set",
+        "phases.second.mixture.domains.code.ratio=0.9",
+        "--set",
+        "parallel.tensor=2",
+    )
     told = megacode("fork", run, "--at", 10, *changes).stdout
     assert told.endswith(f"--run {new} --processes 2\n"), "as many as the layout needs"
     megacode("train", new / "recipe.yaml", "--run", new, ranks=2)

@@ -72,13 +72,17 @@ def processor() -> str:
 
 
 @pytest.mark.slow
-def test_the_tiny_recipe_trains_as_it_did(golden_recipe: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_the_tiny_recipe_trains_as_it_did(
+    golden_recipe: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     pytest.importorskip("tiktoken")
     megacode("train", golden_recipe, "--run", tmp_path / "run", OMP_NUM_THREADS="1")
     got = steps_of(tmp_path / "run")
     machine = {"torch": torch.__version__.split("+")[0], "processor": processor()}
     if request.config.getoption("--write-golden"):
-        GOLDEN.write_text(json.dumps({**machine, "losses": got.losses, "batches": got.batches}, indent=1) + "\n")
+        GOLDEN.write_text(
+            json.dumps({**machine, "losses": got.losses, "batches": got.batches}, indent=1) + "\n"
+        )
     golden = json.loads(GOLDEN.read_text())
     assert got.batches == golden["batches"]
     if all(golden[key] == value for key, value in machine.items()):

@@ -21,12 +21,27 @@ OVERLAP = ("--set", "parallel.overlap={grad_reduce: true, param_gather: true}")
 def test_a_run_with_late_weights_resumes_bit_for_bit(recipe: Path, tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     megacode("train", recipe, "--run", straight, *OVERLAP, ranks=2)
-    megacode("train", recipe, "--run", stopped, *OVERLAP, "--until-phase", "first", "--profile", "3:4", ranks=2)
+    megacode(
+        "train",
+        recipe,
+        "--run",
+        stopped,
+        *OVERLAP,
+        "--until-phase",
+        "first",
+        "--profile",
+        "3:4",
+        ranks=2,
+    )
     megacode("train", recipe, "--run", stopped, *OVERLAP, ranks=2)
     plain = tmp_path / "plain"
     megacode("train", recipe, "--run", plain, ranks=2)
-    for name, expected in weights(plain).items():  # a rank's own share alone would be right in a stale one
-        np.testing.assert_allclose(weights(straight)[name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
+    for name, expected in weights(
+        plain
+    ).items():  # a rank's own share alone would be right in a stale one
+        np.testing.assert_allclose(
+            weights(straight)[name], expected, rtol=1e-4, atol=1e-6, err_msg=name
+        )
     assert steps_of(stopped) == steps_of(straight)
     assert validations(stopped) == validations(straight)
     check_profile(stopped / "profile" / "steps-3-4")
@@ -37,7 +52,11 @@ def weights(run: Path) -> dict[str, np.ndarray]:
     from megacode.convert.checkpoint_reader import CheckpointReader
 
     reader = CheckpointReader.open(run / "checkpoints" / "step_00000010")
-    names = [n for n in reader.metadata.state_dict_metadata if not n.startswith("optimizer") and n.endswith("weight")]
+    names = [
+        n
+        for n in reader.metadata.state_dict_metadata
+        if not n.startswith("optimizer") and n.endswith("weight")
+    ]
     return {name: reader.tensor(name).numpy() for name in names}
 
 
@@ -63,14 +82,27 @@ def check_profile(folder: Path) -> None:
         (("--profile", "5"), "--profile: expected FIRST:LAST"),
         (("--profile", "5:4"), "--profile: expected FIRST:LAST"),
         (("--profile", "0:4"), "counted from 1"),
-        (("--profile", "1:4", "--profile-ranks", "x"), "--profile-ranks: expected ranks such as 0,3 or `all`"),
-        (("--profile", "1:4", "--profile-ranks", "0,1"), "--profile-ranks: there is no rank 1 among 1 process"),
+        (
+            ("--profile", "1:4", "--profile-ranks", "x"),
+            "--profile-ranks: expected ranks such as 0,3 or `all`",
+        ),
+        (
+            ("--profile", "1:4", "--profile-ranks", "0,1"),
+            "--profile-ranks: there is no rank 1 among 1 process",
+        ),
         (("--profile", "21:24"), "--profile 21:24: this start ends with step 20"),
-        (("--profile", "9:12", "--until-phase", "first"), "--profile 9:12: this start ends with step 8"),
+        (
+            ("--profile", "9:12", "--until-phase", "first"),
+            "--profile 9:12: this start ends with step 8",
+        ),
     ],
 )
 def test_profiles_that_cannot_be_are_a_sentence(
-    arguments: tuple[str, ...], says: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...],
+    says: str,
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from megacode.cli.main import main
 
@@ -98,5 +130,7 @@ def test_a_profile_is_named_by_the_steps_that_were(tmp_path: Path) -> None:
 
 def test_steps_that_are_done_are_not_profiled_in_silence() -> None:
     ProfileSteps(8, 9).check(done=8, until=20, processes=1)
-    with pytest.raises(UserError, match="7:8: these steps are done, and this start goes on with step 9"):
+    with pytest.raises(
+        UserError, match="7:8: these steps are done, and this start goes on with step 9"
+    ):
         ProfileSteps(7, 8).check(done=8, until=20, processes=1)

@@ -14,8 +14,12 @@ PACKED = ("--set", "data.packing=best_fit", "--set", "data.reset_at_eod=false", 
 
 
 @pytest.mark.slow
-def test_packed_training_is_the_same_in_any_layout_and_goes_on(recipe: Path, tmp_path: Path) -> None:
-    first = megacode("train", recipe, "--run", tmp_path / "one", *PACKED, "--set", "parallel.tensor=2", ranks=2)
+def test_packed_training_is_the_same_in_any_layout_and_goes_on(
+    recipe: Path, tmp_path: Path
+) -> None:
+    first = megacode(
+        "train", recipe, "--run", tmp_path / "one", *PACKED, "--set", "parallel.tensor=2", ranks=2
+    )
     assert "packing: best_fit (concatenate cuts" in first.stdout
     run = tmp_path / "two"
     megacode("train", recipe, "--run", run, *PACKED, ranks=2)
@@ -29,7 +33,13 @@ def test_packed_training_is_the_same_in_any_layout_and_goes_on(recipe: Path, tmp
     megacode("train", recipe, "--run", run, *PACKED, *longer, ranks=2)
     assert steps_of(run).batches[:20] == two.batches and len(steps_of(run).batches) == 22
     refused = megacode("train", recipe, "--run", tmp_path / "one", *CONSTANT, check=False, ranks=2)
-    assert refused.returncode == 2 and "packing" in refused.stderr and "Traceback" not in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "packing" in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     validated = [record["loss_by_source"] for record in records if record["kind"] == "validation"]
-    assert len(validated) >= 2 and all(math.isfinite(loss) for losses in validated for loss in losses.values())
+    assert len(validated) >= 2 and all(
+        math.isfinite(loss) for losses in validated for loss in losses.values()
+    )

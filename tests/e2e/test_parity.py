@@ -29,7 +29,9 @@ def single(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     megacode("train", recipe, "--run", folder / "start", "--set", "phases.first.steps=1", "--set", "phases.second.steps=1",
              "--set", "phases.first.learning_rate.peak=1e-30", "--set", "phases.second.learning_rate.peak=1e-30",
              "--set", "optimizer.weight_decay=0")  # fmt: skip
-    megacode("train", recipe, "--run", folder / "run", "--set", f"initialize_from={folder / 'start'}")
+    megacode(
+        "train", recipe, "--run", folder / "run", "--set", f"initialize_from={folder / 'start'}"
+    )
     return folder
 
 
@@ -42,6 +44,8 @@ def test_layouts_agree(layout: str, recipe: Path, single: Path, tmp_path: Path) 
              "--set", f"initialize_from={single / 'start'}", *changes, ranks=processes)  # fmt: skip
     expected, got = steps_of(single / "run"), steps_of(tmp_path / "run")
     assert got.batches == expected.batches
-    assert len(got.losses) == 20 and got.losses[-1] < 0.95 * got.losses[0], "the model does not learn"
+    assert len(got.losses) == 20 and got.losses[-1] < 0.95 * got.losses[0], (
+        "the model does not learn"
+    )
     np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-5)
     np.testing.assert_allclose(got.norms, expected.norms, rtol=1e-5)

@@ -65,7 +65,9 @@ def killed(forty: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     latest = run / "checkpoints" / "latest"
     deadline = time.time() + 120
-    while time.time() < deadline and not (latest.exists() and latest.read_text() == "step_00000020\n"):
+    while time.time() < deadline and not (
+        latest.exists() and latest.read_text() == "step_00000020\n"
+    ):
         assert child.poll() is None, "the run ended before it could be killed"
         time.sleep(0.005)
     os.killpg(child.pid, signal.SIGKILL)
@@ -98,12 +100,16 @@ def test_resumed_in_another_layout_reads_the_same_tokens(
     resume(bare, tmp_path / "run", forty, "--set", change)
     expected, got = steps_of(straight), steps_of(tmp_path / "run")
     assert got.batches == expected.batches
-    assert got.losses[:20] == expected.losses[:20] and got.losses != expected.losses, "the layout is not another"
+    assert got.losses[:20] == expected.losses[:20] and got.losses != expected.losses, (
+        "the layout is not another"
+    )
     np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_a_stop_signal_saves_and_a_longer_run_keeps_its_past(forty: Path, straight: Path, tmp_path: Path) -> None:
+def test_a_stop_signal_saves_and_a_longer_run_keeps_its_past(
+    forty: Path, straight: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     child = subprocess.Popen(
         [sys.executable, "-m", "megacode.cli", "train", str(forty), "--run", str(run), "--processes", "2", *LAYOUT,
@@ -112,10 +118,14 @@ def test_a_stop_signal_saves_and_a_longer_run_keeps_its_past(forty: Path, straig
     )  # fmt: skip
     metrics = run / "metrics.jsonl"
     deadline = time.time() + 120
-    while time.time() < deadline and not (metrics.exists() and metrics.read_text().count('"train"') >= 3):
+    while time.time() < deadline and not (
+        metrics.exists() and metrics.read_text().count('"train"') >= 3
+    ):
         assert child.poll() is None
         time.sleep(0.005)
-    os.killpg(child.pid, signal.SIGUSR1)  # as Slurm does: every process, also those that write a checkpoint
+    os.killpg(
+        child.pid, signal.SIGUSR1
+    )  # as Slurm does: every process, also those that write a checkpoint
     assert child.wait(timeout=120) == STOPPED
     stopped = int((run / "checkpoints/latest").read_text()[5:])
     assert 3 <= stopped < 40
@@ -152,12 +162,16 @@ def test_a_stop_signal_while_it_starts_is_heeded_after_the_first_step(
     child.send_signal(signal.SIGUSR1)
     told, _ = child.communicate(timeout=120)
     assert child.returncode == STOPPED, told
-    assert (run / "checkpoints/latest").read_text() == f"step_{processes:08d}\n", "agreed a step later"
+    assert (run / "checkpoints/latest").read_text() == f"step_{processes:08d}\n", (
+        "agreed a step later"
+    )
 
 
 @pytest.mark.slow
 def test_a_changed_past_is_refused_and_named(forty: Path, straight: Path) -> None:
-    done = megacode("train", forty, "--run", straight, *LAYOUT, "--set", "seed=8", check=False, ranks=2)
+    done = megacode(
+        "train", forty, "--run", straight, *LAYOUT, "--set", "seed=8", check=False, ranks=2
+    )
     assert done.returncode == 2 and "seed" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -167,30 +181,65 @@ def test_an_accepted_change_is_on_record(forty: Path, killed: Path, tmp_path: Pa
     done = megacode("train", forty, "--run", run, *change, check=False)
     assert done.returncode == 2 and "model.rotary_base: 10000 before, 5000 now" in done.stderr
     for _ in range(2):  # the same command goes on with what it began
-        done = megacode("train", forty, "--run", run, *change, "--accept-change", "model.rotary_base")
+        done = megacode(
+            "train", forty, "--run", run, *change, "--accept-change", "model.rotary_base"
+        )
     assert "nothing to do" in done.stdout
     (event,) = [record for record in read_metrics(run) if record.get("event") == "accepted change"]
-    assert (event["step"], event["key"], event["before"], event["now"]) == (21, "model.rotary_base", 10000, 5000)
+    assert (event["step"], event["key"], event["before"], event["now"]) == (
+        21,
+        "model.rotary_base",
+        10000,
+        5000,
+    )
     accepted = json.loads((run / "checkpoints/step_00000040/megacode.json").read_text())["accepted"]
     assert [(change["step"], change["key"]) for change in accepted] == [(20, "model.rotary_base")]
     megacode("report", run)
-    assert "model.rotary_base from step 21 on: 10000.0 → 5000.0" in (run / "report.html").read_text()
+    assert (
+        "model.rotary_base from step 21 on: 10000.0 → 5000.0" in (run / "report.html").read_text()
+    )
 
 
 @pytest.mark.slow
 def test_a_vocabulary_larger_than_the_weights_trains_on(forty: Path, tmp_path: Path) -> None:
     """Rows of new tokens that are zero made the first gradient some hundred times too long."""
-    one = ("--set", "phases.second=null", "--set", "phases.first.steps=1", "--set", "sources.text.validation=null")
+    one = (
+        "--set",
+        "phases.second=null",
+        "--set",
+        "phases.first.steps=1",
+        "--set",
+        "sources.text.validation=null",
+    )
     code, text = (
         ("--set", f"phases.first.mixture={{sources: {{{others[0]}: null, {others[1]}: null}}}}")
         for others in (("text", "web"), ("code", "web"))
     )
-    megacode("train", forty, "--run", tmp_path / "base", *one, *code, "--set", "model.vocab_size=150")
+    megacode(
+        "train", forty, "--run", tmp_path / "base", *one, *code, "--set", "model.vocab_size=150"
+    )
     start = (*one, *text, "--set", f"initialize_from={tmp_path / 'base'}")
     done = megacode("train", forty, "--run", tmp_path / "run", *start)
-    assert "has 150 tokens, the tokenizer 300: rows of the 150 new ones start as the mean" in done.stdout
-    norms = [r["grad_norm"] for folder in ("base", "run") for r in read_metrics(tmp_path / folder) if r["kind"] == "train"]
+    assert (
+        "has 150 tokens, the tokenizer 300: rows of the 150 new ones start as the mean"
+        in done.stdout
+    )
+    norms = [
+        r["grad_norm"]
+        for folder in ("base", "run")
+        for r in read_metrics(tmp_path / folder)
+        if r["kind"] == "train"
+    ]
     assert norms[1] < 2 * norms[0], norms
-    done = megacode("train", forty, "--run", tmp_path / "less", *start, "--set", "model.vocab_size=149", check=False)
+    done = megacode(
+        "train",
+        forty,
+        "--run",
+        tmp_path / "less",
+        *start,
+        "--set",
+        "model.vocab_size=149",
+        check=False,
+    )
     assert done.returncode == 2 and "model.vocab_size: 150 before, 149 now" in done.stderr
     assert "--accept-change" not in done.stderr

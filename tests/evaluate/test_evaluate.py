@@ -40,6 +40,8 @@ def test_a_plan_that_cannot_be_names_the_checkpoint_s_recipe(tmp_path: Path) -> 
     checkpoint.mkdir()
     (checkpoint / "megacode.json").write_text('{"step": 1}')
     (checkpoint / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
-    done = subprocess.run([sys.executable, "-c", EVALUATE, checkpoint], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", EVALUATE, checkpoint], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "max_epochs" in done.stderr, done.stderr
     assert f"{checkpoint / 'recipe.yaml'}: phases" in done.stderr and "Traceback" not in done.stderr

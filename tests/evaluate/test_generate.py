@@ -11,7 +11,13 @@ import torch
 from megacode.cli.generate import prompts_of
 from megacode.cli.main import main
 from megacode.errors import UserError
-from megacode.evaluate.generate import Sampling, continuation, continue_tokens, infill_prompt, next_token
+from megacode.evaluate.generate import (
+    Sampling,
+    continuation,
+    continue_tokens,
+    infill_prompt,
+    next_token,
+)
 from megacode.recipe import schema
 from megacode.recipe.schema import Model
 from megacode.tokenizer.tokenizer import load_tokenizer
@@ -32,7 +38,9 @@ def cached_and_full(world, model: Model):
     with torch.no_grad():
         for _ in range(12):
             positions = torch.arange(len(tokens))[None]
-            tokens.append(int(chunk(torch.tensor([tokens]), positions, None)[0, -1, :VOCAB].argmax()))
+            tokens.append(
+                int(chunk(torch.tensor([tokens]), positions, None)[0, -1, :VOCAB].argmax())
+            )
     stopped = list(continue_tokens(chunk, prompt, 12, cached[3], Sampling(), VOCAB))
     return cached, tokens[len(prompt) :], stopped
 
@@ -71,7 +79,9 @@ def asked(**given: object) -> argparse.Namespace:
 
 def test_what_is_written_goes_on_after_the_prompt(blank_first: schema.TokenizerSection) -> None:
     tokenizer = load_tokenizer(blank_first)
-    recipe = small(Model(layers=1, hidden_size=64, heads=4)).model_copy(update={"tokenizer": blank_first})
+    recipe = small(Model(layers=1, hidden_size=64, heads=4)).model_copy(
+        update={"tokenizer": blank_first}
+    )
     plain, gap = prompts_of(asked(prompt=["def é"], prefix="x =", suffix="y"), recipe, tokenizer)
     assert plain.tokens == [tokenizer.bos_id, *tokenizer.encode("def é")]
     assert gap.tokens == infill_prompt(recipe, tokenizer, "x =", "y")
@@ -86,17 +96,26 @@ def test_what_is_written_goes_on_after_the_prompt(blank_first: schema.TokenizerS
 
 def test_no_more_positions_than_were_learned(blank_first: schema.TokenizerSection) -> None:
     model = Model(layers=1, hidden_size=64, heads=4, position_embedding="learned")
-    recipe, tokenizer = small(model).model_copy(update={"tokenizer": blank_first}), load_tokenizer(blank_first)
+    recipe, tokenizer = (
+        small(model).model_copy(update={"tokenizer": blank_first}),
+        load_tokenizer(blank_first),
+    )
     many = LENGTH - len(tokenizer.encode("def")) - 1  # and BOS
     for tokens in (many, many + 1):
         prompts_of(asked(prompt=["def"], tokens=tokens), recipe, tokenizer)
-    with pytest.raises(UserError, match=f"--tokens {many + 2}: .* more than the {LENGTH} positions"):
+    with pytest.raises(
+        UserError, match=f"--tokens {many + 2}: .* more than the {LENGTH} positions"
+    ):
         prompts_of(asked(prompt=["def"], tokens=many + 2), recipe, tokenizer)
-    rotary = recipe.model_copy(update={"model": model.model_copy(update={"position_embedding": "rotary"})})
+    rotary = recipe.model_copy(
+        update={"model": model.model_copy(update={"position_embedding": "rotary"})}
+    )
     prompts_of(asked(prompt=["def"], tokens=many + 2), rotary, tokenizer)
 
 
-def test_sampling_that_cannot_be_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampling_that_cannot_be_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for option, value, expected in (
         ("tokens", "0", "1 or more"),
         ("temperature", "-1", "0 or more"),

@@ -48,5 +48,10 @@ def settings(model: Model, precision: Precision) -> Recipe:
         learning_rate=LearningRate(peak=1e-3),
     )  # fmt: skip
     return Recipe(
-        name="t", model=model, sources={}, phases=[phase], precision=precision, parallel=Parallel(micro_batch_size=2)
+        name="t",
+        model=model,
+        sources={},
+        phases=[phase],
+        precision=precision,
+        parallel=Parallel(micro_batch_size=2),
     )

@@ -15,7 +15,10 @@ from tests.e2e.conftest import corpora, megacode, recipe, steps_of  # noqa: F401
 from tests.gpu.common import LENGTH, LOW_RATE, VOCAB, WIDE, fp8_or_skip, settings, train
 from tests.processes import run_on
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
 FP8 = ("delayed", "tensorwise", "blockwise", "mxfp8")
 MODELS = {
     "llama": Model(layers=4, hidden_size=256, heads=4, kv_heads=2, ffn_size=682),
@@ -31,14 +34,18 @@ MODELS = {
 TOLERANCE = {"fp32": 5e-3, "bf16": 3e-2, "fp8": 0.15}
 
 
-def logits(world, models: dict[str, Model], precision: Precision, folder: str) -> dict[str, np.ndarray]:
+def logits(
+    world, models: dict[str, Model], precision: Precision, folder: str
+) -> dict[str, np.ndarray]:
     """`[2, LENGTH, VOCAB]` of every model, from the checkpoints in `folder`, or from its first weights, which go there."""
     from megacode.megatron.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
     from megacode.megatron.model import build_model
     from megacode.recipe.schema import Checkpoints
 
     torch.backends.cuda.matmul.allow_tf32 = False
-    tokens = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1)).to(world.device)
+    tokens = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1)).to(
+        world.device
+    )
     positions = torch.arange(LENGTH, device=world.device).expand(2, -1)
     out = {}
     for name, model in models.items():
@@ -67,15 +74,23 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, np.
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16", *FP8])
-def test_cuda_computes_what_the_cpu_computes(compute: str, on_cpu: tuple[str, dict[str, np.ndarray]]) -> None:
-    precision = Precision(compute=compute) if compute in TOLERANCE else Precision(compute="fp8", fp8_recipe=compute)
+def test_cuda_computes_what_the_cpu_computes(
+    compute: str, on_cpu: tuple[str, dict[str, np.ndarray]]
+) -> None:
+    precision = (
+        Precision(compute=compute)
+        if compute in TOLERANCE
+        else Precision(compute="fp8", fp8_recipe=compute)
+    )
     if compute in FP8:
         fp8_or_skip(compute)
     folder, expectations = on_cpu
     (on_cuda,) = run_on(1, logits, MODELS, precision, folder)
     found = {}
     for name, expected in expectations.items():
-        found[name] = float(np.sqrt(np.mean((on_cuda[name] - expected) ** 2) / np.mean(expected**2)))
+        found[name] = float(
+            np.sqrt(np.mean((on_cuda[name] - expected) ** 2) / np.mean(expected**2))
+        )
     print(compute, {name: f"{value:.2e}" for name, value in found.items()})
     assert max(found.values()) < TOLERANCE[precision.compute], found
     if compute != "fp32":
@@ -95,14 +110,16 @@ def smooth(losses: list[float], over: int = 10) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def hundred_in_bf16(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def hundred_in_bf16(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("hundred") / "bf16"
     train(recipe, run, *WIDE, *HUNDRED, "precision=bf16")
     return run
 
 
 @pytest.mark.parametrize("kind", FP8)
-def test_a_hundred_steps_in_fp8_follow_bf16(kind: str, hundred_in_bf16: Path, recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_hundred_steps_in_fp8_follow_bf16(
+    kind: str, hundred_in_bf16: Path, recipe: Path, tmp_path: Path
+) -> None:
     """Means over ten steps within 1 %, and what the run itself reports as drift, too."""
     fp8_or_skip(kind)
     run = tmp_path / kind
@@ -116,4 +133,6 @@ def test_a_hundred_steps_in_fp8_follow_bf16(kind: str, hundred_in_bf16: Path, re
     print(kind, f"largest difference {apart.max():.4f}", drift)
     assert apart.max() < 0.01
     assert list(drift) == [20, 40, 60, 80, 100] and max(map(abs, drift.values())) < 0.01
-    assert any(value != 0 for value in drift.values()), "the comparison was not in another precision"
+    assert any(value != 0 for value in drift.values()), (
+        "the comparison was not in another precision"
+    )

@@ -18,7 +18,10 @@ from tests.gpu.common import LENGTH, LOW_RATE, VOCAB, WIDE, engine_or_skip, opti
 from tests.gpu.test_precisions import MODELS
 from tests.processes import run_on
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
 
 
 def made_ready(run: Recipe, world) -> tuple[list, object, list]:
@@ -33,7 +36,9 @@ def made_ready(run: Recipe, world) -> tuple[list, object, list]:
     chunks = wrap_data_parallel(config, build_model(run, VOCAB, config))
     optimizer = build_optimizer(run, chunks)
     prepare_model_for_training(chunks, optimizer)
-    windows = torch.randint(3, VOCAB, (4, LENGTH + 1), generator=torch.Generator().manual_seed(2)).numpy()
+    windows = torch.randint(
+        3, VOCAB, (4, LENGTH + 1), generator=torch.Generator().manual_seed(2)
+    ).numpy()
     batches = [make_batch(windows[i : i + 2], np.zeros(2, np.int32), np.arange(2)) for i in (0, 2)]
     return chunks, optimizer, batches
 
@@ -71,11 +76,16 @@ def gradients(world, model: Model, fused: bool | None) -> dict[str, np.ndarray]:
     from megacode.megatron.model import global_parameter_names
     from megacode.megatron.step import forward_backward
 
-    run = settings(model, Precision(compute="bf16")).model_copy(update={"fusion": Fusion(gradient_accumulation=fused)})
+    run = settings(model, Precision(compute="bf16")).model_copy(
+        update={"fusion": Fusion(gradient_accumulation=fused)}
+    )
     chunks, _, batches = made_ready(run, world)
     chunks[0].zero_grad_buffer()
     forward_backward(chunks, batches, 1, run, world)
-    return {name: p.main_grad.float().cpu().numpy() for name, p in global_parameter_names(chunks).items()}
+    return {
+        name: p.main_grad.float().cpu().numpy()
+        for name, p in global_parameter_names(chunks).items()
+    }
 
 
 @pytest.mark.parametrize("model", ["llama", "crystal"])
@@ -93,7 +103,7 @@ SAME = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
 
 
 @pytest.fixture(scope="module")
-def plain(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Steps:  # noqa: F811
+def plain(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Steps:
     """The run that others are compared with."""
     engine_or_skip()
     run = tmp_path_factory.mktemp("plain") / "run"
@@ -110,7 +120,7 @@ def plain(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Steps:  # n
     ids=["CUDA graphs", "nothing fused"],
 )
 def test_a_run_is_the_same_with_and_without(
-    changed: tuple[str, ...], plain: Steps, recipe: Path, tmp_path: Path  # noqa: F811
+    changed: tuple[str, ...], plain: Steps, recipe: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     train(recipe, tmp_path / "changed", *BF16, *changed, **SAME)
     other = steps_of(tmp_path / "changed")
@@ -119,24 +129,28 @@ def test_a_run_is_the_same_with_and_without(
 
 
 def test_a_precision_aware_optimizer_changes_no_weight_and_resumes(
-    plain: Steps, recipe: Path, tmp_path: Path  # noqa: F811
+    plain: Steps, recipe: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     """Moments in fp32 and a master copy of 16 bits beside the weight's 16: the same updates, less memory. Its checkpoint holds
     whole master weights: a run goes on from it with either optimizer."""
     aware = (*BF16, "optimizer.megatron.use_precision_aware_optimizer=true")
     train(recipe, tmp_path / "aware", *aware, **SAME)
     sets = options(aware)
-    megacode("train", recipe, "--run", tmp_path / "stopped", "--until-phase", "first", *sets, **SAME)
+    megacode(
+        "train", recipe, "--run", tmp_path / "stopped", "--until-phase", "first", *sets, **SAME
+    )
     shutil.copytree(tmp_path / "stopped", tmp_path / "other")
     train(recipe, tmp_path / "stopped", *aware, **SAME)
     train(recipe, tmp_path / "other", *BF16, **SAME)
-    lean, stopped, other = (steps_of(tmp_path / name).losses for name in ("aware", "stopped", "other"))
+    lean, stopped, other = (
+        steps_of(tmp_path / name).losses for name in ("aware", "stopped", "other")
+    )
     np.testing.assert_allclose(lean, plain.losses, rtol=5e-4)
     np.testing.assert_allclose(stopped, lean, rtol=5e-4)
     np.testing.assert_allclose(other, lean, rtol=5e-4)
 
 
-def test_a_profile_names_the_kernels(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_profile_names_the_kernels(recipe: Path, tmp_path: Path) -> None:
     changes = options((*WIDE, "precision=bf16"))
     megacode("train", recipe, "--run", tmp_path / "run", "--profile", "5:7", *changes)
     folder = tmp_path / "run" / "profile" / "steps-5-7"

@@ -18,7 +18,13 @@ class FusedAdam(torch.optim.Optimizer):
     """AdamW with the groups and states of Transformer Engine's and Apex's: the count and `bias_correction` in the group."""
 
     def __init__(self, params, lr, betas, eps, weight_decay, **others):
-        defaults = {"lr": lr, "bias_correction": True, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr,
+            "bias_correction": True,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -35,9 +41,13 @@ class FusedAdam(torch.optim.Optimizer):
                 assert set(state) == {"exp_avg", "exp_avg_sq"}
                 state["exp_avg"].lerp_(p.grad, 1 - first)
                 state["exp_avg_sq"].mul_(second).addcmul_(p.grad, p.grad, value=1 - second)
-                root = (state["exp_avg_sq"] / (1 - second ** group["step"])).sqrt_().add_(group["eps"])
+                root = (
+                    (state["exp_avg_sq"] / (1 - second ** group["step"])).sqrt_().add_(group["eps"])
+                )
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - first ** group["step"]))
+                p.addcdiv_(
+                    state["exp_avg"], root, value=-group["lr"] / (1 - first ** group["step"])
+                )
 
 
 def losses(world, folder: str, distributed: bool, compute: str) -> dict[str, list[float]]:
@@ -53,7 +63,10 @@ def losses(world, folder: str, distributed: bool, compute: str) -> dict[str, lis
     from megacode.megatron.step import prepare_model_for_training, train_step
 
     recipe = small().model_copy(
-        update={"parallel": Parallel(distributed_optimizer=distributed), "precision": Precision(compute=compute)}
+        update={
+            "parallel": Parallel(distributed_optimizer=distributed),
+            "precision": Precision(compute=compute),
+        }
     )
     batch = [make_batch(windows(), np.zeros(2, np.int32), np.arange(2))]
 
@@ -84,7 +97,11 @@ def losses(world, folder: str, distributed: bool, compute: str) -> dict[str, lis
             return seen
 
     out = {}
-    for order in (("torch", "torch", "torch"), ("torch", "fused", "torch"), ("fused", "torch", "fused")):
+    for order in (
+        ("torch", "torch", "torch"),
+        ("torch", "fused", "torch"),
+        ("fused", "torch", "fused"),
+    ):
         found, place = [], None
         for i, name in enumerate(order):
             target = Path(folder, "-".join(order), str(i))
@@ -95,13 +112,17 @@ def losses(world, folder: str, distributed: bool, compute: str) -> dict[str, lis
     return out
 
 
-@pytest.mark.parametrize(("distributed", "compute"), [(True, "bf16"), (False, "bf16"), (False, "fp32")])
+@pytest.mark.parametrize(
+    ("distributed", "compute"), [(True, "bf16"), (False, "bf16"), (False, "fp32")]
+)
 def test_a_run_goes_on_with_another_adam(distributed: bool, compute: str, tmp_path: Path) -> None:
     (found,) = run_on(1, losses, str(tmp_path), distributed, compute)
     expected = found.pop("torch-torch-torch")
     assert expected[-2] < 0.9 * expected[0]
     for order, losses_and_norms in found.items():
-        np.testing.assert_allclose(losses_and_norms, expected, rtol=1e-4 if compute == "fp32" else 1e-2, err_msg=order)
+        np.testing.assert_allclose(
+            losses_and_norms, expected, rtol=1e-4 if compute == "fp32" else 1e-2, err_msg=order
+        )
 
 
 def test_a_checkpoint_of_other_groups_is_refused_with_the_keys() -> None:
@@ -115,4 +136,6 @@ def test_a_checkpoint_of_other_groups_is_refused_with_the_keys() -> None:
     assert other_multipliers(run, {"optimizer": {"param_groups": kept}}) is None
     assert other_multipliers(run, {"param_groups": kept}) is None
     said = other_multipliers(run, {"optimizer": {"param_groups": kept[1:]}})
-    assert said and all(part in said for part in ("optimizer.groups", "model.mup", "0.5 and 1", "initialize_from"))
+    assert said and all(
+        part in said for part in ("optimizer.groups", "model.mup", "0.5 and 1", "initialize_from")
+    )

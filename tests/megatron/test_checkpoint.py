@@ -30,7 +30,9 @@ def there(): return [step for step, _ in complete_checkpoints(folder)]
 
 
 def python(folder: Path, body: str) -> str:
-    done = subprocess.run([sys.executable, "-c", PREAMBLE + body, folder], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + body, folder], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -45,7 +47,9 @@ def python(folder: Path, body: str) -> str:
         ("keep_last=1, keep_every=30", [], 50, [20, 30, 50]),  # 20 is of another history
     ],
 )
-def test_what_stays(tmp_path: Path, settings: str, kept: list[int], newest: int, left: list[int]) -> None:
+def test_what_stays(
+    tmp_path: Path, settings: str, kept: list[int], newest: int, left: list[int]
+) -> None:
     body = f"""
 made(10, 20, 30, 40, 50)
 Checkpointer(folder, Checkpoints({settings}), frozenset({kept}),
@@ -72,10 +76,16 @@ for before, here, stored in ((3, 1, 256), (1, 3, 384), (1, 3, 512)):
     print(checkpoint._other_padding(folder / checkpoint_name(20), {{"layout": {{"tensor": before}}}}, [chunk]))
 """
     damaged, other, groups, wider, narrower, another = python(tmp_path, body).splitlines()
-    assert "damaged (PytorchStreamReader failed: no end);" in damaged and "another (step_00000010) into" in damaged
+    assert (
+        "damaged (PytorchStreamReader failed: no end);" in damaged
+        and "another (step_00000010) into" in damaged
+    )
     assert "Missing key: decoder.a; the model section" in other
     assert "other optimizer.groups or another model.mup" in groups
-    assert "stores model.ffn_size 192 as 384, and 1 stores it as 256; set `model.pad_multiple: 384`" in wider
+    assert (
+        "stores model.ffn_size 192 as 384, and 1 stores it as 256; set `model.pad_multiple: 384`"
+        in wider
+    )
     assert "256 cannot be split over 3 ranks: use a parallel.tensor" in narrower
     assert another == "None"
 
@@ -101,4 +111,7 @@ for loading in (False, True):
     checkpoint._sharded_state([Of(sharded_state_dict=lambda metadata: model)], lean, loading)
     print(model["a"].data.tolist(), model["b"]["c"].data.tolist(), torch.equal(kept["param_state"][0]["param"].data, masters))
 """
-    assert python(tmp_path, body).splitlines() == ["[2.0, 2.0] [1.0, 1.0] True", "[1.0, 1.0] [1.0, 1.0] False"]
+    assert python(tmp_path, body).splitlines() == [
+        "[2.0, 2.0] [1.0, 1.0] True",
+        "[1.0, 1.0] [1.0, 1.0] False",
+    ]

@@ -82,14 +82,19 @@ def refused(folder: Path) -> str:
 
 
 def test_what_is_written_is_read(checkpoint: Path) -> None:
-    assert CheckpointReader.open(checkpoint).tensor("embedding.word_embeddings.weight").tolist() == [[1, 1]] * 4
+    assert (
+        CheckpointReader.open(checkpoint).tensor("embedding.word_embeddings.weight").tolist()
+        == [[1, 1]] * 4
+    )
 
 
 def test_planted_code_does_not_run(checkpoint: Path) -> None:
     whole = (checkpoint / ".metadata").read_bytes()
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Planted()))
     assert "asks for posix.mkdir, which no checkpoint needs" in refused(checkpoint)
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):  # deep inside, in every way that pickles name a function
+    for protocol in range(
+        pickle.HIGHEST_PROTOCOL + 1
+    ):  # deep inside, in every way that pickles name a function
         (checkpoint / ".metadata").write_bytes(whole)
         index = pickle.loads(whole)
         index.planner_data = [{"a": Planted()}]
@@ -98,7 +103,15 @@ def test_planted_code_does_not_run(checkpoint: Path) -> None:
     # Through what is allowed: an attribute of an allowed name, a function of an allowed module.
     dcp = "torch.distributed.checkpoint.filesystem"
     for module, name in (("torch", "Size.__class__"), ("torch", "load"), (dcp, "os.system")):
-        asks = b"\x80\x04\x8c" + bytes([len(module)]) + module.encode() + b"\x8c" + bytes([len(name)]) + name.encode() + b"\x93."
+        asks = (
+            b"\x80\x04\x8c"
+            + bytes([len(module)])
+            + module.encode()
+            + b"\x8c"
+            + bytes([len(name)])
+            + name.encode()
+            + b"\x93."
+        )
         (checkpoint / ".metadata").write_bytes(asks)
         assert f"asks for {module}.{name}" in refused(checkpoint)
 
@@ -118,17 +131,29 @@ def test_planted_code_does_not_run(checkpoint: Path) -> None:
 def test_nor_that_of_an_entry_which_is_no_tensor(checkpoint: Path, value: Any) -> None:
     put_entry(checkpoint, saved(value))
     words = refused(checkpoint)
-    assert "is not plain data" in words or "which no checkpoint needs" in words or "cannot be read" in words
+    assert (
+        "is not plain data" in words
+        or "which no checkpoint needs" in words
+        or "cannot be read" in words
+    )
 
 
 def test_the_state_of_fp8_layers_is_read(checkpoint: Path) -> None:
     state = {"scale_fwd": torch.ones(3), "extra_fp8_variables": {"num_gemms": 1}, "recipe": None}
-    for value in (tensor_of(pickle.dumps(state)), io.BytesIO(saved(state)), torch.zeros(0, dtype=torch.uint8), [None], None):
+    for value in (
+        tensor_of(pickle.dumps(state)),
+        io.BytesIO(saved(state)),
+        torch.zeros(0, dtype=torch.uint8),
+        [None],
+        None,
+    ):
         put_entry(checkpoint, saved(value))
         read_index(checkpoint)
 
 
-@pytest.mark.parametrize("name", ["../outside.distcp", "/etc/passwd", "a/../../outside.distcp", "link.distcp", "", 7])
+@pytest.mark.parametrize(
+    "name", ["../outside.distcp", "/etc/passwd", "a/../../outside.distcp", "link.distcp", "", 7]
+)
 def test_no_name_leads_out_of_the_folder(checkpoint: Path, name: Any) -> None:
     (checkpoint.parent / "outside.distcp").write_bytes((checkpoint / "__0_0.distcp").read_bytes())
     (checkpoint / "link.distcp").symlink_to(checkpoint.parent / "outside.distcp")

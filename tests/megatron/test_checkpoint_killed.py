@@ -85,7 +85,7 @@ MOMENTS = {
 
 
 @pytest.fixture(scope="module")
-def straight(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def straight(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("straight") / "run"
     megacode("train", recipe, "--run", run, *SHORT, OMP_NUM_THREADS="1")
     return run
@@ -97,7 +97,7 @@ def visible(checkpoints: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_while_it_saves(moment: str, recipe: Path, straight: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_killed_while_it_saves(moment: str, recipe: Path, straight: Path, tmp_path: Path) -> None:
     latest, complete, half_written = MOMENTS[moment]
     run = tmp_path / "run"
     checkpoints = run / "checkpoints"

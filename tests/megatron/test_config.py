@@ -36,7 +36,9 @@ CASES: dict[str, tuple[str, Hardware, int, list[str]]] = {
 }  # fmt: skip
 
 
-def handed(world: Any, cases: dict[str, tuple[str, Hardware, int, list[str]]]) -> dict[str, tuple[dict, dict, dict]]:
+def handed(
+    world: Any, cases: dict[str, tuple[str, Hardware, int, list[str]]]
+) -> dict[str, tuple[dict, dict, dict]]:
     """Of every case the three dictionaries, with functions and dtypes by name; each is also built, so that Megatron-Core
     agrees (but for the fused rotary positions, which want Transformer Engine at once)."""
     from megatron.core.distributed import DistributedDataParallelConfig
@@ -48,7 +50,10 @@ def handed(world: Any, cases: dict[str, tuple[str, Hardware, int, list[str]]]) -
     from megacode.plan.overlap import decide_overlaps
 
     def plain(fields: dict[str, Any]) -> dict[str, Any]:
-        return {k: getattr(v, "__name__", str(v)) if callable(v) or "dtype" in k else v for k, v in fields.items()}
+        return {
+            k: getattr(v, "__name__", str(v)) if callable(v) or "dtype" in k else v
+            for k, v in fields.items()
+        }
 
     out = {}
     for name, (recipe_name, hardware, data, changes) in cases.items():
@@ -186,7 +191,9 @@ def test_userbuffers_have_the_shape_of_a_micro_batch() -> None:
         shape=[4096, 4096], tp_size=4, quantization_modes=["none"], bootstrap_backend="nccl"
     )
     fp8 = "precision={compute: fp8, fp8_recipe: tensorwise, bf16_last_layers: 1}"
-    assert arguments(load_recipe(RECIPES / "crystal-7b.yaml", [layout, fp8]), Modes)["quantization_modes"] == [
+    assert arguments(load_recipe(RECIPES / "crystal-7b.yaml", [layout, fp8]), Modes)[
+        "quantization_modes"
+    ] == [
         "fp8",
         "none",
     ]

@@ -42,8 +42,13 @@ def loaded_into_engine_modules(world, folder: str) -> tuple[list[bool], list[obj
         with_state(layer.input_layernorm)
     checkpoint = find_checkpoint(folder)
     load_checkpoint(checkpoint, target, None)
-    same = [bool(torch.equal(a, b)) for a, b in zip(source[0].parameters(), target[0].parameters(), strict=True)]
-    target[0].decoder.final_layernorm.register_parameter("another", torch.nn.Parameter(torch.zeros(3)))
+    same = [
+        bool(torch.equal(a, b))
+        for a, b in zip(source[0].parameters(), target[0].parameters(), strict=True)
+    ]
+    target[0].decoder.final_layernorm.register_parameter(
+        "another", torch.nn.Parameter(torch.zeros(3))
+    )
     try:
         load_checkpoint(checkpoint, target, None)
     except UserError as error:

@@ -14,13 +14,22 @@ CRYSTAL = Model(
     rotary_interleaved=True, tie_embeddings=True, init_std=0.073, embedding_init_std=0.073,
     init_distribution="truncated_normal", mup=Mup(base_hidden_size=64, embedding_scale=14.6, output_alpha=2.22),
 )  # fmt: skip
-UNTIED = Model(layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_size=200, position_embedding="learned")
+UNTIED = Model(
+    layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_size=200, position_embedding="learned"
+)
 
 
 def recipe(model: Model, **parallel: int) -> Recipe:
     phase = Phase(name="p", steps=1, batch_size=2, sequence_length=32, mixture=Mixture(sources={"a": 1.0}),
                   learning_rate=LearningRate(peak=1e-3))  # fmt: skip
-    return Recipe(name="t", model=model, sources={}, phases=[phase], precision="fp32", parallel=Parallel(**parallel))
+    return Recipe(
+        name="t",
+        model=model,
+        sources={},
+        phases=[phase],
+        precision="fp32",
+        parallel=Parallel(**parallel),
+    )
 
 
 def shards(world, model: Model, parallel: dict[str, int]):
@@ -45,7 +54,9 @@ def assembled(model: Model, results) -> dict[str, np.ndarray]:
         shares = [parts[rank] for rank in sorted(parts)]
         if name.endswith(("linear_fc1.weight", "linear_fc1.bias")) and model.gated:
             halves = [np.split(share, 2) for share in shares]
-            gate, up = (np.concatenate([h[i] for h in halves])[: model.resolved_ffn_size] for i in (0, 1))
+            gate, up = (
+                np.concatenate([h[i] for h in halves])[: model.resolved_ffn_size] for i in (0, 1)
+            )
             whole[name] = np.concatenate([gate, up])
         elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             inner = model.resolved_ffn_size if "fc2" in name else None
@@ -53,7 +64,11 @@ def assembled(model: Model, results) -> dict[str, np.ndarray]:
         elif "norm" in name or "position" in name or name.endswith(("proj.bias", "fc2.bias")):
             whole[name] = shares[0]
         else:
-            limit = VOCAB if name in ("embedding.word_embeddings.weight", "output_layer.weight") else None
+            limit = (
+                VOCAB
+                if name in ("embedding.word_embeddings.weight", "output_layer.weight")
+                else None
+            )
             whole[name] = np.concatenate(shares)[:limit]
     return whole
 
@@ -70,7 +85,9 @@ def test_every_layout_starts_from_the_same_numbers(name, layout, single) -> None
     model = {"crystal": CRYSTAL, "untied": UNTIED}[name]
     got = assembled(model, run_on(2, shards, model, layout, parallel=Parallel(**layout)))
     if model.tie_embeddings and "pipeline" in layout:
-        np.testing.assert_array_equal(got.pop("output_layer.weight"), got["embedding.word_embeddings.weight"])
+        np.testing.assert_array_equal(
+            got.pop("output_layer.weight"), got["embedding.word_embeddings.weight"]
+        )
     assert got.keys() == single[name].keys()
     for key, value in single[name].items():
         np.testing.assert_array_equal(got[key], value, err_msg=key)
@@ -85,11 +102,17 @@ def grown(world, model: Model, parallel: dict[str, int], old: int):
 
     names = global_parameter_names(build_model(recipe(model, **parallel), VOCAB))
     rank = parallel_state.get_tensor_model_parallel_rank()
-    matrices = {name: p for name, p in names.items() if name.endswith(("word_embeddings.weight", "output_layer.weight"))}
+    matrices = {
+        name: p
+        for name, p in names.items()
+        if name.endswith(("word_embeddings.weight", "output_layer.weight"))
+    }
     for parameter in matrices.values():
         parameter.data[max(old - rank * len(parameter), 0) :] = 0
     fill_new_rows(names, old, VOCAB)
-    padding = sum(int(p.data[max(VOCAB - rank * len(p), 0) :].count_nonzero()) for p in matrices.values())
+    padding = sum(
+        int(p.data[max(VOCAB - rank * len(p), 0) :].count_nonzero()) for p in matrices.values()
+    )
     return rank, {name: p.detach().numpy() for name, p in matrices.items()}, padding
 
 
@@ -101,7 +124,9 @@ def test_new_rows_start_as_the_mean_of_the_others_in_every_layout(name, old, sin
         results = run_on(2 if layout else 1, grown, model, layout, old, parallel=Parallel(**layout))
         assert not any(padding for *_, padding in results)
         for key, value in assembled(model, [result[:2] for result in results]).items():
-            before = single[name][key if key in single[name] else "embedding.word_embeddings.weight"]
+            before = single[name][
+                key if key in single[name] else "embedding.word_embeddings.weight"
+            ]
             np.testing.assert_array_equal(value[:old], before[:old])
             mean = before[:old].astype(np.float64).mean(0).astype(np.float32)
             np.testing.assert_array_equal(value[old:], np.broadcast_to(mean, value[old:].shape))
@@ -110,13 +135,25 @@ def test_new_rows_start_as_the_mean_of_the_others_in_every_layout(name, old, sin
 def test_crystals_published_deviations_by_role(single) -> None:
     """At the published width the same rule gives 0.073, 0.01825 and 0.00228125."""
     published = CRYSTAL.model_copy(
-        update={"layers": 32, "hidden_size": 4096, "heads": 32, "ffn_size": 10922, "mup": Mup(base_hidden_size=256)}
+        update={
+            "layers": 32,
+            "hidden_size": 4096,
+            "heads": 32,
+            "ffn_size": 10922,
+            "mup": Mup(base_hidden_size=256),
+        }
     )
     assert published.resolved_embedding_init_std == 0.073
     assert published.hidden_init_std == pytest.approx(0.01825, rel=1e-12)
     assert published.residual_init_std == pytest.approx(0.00228125, rel=1e-12)
     assert published.resolved_softmax_scale == 1 / 128
-    wanted = {"linear_qkv": 0.0365, "linear_fc1": 0.0365, "linear_proj": 0.01825, "linear_fc2": 0.01825, "word_": 0.073}
+    wanted = {
+        "linear_qkv": 0.0365,
+        "linear_fc1": 0.0365,
+        "linear_proj": 0.01825,
+        "linear_fc2": 0.01825,
+        "word_": 0.073,
+    }
     cut = 0.87962566  # deviation of a unit normal cut at +-2
     for name, weight in single["crystal"].items():
         role = next((std for part, std in wanted.items() if part in name), None)

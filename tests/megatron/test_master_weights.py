@@ -23,7 +23,9 @@ def test_a_master_weight_is_the_nearest_weight_and_a_remainder() -> None:
     weights, remainders = split(masters)
     assert weights.dtype == torch.bfloat16 and remainders.dtype == torch.int16
     assert torch.equal(join(weights, remainders).view(torch.int32), masters.view(torch.int32))
-    assert torch.equal((weights.float() - masters).abs(), (masters.bfloat16().float() - masters).abs())
+    assert torch.equal(
+        (weights.float() - masters).abs(), (masters.bfloat16().float() - masters).abs()
+    )
 
 
 def test_checkpoints_hold_masters_and_runs_remainders() -> None:

@@ -28,7 +28,9 @@ def test_what_a_forked_copy_puts_arrives_in_order() -> None:
     with pytest.raises(queue.Empty):
         results.get_nowait()
     for rank in range(2):
-        writer = multiprocessing.get_context("fork").Process(target=results.put, args=(Result(rank),))
+        writer = multiprocessing.get_context("fork").Process(
+            target=results.put, args=(Result(rank),)
+        )
         writer.start()
         writer.join(30)
     assert [results.get_nowait(), results.get_nowait()] == [Result(0), Result(1)]

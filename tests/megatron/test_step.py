@@ -32,7 +32,14 @@ def small(**optimizer: object) -> Recipe:
         learning_rate=LearningRate(peak=1e-2),
     )  # fmt: skip
     model = Model(layers=2, hidden_size=32, heads=2, init_std=0.3)
-    return Recipe(name="t", model=model, sources={}, phases=[phase], precision="fp32", optimizer=Optimizer(**optimizer))
+    return Recipe(
+        name="t",
+        model=model,
+        sources={},
+        phases=[phase],
+        precision="fp32",
+        optimizer=Optimizer(**optimizer),
+    )
 
 
 def windows(change: bool = False) -> np.ndarray:
@@ -53,7 +60,9 @@ def losses_by_position(world, reset: bool) -> tuple[torch.Tensor, torch.Tensor]:
     out = []
     with torch.no_grad():
         for change in (False, True):
-            rows = make_batch(windows(change), np.zeros(2, np.int32), np.arange(2), eod_id=EOD, reset_at_eod=reset)
+            rows = make_batch(
+                windows(change), np.zeros(2, np.int32), np.arange(2), eod_id=EOD, reset_at_eod=reset
+            )
             batch = to_device(rows, world.device)
             out.append(chunk(batch.tokens, batch.positions, batch.mask, labels=batch.labels))
     return out[0], out[1]
@@ -88,17 +97,39 @@ def sums_and_updates(world, recipe: Recipe) -> dict:
     first = {name: p.detach().clone() for name, p in global_parameter_names(chunks).items()}
     rows = windows()
     parts = [
-        make_batch(rows[i : i + 1], np.array([i], np.int32), np.array([i]), lengths=np.array([LENGTH + 1 - 8 * i]))
+        make_batch(
+            rows[i : i + 1],
+            np.array([i], np.int32),
+            np.array([i]),
+            lengths=np.array([LENGTH + 1 - 8 * i]),
+        )
         for i in range(2)
     ]
     set_lr(optimizer, 1e-2, 0.5)
     sums, norm = train_step(chunks, optimizer, parts, 2, recipe, world)
-    moved = {n: float((p - first[n]).abs().max()) for n, p in global_parameter_names(chunks).items()}
+    moved = {
+        n: float((p - first[n]).abs().max()) for n, p in global_parameter_names(chunks).items()
+    }
     rates = {(g["lr"], g["weight_decay"]) for g in optimizer.param_groups if g["params"]}
-    moments = [float(s["exp_avg"].abs().sum()) for inner in inner_optimizers(optimizer) for s in inner.state.values()]
+    moments = [
+        float(s["exp_avg"].abs().sum())
+        for inner in inner_optimizers(optimizer)
+        for s in inner.state.values()
+    ]
     reset_optimizer_state(optimizer)
-    after = [float(s["exp_avg"].abs().sum() + s["step"]) for i in inner_optimizers(optimizer) for s in i.state.values()]
-    return {"sums": sums, "norm": norm, "moved": moved, "rates": rates, "moments": sum(moments), "after": sum(after)}
+    after = [
+        float(s["exp_avg"].abs().sum() + s["step"])
+        for i in inner_optimizers(optimizer)
+        for s in i.state.values()
+    ]
+    return {
+        "sums": sums,
+        "norm": norm,
+        "moved": moved,
+        "rates": rates,
+        "moments": sum(moments),
+        "after": sum(after),
+    }
 
 
 def test_sums_by_stream_rates_by_group_and_fresh_state() -> None:
@@ -107,7 +138,11 @@ def test_sums_by_stream_rates_by_group_and_fresh_state() -> None:
     assert found["sums"][1].tolist() == [32.0, 24.0]  # labels that count, by stream
     assert found["moved"]["decoder.layers.0.mlp.linear_fc1.weight"] == 0
     assert found["moved"]["decoder.layers.1.mlp.linear_fc2.weight"] > 1e-3
-    assert found["rates"] == {(1e-2, 0.5), (0.0, 0.5), (1e-2, 0.0)}  # matrices; the group; biases and norms
+    assert found["rates"] == {
+        (1e-2, 0.5),
+        (0.0, 0.5),
+        (1e-2, 0.0),
+    }  # matrices; the group; biases and norms
     assert found["moments"] > 0 and found["after"] == 0
 
 
@@ -118,13 +153,16 @@ def test_a_tied_output_layer_is_updated_as_its_embedding() -> None:
     stage = torch.nn.Module()
     stage.output_layer = torch.nn.Linear(2, 2, bias=False)
     for tied, name in ((True, "embedding.word_embeddings.weight"), (False, "output_layer.weight")):
-        recipe = small().model_copy(update={"model": small().model.model_copy(update={"tie_embeddings": tied})})
+        recipe = small().model_copy(
+            update={"model": small().model.model_copy(update={"tie_embeddings": tied})}
+        )
         assert list(_names_of_weights(recipe, [stage])) == [name]
 
 
 def test_the_denominator_is_tokens_or_positions() -> None:
     by_tokens, by_positions = (
-        run_on(1, sums_and_updates, small(clip_grad=0.0, loss_denominator=kind))[0] for kind in ("tokens", "positions")
+        run_on(1, sums_and_updates, small(clip_grad=0.0, loss_denominator=kind))[0]
+        for kind in ("tokens", "positions")
     )
     np.testing.assert_allclose(by_tokens["norm"] / by_positions["norm"], 64 / 56, rtol=1e-5)
 
@@ -149,11 +187,15 @@ def refusals(world) -> list[str]:
     return said
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without CUDA and Transformer Engine")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="about a machine without CUDA and Transformer Engine"
+)
 def test_what_cannot_be_here_is_refused_in_a_sentence() -> None:
     ((context, average, offload, aware),) = run_on(1, refusals)
     assert "needs Transformer Engine" in context
-    assert average.startswith("parallel.ddp: Megatron-Core refuses a field of it (average_in_collective): ")
+    assert average.startswith(
+        "parallel.ddp: Megatron-Core refuses a field of it (average_in_collective): "
+    )
     assert "optimizer_cpu_offload: there is nothing to offload without a CUDA device" in offload
     assert "needs Transformer Engine's FusedAdam" in aware
 
@@ -195,11 +237,15 @@ def losses_by_weights(world) -> tuple[list[list[float]], str]:
         model = Model(layers=2, hidden_size=width, heads=2, init_std=0.3)
         recipe = small().model_copy(update={"precision": precision, "model": model})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(param_and_grad_buffer, "is_mxfp8tensor", lambda weight: precision == mxfp8)
+            patch.setattr(
+                param_and_grad_buffer, "is_mxfp8tensor", lambda weight: precision == mxfp8
+            )
             half = recipe.model_copy(update={"precision": Precision(compute="bf16")})
             config = megatron_config(half, data_size=world.data_size)
             on = {name: one.on for name, one in config.overlaps.items()}
-            buffers = DistributedDataParallelConfig(**data_parallel_fields(recipe, on))  # of weights that this machine has not
+            buffers = DistributedDataParallelConfig(
+                **data_parallel_fields(recipe, on)
+            )  # of weights that this machine has not
             config = replace(config, recipe=recipe, data_parallel=buffers)
             return recipe, wrap_data_parallel(config, build_model(recipe, VOCAB, config))
 
@@ -214,7 +260,11 @@ def losses_by_weights(world) -> tuple[list[list[float]], str]:
             sums, norm = train_step(chunks, optimizer, batch, 1, recipe, world)
             out[-1] += [float(sums[0, 0]), norm]
         with gathered_weights(chunks):
-            out[-1].append(sum(float(weight.detach().double().abs().sum()) for weight in chunks[0].parameters()))
+            out[-1].append(
+                sum(
+                    float(weight.detach().double().abs().sum()) for weight in chunks[0].parameters()
+                )
+            )
     with pytest.raises(UserError) as caught:
         wrapped(32, mxfp8)
     return out, str(caught.value)
@@ -242,11 +292,17 @@ def precisions_seen(world) -> list[tuple[str | None, float]]:
     config.transformer.fp8 = "hybrid"  # without Transformer Engine it changes no number
     batch = [make_batch(windows(), np.zeros(2, np.int32), np.arange(2))]
     seen: list[str | None] = []
-    chunks[0].module.decoder.register_forward_pre_hook(lambda block, _: seen.append(block.config.fp8))
+    chunks[0].module.decoder.register_forward_pre_hook(
+        lambda block, _: seen.append(block.config.fp8)
+    )
     losses = []
     with without_fp8(chunks), torch.no_grad():
-        losses.append(float(forward_backward(chunks, batch, 1, recipe, world, forward_only=True)[0, 0]))
-    assert all(p.main_grad.abs().max() == 0 for p in chunks[0].parameters()), "a comparison leaves no gradient"
+        losses.append(
+            float(forward_backward(chunks, batch, 1, recipe, world, forward_only=True)[0, 0])
+        )
+    assert all(p.main_grad.abs().max() == 0 for p in chunks[0].parameters()), (
+        "a comparison leaves no gradient"
+    )
     losses.append(float(forward_backward(chunks, batch, 1, recipe, world)[0, 0]))
     return list(zip(seen, losses, strict=True))
 

@@ -29,7 +29,11 @@ def megatron_weights_and_logits(world, model: Model):
     tokens = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(LENGTH).expand(2, -1)
     logits = chunk.eval()(tokens, positions, None)
-    return {k: v.detach() for k, v in chunk.state_dict().items() if v is not None}, tokens, logits.detach()
+    return (
+        {k: v.detach() for k, v in chunk.state_dict().items() if v is not None},
+        tokens,
+        logits.detach(),
+    )
 
 
 def llama_like(config_class, model_class, model: Model, weights: dict, **config):
@@ -65,8 +69,12 @@ def llama_like(config_class, model_class, model: Model, weights: dict, **config)
             if fused is not None:
                 rows = fused.reshape(groups, per_group + 2, dim, *fused.shape[1:])
                 for name, piece in zip("qkv", rows.split([per_group, 1, 1], dim=1), strict=True):
-                    state[theirs + f"self_attn.{name}_proj.{part}"] = piece.reshape(-1, *fused.shape[1:])
-        state[theirs + "self_attn.o_proj.weight"] = weights[ours + "self_attention.linear_proj.weight"]
+                    state[theirs + f"self_attn.{name}_proj.{part}"] = piece.reshape(
+                        -1, *fused.shape[1:]
+                    )
+        state[theirs + "self_attn.o_proj.weight"] = weights[
+            ours + "self_attention.linear_proj.weight"
+        ]
         for norm in ("q", "k"):
             if model.qk_norm:
                 state[theirs + f"self_attn.{norm}_norm.weight"] = weights[
@@ -76,9 +84,13 @@ def llama_like(config_class, model_class, model: Model, weights: dict, **config)
         state[theirs + "mlp.gate_proj.weight"], state[theirs + "mlp.up_proj.weight"] = gate, up
         state[theirs + "mlp.down_proj.weight"] = weights[ours + "mlp.linear_fc2.weight"]
         state[theirs + "input_layernorm.weight"] = weights[ours + "input_layernorm.weight"]
-        state[theirs + "post_attention_layernorm.weight"] = weights[ours + "pre_mlp_layernorm.weight"]
+        state[theirs + "post_attention_layernorm.weight"] = weights[
+            ours + "pre_mlp_layernorm.weight"
+        ]
     missing, unexpected = hf.load_state_dict(state, strict=False)
-    assert not unexpected and not [m for m in missing if "rotary" not in m and "lm_head" not in m], (
+    assert not unexpected and not [
+        m for m in missing if "rotary" not in m and "lm_head" not in m
+    ], (
         missing,
         unexpected,
     )
@@ -87,9 +99,13 @@ def llama_like(config_class, model_class, model: Model, weights: dict, **config)
 
 CASES = {
     "llama": Model(layers=3, hidden_size=96, heads=6, ffn_size=208),
-    "llama-gqa-tied": Model(layers=2, hidden_size=96, heads=6, kv_heads=2, tie_embeddings=True, rotary_base=5e5),
+    "llama-gqa-tied": Model(
+        layers=2, hidden_size=96, heads=6, kv_heads=2, tie_embeddings=True, rotary_base=5e5
+    ),
     "qwen2": Model(layers=2, hidden_size=64, heads=4, kv_heads=2, qkv_bias=True),
-    "qwen3": Model(layers=2, hidden_size=64, heads=4, kv_heads=2, head_dim=24, qk_norm=True, norm_epsilon=1e-6),
+    "qwen3": Model(
+        layers=2, hidden_size=64, heads=4, kv_heads=2, head_dim=24, qk_norm=True, norm_epsilon=1e-6
+    ),
 }
 
 
@@ -100,7 +116,10 @@ def test_logits_equal_transformers(case: str) -> None:
     ((weights, tokens, logits),) = run_on(1, megatron_weights_and_logits, model)
     family = {"qwen2": "Qwen2", "qwen3": "Qwen3"}.get(case, "Llama")
     hf = llama_like(
-        getattr(transformers, f"{family}Config"), getattr(transformers, f"{family}ForCausalLM"), model, weights
+        getattr(transformers, f"{family}Config"),
+        getattr(transformers, f"{family}ForCausalLM"),
+        model,
+        weights,
     )
     with torch.no_grad():
         expected = hf(tokens).logits

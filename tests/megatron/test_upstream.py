@@ -41,4 +41,6 @@ def test_every_fault_is_there_still() -> None:
         "16-bit remainders of master weights in checkpoints (0.16 to 0.19 write them as if they were masters): master_weights.py "
         "may go"
     )
-    assert "use_mup" not in found["fields"], "muP's factors on embeddings and logits (from 0.17 on): the hooks of mup.py can go"
+    assert "use_mup" not in found["fields"], (
+        "muP's factors on embeddings and logits (from 0.17 on): the hooks of mup.py can go"
+    )

@@ -33,9 +33,15 @@ def test_totals_are_the_published_ones():
 
 def test_eleven_validation_sets_of_the_published_sizes():
     sources = load_recipe(RECIPES / "crystal-7b.yaml").sources
-    sizes = {name: source.validation_samples for name, source in sources.items() if source.validation_paths}
+    sizes = {
+        name: source.validation_samples
+        for name, source in sources.items()
+        if source.validation_paths
+    }
     assert len(sizes) == 11 and sum(sizes.values()) == 620_033
-    assert -(-620_033 // 32) == 19_377 and 620_033 // 32 == 19_376  # the authors' eval_steps is 19,375
+    assert (
+        -(-620_033 // 32) == 19_377 and 620_033 // 32 == 19_376
+    )  # the authors' eval_steps is 19,375
 
 
 @pytest.mark.parametrize("name", ["crystal-160m", "crystal-1b"])
@@ -47,19 +53,32 @@ def test_small_ones_keep_proportions(name):
     for ours, theirs in zip(small.phases, large.phases, strict=True):
         assert ours.tokens / theirs.tokens == pytest.approx(ratio, rel=1e-3)
         assert ours.rate.peak == theirs.rate.peak
-        assert ours.learning_rate(ours.last_step) == pytest.approx(theirs.learning_rate(theirs.last_step), rel=0.02)
+        assert ours.learning_rate(ours.last_step) == pytest.approx(
+            theirs.learning_rate(theirs.last_step), rel=0.02
+        )
         for a, b in zip(ours.streams, theirs.streams, strict=True):
             assert a.source == b.source and a.fim_rate == b.fim_rate
             assert a.epochs == pytest.approx(b.epochs, rel=0.01)
     model = small.recipe.model
-    assert model.resolved_head_dim == 128 and model.hidden_init_std > large.recipe.model.hidden_init_std
+    assert (
+        model.resolved_head_dim == 128
+        and model.hidden_init_std > large.recipe.model.hidden_init_std
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "devices", "device"),
     [("crystal-7b", n, "h100") for n in (8, 64, 256)]
-    + [("crystal-7b-8x80gb", 8, "a100"), ("crystal-7b-64x80gb", 64, "a100"), ("crystal-7b-256x80gb", 256, "a100")]
-    + [("crystal-7b-8xh200", 8, "h200"), ("crystal-7b-64xh200", 64, "h200"), ("crystal-160m", 8, "h100")]
+    + [
+        ("crystal-7b-8x80gb", 8, "a100"),
+        ("crystal-7b-64x80gb", 64, "a100"),
+        ("crystal-7b-256x80gb", 256, "a100"),
+    ]
+    + [
+        ("crystal-7b-8xh200", 8, "h200"),
+        ("crystal-7b-64xh200", 64, "h200"),
+        ("crystal-160m", 8, "h100"),
+    ]
     + [
         ("crystal-1b", 8, "h100"),
         ("crystal-1b", 64, "h100"),
@@ -77,6 +96,8 @@ def test_stages_that_follow():
     adaptation, chat = plan_of("crystal-adaptation"), plan_of("crystal-chat")
     assert [p.name for p in adaptation.phases] == ["phase3"] and adaptation.total_steps == 27_728
     assert chat.total_tokens == 1600 * 1024 * 2048
-    assert chat.learning_rate(0) == 2e-4 and chat.learning_rate(1599) == pytest.approx(2e-5, rel=1e-3)
+    assert chat.learning_rate(0) == 2e-4 and chat.learning_rate(1599) == pytest.approx(
+        2e-5, rel=1e-3
+    )
     for plan in (adaptation, chat):
         assert plan.recipe.initialize_from.endswith("runs/crystal-7b/checkpoints/step_00294108")

@@ -75,7 +75,12 @@ def test_fp8_doubles_bf16_where_there_is_fp8() -> None:
 
 @pytest.mark.parametrize(
     ("name", "tflops"),
-    [("Tesla V100-SXM2-32GB", 125), ("Tesla V100S-PCIE-32GB", 130), ("Tesla T4", 65), ("NVIDIA H100 80GB HBM3", 989.4)],
+    [
+        ("Tesla V100-SXM2-32GB", 125),
+        ("Tesla V100S-PCIE-32GB", 130),
+        ("Tesla T4", 65),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+    ],
 )
 def test_sixteen_bit_is_bf16_or_fp16(name: str, tflops: float) -> None:
     peak = device_peak(name)
@@ -85,8 +90,12 @@ def test_sixteen_bit_is_bf16_or_fp16(name: str, tflops: float) -> None:
 def test_no_row_hides_another() -> None:
     """A row's short name, written as drivers write it, finds that row."""
     for short, (_, peak) in DEVICES.items():
-        words = short.upper().replace("RTX-6000-ADA", "RTX 6000 Ada").replace("PCIE", "PCIe").split("-")
-        assert device_peak("NVIDIA " + ("-" if short == "v100-pcie" else " ").join(words)) is peak, short
+        words = (
+            short.upper().replace("RTX-6000-ADA", "RTX 6000 Ada").replace("PCIE", "PCIe").split("-")
+        )
+        assert (
+            device_peak("NVIDIA " + ("-" if short == "v100-pcie" else " ").join(words)) is peak
+        ), short
 
 
 def test_the_plan_reckons_with_the_peak_that_mfu_is_measured_against() -> None:
@@ -98,4 +107,8 @@ def test_the_plan_reckons_with_the_peak_that_mfu_is_measured_against() -> None:
         with contextlib.redirect_stdout(io.StringIO()) as out:
             assert main(["plan", str(recipe), "--gpus", "64", "--device", device]) == 0
         shown[device] = " ".join(out.getvalue().split())
-    assert "989 TFLOP/s" in shown["h100"] and "756 TFLOP/s" in shown["h100-pcie"] and "125 TFLOP/s" in shown["v100"]
+    assert (
+        "989 TFLOP/s" in shown["h100"]
+        and "756 TFLOP/s" in shown["h100-pcie"]
+        and "125 TFLOP/s" in shown["v100"]
+    )

@@ -57,7 +57,9 @@ def test_parts_sum_up_and_qk_norm_counts():
 
 
 def test_flops_are_six_per_weight_and_attention_in_full():
-    weights = parameter_count(LLAMA2, 32000) - 32000 * 4096 - parameter_parts(LLAMA2, 32000)["norms"]
+    weights = (
+        parameter_count(LLAMA2, 32000) - 32000 * 4096 - parameter_parts(LLAMA2, 32000)["norms"]
+    )
     assert flops_per_token(LLAMA2, 32000, 4096) == 6 * weights + 12 * 32 * 4096 * 4096
 
 
@@ -75,7 +77,9 @@ def test_memory_splits_over_ranks(write):
     assert 0.5 < split.parameters / alone.parameters < 0.51
     aware = "optimizer.megatron={use_precision_aware_optimizer: true, exp_avg_dtype: bf16, exp_avg_sq_dtype: fp8}"
     lean = memory_per_rank(load_recipe(path, [EXACT, aware]), 1000, 1)
-    assert lean.optimizer == alone.optimizer * (2 + 1 + 2) / 12, "the master copy keeps 16 bits beside the weight's"
+    assert lean.optimizer == alone.optimizer * (2 + 1 + 2) / 12, (
+        "the master copy keeps 16 bits beside the weight's"
+    )
     fp32 = memory_per_rank(load_recipe(path, [EXACT, "precision=fp32"]), 1000, 1)
     assert fp32.weights == 4 * fp32.parameters and fp32.optimizer == 8 * fp32.parameters
 
@@ -83,18 +87,31 @@ def test_memory_splits_over_ranks(write):
 def test_activations_follow_the_published_formula(write):
     # Korthikanti et al., equation 1: s b h (34 + 5 a s / h) bytes a layer, for 4h-wide GELU layers in 16 bit with dropout.
     path = write()
-    keys = [EXACT, "model.activation=gelu", "model.dropout=0.1", "model.layers=1", "model.ffn_size=256"]
+    keys = [
+        EXACT,
+        "model.activation=gelu",
+        "model.dropout=0.1",
+        "model.layers=1",
+        "model.ffn_size=256",
+    ]
     sbh, scores = 128 * 64, 5 * 4 * 128 / 64
 
     def layer(*more, flash=False):
         logits = 128 * 1000 * 6
-        return memory_per_rank(load_recipe(path, [*keys, *more]), 1000, 1, flash_attention=flash).activations - logits
+        return (
+            memory_per_rank(
+                load_recipe(path, [*keys, *more]), 1000, 1, flash_attention=flash
+            ).activations
+            - logits
+        )
 
     assert layer() == sbh * (34 + scores)
     assert layer(flash=True) == layer("parallel.recompute=selective") == sbh * 34
 
 
-@pytest.mark.parametrize(("layers", "precision", "gib"), [(24, "bf16", 96.1), (24, "fp8", 103.8), (32, "bf16", 127.2)])
+@pytest.mark.parametrize(
+    ("layers", "precision", "gib"), [(24, "bf16", 96.1), (24, "fp8", 103.8), (32, "bf16", 127.2)]
+)
 def test_memory_is_what_an_h200_measured(layers, precision, gib):
     """Highest allocation of docs/results/gpu-nvidia-h200.md: Crystal's shape with a feed-forward of 10,944, two sequences of
     2048 a micro-batch, one device."""

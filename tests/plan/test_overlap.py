@@ -79,7 +79,9 @@ def test_what_is_on(case: str, write) -> None:
          "{model.rotary_interleaved: true, fusion.rope: true}", "interleaved rotary positions need"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_with_its_key(hardware: Hardware, change: str, says: str, write) -> None:
+def test_what_cannot_be_is_refused_with_its_key(
+    hardware: Hardware, change: str, says: str, write
+) -> None:
     changes = change.split("|")
     if change.startswith("{"):
         changes = [part.strip().replace(": ", "=") for part in change[1:-1].split(",")]
@@ -108,14 +110,20 @@ L40, A100, B200 = assumed("l40"), assumed("a100"), assumed("b200")
         ("tensorwise", H100, None),
         ("blockwise", H100, None),
         ("blockwise", Hardware("H100", (9, 0), (12, 6), (2, 12)), "CUDA 12.9"),
-        ("tensorwise", Hardware("H100", (9, 0), (12, 6), (2, 1)), "came with Transformer Engine 2.2"),
+        (
+            "tensorwise",
+            Hardware("H100", (9, 0), (12, 6), (2, 1)),
+            "came with Transformer Engine 2.2",
+        ),
         ("mxfp8", H100, "needs 10.0"),
         ("mxfp8", B200, None),
         ("blockwise", B200, None),
         ("mxfp8", assumed("rtx-5090"), "needs 10.0"),
     ],
 )
-def test_fp8_is_refused_where_it_cannot_run(recipe: str, hardware: Hardware, why: str | None) -> None:
+def test_fp8_is_refused_where_it_cannot_run(
+    recipe: str, hardware: Hardware, why: str | None
+) -> None:
     said = fp8_refusal(recipe, hardware)
     assert (said is None) if why is None else (said and why in said)
 
@@ -154,7 +162,21 @@ def test_the_plan_shows_what_is_on(write, capsys: pytest.CaptureFixture[str]) ->
     from megacode.cli.main import main
 
     path: Path = write()
-    assert main(["plan", str(path), "--set", "tokenizer=null", "--set", "model.vocab_size=100", "--gpus", "8"]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                str(path),
+                "--set",
+                "tokenizer=null",
+                "--set",
+                "model.vocab_size=100",
+                "--gpus",
+                "8",
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
     assert "on    parallel.overlap.grad_reduce" in shown and "off   fusion.cuda_graphs" in shown
     changes = [

@@ -177,7 +177,11 @@ def leaves() -> list[str]:
     keys = list(dict.fromkeys(all_keys()))
     taken = {"model.megatron", "optimizer.megatron", "phases.NAME.batch_size", "optimizer.groups"}
     ratios = tuple(key for key in keys if key.endswith((".weight", ".ratio")))
-    return [key for key in keys if key in taken or key in ratios or not any(k.startswith(key + ".") for k in keys)]
+    return [
+        key
+        for key in keys
+        if key in taken or key in ratios or not any(k.startswith(key + ".") for k in keys)
+    ]
 
 
 @pytest.mark.parametrize("key", leaves())
@@ -192,7 +196,9 @@ def test_every_key_is_a_fact_or_free(key: str, recipe_file: Path) -> None:
         return
     overrides = CHANGES[SAME.get(key, key)]
     if overrides:
-        assert changed(plan_of(recipe_file), plan_of(recipe_file, *overrides)), f"{key}: a changed past went unnoticed"
+        assert changed(plan_of(recipe_file), plan_of(recipe_file, *overrides)), (
+            f"{key}: a changed past went unnoticed"
+        )
 
 
 @pytest.mark.parametrize("override", FREELY)
@@ -207,9 +213,15 @@ def test_the_future_is_free(override: str, recipe_file: Path) -> None:
 
 
 def test_a_rate_that_a_longer_phase_moves_is_named_with_its_step(recipe_file: Path) -> None:
-    decays = ("phases.second.learning_rate={schedule: linear, peak: 1e-3, warmup: 0, decay_steps: null}",)
-    (line,) = changed(plan_of(recipe_file, *decays), plan_of(recipe_file, *decays, "phases.second.steps=180"))
-    assert line.startswith("phases.second.learning_rate: 0.000989 before, 0.0009945 now in step 102")
+    decays = (
+        "phases.second.learning_rate={schedule: linear, peak: 1e-3, warmup: 0, decay_steps: null}",
+    )
+    (line,) = changed(
+        plan_of(recipe_file, *decays), plan_of(recipe_file, *decays, "phases.second.steps=180")
+    )
+    assert line.startswith(
+        "phases.second.learning_rate: 0.000989 before, 0.0009945 now in step 102"
+    )
     assert "decay_steps" in line
 
 
@@ -219,8 +231,12 @@ def test_keys_that_can_be_accepted(recipe_file: Path) -> None:
     assert str(change) == "optimizer.beta2: 0.95 before, 0.9 now"
     assert past.accepts(["optimizer"], change) and past.accepts(["optimizer.beta2"], change)
     assert not past.accepts(["optimizer.beta", "optimizer.beta1", "model"], change)
-    assert past.accepts(["phases.first.learning_rate.peak"], past.Change("phases.first.learning_rate", 1, 2))
-    past.check_accepted(["optimizer", "model.rotary_base", "phases.first.learning_rate", "tokenizer"])
+    assert past.accepts(
+        ["phases.first.learning_rate.peak"], past.Change("phases.first.learning_rate", 1, 2)
+    )
+    past.check_accepted(
+        ["optimizer", "model.rotary_base", "phases.first.learning_rate", "tokenizer"]
+    )
     past.check_accepted(["model.megatron.softmax_type"])
     for key, said in (
         ("optimiser", "no such key"), ("seed", "decides which data"), ("parallel.tensor", "may change freely"),

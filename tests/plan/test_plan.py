@@ -41,7 +41,9 @@ def test_crystals_learning_rate(crystal):
 
 def test_crystals_checkpoints(crystal):
     saves, ends = np.array(crystal.checkpoints()), crystal.phase_ends()
-    per_phase = [int(((saves > a) & (saves <= b)).sum()) for a, b in zip((0, *ends), ends, strict=False)]
+    per_phase = [
+        int(((saves > a) & (saves <= b)).sum()) for a, b in zip((0, *ends), ends, strict=False)
+    ]
     assert per_phase == [54, 143, 28]
     assert crystal.kept_checkpoints() == frozenset(crystal.checkpoints())
 
@@ -62,7 +64,9 @@ def test_tokens_become_the_fewest_whole_steps(write):
 def test_tokens_over_a_batch_ramp(write):
     plan = plan_of(write(), "phases.second.batch_size={start: 4, end: 16, increment: 4, over: 12}")
     phase = plan.phases[1]
-    sizes = [phase.batch_size(step) for step in range(phase.first_step, phase.first_step + phase.steps)]
+    sizes = [
+        phase.batch_size(step) for step in range(phase.first_step, phase.first_step + phase.steps)
+    ]
     assert sizes[:13] == [4] * 4 + [8] * 4 + [12] * 4 + [16]
     assert sum(sizes) * 128 >= 100_000 > sum(sizes[:-1]) * 128
     assert phase.samples == sum(sizes) == sum(stream.samples for stream in phase.streams)
@@ -72,7 +76,9 @@ def test_counts_of_a_step_are_counts_before_it_and_after(write):
     plan = plan_of(write())
     phase = plan.phases[1]
     assert (phase.counts_before(phase.first_step) == 0).all()
-    assert phase.counts_before(phase.last_step + 1).tolist() == [stream.samples for stream in phase.streams]
+    assert phase.counts_before(phase.last_step + 1).tolist() == [
+        stream.samples for stream in phase.streams
+    ]
     for step in (phase.first_step, phase.first_step + 7, phase.last_step):
         assert phase.counts(step).sum() == plan.batch_size(step)
         assert phase.weights(step).sum() == 1.0
@@ -99,7 +105,9 @@ def test_a_stream_goes_on_from_phase_to_phase(write):
 def test_a_cursor_can_restart_and_its_reading_still_counts(write):
     first, second = plan_of(write(), "phases.second.cursor=restart").phases
     assert second.streams[1].cursor == 0
-    assert second.streams[1].epochs_after == pytest.approx(first.streams[0].epochs + second.streams[1].epochs)
+    assert second.streams[1].epochs_after == pytest.approx(
+        first.streams[0].epochs + second.streams[1].epochs
+    )
 
 
 def test_each_subset_has_a_cursor_of_its_own(write):
@@ -153,7 +161,10 @@ def test_checkpoints_count_the_runs_steps_and_phases_their_own(write):
     assert plan.checkpoints() == (30, 60, 90, 100, 120, 150)
     assert plan.kept_checkpoints() == {60, 100, 120, 150}
     plan = plan_of(
-        path, "phases.second.steps=50", "phases.second.checkpoint_every=20", "checkpoints.keep_phase_ends=false"
+        path,
+        "phases.second.steps=50",
+        "phases.second.checkpoint_every=20",
+        "checkpoints.keep_phase_ends=false",
     )
     assert plan.checkpoints() == (120, 140, 150)
 
@@ -175,9 +186,13 @@ def test_earlier_steps_stay_as_they_were(write, change):
     step = 120
     assert fingerprint(before, step) == fingerprint(after, step)
     for number in range(step):
-        assert (before.phase_at(number).counts(number) == after.phase_at(number).counts(number)).all()
+        assert (
+            before.phase_at(number).counts(number) == after.phase_at(number).counts(number)
+        ).all()
     if change == "a longer phase":
-        assert [before.learning_rate(n) for n in range(100)] == [after.learning_rate(n) for n in range(100)]
+        assert [before.learning_rate(n) for n in range(100)] == [
+            after.learning_rate(n) for n in range(100)
+        ]
 
 
 @pytest.mark.parametrize(
@@ -185,8 +200,14 @@ def test_earlier_steps_stay_as_they_were(write, change):
     [
         ("seed=8", "seed: 7 before, 8 now"),
         ("phases.first.batch_size=16", "phases.1.batch_size: [[0, 8]] before, [[0, 16]] now"),
-        ("phases.second.mixture.domains.code.fim_rate=0.5", "phases.2.streams.python.fim_rate: 0 before, 0.5 now"),
-        ("phases.first.mixture.sources.docs=0.6", "phases.1.streams.docs.first share: 0.7 before, 0.666666667 now"),
+        (
+            "phases.second.mixture.domains.code.fim_rate=0.5",
+            "phases.2.streams.python.fim_rate: 0 before, 0.5 now",
+        ),
+        (
+            "phases.first.mixture.sources.docs=0.6",
+            "phases.1.streams.docs.first share: 0.7 before, 0.666666667 now",
+        ),
         (
             "phases.first.mixture.sources.docs={shape: linear, start: 0.7, end: 0.6}",
             "phases.1.counts of every step: None",
@@ -207,4 +228,6 @@ def test_what_differs_is_named(write, change, line):
 def test_a_ramp_with_its_own_length_survives_a_longer_phase(write):
     path = write()
     ramp = "phases.second.mixture.domains.code={shape: cosine, start: 0.1, end: 0.9, over: 40}"
-    assert fingerprint(plan_of(path, ramp), 140) == fingerprint(plan_of(path, ramp, "phases.second.steps=99"), 140)
+    assert fingerprint(plan_of(path, ramp), 140) == fingerprint(
+        plan_of(path, ramp, "phases.second.steps=99"), 140
+    )

@@ -33,7 +33,9 @@ ramps = st.builds(
 batches = st.integers(1, 64) | ramps
 constant_mixtures = st.lists(positive, min_size=1, max_size=12)
 # The first weight is a constant above zero, so that no step is without a source.
-moving_mixtures = st.tuples(positive, st.lists(positive | schedules, max_size=8)).map(lambda t: [t[0], *t[1]])
+moving_mixtures = st.tuples(positive, st.lists(positive | schedules, max_size=8)).map(
+    lambda t: [t[0], *t[1]]
+)
 
 
 def quota(weights, batch, steps=200):
@@ -57,7 +59,9 @@ def assert_laws(q, steps):
     sizes = q.batch.at(np.arange(steps))
     assert (np.diff(counts.sum(axis=1)) == sizes).all(), "every step is full"
     for row, shares in zip(counts[1:].tolist(), exact_shares(q, steps), strict=True):
-        assert all(abs((n << BITS) - c) < ONE for n, c in zip(row, shares, strict=True)), "within one sample"
+        assert all(abs((n << BITS) - c) < ONE for n, c in zip(row, shares, strict=True)), (
+            "within one sample"
+        )
 
 
 @given(constant_mixtures, batches, st.integers(1, 300))
@@ -131,7 +135,14 @@ def test_multiply_is_exact(samples, share):
 
 
 def test_a_ramp_and_its_mirror_take_the_same_total():
-    up = quota([Schedule(shape="linear", start=0.2, end=0.8), Schedule(shape="linear", start=0.8, end=0.2)], 100, 501)
+    up = quota(
+        [
+            Schedule(shape="linear", start=0.2, end=0.8),
+            Schedule(shape="linear", start=0.8, end=0.2),
+        ],
+        100,
+        501,
+    )
     assert abs(int(np.diff(up.before(501))[0])) <= 1
 
 

@@ -44,13 +44,17 @@ def test_a_model_that_does_not_fit_is_split_or_recomputed():
     small = suggest(load_recipe(CRYSTAL), 32032, 4, Peak(67, 989, 1979, memory=40))
     assert all(p.parallel.tensor * p.parallel.pipeline > 1 for p in small)
     (only,) = {
-        p.parallel.recompute.granularity for p in suggest(load_recipe(CRYSTAL), 32032, 1, Peak(67, 989, memory=122))
+        p.parallel.recompute.granularity
+        for p in suggest(load_recipe(CRYSTAL), 32032, 1, Peak(67, 989, memory=122))
     }
     assert only == "full"
 
 
 def test_what_cannot_be_is_a_sentence():
-    with pytest.raises(UserError, match=r"nothing fits 1 devices of 74 usable GiB.* takes 11\d GiB a rank; give more"):
+    with pytest.raises(
+        UserError,
+        match=r"nothing fits 1 devices of 74 usable GiB.* takes 11\d GiB a rank; give more",
+    ):
         suggest(load_recipe(CRYSTAL), 32032, 1, H100)
     with pytest.raises(UserError, match="no tensor x pipeline layout divides 7 devices"):
         suggest(load_recipe(CRYSTAL), 32032, 7, H100)

@@ -40,17 +40,26 @@ def gathered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_corpora_have_the_size_asked_for(gathered: Path) -> None:
     for name, limit in (("code", 3_000_000), ("text", 2_000_000)):
-        sizes = [len(document["text"].encode()) for document in documents(gathered / f"{name}.jsonl")]
+        sizes = [
+            len(document["text"].encode()) for document in documents(gathered / f"{name}.jsonl")
+        ]
         assert 0.9 * limit < sum(sizes) < 1.5 * limit
 
 
 def test_code_is_python_and_nothing_comes_twice(gathered: Path) -> None:
     code = documents(gathered / "code.jsonl")
     assert len({document["text"] for document in code}) == len(code) > 20
-    assert all(document["path"].endswith(".py") and "test" not in Path(document["path"]).parts for document in code)
+    assert all(
+        document["path"].endswith(".py") and "test" not in Path(document["path"]).parts
+        for document in code
+    )
     for document in code[:20]:
         compile(document["text"], document["path"], "exec", dont_inherit=True)
-    text = [p for document in documents(gathered / "text.jsonl") for p in document["text"].strip().split("\n\n")]
+    text = [
+        p
+        for document in documents(gathered / "text.jsonl")
+        for p in document["text"].strip().split("\n\n")
+    ]
     assert len(set(text)) == len(text)
 
 
@@ -82,7 +91,9 @@ def test_prepare_makes_all_that_the_tiny_recipes_read_and_keeps_it(
         code=gathered / "code.jsonl", text=gathered / "text.jsonl"
     ))  # fmt: skip
     made = prepare(tmp_path, vocab_size=2000, workers=1, console=quiet())
-    tokenizer = load_tokenizer(schema.TokenizerSection(path=str(made["tokenizer"]), added_tokens="crystal"))
+    tokenizer = load_tokenizer(
+        schema.TokenizerSection(path=str(made["tokenizer"]), added_tokens="crystal")
+    )
     assert tokenizer.vocab_size == 2032
     for prefix in ("python/train", "python/valid", "docs/train", "docs/valid"):
         manifest = indexed.read_manifest(tmp_path / prefix)
@@ -93,7 +104,9 @@ def test_prepare_makes_all_that_the_tiny_recipes_read_and_keeps_it(
     console = quiet()
     prepare(tmp_path, vocab_size=2000, workers=1, console=console)
     assert said(console).count("kept") == 3
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == stamps
+    assert {
+        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()
+    } == stamps
 
 
 # --------------------------------------------------------------------------------------------------------------- prose
@@ -138,11 +151,15 @@ class C{i}:
     )
     found = docstring_prose(source)
     assert found.count(PROSE.splitlines()[0]) == 5
-    assert [p for p in found if p.startswith(PROSE)] == [f"{PROSE} Number {'i' * (i + 1)}." for i in range(5)]
+    assert [p for p in found if p.startswith(PROSE)] == [
+        f"{PROSE} Number {'i' * (i + 1)}." for i in range(5)
+    ]
     assert len(found) == 10
     assert docstring_prose("x = 1\n" * 1000) == []
     assert docstring_prose(source + "\nnot python (") == []
 
 
 def test_a_package_description_is_what_follows_the_headers() -> None:
-    assert package_description(f"Name: x\nSummary: {PROSE}\n\n# Title\n\n{PROSE}\n\n```\ncode\n```\n") == [PROSE]
+    assert package_description(
+        f"Name: x\nSummary: {PROSE}\n\n# Title\n\n{PROSE}\n\n```\ncode\n```\n"
+    ) == [PROSE]

@@ -110,7 +110,10 @@ OVERRIDES = {
     "parallel.tensor": ("", ["expected KEY=VALUE"]),
     "phases.frist.steps=3": ("phases.frist", ["no such entry", "`first`?"]),
     "parallel.virtual_pipeline=2": ("parallel.virtual_pipeline", ["needs parallel.pipeline"]),
-    "parallel.sequence=true": ("parallel.sequence", ["needs parallel.tensor of 2", "`sequence: false`"]),
+    "parallel.sequence=true": (
+        "parallel.sequence",
+        ["needs parallel.tensor of 2", "`sequence: false`"],
+    ),
     "model.kv_heads=3": ("model.kv_heads", ["does not divide heads 4", "use a divisor"]),
     "model.rotary_fraction=0.2": ("model.rotary_fraction", ["3 of 16", "in pairs"]),
     "precision=fp9": ("precision.compute", ["'fp32', 'bf16' or 'fp8'", "correct the override"]),
@@ -126,7 +129,9 @@ def test_a_mistake_in_an_override_names_the_override(write, override):
     with pytest.raises(UserError) as caught:
         load_recipe(write(), [override])
     message = str(caught.value)
-    assert message.startswith(f"--set {override}: {key}") and all(word in message for word in words), message
+    assert message.startswith(f"--set {override}: {key}") and all(
+        word in message for word in words
+    ), message
 
 
 @pytest.mark.parametrize(
@@ -167,7 +172,9 @@ def test_several_mistakes_are_all_shown(write, good):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("content", ["", "- a\n", "hello", "a: &a [*a]\n", "\ufeffname: x\n", "\x00"])
+@pytest.mark.parametrize(
+    "content", ["", "- a\n", "hello", "a: &a [*a]\n", "\ufeffname: x\n", "\x00"]
+)
 def test_hostile_files_are_refused_in_words(write, content):
     with pytest.raises(UserError, match=r"recipe\.yaml"):
         load_recipe(write(content))

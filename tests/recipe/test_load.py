@@ -17,7 +17,9 @@ def test_a_good_recipe_loads_with_types(write):
 
 def test_paths_come_back_absolute_from_the_file_they_stand_in(write, tmp_path, good):
     write(good, "base/recipe.yaml")
-    child = write("extends: base/recipe.yaml\nsources: {docs: {validation: [held/a, /abs/b]}}\n", "child.yaml")
+    child = write(
+        "extends: base/recipe.yaml\nsources: {docs: {validation: [held/a, /abs/b]}}\n", "child.yaml"
+    )
     recipe = load_recipe(child)
     assert recipe.sources["python"].path == str(tmp_path / "base/data/python")
     assert recipe.sources["docs"].validation == [str(tmp_path / "held/a"), "/abs/b"]
@@ -25,15 +27,21 @@ def test_paths_come_back_absolute_from_the_file_they_stand_in(write, tmp_path, g
 
 
 def test_the_pack_cache_is_relative_to_the_recipe_too(write, tmp_path, good):
-    recipe = load_recipe(write(good + "data: {packing: best_fit, pack_cache: ../packs}\n", "sub/recipe.yaml"))
-    assert recipe.data.pack_cache == str(tmp_path / "packs") and recipe.packing("python") == "best_fit"
+    recipe = load_recipe(
+        write(good + "data: {packing: best_fit, pack_cache: ../packs}\n", "sub/recipe.yaml")
+    )
+    assert (
+        recipe.data.pack_cache == str(tmp_path / "packs") and recipe.packing("python") == "best_fit"
+    )
 
 
 def test_an_override_path_is_relative_to_the_working_directory(write, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     path = write()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert load_recipe(path, ["tokenizer.path=t.model"]).tokenizer.path == str(tmp_path / "elsewhere/t.model")
+    assert load_recipe(path, ["tokenizer.path=t.model"]).tokenizer.path == str(
+        tmp_path / "elsewhere/t.model"
+    )
 
 
 def test_writing_and_reading_give_an_equal_recipe(write, good, tmp_path):
@@ -102,7 +110,10 @@ def test_short_forms_in_an_added_phase_are_short_forms(write, good):
             - {name: fourth, steps: 5, batch_size: 4, sequence_length: 128, learning_rate: {peak: 1},
                mixture: {domains: {code: 0.4, text: 0.6}}}
     """
-    changes = ["phases.third.mixture.sources.docs.max_epochs=4", "phases.fourth.mixture.domains.code.fim_rate=0.5"]
+    changes = [
+        "phases.third.mixture.sources.docs.max_epochs=4",
+        "phases.fourth.mixture.domains.code.fim_rate=0.5",
+    ]
     third, fourth = load_recipe(write(child, "child.yaml"), changes).phases[-2:]
     docs, code = third.mixture.sources["docs"], fourth.mixture.domains["code"]
     assert (docs.weight, docs.max_epochs) == (0.3, 4)
@@ -110,9 +121,16 @@ def test_short_forms_in_an_added_phase_are_short_forms(write, good):
 
 
 def test_an_override_may_replace_a_mapping_and_nothing_above_it(write, good):
-    changes = ["phases.first.mixture.sources=!replace {docs: 1}", "model=!replace {layers: 1, hidden_size: 8, heads: 1}"]
+    changes = [
+        "phases.first.mixture.sources=!replace {docs: 1}",
+        "model=!replace {layers: 1, hidden_size: 8, heads: 1}",
+    ]
     recipe = load_recipe(write(good), changes)
-    assert list(recipe.phases[0].mixture.sources) == ["docs"] and recipe.phases[0].steps == 100 and len(recipe.phases) == 2
+    assert (
+        list(recipe.phases[0].mixture.sources) == ["docs"]
+        and recipe.phases[0].steps == 100
+        and len(recipe.phases) == 2
+    )
     assert recipe.model.layers == 1 and recipe.name == "small"
 
 
@@ -155,7 +173,9 @@ def test_null_takes_a_key_back_to_its_default(write, good):
 
 
 def test_a_source_without_a_value_reads_by_natural_weight(write, good):
-    text = good.replace("domains: {code: 0.63, text: 0.37}", "domains: {code: {ratio: 1, sources: [python]}}")
+    text = good.replace(
+        "domains: {code: 0.63, text: 0.37}", "domains: {code: {ratio: 1, sources: [python]}}"
+    )
     entry = load_recipe(write(text)).phases[1].mixture.domains["code"].sources["python"]
     assert entry.weight is None
 
@@ -185,7 +205,9 @@ def test_overrides_reach_every_key(write, override, read, value):
 
 
 def test_later_overrides_see_earlier_ones(write):
-    recipe = load_recipe(write(), ["optimizer.groups=[{match: a}, {match: b}]", "optimizer.groups.1.lr_mult=3"])
+    recipe = load_recipe(
+        write(), ["optimizer.groups=[{match: a}, {match: b}]", "optimizer.groups.1.lr_mult=3"]
+    )
     assert [group.lr_mult for group in recipe.optimizer.groups] == [1.0, 3.0]
 
 

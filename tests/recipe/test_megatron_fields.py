@@ -12,7 +12,10 @@ from megacode.recipe import megatron_fields
 from megacode.recipe.load import load_recipe
 
 MISTAKES = {
-    "model.megatron.fp8_magin=1": ["TransformerConfig has no such field", "did you mean `fp8_margin`?"],
+    "model.megatron.fp8_magin=1": [
+        "TransformerConfig has no such field",
+        "did you mean `fp8_margin`?",
+    ],
     "model.megatron.num_layers=2": ["is what `model.layers` sets", "use that key"],
     "model.megatron.tensor_model_parallel_size=2": ["`parallel.tensor`"],
     "model.megatron.bf16=true": ["`precision.compute`"],
@@ -64,7 +67,11 @@ def test_fields_of_the_installed_version_pass(write, override):
 def test_another_version_s_names_are_left_to_it(write, monkeypatch):
     monkeypatch.setattr(megatron_fields.metadata, "version", lambda name: "0.99.0")
     load_recipe(write(), ["model.megatron.anything=1"])
-    for change in ("model.megatron.num_layers=1", "model.megatron.num_moe_experts=4", "model.megatron.fp8_margin=a"):
+    for change in (
+        "model.megatron.num_layers=1",
+        "model.megatron.num_moe_experts=4",
+        "model.megatron.fp8_margin=a",
+    ):
         with pytest.raises(UserError):
             load_recipe(write(), [change])
 
@@ -75,7 +82,12 @@ def test_the_table_is_that_of_the_pinned_version():
     pinned = f"megatron-core=={megatron_fields._table()['version']}"
     assert pinned in (root / "tools/constraints.txt").read_text()
     if megatron_fields._is_the_tables_version():
-        made = subprocess.run([sys.executable, root / "tools/megatron-fields"], capture_output=True, text=True, check=True)
+        made = subprocess.run(
+            [sys.executable, root / "tools/megatron-fields"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert made.stdout == (root / "megacode/recipe/megatron_fields.json").read_text(), (
             "run: tools/megatron-fields > megacode/recipe/megatron_fields.json"
         )
@@ -86,12 +98,18 @@ def test_names_of_dtypes_reach_megatron_core_as_dtypes():
     from megacode.megatron.optimizer import _with_dtypes
 
     given = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "fp8", "loss_scale": 1.0}
-    assert _with_dtypes(given) == {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.uint8, "loss_scale": 1.0}
+    assert _with_dtypes(given) == {
+        "exp_avg_dtype": torch.bfloat16,
+        "exp_avg_sq_dtype": torch.uint8,
+        "loss_scale": 1.0,
+    }
 
 
 def test_every_governed_field_exists():
     newer = {name for name in megatron_fields._MODEL_GOVERNED if "mup" in name}  # from 0.17 on
-    assert set(megatron_fields._MODEL_GOVERNED) - newer <= set(megatron_fields.fields_of("TransformerConfig"))
+    assert set(megatron_fields._MODEL_GOVERNED) - newer <= set(
+        megatron_fields.fields_of("TransformerConfig")
+    )
 
 
 def test_every_refused_pattern_is_of_a_field():

@@ -7,11 +7,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacode.recipe.schedules import BatchSizes, Weights, half_cosine, learning_rate, schedule_values
+from megacode.recipe.schedules import (
+    BatchSizes,
+    Weights,
+    half_cosine,
+    learning_rate,
+    schedule_values,
+)
 from megacode.recipe.schema import BatchRamp, LearningRate, Schedule
 
 
-@given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 7), st.integers(1, 60), st.integers(0, 120))
+@given(
+    st.integers(1, 30),
+    st.integers(1, 12),
+    st.integers(1, 7),
+    st.integers(1, 60),
+    st.integers(0, 120),
+)
 @settings(max_examples=80, deadline=None)
 def test_batch_ramps_have_a_formula(start, stairs, increment, over, step):
     ramp = BatchRamp(start=start, end=start + stairs * increment, increment=increment, over=over)
@@ -38,7 +50,9 @@ def test_ramps_begin_and_end_exactly_and_stay(shape):
 
 
 def test_stepwise_holds_equal_parts():
-    values = schedule_values(Schedule(shape="stepwise", values=[7, 7, 6, 5], over=8), np.arange(10), 8)
+    values = schedule_values(
+        Schedule(shape="stepwise", values=[7, 7, 6, 5], over=8), np.arange(10), 8
+    )
     assert values.tolist() == [7, 7, 7, 7, 6, 6, 5, 5, 5, 5]
 
 
@@ -67,7 +81,9 @@ def test_cosine_is_halfway_in_the_middle():
     assert rates(schedule="cosine", peak=1.0, final=0.5, decay_steps=100)[50] == pytest.approx(0.75)
 
 
-@pytest.mark.parametrize(("shape", "middle"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - math.sqrt(0.5))])
+@pytest.mark.parametrize(
+    ("shape", "middle"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - math.sqrt(0.5))]
+)
 def test_wsd_holds_and_then_decays(shape, middle):
     line = rates(schedule="wsd", peak=1.0, final=0.0, wsd_decay=0.2, wsd_shape=shape)
     assert line[:81] == [1.0] * 81 and line[90] == pytest.approx(middle) and 0 < line[99] < 0.25

@@ -53,7 +53,12 @@ phases:
 
 ENVIRONMENT = {
     "megacode": "0.1.0",
-    "versions": {"torch": "2.6.0", "megatron-core": "0.16.1", "transformer-engine": "2.12.0", "apex": None},
+    "versions": {
+        "torch": "2.6.0",
+        "megatron-core": "0.16.1",
+        "transformer-engine": "2.12.0",
+        "apex": None,
+    },
     "host": "gpu-017",
     "cores": 96,
     "device": "NVIDIA H100 80GB HBM3",
@@ -62,19 +67,29 @@ ENVIRONMENT = {
 }
 
 
-def make_run(folder: Path, ratio: float = 0.6, steps: int = 300, done: int | None = None, seed: int = 0) -> Plan:
+def make_run(
+    folder: Path, ratio: float = 0.6, steps: int = 300, done: int | None = None, seed: int = 0
+) -> Plan:
     """Write a run folder with `done` finished steps (default: all) of the recipe above, and its plan."""
     folder.mkdir(parents=True)
     path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(name=folder.name, ratio=ratio, rest=0.95 - ratio, steps=steps, ramp_steps=3 * steps))
+    path.write_text(
+        RECIPE.format(
+            name=folder.name, ratio=ratio, rest=0.95 - ratio, steps=steps, ramp_steps=3 * steps
+        )
+    )
     recipe = load_recipe(path)
     path.write_text(dump_recipe(recipe))
     plan = make_plan(recipe, {name: source.tokens or 0 for name, source in recipe.sources.items()})
     (folder / "plan.json").write_text(json.dumps(plan_summary(plan)))
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
-    (folder / "samples.txt").write_text('def read_lines(path):\n    """<b>not bold</b>"""\n    return open(path)\n')
+    (folder / "samples.txt").write_text(
+        'def read_lines(path):\n    """<b>not bold</b>"""\n    return open(path)\n'
+    )
     with MetricsWriter.open(folder, tensorboard=False) as writer:
-        _write_records(writer, plan, plan.total_steps if done is None else done, np.random.default_rng(seed))
+        _write_records(
+            writer, plan, plan.total_steps if done is None else done, np.random.default_rng(seed)
+        )
     return plan
 
 
@@ -91,7 +106,9 @@ def _write_records(writer: MetricsWriter, plan: Plan, done: int, rng: np.random.
         by_source, by_domain, ratio = {}, {}, {}
         for stream, many in zip(phase.streams, counts.tolist(), strict=True):
             seen[stream.domain] += many * phase.sequence_length
-            seen["text" if stream.domain == "code" else "code"] += 0.1 * many * phase.sequence_length
+            seen["text" if stream.domain == "code" else "code"] += (
+                0.1 * many * phase.sequence_length
+            )
             samples[stream.source] = samples.get(stream.source, 0) + many
             ratio[stream.domain] = ratio.get(stream.domain, 0) + many / phase.batch_size(step)
             if many:
@@ -100,7 +117,10 @@ def _write_records(writer: MetricsWriter, plan: Plan, done: int, rng: np.random.
                     level + 0.15 * (hash_of(stream.source) - 0.5) + rng.normal(0, 0.35 / many**0.5)
                 )
                 by_domain.setdefault(stream.domain, []).append((by_source[stream.source], many))
-        domains = {d: sum(x * n for x, n in pairs) / sum(n for _, n in pairs) for d, pairs in by_domain.items()}
+        domains = {
+            d: sum(x * n for x, n in pairs) / sum(n for _, n in pairs)
+            for d, pairs in by_domain.items()
+        }
         speed = 412_000 * (1 + rng.normal(0, 0.01)) * (0.35 if step % 211 == 3 else 1)
         batch = phase.batch_size(step)
         seconds = batch * phase.sequence_length / speed
@@ -116,7 +136,10 @@ def _write_records(writer: MetricsWriter, plan: Plan, done: int, rng: np.random.
             }
         )  # fmt: skip
         if (step + 1) % 100 == 0 or step == phase.last_step:
-            valid = {n: floors[s.domain] + 9 * (seen[s.domain] / 2e6) ** -0.42 for n, s in plan.recipe.sources.items()}
+            valid = {
+                n: floors[s.domain] + 9 * (seen[s.domain] / 2e6) ** -0.42
+                for n, s in plan.recipe.sources.items()
+            }
             writer.write(
                 {
                     "kind": "validation", "step": step + 1, "phase": phase.name, "samples": 64,

@@ -57,19 +57,26 @@ def test_the_picture_shows_shares_of_documents_and_of_tokens() -> None:
     a, b = np.full(300, 100), np.repeat([16, 4096], [90, 10])
     figure = Figure()
     _paint(figure, {"a": length_histogram(a), "b": length_histogram(b)})
-    lines = [[p for p in axes.patches if isinstance(p, StepPatch) and not p.get_fill()] for axes in figure.axes]
+    lines = [
+        [p for p in axes.patches if isinstance(p, StepPatch) and not p.get_fill()]
+        for axes in figure.axes
+    ]
     assert [len(panel) for panel in lines] == [2, 2]
 
     def height(panel: int, dataset: int, length: int) -> float:
         values, edges, _ = lines[panel][dataset].get_data()
         bin_ = np.searchsorted(edges, length, side="right") - 1
-        width = np.log2(edges[bin_ + 1] / edges[bin_]) * 2  # 1 (two bins to a doubling), but for rounding
+        width = (
+            np.log2(edges[bin_ + 1] / edges[bin_]) * 2
+        )  # 1 (two bins to a doubling), but for rounding
         return float(values[bin_] * width)
 
     assert height(0, 0, 100) == pytest.approx(1) and height(1, 0, 100) == pytest.approx(1)
     assert height(0, 1, 16) == pytest.approx(0.9) and height(0, 1, 4096) == pytest.approx(0.1)
     tokens = 90 * 16 + 10 * 4096
-    assert height(1, 1, 16) == pytest.approx(90 * 16 / tokens) and height(1, 1, 4096) == pytest.approx(40960 / tokens)
+    assert height(1, 1, 16) == pytest.approx(90 * 16 / tokens) and height(
+        1, 1, 4096
+    ) == pytest.approx(40960 / tokens)
     (legend,) = figure.legends
     texts = [text.get_text() for text in legend.get_texts()]
     assert texts == ["a: 300 documents, 30,000 tokens", "b: 100 documents, 42,400 tokens"]
@@ -89,7 +96,9 @@ def test_short_documents_are_not_exaggerated_by_their_wide_bins() -> None:
 
 
 def test_a_file_of_the_asked_kind_in_the_light_scheme(tmp_path: Path) -> None:
-    histograms = {f"dataset {n}": length_histogram(lengths(n)) for n in range(9)} | {"none": np.zeros((2, BINS), int)}
+    histograms = {f"dataset {n}": length_histogram(lengths(n)) for n in range(9)} | {
+        "none": np.zeros((2, BINS), int)
+    }
     plot_lengths(histograms, tmp_path / "a.png")
     image = imread(tmp_path / "a.png")
     assert image.shape[1] == 1500 and image[:, :, :3].std() > 0.05

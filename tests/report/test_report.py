@@ -30,7 +30,9 @@ def test_the_page_is_one_file_that_needs_no_other(fake_run: Path) -> None:
     html = page([read_run(fake_run)])
     assert not re.search(r"<script|<link|@import|url\(http|src=|href=\"(?!#)", html)
     assert html.count("<svg") >= 8
-    assert "viewBox" in html and "#0101" not in html and "#0102" not in html  # every placeholder became a variable
+    assert (
+        "viewBox" in html and "#0101" not in html and "#0102" not in html
+    )  # every placeholder became a variable
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
     for reference in re.findall(r"url\(#([^)]+)\)", html):
@@ -50,7 +52,9 @@ def test_drift_is_drawn_where_fp8_was_compared(fake_run: Path) -> None:
     compared = np.flatnonzero(np.isfinite(run.train["drift"])) + 1
     assert compared.tolist() == list(range(25, 501, 25))
     assert picture.count("fill: var(--ink); stroke: var(--paper)") == len(compared)  # a dot each
-    unlike = replace(run, train=replace(run.train, numbers=run.train.numbers | {"drift": np.full(500, np.nan)}))
+    unlike = replace(
+        run, train=replace(run.train, numbers=run.train.numbers | {"drift": np.full(500, np.nan)})
+    )
     assert TITLES["drift"] not in dict(small_figures(unlike))
 
 
@@ -67,7 +71,9 @@ def test_hues_differ_and_schemes_have_the_same_names() -> None:
     assert len(set(hues(names).values())) == len(names)
     assert hues(["code"]) == {"code": hues(names)["code"]}
     assert set(css()["light"]) == set(css()["dark"])
-    assert with_variables("stroke: #010101; fill: #010200") == "stroke: var(--ink); fill: var(--hue0)"
+    assert (
+        with_variables("stroke: #010101; fill: #010200") == "stroke: var(--ink); fill: var(--hue0)"
+    )
 
 
 def test_validation_table_has_every_phase_end(fake_run: Path) -> None:
@@ -76,7 +82,9 @@ def test_validation_table_has_every_phase_end(fake_run: Path) -> None:
     assert table and table.columns == ("", "text", "ramp", "python")
     expected = {r["step"]: r["loss_by_domain"]["code"] for r in run.validations}
     row = next(row for row in table.rows if row.name == "code")
-    assert [cell.text for cell in row.cells] == [f"{expected[step]:.4f}" for step in (100, 400, 500)]
+    assert [cell.text for cell in row.cells] == [
+        f"{expected[step]:.4f}" for step in (100, 400, 500)
+    ]
 
 
 def test_a_finished_run_consumed_what_was_planned(fake_run: Path) -> None:
@@ -104,15 +112,22 @@ def test_planned_shares_agree_with_consumed_ones(fake_run: Path) -> None:
             at = np.interp(np.arange(part.start, part.stop), phase["curves"]["share_steps"], shares)
             planned = (at * run.train["batch_size"][part]).sum()
             same = [s for s in phase["streams"] if s["source"] == stream["source"]]
-            assert len(same) == 1 and abs(planned - stream["samples"]) < 1.5 + 0.001 * stream["samples"]
+            assert (
+                len(same) == 1
+                and abs(planned - stream["samples"]) < 1.5 + 0.001 * stream["samples"]
+            )
 
 
-def test_an_unfinished_run_without_plan_environment_and_validation_still_has_a_page(tmp_path: Path) -> None:
+def test_an_unfinished_run_without_plan_environment_and_validation_still_has_a_page(
+    tmp_path: Path,
+) -> None:
     make_run(tmp_path / "short", steps=40, done=3)
     for name in ("plan.json", "environment.json", "samples.txt"):
         (tmp_path / "short" / name).unlink()
     run = read_run(tmp_path / "short")
-    assert not run.validations and "3 of 200 steps" in lead(run)  # planned anew from the declared tokens
+    assert not run.validations and "3 of 200 steps" in lead(
+        run
+    )  # planned anew from the declared tokens
     html = page([run])
     assert "Validation loss at" not in html and "What it writes" not in html
 
@@ -133,27 +148,40 @@ def test_several_runs_are_compared(fake_run: Path, tmp_path: Path) -> None:
     assert "phases differ" in html
 
 
-def test_a_domain_without_a_loss_in_the_first_run_has_no_difference(fake_run: Path, tmp_path: Path) -> None:
+def test_a_domain_without_a_loss_in_the_first_run_has_no_difference(
+    fake_run: Path, tmp_path: Path
+) -> None:
     diverged = shutil.copytree(fake_run, tmp_path / "diverged")
     records = read_metrics(diverged)
     for record in records:
         if "math" in record.get("loss_by_domain", {}):
             record["loss_by_domain"]["math"] = None
-    (diverged / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (diverged / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records)
+    )
     runs = read_runs([diverged, fake_run])
     hue = hues(["text", "code", "math"])
     picture = differences(runs, hue) or ""
     assert ">code<" in picture and ">math<" not in picture
-    nothing = [replace(runs[0], train=replace(runs[0].train, loss_by_domain={"math": np.full(500, np.nan)})), runs[1]]
+    nothing = [
+        replace(
+            runs[0], train=replace(runs[0].train, loss_by_domain={"math": np.full(500, np.nan)})
+        ),
+        runs[1],
+    ]
     assert differences(nothing, hue) is None
 
 
 def test_names_with_dollar_signs_are_no_formulas(fake_run: Path, tmp_path: Path) -> None:
-    runs = read_runs([Path(shutil.copytree(fake_run, tmp_path / name)) for name in ("a$_$", "b$^$")])
+    runs = read_runs(
+        [Path(shutil.copytree(fake_run, tmp_path / name)) for name in ("a$_$", "b$^$")]
+    )
     picture = losses(runs, hues(["text", "code", "math"]))
     assert ">a$_$<" in picture and ">b$^$<" in picture
     spike = np.where(np.arange(500) == 3, 5000.0, 5.0)
-    wild = replace(runs[0], train=replace(runs[0].train, numbers=runs[0].train.numbers | {"grad_norm": spike}))
+    wild = replace(
+        runs[0], train=replace(runs[0].train, numbers=runs[0].train.numbers | {"grad_norm": spike})
+    )
     assert "$" not in dict(small_figures(wild))[TITLES["grad_norm"]].replace(
         "a$_$", ""
     )  # nor those of a logarithmic axis
@@ -164,20 +192,29 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(fake_run: Path, tmp_pa
     assert [run.label for run in read_runs([fake_run, copy])] == [str(fake_run), str(copy)]
 
 
-def test_the_verb_writes_the_page(fake_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_writes_the_page(
+    fake_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "page.html"
     assert main(["report", str(fake_run), "--output", str(output)]) == 0
-    assert str(output) in capsys.readouterr().out and output.read_text().startswith("<!doctype html>")
+    assert str(output) in capsys.readouterr().out and output.read_text().startswith(
+        "<!doctype html>"
+    )
     assert not list(tmp_path.glob(".*"))
     assert main(["report", str(fake_run)]) == 0
     assert (fake_run / "report.html").exists()
 
 
-def test_a_mistake_is_one_sentence(fake_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_one_sentence(
+    fake_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for folder, said in [(tmp_path / "none", "no such folder"), (tmp_path, "has no recipe.yaml")]:
         with pytest.raises(UserError, match=said):
             read_run(folder)
-    for name, content, said in [("empty", "", "no finished step yet"), ("gone", None, "cannot be read")]:
+    for name, content, said in [
+        ("empty", "", "no finished step yet"),
+        ("gone", None, "cannot be read"),
+    ]:
         folder = tmp_path / name
         folder.mkdir()
         shutil.copy(fake_run / "recipe.yaml", folder)

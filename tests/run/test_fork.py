@@ -119,17 +119,29 @@ def test_what_is_changed_begins_anew_and_the_rest_goes_on(recipe: Path) -> None:
     old, step = plan_of(recipe), 1030
     new = forked(recipe, step, "phases.two.learning_rate.peak=5e-4")
     assert facts(new, 0, step) == facts(old, 0, step)
-    assert [f[1:] for f in facts(new, step, new.total_steps)] == [f[1:] for f in facts(old, step, old.total_steps)]
-    assert [new.learning_rate(step + t) for t in (0, 200)] == [0.0, 5e-4], "warm-up and peak, from the split on"
+    assert [f[1:] for f in facts(new, step, new.total_steps)] == [
+        f[1:] for f in facts(old, step, old.total_steps)
+    ]
+    assert [new.learning_rate(step + t) for t in (0, 200)] == [0.0, 5e-4], (
+        "warm-up and peak, from the split on"
+    )
 
-    new = forked(recipe, step, "phases.two.mixture.domains.code.ratio={shape: linear, start: 0.5, end: 1.0}")
+    new = forked(
+        recipe, step, "phases.two.mixture.domains.code.ratio={shape: linear, start: 0.5, end: 1.0}"
+    )
     assert facts(new, 0, step) == facts(old, 0, step)
     for t in (step, 2000, 3029):
-        assert new.learning_rate(t) == old.learning_rate(t) and new.batch_size(t) == old.batch_size(t)
+        assert new.learning_rate(t) == old.learning_rate(t) and new.batch_size(t) == old.batch_size(
+            t
+        )
     piece = new.phases[2]
-    assert piece.weights(step)[0] == pytest.approx(0.5 / 1.4) and piece.weights(3029)[0] == pytest.approx(1.0 / 1.1)
+    assert piece.weights(step)[0] == pytest.approx(0.5 / 1.4) and piece.weights(3029)[
+        0
+    ] == pytest.approx(1.0 / 1.1)
     # Within one sample of its share after every step, counted from the split.
-    due = np.cumsum([piece.weights(t) * piece.batch_size(t) for t in range(step, step + 1500)], axis=0)
+    due = np.cumsum(
+        [piece.weights(t) * piece.batch_size(t) for t in range(step, step + 1500)], axis=0
+    )
     taken = piece.counts_range(step, step + 1500)[1:]
     assert np.abs(taken - due).max() < 1
 
@@ -149,7 +161,9 @@ def test_checkpoints_of_the_pieces_keep_the_phases_cadence(recipe: Path) -> None
 
 def test_at_the_end_of_a_phase_nothing_is_split(recipe: Path) -> None:
     new = forked(recipe, 30, "phases.two.steps=10", "phases.three.batch_size=16")
-    assert [phase.name for phase in new.phases] == ["one", "two", "three"] and new.phases[1].steps == 10
+    assert [phase.name for phase in new.phases] == ["one", "two", "three"] and new.phases[
+        1
+    ].steps == 10
 
 
 @pytest.mark.parametrize(
@@ -162,7 +176,9 @@ def test_at_the_end_of_a_phase_nothing_is_split(recipe: Path) -> None:
         (500, "seed=8", "seed: a fork goes on with the same seed"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_sentence(recipe: Path, step: int, override: str, told: str) -> None:
+def test_what_cannot_be_is_refused_in_a_sentence(
+    recipe: Path, step: int, override: str, told: str
+) -> None:
     with pytest.raises(UserError) as error:
         split(plan_of(recipe), plan_of(recipe, override), step)
     assert told in str(error.value) and "\n" not in str(error.value)
@@ -187,7 +203,11 @@ def test_a_step_without_checkpoint_and_a_folder_that_is_there(tmp_path: Path) ->
 
 
 def test_a_piece_that_begins_after_its_phase(recipe: Path) -> None:
-    text = RECIPE.replace("    tokens: 20k\n", "    tokens: 20k\n    within: {mixture: {first: 9, steps: 9}}\n")
+    text = RECIPE.replace(
+        "    tokens: 20k\n", "    tokens: 20k\n    within: {mixture: {first: 9, steps: 9}}\n"
+    )
     recipe.write_text(text)
-    with pytest.raises(UserError, match=r"within.mixture: `first` counts from 0 and is 9, in a schedule of 9 steps"):
+    with pytest.raises(
+        UserError, match=r"within.mixture: `first` counts from 0 and is 9, in a schedule of 9 steps"
+    ):
         load_recipe(recipe)

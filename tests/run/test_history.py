@@ -13,7 +13,13 @@ from megacode.plan.fingerprint import fingerprint
 from megacode.plan.plan import Plan, make_plan
 from megacode.recipe.load import dump_recipe, load_recipe
 from megacode.recipe.schema import TokenizerSection
-from megacode.run.checkpoints import INFO, checkpoint_name, find_checkpoint, latest_checkpoint, latest_note
+from megacode.run.checkpoints import (
+    INFO,
+    checkpoint_name,
+    find_checkpoint,
+    latest_checkpoint,
+    latest_note,
+)
 from megacode.run.folder import checkpoint_to_resume
 from megacode.run.history import initial_changes, is_own, past_changes, put_other_futures_aside
 from megacode.run.metrics import FILE as METRICS
@@ -39,7 +45,12 @@ def save(run: Path, plan: Plan, step: int, **more: object) -> Path:
     """A checkpoint's folder without its tensors."""
     checkpoint = run / "checkpoints" / checkpoint_name(step)
     checkpoint.mkdir(parents=True)
-    info = {"step": step, "facts": fingerprint(plan, step), "vocab_size": plan.recipe.model.vocab_size, **more}
+    info = {
+        "step": step,
+        "facts": fingerprint(plan, step),
+        "vocab_size": plan.recipe.model.vocab_size,
+        **more,
+    }
     (checkpoint / INFO).write_text(json.dumps(info))
     (checkpoint / "recipe.yaml").write_text(dump_recipe(plan.recipe))
     (run / "checkpoints/latest").write_text(checkpoint.name + "\n")
@@ -57,7 +68,10 @@ def run(tmp_path: Path, recipe_file: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------ which one
 
 
-@pytest.mark.parametrize("damage", [None, "", "step_00000040", "../elsewhere/step_00000010", "/tmp/step_00000010", "\x00?"])
+@pytest.mark.parametrize(
+    "damage",
+    [None, "", "step_00000040", "../elsewhere/step_00000010", "/tmp/step_00000010", "\x00?"],
+)
 def test_without_a_latest_that_fits_a_run_goes_on_from_the_newest_and_says_so(
     damage: str | None, run: Path, recipe_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,7 +95,9 @@ def test_an_incomplete_newest_one_is_left_aside(run: Path) -> None:
 
 
 @pytest.mark.parametrize("pointer", [True, False])
-def test_checkpoints_of_which_none_is_complete_are_no_new_run(pointer: bool, run: Path, recipe_file: Path) -> None:
+def test_checkpoints_of_which_none_is_complete_are_no_new_run(
+    pointer: bool, run: Path, recipe_file: Path
+) -> None:
     for info in run.glob(f"checkpoints/*/{INFO}"):
         info.unlink()
     if not pointer:
@@ -90,9 +106,13 @@ def test_checkpoints_of_which_none_is_complete_are_no_new_run(pointer: bool, run
         checkpoint_to_resume(run, plan_of(recipe_file, *PLAIN))
 
 
-def test_a_wish_for_an_earlier_one_that_is_gone_is_no_wish_for_the_newest(run: Path, recipe_file: Path) -> None:
+def test_a_wish_for_an_earlier_one_that_is_gone_is_no_wish_for_the_newest(
+    run: Path, recipe_file: Path
+) -> None:
     (run / "checkpoints/latest").write_text("step_00000015\n")
-    with pytest.raises(UserError, match=r"step_00000015.*there are later ones.*step_00000010, step_00000020"):
+    with pytest.raises(
+        UserError, match=r"step_00000015.*there are later ones.*step_00000010, step_00000020"
+    ):
         checkpoint_to_resume(run, plan_of(recipe_file, *PLAIN))
 
 
@@ -113,13 +133,21 @@ def test_metrics_that_tell_of_a_checkpoint_are_no_new_run(run: Path, recipe_file
     [
         ("model.rotary_base=500", r"model\.rotary_base: 10000 before, 500 now"),
         ("optimizer.beta2=0.9", r"optimizer\.beta2: 0\.95 before, 0\.9 now"),
-        ("phases.first.learning_rate.peak=1", r"phases\.first\.learning_rate: 0\.0001 before, 0\.1 now in step 2"),
+        (
+            "phases.first.learning_rate.peak=1",
+            r"phases\.first\.learning_rate: 0\.0001 before, 0\.1 now in step 2",
+        ),
         ("model.tie_embeddings=true", r"model\.tie_embeddings: False before, True now"),
         ("precision=fp32", r"precision\.compute: bf16 before, fp32 now"),
     ],
 )
-def test_a_changed_past_is_refused_unless_accepted(override: str, said: str, run: Path, recipe_file: Path) -> None:
-    plan, key = plan_of(recipe_file, *PLAIN, override), override.partition("=")[0].removesuffix(".peak")
+def test_a_changed_past_is_refused_unless_accepted(
+    override: str, said: str, run: Path, recipe_file: Path
+) -> None:
+    plan, key = (
+        plan_of(recipe_file, *PLAIN, override),
+        override.partition("=")[0].removesuffix(".peak"),
+    )
     with pytest.raises(UserError, match=rf"first 30 steps .*{said}.*--accept-change {key}"):
         checkpoint_to_resume(run, plan)
     resume = checkpoint_to_resume(run, plan, [key])
@@ -145,7 +173,10 @@ def test_a_tokenizer_is_known_by_its_contents(run: Path, recipe_file: Path, tmp_
         )  # fmt: skip
         return tmp_path / f"{name}.model"
 
-    first, other = trained("a", "def add(left, right): return left + right\n"), trained("b", "the quick brown fox jumps\n")
+    first, other = (
+        trained("a", "def add(left, right): return left + right\n"),
+        trained("b", "the quick brown fox jumps\n"),
+    )
     shutil.copy(first, tmp_path / "moved.model")
     tokenizer = load_tokenizer(TokenizerSection(path=str(first), added_tokens=["<x>", "<y>"]))
     size = f"model.vocab_size={tokenizer.vocab_size}"
@@ -154,7 +185,9 @@ def test_a_tokenizer_is_known_by_its_contents(run: Path, recipe_file: Path, tmp_
     for info in ({}, {"tokenizer": tokenizer.facts()}):  # as checkpoints were, and as they are
         shutil.rmtree(run)
         checkpoint = save(run, plan, 10, **info)
-        assert checkpoint_to_resume(run, plan_of(recipe_file, f"tokenizer.path={tmp_path}/moved.model", *named))
+        assert checkpoint_to_resume(
+            run, plan_of(recipe_file, f"tokenizer.path={tmp_path}/moved.model", *named)
+        )
         for override, key in (
             (f"tokenizer.path={other}", "tokenizer.path"), ("tokenizer.added_tokens=[<y>, <x>]", "tokenizer.added_tokens"),
             ("tokenizer.bos=true", "tokenizer.bos"), ("tokenizer.added_tokens=[<x>]", "model.vocab_size"),
@@ -163,18 +196,39 @@ def test_a_tokenizer_is_known_by_its_contents(run: Path, recipe_file: Path, tmp_
             with pytest.raises(UserError, match=f"{key}: "):
                 checkpoint_to_resume(run, changed)
         # More tokens after the old ones are no other model to start from; another file or order is.
-        start = (f"initialize_from={checkpoint}", f"tokenizer.path={first}", "model.vocab_size=null")
-        assert initial_changes(load_recipe(recipe_file, [*start, "tokenizer.added_tokens=[<x>, <y>, <z>]"])) == ()
+        start = (
+            f"initialize_from={checkpoint}",
+            f"tokenizer.path={first}",
+            "model.vocab_size=null",
+        )
+        assert (
+            initial_changes(
+                load_recipe(recipe_file, [*start, "tokenizer.added_tokens=[<x>, <y>, <z>]"])
+            )
+            == ()
+        )
         for override in (f"tokenizer.path={other}", "tokenizer.added_tokens=[<y>, <x>]"):
             with pytest.raises(UserError, match=override.partition("=")[0]):
-                initial_changes(load_recipe(recipe_file, [*start, "tokenizer.added_tokens=[<x>, <y>]", override]))
+                initial_changes(
+                    load_recipe(
+                        recipe_file, [*start, "tokenizer.added_tokens=[<x>, <y>]", override]
+                    )
+                )
 
 
 def test_weights_start_only_the_model_that_they_are_of(run: Path, recipe_file: Path) -> None:
     start = (*PLAIN, f"initialize_from={run}")
-    same = load_recipe(recipe_file, [*start, "optimizer.beta2=0.9", "seed=9", "model.dropout=0.1", "model.init_std=0.1"])
+    same = load_recipe(
+        recipe_file,
+        [*start, "optimizer.beta2=0.9", "seed=9", "model.dropout=0.1", "model.init_std=0.1"],
+    )
     assert initial_changes(same) == ()
-    for override in ("model.activation=geglu", "model.heads=8", "model.rotary_base=1", "model.qk_norm=true"):
+    for override in (
+        "model.activation=geglu",
+        "model.heads=8",
+        "model.rotary_base=1",
+        "model.qk_norm=true",
+    ):
         changed = load_recipe(recipe_file, [*start, override])
         key = override.partition("=")[0]
         with pytest.raises(UserError, match=f"initialize_from: .*{key}: .*--accept-change {key}"):
@@ -185,16 +239,24 @@ def test_weights_start_only_the_model_that_they_are_of(run: Path, recipe_file: P
 # ------------------------------------------------------------------------------------------------- other futures
 
 
-def test_checkpoints_of_another_future_are_put_aside_and_never_removed(run: Path, recipe_file: Path) -> None:
+def test_checkpoints_of_another_future_are_put_aside_and_never_removed(
+    run: Path, recipe_file: Path
+) -> None:
     (run / METRICS).write_text("{}\n")
     (run / "checkpoints/latest").write_text("step_00000010\n")
     plan = plan_of(recipe_file, *PLAIN)
     assert put_other_futures_aside(run, plan, 10, []) is None, "the same future: they are made anew"
-    lower = plan_of(recipe_file, *PLAIN, "phases.first.learning_rate={peak: 1e-3, warmup: 10, schedule: linear}")
+    lower = plan_of(
+        recipe_file, *PLAIN, "phases.first.learning_rate={peak: 1e-3, warmup: 10, schedule: linear}"
+    )
     line = put_other_futures_aside(run, lower, 10, [])
     aside = run / "checkpoints.before-1"
     assert line and str(aside) in line and "step_00000020, step_00000030" in line
-    assert sorted(path.name for path in aside.iterdir()) == [METRICS, "step_00000020", "step_00000030"]
+    assert sorted(path.name for path in aside.iterdir()) == [
+        METRICS,
+        "step_00000020",
+        "step_00000030",
+    ]
     assert [path.name for path in sorted(run.glob("checkpoints/step_*"))] == ["step_00000010"]
 
 
@@ -204,14 +266,21 @@ def test_whose_a_checkpoint_is(run: Path, recipe_file: Path) -> None:
     beta = plan_of(recipe_file, *PLAIN, "optimizer.beta2=0.9")
     assert not is_own(checkpoint, beta, [])
     assert is_own(checkpoint, beta, [{"key": "optimizer.beta2", "step": 25}]), "accepted after it"
-    assert not is_own(checkpoint, beta, [{"key": "optimizer.beta2", "step": 15}]), "it should have it"
+    assert not is_own(checkpoint, beta, [{"key": "optimizer.beta2", "step": 15}]), (
+        "it should have it"
+    )
     (checkpoint / "recipe.yaml").unlink()
     assert not is_own(checkpoint, plan_of(recipe_file, *PLAIN), [])
 
 
-def test_a_checkpoint_without_its_recipe_is_not_taken_on_trust(run: Path, recipe_file: Path) -> None:
+def test_a_checkpoint_without_its_recipe_is_not_taken_on_trust(
+    run: Path, recipe_file: Path
+) -> None:
     (run / "checkpoints/step_00000030/recipe.yaml").unlink()
     with pytest.raises(UserError, match=r"recipe\.yaml: is missing"):
         checkpoint_to_resume(run, plan_of(recipe_file, *PLAIN))
     info = json.loads((run / f"checkpoints/step_00000020/{INFO}").read_text())
-    assert past_changes(run / "checkpoints/step_00000020", info, plan_of(recipe_file, *PLAIN)) == ([], [])
+    assert past_changes(run / "checkpoints/step_00000020", info, plan_of(recipe_file, *PLAIN)) == (
+        [],
+        [],
+    )

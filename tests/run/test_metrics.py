@@ -90,7 +90,9 @@ def test_an_uninterrupted_and_a_resumed_run_write_the_same_file(tmp_path: Path) 
 
 def test_numbers_that_are_not_finite_become_null_and_stay_json(tmp_path: Path) -> None:
     with MetricsWriter.open(tmp_path, tensorboard=False) as writer:
-        writer.write(train_record(1, loss=float("nan"), grad_norm=np.float32("inf"), batch_size=np.int64(4)))
+        writer.write(
+            train_record(1, loss=float("nan"), grad_norm=np.float32("inf"), batch_size=np.int64(4))
+        )
     line = (tmp_path / FILE).read_text()
     assert "NaN" not in line and "Infinity" not in line
     record = json.loads(line)
@@ -100,8 +102,12 @@ def test_numbers_that_are_not_finite_become_null_and_stay_json(tmp_path: Path) -
 def test_tokens_by_source_follow_the_sequence_length_of_each_phase(tmp_path: Path) -> None:
     with MetricsWriter.open(tmp_path, tensorboard=False) as writer:
         writer.write(train_record(1))
-    with MetricsWriter.open(tmp_path, tensorboard=False, first_step=1) as writer:  # the next phase is at length 32
-        writer.write(train_record(2, tokens=64 + 128, samples_by_source={"python": 3, "docs": 3, "web": 2}))
+    with MetricsWriter.open(
+        tmp_path, tensorboard=False, first_step=1
+    ) as writer:  # the next phase is at length 32
+        writer.write(
+            train_record(2, tokens=64 + 128, samples_by_source={"python": 3, "docs": 3, "web": 2})
+        )
     by_source = [record["tokens_by_source"] for record in read_metrics(tmp_path)]
     assert by_source == [{"python": 48, "docs": 16}, {"python": 48, "docs": 16 + 64, "web": 64}]
 
@@ -129,7 +135,12 @@ def test_tags_say_loss_by_source_and_domain() -> None:
     assert tags["tokens/source/python"] == 48
     assert "throughput/mfu" not in tags and "memory/peak_gb" not in tags
     valid = scalars(
-        {"kind": "validation", "step": 1, "loss_by_source": {"python": 1.0}, "loss_by_domain": {"code": 1.0}}
+        {
+            "kind": "validation",
+            "step": 1,
+            "loss_by_source": {"python": 1.0},
+            "loss_by_domain": {"code": 1.0},
+        }
     )
     assert valid == {"loss/valid/source/python": 1.0, "loss/valid/domain/code": 1.0}
     assert scalars({"kind": "event", "step": 1, "event": "start"}) == {}

@@ -74,7 +74,9 @@ class Cluster:
     def start(self, key: str, name: str, *arguments: str) -> None:
         with open(self.folder / f"{name}.out", "ab") as log:
             command = [_program(name), *arguments]
-            self.daemons[key] = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            self.daemons[key] = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True
+            )
 
     def start_node(self, name: str) -> None:
         self.start(name, "slurmd", "-D", "-f", str(self.folder / "slurm.conf"), "-N", name)
@@ -110,13 +112,17 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     files = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
     cluster = Cluster(folder)
     try:
-        cluster.start("munged", "munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files)
+        cluster.start(
+            "munged", "munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files
+        )
         wait_for((folder / "munge.socket").exists, 10)
         cluster.start("slurmctld", "slurmctld", "-D", "-f", str(folder / "slurm.conf"))
         cluster.start_node("n1")
         cluster.start_node("n2")
         wait_for(
-            lambda: sh("sinfo -h -o %T").strip() == "idle", 40, lambda: (folder / "slurmctld.log").read_text()[-3000:]
+            lambda: sh("sinfo -h -o %T").strip() == "idle",
+            40,
+            lambda: (folder / "slurmctld.log").read_text()[-3000:],
         )
         yield cluster
         subprocess.run(["scancel", "--user=root"], timeout=20)
@@ -137,7 +143,9 @@ def _program(name: str) -> str | None:
 
 
 def sh(command: str) -> str:
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=60
+    ).stdout
 
 
 RECIPE = """
@@ -187,7 +195,9 @@ class Checkout:
 
     def submit(self, command: str) -> int:
         """Run a command here that prints a job's number last."""
-        done = subprocess.run(["bash", "-c", command], cwd=self.path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=self.path, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stderr
         return int(done.stdout.split()[-1])
 

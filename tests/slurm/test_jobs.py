@@ -19,7 +19,9 @@ pytestmark = pytest.mark.slow
 def straight(checkout: Checkout) -> Path:
     """The run that nothing befell, without Slurm."""
     run = checkout.run("straight")
-    megacode("train", checkout.path / "tiny.yaml", "--run", run, "--processes", "2", OMP_NUM_THREADS="1")
+    megacode(
+        "train", checkout.path / "tiny.yaml", "--run", run, "--processes", "2", OMP_NUM_THREADS="1"
+    )
     assert len(steps_of(run).losses) == 40
     return run
 
@@ -58,7 +60,9 @@ def test_all_phases_in_a_chain(checkout: Checkout, straight: Path) -> None:
     """Two nodes, four jobs; the last phase's job is asked to stop, saves and starts again by itself."""
     run = checkout.run("chain")
     last = checkout.submit("slurm/submit-all.sh tiny.yaml runs/chain")
-    assert wait_for_end(checkout, last, 120) == "COMPLETED", checkout.log(last - 1) + checkout.log(last)
+    assert wait_for_end(checkout, last, 120) == "COMPLETED", checkout.log(last - 1) + checkout.log(
+        last
+    )
     assert steps_of(run) == steps_of(straight)
     assert "phase1 is finished: step 12 of 40" in checkout.log(last - 3)
     assert "all" in checkout.log(last) and (run / "report.html").exists()
@@ -82,7 +86,11 @@ def test_one_task_a_node_starts_the_nodes_processes(checkout: Checkout, straight
     cluster.write_text(one)
     run = checkout.run("tasks")
     assert steps_of(run).batches == steps_of(straight).batches[:12]
-    assert {path.name for path in run.glob("logs/*/*")} == {"rank-1.log", "rank-2.log", "rank-3.log"}
+    assert {path.name for path in run.glob("logs/*/*")} == {
+        "rank-1.log",
+        "rank-2.log",
+        "rank-3.log",
+    }
 
 
 def test_a_signal_saves_and_the_job_starts_again(checkout: Checkout, straight: Path) -> None:
@@ -94,23 +102,35 @@ def test_a_signal_saves_and_the_job_starts_again(checkout: Checkout, straight: P
     os.kill(task(job, 1), signal.SIGSTOP)  # the first job stays where it is meanwhile
     try:
         second = checkout.submit(f"sbatch {FLAGS} slurm/train.sh {recipe} {run}")
-        assert wait_for_end(checkout, second) == "FAILED" and exit_code(second) == 2, checkout.log(second)
+        assert wait_for_end(checkout, second) == "FAILED" and exit_code(second) == 2, checkout.log(
+            second
+        )
     finally:
         os.kill(task(job, 1), signal.SIGCONT)
-    told = [line for line in checkout.log(second).splitlines() if line.startswith("megacode train:")]
+    told = [
+        line for line in checkout.log(second).splitlines() if line.startswith("megacode train:")
+    ]
     assert len(told) == 1 and f"this run is being trained by Slurm job {job}, process" in told[0]
     assert "not started again" not in checkout.log(second)
     sh(f"scancel --signal=USR1 {job}")
     assert wait_for_end(checkout, job) == "COMPLETED", checkout.log(job)
     log = checkout.log(job)
-    assert f"stopped by signal {signal.SIGUSR1.value} after step" in log and "the job starts again" in log
+    assert (
+        f"stopped by signal {signal.SIGUSR1.value} after step" in log
+        and "the job starts again" in log
+    )
     assert "continuing from" in log and "Restarts=1" in sh(f"scontrol show job {job}")
-    assert steps_of(run).losses == steps_of(straight).losses and steps_of(run).norms == steps_of(straight).norms
+    assert (
+        steps_of(run).losses == steps_of(straight).losses
+        and steps_of(run).norms == steps_of(straight).norms
+    )
 
 
 def test_the_time_limit_saves_and_the_job_starts_again(checkout: Checkout, straight: Path) -> None:
     run = checkout.run("limited")
-    job = checkout.submit(f"sbatch {FLAGS} slurm/train.sh {slow_down(checkout, 'limited', 1600)} {run}")
+    job = checkout.submit(
+        f"sbatch {FLAGS} slurm/train.sh {slow_down(checkout, 'limited', 1600)} {run}"
+    )
     wait_for_steps(checkout, run, 1, job)
     sh(f"scontrol update JobId={job} TimeLimit=5")  # five minutes left: the script's --signal
     wait_for(lambda: "the job starts again" in checkout.log(job), 60, lambda: checkout.log(job))
@@ -135,7 +155,9 @@ def test_a_killed_task_ends_the_job_which_starts_again(checkout: Checkout, strai
     assert steps_of(run).losses == steps_of(straight).losses
 
 
-def test_a_failed_node_brings_the_job_back(checkout: Checkout, slurm: Cluster, straight: Path) -> None:
+def test_a_failed_node_brings_the_job_back(
+    checkout: Checkout, slurm: Cluster, straight: Path
+) -> None:
     """The second node falls silent: Slurm itself finds it down, ends the job and requeues it; it waits for a node and goes on."""
     run = checkout.run("node")
     job = checkout.submit(f"sbatch {FLAGS} slurm/train.sh {slow_down(checkout, 'node', 200)} {run}")
@@ -144,7 +166,9 @@ def test_a_failed_node_brings_the_job_back(checkout: Checkout, slurm: Cluster, s
     slurm.kill_node("n2")
     os.kill(lost, signal.SIGSTOP)  # nothing is heard of its process either
     try:
-        wait_for(lambda: "Restarts=1" in sh(f"scontrol show job {job}"), 120, lambda: checkout.log(job))
+        wait_for(
+            lambda: "Restarts=1" in sh(f"scontrol show job {job}"), 120, lambda: checkout.log(job)
+        )
         assert "down" in sh("sinfo -h -N -n n2 -o %T")
     finally:
         os.kill(lost, signal.SIGKILL)
@@ -155,7 +179,10 @@ def test_a_failed_node_brings_the_job_back(checkout: Checkout, slurm: Cluster, s
     assert "Node failure on n2" in log or "NODE FAILURE" in log
     assert "the job starts again" not in log, "Slurm brought it back, not its script"
     assert "continuing from" in log
-    assert steps_of(run).losses == steps_of(straight).losses and steps_of(run).batches == steps_of(straight).batches
+    assert (
+        steps_of(run).losses == steps_of(straight).losses
+        and steps_of(run).batches == steps_of(straight).batches
+    )
 
 
 def test_a_start_that_gets_nowhere_is_not_repeated(checkout: Checkout) -> None:
@@ -182,7 +209,9 @@ def test_a_mistake_is_told_also_when_another_rank_sees_it_first(checkout: Checko
     before = cluster.read_text()
     try:
         cluster.write_text(before.replace("srun_flags=()", f"srun_flags=(--task-prolog={late})"))
-        job = checkout.submit(f"sbatch {FLAGS} slurm/train.sh tiny.yaml runs/mistaken --set seed=none")
+        job = checkout.submit(
+            f"sbatch {FLAGS} slurm/train.sh tiny.yaml runs/mistaken --set seed=none"
+        )
         assert wait_for_end(checkout, job) == "FAILED" and exit_code(job) == 2
     finally:
         cluster.write_text(before)
@@ -207,7 +236,11 @@ def task(job: int, rank: int) -> int:
             command = (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode(), b"SLURM_STEP_ID=0"}
+        wanted = {
+            f"SLURM_JOB_ID={job}".encode(),
+            f"SLURM_PROCID={rank}".encode(),
+            b"SLURM_STEP_ID=0",
+        }
         if wanted <= set(environment) and b"megacode.cli" in command:
             return int(folder.name)
     raise AssertionError(f"job {job} has no task {rank}")

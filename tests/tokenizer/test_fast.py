@@ -41,9 +41,12 @@ FRAGMENTS = [
 TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"])),
     st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join),
-    st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(st.characters(exclude_categories=["Cs"]), max_size=4))).map(
-        "".join
-    ),
+    st.lists(
+        st.one_of(
+            st.sampled_from(FRAGMENTS),
+            st.text(st.characters(exclude_categories=["Cs"]), max_size=4),
+        )
+    ).map("".join),
     st.text(st.sampled_from("ab= \n"), max_size=60),
     st.tuples(st.sampled_from(FRAGMENTS), st.integers(1, 300)).map(lambda pair: pair[0] * pair[1]),
 )
@@ -51,7 +54,9 @@ TEXTS = st.one_of(
 
 def train_sentencepiece(path: Path, **options: Any) -> Path:
     model = io.BytesIO()
-    settings_ = dict(model_type="bpe", vocab_size=420, byte_fallback=True, normalization_rule_name="identity")
+    settings_ = dict(
+        model_type="bpe", vocab_size=420, byte_fallback=True, normalization_rule_name="identity"
+    )
     settings_ |= dict(remove_extra_whitespaces=False, add_dummy_prefix=False, minloglevel=2)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS), model_writer=model, **{**settings_, **options}
@@ -67,7 +72,9 @@ def byte_level_json(pattern: str | None, **changes: Any) -> dict[str, Any]:
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = pre.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     if pattern is not None:
-        made.pre_tokenizer = pre.Sequence([pre.Split(tokenizers.Regex(pattern), "isolated"), made.pre_tokenizer])
+        made.pre_tokenizer = pre.Sequence(
+            [pre.Split(tokenizers.Regex(pattern), "isolated"), made.pre_tokenizer]
+        )
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=450,
         special_tokens=["<|endoftext|>", "<s>"],
@@ -80,7 +87,9 @@ def byte_level_json(pattern: str | None, **changes: Any) -> dict[str, Any]:
 
 def with_added(contents: dict[str, Any], name: str, **flags: bool) -> dict[str, Any]:
     """The same with one more added token, found in text unless `special`."""
-    last = max([*contents["model"]["vocab"].values(), *(token["id"] for token in contents["added_tokens"])])
+    last = max(
+        [*contents["model"]["vocab"].values(), *(token["id"] for token in contents["added_tokens"])]
+    )
     usual = dict(special=False, normalized=False, lstrip=False, rstrip=False, single_word=False)
     token = {"id": last + 1, "content": name, **usual, **flags}
     return {**contents, "added_tokens": [*contents["added_tokens"], token]}
@@ -105,7 +114,9 @@ def byte_fallback_json(**changes: Any) -> dict[str, Any]:
     tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=450, special_tokens=special, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=450, special_tokens=special, show_progress=False
+    )
     made.train_from_iterator([text.replace(" ", "\u2581") for text in CORPUS], trainer)
     contents = json.loads(made.to_str())
     contents["added_tokens"] = contents["added_tokens"][:3]
@@ -125,10 +136,38 @@ def write_json(path: Path, contents: dict[str, Any]) -> Path:
 def write_tiktoken(path: Path, pattern: str, reversed_bytes: bool = False) -> Path:
     pytest.importorskip("tiktoken")
     single = [bytes([i]) for i in range(256)]
-    words = [*(b"he", b"el", b"ll", b"hell", b"hello", b" w", b"\n\n", b"<|", b"12", b"123", b"  ", b"    ")]
-    words += [b"re", b"tu", b"retu", b"rn", b"return", b" unreachable", b"\xe6\x97", b"\xe6\x97\xa5", b"==", b"'s"]
+    words = [
+        *(
+            b"he",
+            b"el",
+            b"ll",
+            b"hell",
+            b"hello",
+            b" w",
+            b"\n\n",
+            b"<|",
+            b"12",
+            b"123",
+            b"  ",
+            b"    ",
+        )
+    ]
+    words += [
+        b"re",
+        b"tu",
+        b"retu",
+        b"rn",
+        b"return",
+        b" unreachable",
+        b"\xe6\x97",
+        b"\xe6\x97\xa5",
+        b"==",
+        b"'s",
+    ]
     ranks = [*(single[::-1] if reversed_bytes else single), *words]
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(ranks)))
+    path.write_text(
+        "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(ranks))
+    )
     described = {"pattern": pattern, "special_tokens": {"<|endoftext|>": len(ranks)}}
     path.with_name(path.name + ".json").write_text(json.dumps(described))
     return path
@@ -182,7 +221,9 @@ TAKEN = {
 
 
 @pytest.fixture(scope="module", params=TAKEN)
-def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastEncoder]:
+def encoder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[FastEncoder]:
     yield fast(TAKEN[request.param](tmp_path_factory.mktemp("fast")))
 
 
@@ -205,7 +246,9 @@ def ids_of(encoder: FastEncoder, texts: Sequence[str]) -> list[list[int]]:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(TEXTS, max_size=8))
-def test_ids_are_the_reference_librarys_for_any_text(encoder: FastEncoder, texts: list[str]) -> None:
+def test_ids_are_the_reference_librarys_for_any_text(
+    encoder: FastEncoder, texts: list[str]
+) -> None:
     assert ids_of(encoder, texts) == encoder.tokenizer.encode_batch(texts)
 
 
@@ -216,20 +259,25 @@ def test_ids_are_the_reference_librarys_for_hostile_texts(encoder: FastEncoder) 
     assert not set(encoder.tokenizer.control_tokens.values()) & {i for row in ids for i in row}
 
 
-@pytest.mark.parametrize("text", ["a" * 2**20, " " * 2**17, "=" * 2**17, "日本語" * 50000, "ab\n" * 2**17], ids=len)
+@pytest.mark.parametrize(
+    "text", ["a" * 2**20, " " * 2**17, "=" * 2**17, "日本語" * 50000, "ab\n" * 2**17], ids=len
+)
 def test_ids_are_the_reference_librarys_for_long_lines(ours: FastEncoder, text: str) -> None:
     assert ids_of(ours, [text, "x", text]) == ours.tokenizer.encode_batch([text, "x", text])
 
 
 def test_a_character_of_every_kind(encoder: FastEncoder) -> None:
     """Every character of plane 0, and every 61st of the others, in places where its class matters."""
-    characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000 and (c < 0x10000 or c % 61 == 0)]
+    characters = [
+        chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000 and (c < 0x10000 or c % 61 == 0)
+    ]
     if not encoder.classes:
         characters = characters[:: len(characters) // 2000]
     # Settled ones are for gigatoken; the others are the reference's anyway. Long texts are faster than many.
     settled = [c for c in characters if not encoder.is_exact(c.encode())]
     texts = [
-        "".join(f"a{c}b 1{c} {c}.{c}'{c}A{c}\n{c}\n" for c in settled[i : i + 40]) for i in range(0, len(settled), 40)
+        "".join(f"a{c}b 1{c} {c}.{c}'{c}A{c}\n{c}\n" for c in settled[i : i + 40])
+        for i in range(0, len(settled), 40)
     ]
     texts = [text for text in texts if not encoder.is_exact(text.encode())]
     assert len(texts) > 20
@@ -251,7 +299,9 @@ def test_a_renewed_backend_goes_on(ours: FastEncoder, monkeypatch: pytest.Monkey
 # --------------------------------------------------------------------------------- why some documents are kept from it
 
 
-def test_gigatokens_own_reading_of_a_model_finds_control_tokens(tmp_path: Path, ours: FastEncoder) -> None:
+def test_gigatokens_own_reading_of_a_model_finds_control_tokens(
+    tmp_path: Path, ours: FastEncoder
+) -> None:
     """Why it is given a description of ours: with its own, text becomes a control token."""
     own = gigatoken.Tokenizer(str(TAKEN["ours"](tmp_path)))
     control = set(ours.tokenizer.base.control.values())
@@ -269,13 +319,17 @@ def test_gigatokens_own_reading_of_a_model_finds_control_tokens(tmp_path: Path, 
         ("qwen2", "a <think> b"),
     ],
 )
-def test_documents_with_symbols_must_take_the_exact_path(tmp_path: Path, kind: str, text: str) -> None:
+def test_documents_with_symbols_must_take_the_exact_path(
+    tmp_path: Path, kind: str, text: str
+) -> None:
     encoder = fast(TAKEN[kind](tmp_path))
     others = ["return", "", "the fox"]
     assert encoder.is_exact(text.encode())
     for texts in ([text], [text, *others], [*others, text], [text, text, *others, text]):
         assert ids_of(encoder, texts) == encoder.tokenizer.encode_batch(texts)
-        assert ids_of(replace(encoder, literals=None), texts) != encoder.tokenizer.encode_batch(texts)
+        assert ids_of(replace(encoder, literals=None), texts) != encoder.tokenizer.encode_batch(
+            texts
+        )
 
 
 def test_young_letters_must_take_the_exact_path(tmp_path: Path) -> None:
@@ -288,7 +342,12 @@ def test_young_letters_must_take_the_exact_path(tmp_path: Path) -> None:
 
 def test_what_is_not_nfc_must_be_normalized_first(tmp_path: Path) -> None:
     encoder = fast(TAKEN["qwen2"](tmp_path))
-    texts = ["cafe\u0301 \u212b", "\u1100\u1161\u11a8 a\u0323\u0301", "naïve", "a\u0301\u0323\u0345\u0301"]
+    texts = [
+        "cafe\u0301 \u212b",
+        "\u1100\u1161\u11a8 a\u0323\u0301",
+        "naïve",
+        "a\u0301\u0323\u0345\u0301",
+    ]
     assert not any(encoder.is_exact(text.encode()) for text in texts)
     assert ids_of(encoder, texts) == encoder.tokenizer.encode_batch(texts)
     assert ids_of(replace(encoder, nfc=False), texts) != encoder.tokenizer.encode_batch(texts)
@@ -319,7 +378,12 @@ def like_a_byte(model: Any) -> None:
     model.pieces[-1].piece = "<0x0a>"
 
 
-SPLIT = {"type": "Split", "pattern": {"Regex": fast_description._LLAMA3}, "behavior": "Isolated", "invert": False}
+SPLIT = {
+    "type": "Split",
+    "pattern": {"Regex": fast_description._LLAMA3},
+    "behavior": "Isolated",
+    "invert": False,
+}
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 REFUSED = {
     "is not BPE": lambda path: train_sentencepiece(path / "t.model", model_type="unigram", vocab_size=330),
@@ -368,7 +432,9 @@ def test_the_self_check_refuses_other_ids(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("missing", ["gigatoken", "awkward"])
-def test_a_missing_library_is_a_reason(ours: FastEncoder, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+def test_a_missing_library_is_a_reason(
+    ours: FastEncoder, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     answer = load_fast(ours.tokenizer)
     assert isinstance(answer, str)
@@ -387,7 +453,9 @@ def test_a_sample_with_other_ids_fails_loudly(ours: FastEncoder) -> None:
     wrong[5] = 1
     with pytest.raises(UserError, match=rf"a\.jsonl:7: .* at position 5 \(1 instead of {ids[5]}\)"):
         check_sample(ours.tokenizer, "a.jsonl:7", text, wrong)
-    with pytest.raises(UserError, match=rf"at position {len(ids) - 1} \(nothing instead of {ids[-1]}\)"):
+    with pytest.raises(
+        UserError, match=rf"at position {len(ids) - 1} \(nothing instead of {ids[-1]}\)"
+    ):
         check_sample(ours.tokenizer, "a.jsonl:7", text, ids[:-1])
     with pytest.raises(UserError, match=rf"at position {len(ids)} \(3 instead of nothing\)"):
         check_sample(ours.tokenizer, "a.jsonl:7", text, np.append(ids, np.uint32(3)))

@@ -22,7 +22,8 @@ from megacode.tokenizer.training import sample, train_tokenizer
 
 CORPUS = [
     "def add(a, b):\n    return a + b\n\n\nclass Point:\n\tx = 12\n\ty = 345\n" * 3,
-    "The quick brown fox jumps over the lazy dog. It was the best of times, it was the worst of times.\n" * 3,
+    "The quick brown fox jumps over the lazy dog. It was the best of times, it was the worst of times.\n"
+    * 3,
     "for i in range(100):\r\n    print(i, 'naïve café', \"übung\")\n" * 3,
     "<s>literal</s> <|fim_prefix|> <filename> in the corpus itself\n" * 3,
 ]
@@ -37,7 +38,11 @@ HOSTILE = [
     "<s" + ">",
     "zero\u200bwidth\u200d\u200cjoiners\ufeff",
     "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0010ffff \U000e0001 𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
-    "".join(chr(plane << 16 | 0x1234) for plane in range(17) if not 0xD800 <= (plane << 16 | 0x1234) < 0xE000),
+    "".join(
+        chr(plane << 16 | 0x1234)
+        for plane in range(17)
+        if not 0xD800 <= (plane << 16 | 0x1234) < 0xE000
+    ),
     "e\u0301 \u1100\u1161 ﬁ Å \u212b \u2028\u2029\u0085",
     "1234567890 ٣٤ Ⅷ ½",
     "x" * 5000 + "\n" + " " * 3000,
@@ -107,7 +112,10 @@ def test_crystals_tokens_follow_the_vocabulary(tokenizer: Tokenizer) -> None:
     assert len(CRYSTAL_TOKENS) == 32
     assert [tokenizer.token_id(name) for name in CRYSTAL_TOKENS] == list(range(base, base + 32))
     assert tokenizer.vocab_size == base + 32
-    assert (tokenizer.token_id("<|fim_pad|>"), tokenizer.token_id("<reponame>")) == (base + 3, base + 17)
+    assert (tokenizer.token_id("<|fim_pad|>"), tokenizer.token_id("<reponame>")) == (
+        base + 3,
+        base + 17,
+    )
     assert (tokenizer.bos_id, tokenizer.eod_id, tokenizer.pad_id) == (1, 2, None)
 
 
@@ -120,7 +128,14 @@ def test_a_control_tokens_spelling_is_text(tokenizer: Tokenizer, name: str) -> N
 
 
 def test_decode_leaves_control_tokens_out_or_names_them(tokenizer: Tokenizer) -> None:
-    ids = [1, *tokenizer.encode("hi"), tokenizer.token_id("<|fim_middle|>"), *tokenizer.encode("é"), 2, 10**6]
+    ids = [
+        1,
+        *tokenizer.encode("hi"),
+        tokenizer.token_id("<|fim_middle|>"),
+        *tokenizer.encode("é"),
+        2,
+        10**6,
+    ]
     assert tokenizer.decode(ids) == "hié\ufffd"
     assert tokenizer.decode(ids, control=True) == "<s>hi<|fim_middle|>é</s>\ufffd"
     assert tokenizer.decode([]) == ""
@@ -151,7 +166,9 @@ def test_training_twice_gives_the_same_file(model: Path, tmp_path: Path) -> None
 
 
 def test_training_survives_hostile_documents(tmp_path: Path) -> None:
-    train_tokenizer([*CORPUS, *HOSTILE, "a\ud800b", "\u2581\u2585\0"], tmp_path / "t.model", vocab_size=500)
+    train_tokenizer(
+        [*CORPUS, *HOSTILE, "a\ud800b", "\u2581\u2585\0"], tmp_path / "t.model", vocab_size=500
+    )
     loaded = load_tokenizer(schema.TokenizerSection(path=str(tmp_path / "t.model")))
     assert all(loaded.decode(loaded.encode(text)) == text for text in HOSTILE)
 
@@ -188,13 +205,17 @@ def huggingface(tmp_path_factory: pytest.TempPathFactory) -> Path:
         show_progress=False,
     )
     made.train_from_iterator(CORPUS, trainer)
-    made.add_tokens([tokenizers.AddedToken("<|fim_prefix|>", special=False)])  # as Qwen's file has it
+    made.add_tokens(
+        [tokenizers.AddedToken("<|fim_prefix|>", special=False)]
+    )  # as Qwen's file has it
     made.add_tokens([tokenizers.AddedToken("<think>", special=False)])
     made.enable_truncation(8)
     path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
     made.save(str(path))
     (path.parent / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": "<s>", "eos_token": {"content": "<|endoftext|>"}, "pad_token": None})
+        json.dumps(
+            {"bos_token": "<s>", "eos_token": {"content": "<|endoftext|>"}, "pad_token": None}
+        )
     )
     return path
 
@@ -217,17 +238,25 @@ def test_huggingface_text_stays_text(huggingface: Path, text: str) -> None:
 def test_huggingface_keeps_ids_that_are_there(huggingface: Path) -> None:
     contents = json.loads(huggingface.read_text())
     there = {token["content"]: token["id"] for token in contents["added_tokens"]}
-    loaded = load_tokenizer(schema.TokenizerSection(path=str(huggingface.parent), added_tokens="crystal"))
+    loaded = load_tokenizer(
+        schema.TokenizerSection(path=str(huggingface.parent), added_tokens="crystal")
+    )
     assert loaded.kind == "huggingface"
     assert loaded.token_id("<|fim_prefix|>") == there["<|fim_prefix|>"]
     assert loaded.token_id("<|fim_middle|>") == max(there.values()) + 1
-    assert (loaded.bos_id, loaded.eod_id, loaded.pad_id) == (there["<s>"], there["<|endoftext|>"], None)
+    assert (loaded.bos_id, loaded.eod_id, loaded.pad_id) == (
+        there["<s>"],
+        there["<|endoftext|>"],
+        None,
+    )
     with pytest.raises(UserError, match="<think> is an ordinary piece"):
         loaded.token_id("<think>")
 
 
 def test_a_list_can_make_a_piece_of_the_file_a_control_token(huggingface: Path) -> None:
-    loaded = load_tokenizer(schema.TokenizerSection(path=str(huggingface), added_tokens=["<think>"]))
+    loaded = load_tokenizer(
+        schema.TokenizerSection(path=str(huggingface), added_tokens=["<think>"])
+    )
     assert loaded.token_id("<think>") not in loaded.encode("a <think> b")
 
 
@@ -239,7 +268,9 @@ def tiktoken_file(tmp_path: Path) -> Path:
     pytest.importorskip("tiktoken")
     ranks = [bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b" w", b"\n\n", b"<|"]
     path = tmp_path / "tiny.tiktoken"
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(ranks)))
+    path.write_text(
+        "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(ranks))
+    )
     return path
 
 
@@ -251,12 +282,18 @@ def give_pattern(path: Path, **special: Any) -> None:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_tiktoken_text_stays_text(tiktoken_file: Path, text: str) -> None:
     give_pattern(tiktoken_file, special={"<|endoftext|>": 262, "<|fim_prefix|>": 263})
-    loaded = load_tokenizer(schema.TokenizerSection(path=str(tiktoken_file), added_tokens="crystal"))
+    loaded = load_tokenizer(
+        schema.TokenizerSection(path=str(tiktoken_file), added_tokens="crystal")
+    )
     ids = loaded.encode(text)
     assert not control_ids(loaded) & set(ids)
     assert loaded.decode(ids) == text
     assert ids == loaded.base.encoding.encode_ordinary(text)  # type: ignore[attr-defined]
-    assert (loaded.eod_id, loaded.token_id("<|fim_prefix|>"), loaded.token_id("<|fim_middle|>")) == (262, 263, 264)
+    assert (
+        loaded.eod_id,
+        loaded.token_id("<|fim_prefix|>"),
+        loaded.token_id("<|fim_middle|>"),
+    ) == (262, 263, 264)
 
 
 def test_tiktoken_asks_for_a_pattern_it_does_not_know(tiktoken_file: Path) -> None:
@@ -264,7 +301,9 @@ def test_tiktoken_asks_for_a_pattern_it_does_not_know(tiktoken_file: Path) -> No
         load_tokenizer(schema.TokenizerSection(path=str(tiktoken_file)))
 
 
-def test_tiktoken_finds_a_published_pattern_by_hash(tiktoken_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiktoken_finds_a_published_pattern_by_hash(
+    tiktoken_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A constructor as tiktoken's own are written, for this file's hash; nothing may be downloaded."""
     published = pytest.importorskip("tiktoken_ext.openai_public")
     digest = hashlib.sha256(tiktoken_file.read_bytes()).hexdigest()
@@ -283,7 +322,9 @@ def test_tiktoken_finds_a_published_pattern_by_hash(tiktoken_file: Path, monkeyp
 # ------------------------------------------------------------------------------------------------------------ mistakes
 
 
-def test_mistakes_are_sentences(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_sentences(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bad.model").write_bytes(b"not a model")
     (tmp_path / "bad.json").write_text("{}")
     (tmp_path / "vocab.txt").write_text("x")
@@ -324,7 +365,15 @@ def test_the_verb_trains_from_files_and_its_mistakes_end_with_2(
 ) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"content": text}) + "\n" for text in CORPUS) + "broken\n")
-    train = ["tokenizer", "train", str(source), "--vocab-size", "0.4k", "--output", str(tmp_path / "t.model")]
+    train = [
+        "tokenizer",
+        "train",
+        str(source),
+        "--vocab-size",
+        "0.4k",
+        "--output",
+        str(tmp_path / "t.model"),
+    ]
     assert main([*train, "--text-field", "content"]) == 0
     assert "1 bad" in capsys.readouterr().out
     assert load_tokenizer(schema.TokenizerSection(path=str(tmp_path / "t.model"))).vocab_size == 400

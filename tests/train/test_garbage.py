@@ -69,10 +69,14 @@ sys.exit(code)
 
 
 @pytest.mark.slow
-def test_a_run_collects_when_due_and_after_saves_and_evaluations(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_collects_when_due_and_after_saves_and_evaluations(
+    recipe: Path, tmp_path: Path
+) -> None:
     command = [sys.executable, "-c", WATCHED, recipe, tmp_path / "run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     assert set(seen) == {2}, "Python began one by itself"
-    assert len(seen) >= 4 + 3 + 2  # 20 steps, saves after 8, 10 and 20, evaluations after 8 and 20; Megatron-Core's own
+    assert (
+        len(seen) >= 4 + 3 + 2
+    )  # 20 steps, saves after 8, 10 and 20, evaluations after 8 and 20; Megatron-Core's own

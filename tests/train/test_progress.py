@@ -62,7 +62,9 @@ def opened(
     run: Path, plan: Plan, first_step: int = 0, device: str = "cpu", **console: Any
 ) -> tuple[Progress, io.StringIO]:
     out = io.StringIO()
-    return Progress.open(run, plan, first_step, device, Console(file=out, highlight=False, **console)), out
+    return Progress.open(
+        run, plan, first_step, device, Console(file=out, highlight=False, **console)
+    ), out
 
 
 def test_a_log_gets_one_plain_line_a_report(plan: Plan, tmp_path: Path) -> None:
@@ -86,15 +88,23 @@ def test_the_live_line_fits_the_terminal(plan: Plan, tmp_path: Path, width: int)
     progress.close()
     shown = progress.line(full, width=width - 31)
     assert len(shown) <= width - 31 or width < 80
-    assert "loss 4.500" in shown and "loss 4.500" in out.getvalue() and "checkpoint step_00000003" in out.getvalue()
+    assert (
+        "loss 4.500" in shown
+        and "loss 4.500" in out.getvalue()
+        and "checkpoint step_00000003" in out.getvalue()
+    )
     assert "\x1b" not in (tmp_path / "log.txt").read_text()
 
 
-def test_time_left_is_by_tokens_and_the_clock(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_left_is_by_tokens_and_the_clock(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = 1000.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     progress, out = opened(tmp_path, plan)
-    progress.steps([record(plan, 1, seconds=60.0), record(plan, 2)])  # the first step warms up and does not count
+    progress.steps(
+        [record(plan, 1, seconds=60.0), record(plan, 2)]
+    )  # the first step warms up and does not count
     now += 10.0  # with an evaluation in between
     progress.steps([record(plan, 10)])
     rate = (plan.tokens_before(10) - plan.tokens_before(1)) / 10.5
@@ -118,7 +128,12 @@ def test_validation_is_a_table_by_source_with_changes(plan: Plan, tmp_path: Path
     progress.validation(first)
     assert "change" not in out.getvalue().splitlines()[2]
     progress.validation(
-        {**first, "step": 20, "loss_by_source": {**losses, "python": 1.5}, "loss_by_domain": {"code": 2.25}}
+        {
+            **first,
+            "step": 20,
+            "loss_by_source": {**losses, "python": 1.5},
+            "loss_by_domain": {"code": 2.25},
+        }
     )
     lines = out.getvalue().splitlines()
     assert lines[0] == "validation after step 10 (first), 64 sequences a source"
@@ -168,7 +183,8 @@ def test_nothing_left_to_do_still_ends_well(plan: Plan, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (42.4, "0:42"), (725, "12:05"), (11050, "3:04:10"), (190_800, "2 d 5 h")]
+    ("seconds", "text"),
+    [(0, "0:00"), (42.4, "0:42"), (725, "12:05"), (11050, "3:04:10"), (190_800, "2 d 5 h")],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -42,9 +42,13 @@ class Checkpoints:
         path = self.run / "metrics.jsonl"
         status = path.stat()
         steps = [
-            record["step"] for record in map(json.loads, path.read_text().splitlines()) if record["kind"] == "train"
+            record["step"]
+            for record in map(json.loads, path.read_text().splitlines())
+            if record["kind"] == "train"
         ]
-        self.found.append((steps, self.synced.get(status.st_ino) == status.st_size, board_steps(self.run)))
+        self.found.append(
+            (steps, self.synced.get(status.st_ino) == status.st_size, board_steps(self.run))
+        )
 
 
 def board_steps(run: Path) -> list[int]:
@@ -85,7 +89,9 @@ def save_in_the_middle(world: Any, folder: str) -> list[tuple[list[int], bool, l
     return checkpoints.found
 
 
-def bare(plan: Any, world: Any, reports: Any, checkpointer: Any, optimizer: Any = None, done: int = 0) -> Any:
+def bare(
+    plan: Any, world: Any, reports: Any, checkpointer: Any, optimizer: Any = None, done: int = 0
+) -> Any:
     """A trainer without a model."""
     from megacode.train.trainer import Trainer
 
@@ -107,7 +113,11 @@ def resume_at_the_boundary(world: Any, folder: str) -> None:
     from megacode.train.report_steps import StepReports
 
     plan, run = two_phases(), Path(folder)
-    for first, end in ((0, 4), (3, 4), (3, 6)):  # killed twice in step 4; the checkpoint is the one of the boundary
+    for first, end in (
+        (0, 4),
+        (3, 4),
+        (3, 6),
+    ):  # killed twice in step 4; the checkpoint is the one of the boundary
         with StepReports.open(plan, run, world, first_step=first, vocab_size=10) as reports:
             if first:
                 reports.resumed(run / "checkpoints/step_00000003", first)
@@ -117,7 +127,9 @@ def resume_at_the_boundary(world: Any, folder: str) -> None:
 def test_a_phase_begins_once_also_when_resumed_at_its_start(tmp_path: Path) -> None:
     run_on(1, resume_at_the_boundary, str(tmp_path))
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    phases = [(record["step"], record["phase"]) for record in records if record.get("event") == "phase"]
+    phases = [
+        (record["step"], record["phase"]) for record in records if record.get("event") == "phase"
+    ]
     assert phases == [(1, "first"), (4, "second")]
     assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [record["step"] for record in records if record.get("event") == "resume"] == [3, 3]
@@ -132,7 +144,10 @@ def compared_with_bf16(world: Any, folder: str) -> str:
     plan = two_phases()
     batch: Any = type("Batch", (), {"digest": 1})()
     said = io.StringIO()
-    with redirect_stdout(said), StepReports.open(plan, Path(folder), world, first_step=0, vocab_size=10) as reports:
+    with (
+        redirect_stdout(said),
+        StepReports.open(plan, Path(folder), world, first_step=0, vocab_size=10) as reports,
+    ):
         fp8, bf16 = (torch.tensor([[loss], [2.0]], dtype=torch.float64) for loss in (4.04, 4.0))
         reports.step(0, fp8, 1.0, batch, 0.1, reference=bf16)
         reports.step(1, fp8, 1.0, batch, 0.1)
@@ -142,9 +157,13 @@ def compared_with_bf16(world: Any, folder: str) -> str:
 
 def test_a_step_compared_with_bf16_tells_the_drift(tmp_path: Path) -> None:
     (said,) = run_on(1, compared_with_bf16, str(tmp_path))
-    first, second = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    first, second = [
+        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert (
-        abs(first["loss"] - 2.02) < 1e-9 and abs(first["loss_bf16"] - 2.0) < 1e-9 and abs(first["drift"] - 0.01) < 1e-9
+        abs(first["loss"] - 2.02) < 1e-9
+        and abs(first["loss_bf16"] - 2.0) < 1e-9
+        and abs(first["drift"] - 0.01) < 1e-9
     )
     assert "drift" not in second
     assert "step 1: the loss in FP8 differs from bf16's by +1.000%" in said
@@ -155,9 +174,13 @@ def told_late(world: Any, folder: str) -> list[int]:
     from megacode.train.report_steps import StepReports
 
     plan, run = two_phases(), Path(folder)
-    recipe = plan.recipe.model_copy(update={"logging": plan.recipe.logging.model_copy(update={"every": 2})})
+    recipe = plan.recipe.model_copy(
+        update={"logging": plan.recipe.logging.model_copy(update={"every": 2})}
+    )
     found = []
-    with StepReports.open(dataclasses.replace(plan, recipe=recipe), run, world, first_step=0, vocab_size=10) as reports:
+    with StepReports.open(
+        dataclasses.replace(plan, recipe=recipe), run, world, first_step=0, vocab_size=10
+    ) as reports:
         for step in range(4):
             steps(reports, plan, step, step + 1)
             records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
@@ -180,7 +203,11 @@ def diverge(world: Any, folder: str) -> list[str]:
 
     plan = two_phases()
     batch: Any = type("Batch", (), {"digest": 1, "micro_batches": ()})()
-    idle: Any = type("Idle", (), {"before": lambda *_: None, "after": lambda *_: None, "should_stop": lambda *_: 0})()
+    idle: Any = type(
+        "Idle",
+        (),
+        {"before": lambda *_: None, "after": lambda *_: None, "should_stop": lambda *_: 0},
+    )()
     adam: Any = type("Adam", (), {"param_groups": ()})()
     said = []
     for name, saves in (("saved", True), ("unsaved", False), ("twice", True)):
@@ -190,7 +217,10 @@ def diverge(world: Any, folder: str) -> list[str]:
             checkpoint(run / "checkpoints", 2)
         made: Any = Saving(run / "checkpoints", saves)
         norms = iter([1.0, None, 1.0, float("nan"), 1.0, 1.0])
-        trainer.train_step = lambda *_, norms=norms: (torch.ones(2, 1, dtype=torch.float64), next(norms))
+        trainer.train_step = lambda *_, norms=norms: (
+            torch.ones(2, 1, dtype=torch.float64),
+            next(norms),
+        )
         with StepReports.open(plan, run, world, first_step=0, vocab_size=10) as reports:
             try:
                 bare(plan, world, reports, made, adam)._loop(iter([batch] * 6), 6, idle, idle)
@@ -228,11 +258,19 @@ def checkpoint(folder: Path, step: int) -> None:
 def test_a_gradient_that_is_not_finite_ends_the_run_with_its_checkpoint(tmp_path: Path) -> None:
     """A skipped update, whose norm is None, does not: a loss scale is there to skip."""
     ((saved, unsaved, twice),) = run_on(1, diverge, str(tmp_path))
-    assert "gradient of step 4 (phase second) has the norm nan" in saved and "saves nothing more" in saved
-    assert f"{tmp_path / 'saved/checkpoints/step_00000003'}: lower phases.second.learning_rate.peak" in saved
+    assert (
+        "gradient of step 4 (phase second) has the norm nan" in saved
+        and "saves nothing more" in saved
+    )
+    assert (
+        f"{tmp_path / 'saved/checkpoints/step_00000003'}: lower phases.second.learning_rate.peak"
+        in saved
+    )
     assert f"megacode fork {tmp_path / 'saved'} --at 3" in saved
     assert "there is no checkpoint from before" in unsaved
     assert f"may be spoilt already, with `megacode fork {tmp_path / 'twice'} --at 2`" in twice
-    records = [json.loads(line) for line in (tmp_path / "saved/metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "saved/metrics.jsonl").read_text().splitlines()
+    ]
     norms = [record["grad_norm"] for record in records if record["kind"] == "train"]
     assert norms == [1.0, None, 1.0, None]

@@ -32,7 +32,12 @@ def answers(world: Any, runs: list[Told]) -> list[list[int]]:
 
 def test_ranks_agree_a_step_later() -> None:
     runs = [{}, {1: (0, TERM)}, {1: (1, TERM)}, {0: (0, TERM), 1: (1, USR1)}]
-    expected = [[0, 0, 0, 0], [0, 0, TERM, TERM], [0, 0, TERM, TERM], [0, TERM, max(TERM, USR1), max(TERM, USR1)]]
+    expected = [
+        [0, 0, 0, 0],
+        [0, 0, TERM, TERM],
+        [0, 0, TERM, TERM],
+        [0, TERM, max(TERM, USR1), max(TERM, USR1)],
+    ]
     assert run_on(2, answers, runs) == [expected, expected]
 
 

@@ -57,7 +57,9 @@ class _Instead:
 
 
 def _change_common(module: ModuleType) -> None:
-    module.load_framework_extension = lambda framework: None  # `transformer_engine_torch` lies beside this file
+    module.load_framework_extension = lambda framework: (
+        None
+    )  # `transformer_engine_torch` lies beside this file
 
 
 def _change_utils(module: ModuleType) -> None:
@@ -71,7 +73,9 @@ def _fill_cross_entropy(module: ModuleType) -> None:
     import torch
     from torch import Tensor, distributed
 
-    def forward(logits: Tensor, target: Tensor, smoothing: float, reduced: bool, group: Any, ignored: int) -> Any:
+    def forward(
+        logits: Tensor, target: Tensor, smoothing: float, reduced: bool, group: Any, ignored: int
+    ) -> Any:
         assert not smoothing and not reduced
         size, rank = (1, 0) if group is None else (group.size(), group.rank())
         share = logits.shape[-1]
@@ -129,7 +133,12 @@ def _look_like_cuda() -> None:
     cpu._names_cuda = lambda value: type(value) is int or hidden(value)
     cuda: Any = torch.cuda
     device = SimpleNamespace(
-        major=9, minor=0, total_memory=139 * 2**30, name="NVIDIA H200", multi_processor_count=132, gcnArchName=""
+        major=9,
+        minor=0,
+        total_memory=139 * 2**30,
+        name="NVIDIA H200",
+        multi_processor_count=132,
+        gcnArchName="",
     )
     answers = {
         "is_available": True, "is_initialized": True, "is_bf16_supported": True, "device_count": 2, "current_device": 0,
@@ -150,7 +159,9 @@ def _look_like_cuda() -> None:
     torch.Tensor.record_stream = lambda self, *_: None
     made = torch.Tensor._make_wrapper_subclass
     torch.Tensor._make_wrapper_subclass = staticmethod(
-        lambda *arguments, **options: made(*arguments, **(options | {"device": torch.device("cpu")}))
+        lambda *arguments, **options: made(
+            *arguments, **(options | {"device": torch.device("cpu")})
+        )
     )
     for owner, names in ((torch, cpu._FACTORIES), (torch.Tensor, cpu._METHODS)):
         for name in names:
@@ -202,11 +213,17 @@ def _gloo_as_nccl() -> None:
 
     start, group = distributed.init_process_group, distributed.new_group
 
-    def init_process_group(backend: str | None = None, *arguments: Any, device_id: Any = None, **options: Any) -> Any:
+    def init_process_group(
+        backend: str | None = None, *arguments: Any, device_id: Any = None, **options: Any
+    ) -> Any:
         return start("gloo", *arguments, **options)
 
     def new_group(
-        ranks: Any = None, timeout: Any = None, backend: Any = None, pg_options: Any = None, **options: Any
+        ranks: Any = None,
+        timeout: Any = None,
+        backend: Any = None,
+        pg_options: Any = None,
+        **options: Any,
     ) -> Any:
         options.pop("device_id", None)
         return group(ranks, timeout, "gloo", None, **options)

@@ -83,11 +83,16 @@ class CrystalCoderConfig(PretrainedConfig):
         # Set here as well as by the base class, which from transformers 5 on does not keep it for every caller.
         self.tie_word_embeddings = tie_word_embeddings
         super().__init__(
-            bos_token_id=bos_token_id, eos_token_id=eos_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
         )
         for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
             if getattr(self, key, False):
-                raise ValueError(f"CrystalCoderConfig: {key} is not supported by this code; set it to false")
+                raise ValueError(
+                    f"CrystalCoderConfig: {key} is not supported by this code; set it to false"
+                )
         if position_embedding_type not in ("rotary", "learned", "none"):
             raise ValueError(
                 f'CrystalCoderConfig: position_embedding_type "{position_embedding_type}" is not supported by this '

@@ -26,7 +26,9 @@ _TIED_KEYS = _TIED if int(transformers.__version__.split(".")[0]) >= 5 else list
 def rotary_table(position_ids, config, head_dim):
     """Cosines and sines, float32 [batch, 1, length, rotary_dim / 2] each."""
     rotary_dim = config.rotary_dim or head_dim
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=position_ids.device) / rotary_dim
+    exponents = (
+        torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=position_ids.device) / rotary_dim
+    )
     angles = position_ids[:, None, :, None].float() * (1.0 / config.rotary_base**exponents)
     return angles.cos(), angles.sin()
 
@@ -70,7 +72,9 @@ class CrystalCoderAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         if config.n_embd % config.n_head:
-            raise ValueError(f"CrystalCoder: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+            raise ValueError(
+                f"CrystalCoder: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}"
+            )
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.n_embd // config.n_head
@@ -85,7 +89,8 @@ class CrystalCoderAttention(nn.Module):
     def forward(self, hidden, mask=None, rotary=None, cache=None, output_attentions=False):
         batch, length, width = hidden.shape
         query, key, value = (
-            part.view(batch, length, -1, self.head_dim).transpose(1, 2) for part in self.c_attn(hidden).split(width, -1)
+            part.view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for part in self.c_attn(hidden).split(width, -1)
         )
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
@@ -106,7 +111,13 @@ class CrystalCoderAttention(nn.Module):
             context = torch.matmul(weights, value)
         else:
             context = F.scaled_dot_product_attention(
-                query, key, value, mask, dropout, is_causal=mask is None and length > 1, scale=self.scale
+                query,
+                key,
+                value,
+                mask,
+                dropout,
+                is_causal=mask is None and length > 1,
+                scale=self.scale,
             )
         context = context.transpose(1, 2).reshape(batch, length, width)
         return self.resid_dropout(self.c_proj(context)), weights
@@ -161,7 +172,11 @@ class CrystalCoderPreTrainedModel(PreTrainedModel):
         hidden = std * math.sqrt(self.config.mup_width_scale)
         if isinstance(module, Conv1D):
             residual = getattr(module, "before_residual_sum", False)
-            nn.init.normal_(module.weight, 0.0, hidden / math.sqrt(2 * self.config.n_layer) if residual else hidden)
+            nn.init.normal_(
+                module.weight,
+                0.0,
+                hidden / math.sqrt(2 * self.config.n_layer) if residual else hidden,
+            )
             nn.init.zeros_(module.bias)
         elif isinstance(module, (nn.Embedding, nn.Linear)):
             nn.init.normal_(module.weight, 0.0, std)
@@ -306,7 +321,11 @@ class CrystalCoderLMHeadModel(CrystalCoderPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
         )
         hidden = output.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        kept = (
+            slice(-logits_to_keep, None)
+            if isinstance(logits_to_keep, int) and logits_to_keep
+            else slice(None)
+        )
         kept = kept if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept]) * self.output_scale
         loss = None
@@ -342,8 +361,14 @@ class CrystalCoderLMHeadModel(CrystalCoderPreTrainedModel, GenerationMixin):
         past = 0
         if past_key_values is not None:
             known = isinstance(past_key_values, Cache)
-            past = int(past_key_values.get_seq_length() if known else past_key_values[0][0].shape[-2])
-        inputs = {"past_key_values": past_key_values, "use_cache": use_cache, "attention_mask": attention_mask}
+            past = int(
+                past_key_values.get_seq_length() if known else past_key_values[0][0].shape[-2]
+            )
+        inputs = {
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "attention_mask": attention_mask,
+        }
         if "logits_to_keep" in kwargs:
             inputs["logits_to_keep"] = kwargs["logits_to_keep"]
         if inputs_embeds is not None and past == 0:
@@ -354,7 +379,9 @@ class CrystalCoderLMHeadModel(CrystalCoderPreTrainedModel, GenerationMixin):
             total = input_ids.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1])
             if attention_mask is not None and attention_mask.dim() == 2:
                 total = attention_mask.shape[1]
-            inputs["input_ids"] = input_ids[:, -(total - past) :] if total > past else input_ids[:, -1:]
+            inputs["input_ids"] = (
+                input_ids[:, -(total - past) :] if total > past else input_ids[:, -1:]
+            )
             length = inputs["input_ids"].shape[1]
         if attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -31,7 +31,9 @@ def choose(model: Model, name: str | None = None) -> Family:
     if name is not None:
         family = FAMILIES.get(name)
         if family is None:
-            raise UserError(f"--format {name}: there is no such family; known are {', '.join(FAMILIES)}")
+            raise UserError(
+                f"--format {name}: there is no such family; known are {', '.join(FAMILIES)}"
+            )
         if reason := family.fits(model):
             raise UserError(f"--format {name}: this model does not fit: {reason}")
         return family
@@ -48,8 +50,12 @@ def choose(model: Model, name: str | None = None) -> Family:
 def by_architecture(architectures: list[str], model_type: str, where: str) -> Family:
     """The family of a config.json. UserError: it is none of ours."""
     for family in FAMILIES.values():
-        if family.architecture in architectures or (not architectures and family.model_type == model_type):
+        if family.architecture in architectures or (
+            not architectures and family.model_type == model_type
+        ):
             return family
     known = ", ".join(f"{family.architecture} ({family.name})" for family in FAMILIES.values())
     found = ", ".join(architectures) or model_type or "nothing"
-    raise UserError(f"{where}: architectures says {found}, which cannot be imported; known are {known}")
+    raise UserError(
+        f"{where}: architectures says {found}, which cannot be imported; known are {known}"
+    )

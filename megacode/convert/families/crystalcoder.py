@@ -47,7 +47,9 @@ def _scaling(model: Model) -> dict[str, bool] | None:
         dim**-0.5: {"scale_attn_weights": True, "mup_scale_qk_dot_by_d": False},
         1.0: {"scale_attn_weights": False, "mup_scale_qk_dot_by_d": False},
     }
-    return next((keys for factor, keys in known.items() if math.isclose(scale, factor, rel_tol=1e-9)), None)
+    return next(
+        (keys for factor, keys in known.items() if math.isclose(scale, factor, rel_tol=1e-9)), None
+    )
 
 
 def _rotary_dim(model: Model) -> int:
@@ -70,7 +72,10 @@ def _fits(model: Model) -> str | None:
                 rotary and (_rotary_dim(model) < 2 or _rotary_dim(model) % 2 != 0),
                 f"model.rotary_fraction rotates {_rotary_dim(model)} dimensions of a head, not an even number",
             ),
-            (_scaling(model) is None, f"model.softmax_scale is {model.softmax_scale}, not 1/head_dim, its root, or 1"),
+            (
+                _scaling(model) is None,
+                f"model.softmax_scale is {model.softmax_scale}, not 1/head_dim, its root, or 1",
+            ),
         ]
     )
 
@@ -152,7 +157,10 @@ def _fraction(rotary_dim: int, dim: int) -> float:
 def _factors(config: Mapping[str, Any], hidden: int, dim: int) -> dict[str, Any]:
     """`mup` and `softmax_scale` of the config's factors."""
     width = float(config.get("mup_width_scale", 1.0))
-    embedding, alpha = float(config.get("mup_embeddings_scale", 1.0)), float(config.get("mup_output_alpha", 1.0))
+    embedding, alpha = (
+        float(config.get("mup_embeddings_scale", 1.0)),
+        float(config.get("mup_output_alpha", 1.0)),
+    )
     scale: float | None = dim**-0.5
     if not config.get("scale_attn_weights", True):
         scale = 1.0
@@ -164,7 +172,9 @@ def _factors(config: Mapping[str, Any], hidden: int, dim: int) -> dict[str, Any]
     # The recipe's base width is a whole number; where the config's is none, alpha takes the rest, so logits stay the same.
     if not math.isclose(base / hidden, width, rel_tol=1e-9):
         alpha *= width * hidden / base
-    factors = {"mup": {"base_hidden_size": base, "embedding_scale": embedding, "output_alpha": alpha}}
+    factors = {
+        "mup": {"base_hidden_size": base, "embedding_scale": embedding, "output_alpha": alpha}
+    }
     return factors if scale == 1 / dim else {**factors, "softmax_scale": scale}
 
 
@@ -179,7 +189,11 @@ def _pairs(model: Model, tensor: Tensor, back: bool) -> Tensor:
     order = torch.arange(dim)
     order[:rotated] = torch.arange(rotated).reshape(2, -1).T.reshape(-1)
     order = torch.argsort(order) if back else order
-    return tensor.reshape(-1, dim, *tensor.shape[1:]).index_select(1, order.to(tensor.device)).reshape(tensor.shape)
+    return (
+        tensor.reshape(-1, dim, *tensor.shape[1:])
+        .index_select(1, order.to(tensor.device))
+        .reshape(tensor.shape)
+    )
 
 
 def _split_columns(model: Model, tensor: Tensor) -> list[Tensor]:

@@ -47,7 +47,9 @@ def _fits(model: Model) -> str | None:
 
 
 def _config(model: Model, context: Context) -> dict[str, Any]:
-    base = int(model.rotary_base) if model.rotary_base == int(model.rotary_base) else model.rotary_base
+    base = (
+        int(model.rotary_base) if model.rotary_base == int(model.rotary_base) else model.rotary_base
+    )
     return {
         **common_keys(model),
         "hidden_act": ACTIVATIONS[model.activation],
@@ -98,4 +100,6 @@ def _slots(model: Model) -> Iterator[Slot]:
     )  # fmt: skip
 
 
-GPT_NEOX = Family("gpt_neox", "GPTNeoXForCausalLM", "gpt_neox", _fits, _config, _model_section, _slots)
+GPT_NEOX = Family(
+    "gpt_neox", "GPTNeoXForCausalLM", "gpt_neox", _fits, _config, _model_section, _slots
+)

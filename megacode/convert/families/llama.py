@@ -36,7 +36,10 @@ def _fits(model: Model, name: str) -> str | None:
             is_not("normalization", model.normalization, "rmsnorm"),
             is_not("activation", model.activation, "swiglu"),
             is_not("rotary_fraction", model.rotary_fraction, 1),
-            (model.linear_bias and name != "llama", "model.linear_bias gives biases to every linear layer"),
+            (
+                model.linear_bias and name != "llama",
+                "model.linear_bias gives biases to every linear layer",
+            ),
             (
                 model.qkv_bias and not model.linear_bias and not qwen2,
                 "model.qkv_bias gives biases to queries, keys and values",
@@ -72,9 +75,18 @@ def _config(model: Model, context: Context, name: str) -> dict[str, Any]:
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
-    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+    "qwen3": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "head_dim": 128,
+    },
 }
 """What transformers takes where a config.json is silent."""
 
@@ -85,7 +97,11 @@ def _model_section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     refuse(config, "hidden_act", "silu", "the feed-forward is SwiGLU")
     refuse(config, "pretraining_tp", 1, "matrix products are not cut")
     attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-    if name in ("llama", "qwen3") and attention_bias != mlp_bias and (name == "llama" or attention_bias):
+    if (
+        name in ("llama", "qwen3")
+        and attention_bias != mlp_bias
+        and (name == "llama" or attention_bias)
+    ):
         raise UserError(
             f"config.json: attention_bias is {attention_bias} and mlp_bias {mlp_bias}; a recipe has biases on all linear layers "
             "or none"
@@ -115,7 +131,12 @@ def _model_section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _slots(model: Model) -> Iterator[Slot]:
     more = [
-        (f"self_attention.{p}_layernorm.weight", HEAD_NORM, (f"model.layers.{{i}}.self_attn.{p}_norm.weight",)) for p in "qk"
+        (
+            f"self_attention.{p}_layernorm.weight",
+            HEAD_NORM,
+            (f"model.layers.{{i}}.self_attn.{p}_norm.weight",),
+        )
+        for p in "qk"
     ]
     return decoder_slots(
         model, embedding="model.embed_tokens.weight", norm="model.norm", head="lm_head.weight", layer="model.layers.{i}.",

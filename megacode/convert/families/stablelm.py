@@ -32,7 +32,10 @@ def _fits(model: Model) -> str | None:
             is_not("normalization", model.normalization, "layernorm"),
             is_not("activation", model.activation, "swiglu"),
             (model.linear_bias, "model.linear_bias gives biases to every linear layer"),
-            (model.qk_norm, "model.qk_norm normalises queries and keys with weights that all heads share"),
+            (
+                model.qk_norm,
+                "model.qk_norm normalises queries and keys with weights that all heads share",
+            ),
             own_head_dim(model),
         ]
     )
@@ -57,7 +60,9 @@ def _model_section(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {"num_key_value_heads": 32, **config}  # where it is silent, as transformers
     refuse(config, "hidden_act", "silu", "the feed-forward is SwiGLU")
     refuse(config, "qk_layernorm", False, "its norms have weights for each head")
-    refuse(config, "use_parallel_residual", False, "attention and feed-forward run one after the other")
+    refuse(
+        config, "use_parallel_residual", False, "attention and feed-forward run one after the other"
+    )
     common = common_section(config)
     return {
         **common,
@@ -83,4 +88,6 @@ def _slots(model: Model) -> Iterator[Slot]:
     )  # fmt: skip
 
 
-STABLELM = Family("stablelm", "StableLmForCausalLM", "stablelm", _fits, _config, _model_section, _slots)
+STABLELM = Family(
+    "stablelm", "StableLmForCausalLM", "stablelm", _fits, _config, _model_section, _slots
+)

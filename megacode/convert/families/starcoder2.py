@@ -72,7 +72,9 @@ def _model_section(config: Mapping[str, Any]) -> dict[str, Any]:
         **rotary_section(config),
         "dropout": float(config.get("residual_dropout") or 0.0),
         "tie_embeddings": bool(config.get("tie_word_embeddings", True)),
-        "context_length": within_window(config, int(value(config, "max_position_embeddings", 4096))),
+        "context_length": within_window(
+            config, int(value(config, "max_position_embeddings", 4096))
+        ),
     }
 
 
@@ -85,4 +87,6 @@ def _slots(model: Model) -> Iterator[Slot]:
     )  # fmt: skip
 
 
-STARCODER2 = Family("starcoder2", "Starcoder2ForCausalLM", "starcoder2", _fits, _config, _model_section, _slots)
+STARCODER2 = Family(
+    "starcoder2", "Starcoder2ForCausalLM", "starcoder2", _fits, _config, _model_section, _slots
+)

@@ -60,21 +60,36 @@ def write_dataset(
     with ExitStack() as stack:
         current: _Shard | None = None
         for block in blocks:
-            counts.add(GroupCounts(len(block.lengths), int(block.lengths.sum()), block.bytes, int(block.lengths.max())))
+            counts.add(
+                GroupCounts(
+                    len(block.lengths),
+                    int(block.lengths.sum()),
+                    block.bytes,
+                    int(block.lengths.max()),
+                )
+            )
             ends = np.cumsum(block.lengths, dtype=np.int64) * dtype.itemsize
             first = 0
             while first < len(ends):
                 if current is None:
-                    name = prefix if shard_size is None else indexed.with_ending(prefix, f"-{len(shards):05d}")
+                    name = (
+                        prefix
+                        if shard_size is None
+                        else indexed.with_ending(prefix, f"-{len(shards):05d}")
+                    )
                     current = _Shard(name, dtype, stack, laid)
                 done = int(ends[first - 1]) if first else 0
                 last = len(ends)
                 if shard_size is not None:
-                    last = int(np.searchsorted(ends, done + shard_size - current.size, side="right"))
+                    last = int(
+                        np.searchsorted(ends, done + shard_size - current.size, side="right")
+                    )
                     if last == first and current.size == 0:
                         last = first + 1  # longer than a shard: a shard of its own
                 if last > first:
-                    current.add(_documents(block, first, last, ends, dtype), int(ends[last - 1]) - done)
+                    current.add(
+                        _documents(block, first, last, ends, dtype), int(ends[last - 1]) - done
+                    )
                     on_bytes(int(ends[last - 1]) - done)
                     first = last
                 else:
@@ -89,7 +104,9 @@ def write_dataset(
     return WrittenDataset(shards, counts)
 
 
-def _documents(block: Block, first: int, last: int, ends: NDArray[np.int64], dtype: np.dtype[Any]) -> Block:
+def _documents(
+    block: Block, first: int, last: int, ends: NDArray[np.int64], dtype: np.dtype[Any]
+) -> Block:
     """Documents [first, last) of a block; `ends` in bytes."""
     if (first, last) == (0, len(ends)):
         return block
@@ -101,10 +118,14 @@ def _documents(block: Block, first: int, last: int, ends: NDArray[np.int64], dty
 class _Shard:
     """One open shard. Lengths and records are kept beside it on disk until the index is written."""
 
-    def __init__(self, prefix: Path, dtype: np.dtype[Any], stack: ExitStack, laid: Path | None = None) -> None:
+    def __init__(
+        self, prefix: Path, dtype: np.dtype[Any], stack: ExitStack, laid: Path | None = None
+    ) -> None:
         self.prefix, self.dtype, self.laid = prefix, dtype, laid
         if laid is None:
-            self.bin: BinaryIO = stack.enter_context(replace_file(indexed.with_ending(prefix, ".bin")))
+            self.bin: BinaryIO = stack.enter_context(
+                replace_file(indexed.with_ending(prefix, ".bin"))
+            )
         self.lengths: BinaryIO = stack.enter_context(open(_side(prefix, "lengths"), "wb"))  # noqa: SIM115
         self.records: BinaryIO = stack.enter_context(open(_side(prefix, "records"), "wb"))  # noqa: SIM115
         self.size = self.documents = 0
@@ -119,7 +140,9 @@ class _Shard:
             if self.laid is None:
                 self.bin.flush()
                 self.copies.append(
-                    self.pool.submit(copy_range, block.file, block.start, self.bin.fileno(), self.size, size)
+                    self.pool.submit(
+                        copy_range, block.file, block.start, self.bin.fileno(), self.size, size
+                    )
                 )
                 self.bin.seek(size, os.SEEK_CUR)
             self.pieces.append((size, block.checksum))
@@ -154,7 +177,9 @@ class _Shard:
         if self.laid is not None:
             _adopt(self.laid, indexed.with_ending(self.prefix, ".bin"))
         checksums = {"algorithm": "xxh3_128", "bin": [list(piece) for piece in self.pieces]}
-        return WrittenShard(self.prefix, self.documents, self.size // self.dtype.itemsize, checksums)
+        return WrittenShard(
+            self.prefix, self.documents, self.size // self.dtype.itemsize, checksums
+        )
 
 
 def _adopt(laid: Path, target: Path) -> None:

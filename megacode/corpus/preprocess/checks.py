@@ -25,7 +25,9 @@ def check_tokens(request: Request, tokenizer: Tokenizer) -> None:
             except UserError as error:
                 raise UserError(f"--repository puts {name} in front: {error}") from None
         if not request.path:
-            raise UserError("--repository needs --path, the field with a file's path in its repository")
+            raise UserError(
+                "--repository needs --path, the field with a file's path in its repository"
+            )
 
 
 def check_fields(files: Sequence[InputFile], text_field: str, columns: Sequence[str]) -> None:
@@ -34,7 +36,10 @@ def check_fields(files: Sequence[InputFile], text_field: str, columns: Sequence[
     found: set[str] = set()
     known: dict[str, None] = {}
     first: tuple[InputFile, BadRecord] | None = None
-    for file in [*[f for f in files if f.form != "file"][:3], *[f for f in files if f.form == "file"][:3]]:
+    for file in [
+        *[f for f in files if f.form != "file"][:3],
+        *[f for f in files if f.form == "file"][:3],
+    ]:
         for _, item in zip(range(100), read_input(file, text_field, columns=columns), strict=False):
             if isinstance(item, BadRecord):
                 first = first or (file, item)
@@ -49,7 +54,9 @@ def check_fields(files: Sequence[InputFile], text_field: str, columns: Sequence[
             found |= {name for name in columns if field_value(file, item, name) is not None}
             known |= dict.fromkeys(item.values)
     if first and not seen:
-        raise UserError(f"{first[0].path}: no field {text_field!r} in its records{_fields(*first)}; give --text-field")
+        raise UserError(
+            f"{first[0].path}: no field {text_field!r} in its records{_fields(*first)}; give --text-field"
+        )
     for name in columns:
         if seen and known and name not in found:
             raise UserError(

@@ -35,7 +35,17 @@ def _call(name: str, *values: Any) -> Any:
 
 
 _ALLOWED = (
-    *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.cmpop),
+    *(
+        ast.Expression,
+        ast.BoolOp,
+        ast.And,
+        ast.Or,
+        ast.UnaryOp,
+        ast.Not,
+        ast.USub,
+        ast.Compare,
+        ast.cmpop,
+    ),
     *(ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Load),
 )
 
@@ -66,11 +76,15 @@ def parse_condition(text: str) -> Condition:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise UserError(f"--where {text!r}: {reason}; expected for example: stars >= 10 and license == 'mit'") from None
+        raise UserError(
+            f"--where {text!r}: {reason}; expected for example: stars >= 10 and license == 'mit'"
+        ) from None
     fields: dict[str, None] = {}
     rewritten = ast.fix_missing_locations(ast.Expression(_rewrite(tree.body, text, fields)))
     if not fields:
-        raise UserError(f"--where {text!r}: names no field; expected for example: stars >= 10 and license == 'mit'")
+        raise UserError(
+            f"--where {text!r}: names no field; expected for example: stars >= 10 and license == 'mit'"
+        )
     return Condition(text.strip(), tuple(fields), compile(rewritten, "--where", "eval"))
 
 
@@ -92,7 +106,11 @@ def _rewrite(node: ast.expr, text: str, fields: dict[str, None]) -> ast.expr:
         if isinstance(value, ast.expr):
             setattr(node, key, _rewrite(value, text, fields))
         elif isinstance(value, list):
-            setattr(node, key, [_rewrite(v, text, fields) if isinstance(v, ast.expr) else v for v in value])
+            setattr(
+                node,
+                key,
+                [_rewrite(v, text, fields) if isinstance(v, ast.expr) else v for v in value],
+            )
     if isinstance(node, ast.Compare):
         nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
         return ast.Call(ast.Name("_sensible", ast.Load()), [ast.Lambda(nothing, node)], [])
@@ -104,7 +122,9 @@ def _check_call(name: str, arguments: list[ast.expr], text: str) -> None:
         raise UserError(f"--where {text!r}: no function {name}; there are {', '.join(_FUNCTIONS)}")
     takes = list(inspect.signature(_FUNCTIONS[name]).parameters)
     if len(arguments) != len(takes):
-        raise UserError(f"--where {text!r}: {name} has {len(arguments)} arguments; it is {name}({', '.join(takes)})")
+        raise UserError(
+            f"--where {text!r}: {name} has {len(arguments)} arguments; it is {name}({', '.join(takes)})"
+        )
     pattern = arguments[-1]
     if name == "matches" and isinstance(pattern, ast.Constant):
         try:

@@ -16,7 +16,9 @@ def copy_range(source: Path, start: int, out: int, offset: int, size: int) -> No
         done = 0
         try:
             while done < size and hasattr(os, "copy_file_range"):
-                copied = os.copy_file_range(file.fileno(), out, size - done, start + done, offset + done)
+                copied = os.copy_file_range(
+                    file.fileno(), out, size - done, start + done, offset + done
+                )
                 if not copied:
                     break
                 done += copied

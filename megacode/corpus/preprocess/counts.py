@@ -83,12 +83,17 @@ class Counts:
         return total
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "groups": {str(name): vars(group) for name, group in sorted(self.groups.items())}}
+        return {
+            **vars(self),
+            "groups": {str(name): vars(group) for name, group in sorted(self.groups.items())},
+        }
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Counts:
         return Counts(
-            groups={Group.parse(name): GroupCounts(**group) for name, group in value["groups"].items()},
+            groups={
+                Group.parse(name): GroupCounts(**group) for name, group in value["groups"].items()
+            },
             records=value["records"],
             bad=Counter(value["bad"]),
             passed_over=Counter(value["passed_over"]),

@@ -32,7 +32,9 @@ _BESIDE = (".json", ".quarantine.jsonl", TABLE_ENDING, ".lengths.png")
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
     """Of a run's settings; each of its datasets' manifests holds it."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(settings, sort_keys=True).encode(errors="surrogateescape"))
+    return xxhash.xxh3_64_hexdigest(
+        json.dumps(settings, sort_keys=True).encode(errors="surrogateescape")
+    )
 
 
 def datasets_of(request: Request, manifest: Mapping[str, Any]) -> dict[Group, Path]:
@@ -69,7 +71,10 @@ def check_inputs_stay(request: Request, files: Sequence[InputFile]) -> None:
     value = "{value}" if request.split_by else ""
     groups = [Group(split, value) for split in SPLITS[: 2 if request.validation else 1]]
     of_dataset = (*indexed.ENDINGS, TABLE_ENDING)
-    for prefix, endings in ((request.name, _BESIDE), *((request.prefix(group), of_dataset) for group in groups)):
+    for prefix, endings in (
+        (request.name, _BESIDE),
+        *((request.prefix(group), of_dataset) for group in groups),
+    ):
         name = re.escape(prefix.name)
         if value and prefix != request.name:
             name = name.replace(re.escape(file_name(value)), ".+")
@@ -105,12 +110,16 @@ def check_free(request: Request, groups: Sequence[Group]) -> None:
     for prefix in dict.fromkeys((request.name, *map(request.prefix, groups))):
         if os.path.abspath(prefix) in own:
             continue
-        manifest = indexed.read_manifest(prefix)  # a file of that name which is no manifest is an error of its own
+        manifest = indexed.read_manifest(
+            prefix
+        )  # a file of that name which is no manifest is an error of its own
         names = [prefix, *indexed.shards_beside(prefix)]
         there = [path for one in names for path in indexed.files_of(one) if path.exists()]
         if there and not request.overwrite:
             made = "is a dataset that another run made" if manifest else "was not made by this tool"
-            raise UserError(f"{there[0]}: already there: {made}; choose another --output or give --overwrite")
+            raise UserError(
+                f"{there[0]}: already there: {made}; choose another --output or give --overwrite"
+            )
 
 
 def remove_old(request: Request, groups: Sequence[Group]) -> None:
@@ -121,5 +130,8 @@ def remove_old(request: Request, groups: Sequence[Group]) -> None:
     for prefix in prefixes:
         indexed.remove_dataset(prefix)
         name = glob.escape(prefix.name)
-        for left_over in (*prefix.parent.glob(f".{name}.*.partial"), *prefix.parent.glob(f".{name}-[0-9]*.partial")):
+        for left_over in (
+            *prefix.parent.glob(f".{name}.*.partial"),
+            *prefix.parent.glob(f".{name}-[0-9]*.partial"),
+        ):
             left_over.unlink()

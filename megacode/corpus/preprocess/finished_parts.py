@@ -52,12 +52,17 @@ def finished_part(folder: Path, part: CorpusPart) -> Finished | None:
     path = part_file(folder, part, "json")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        groups = {Group.parse(name): {**group, "number": int(group["number"])} for name, group in value["groups"].items()}
+        groups = {
+            Group.parse(name): {**group, "number": int(group["number"])}
+            for name, group in value["groups"].items()
+        }
         return Finished(Counts.from_json(value["counts"]), value["lines"], groups, value["inputs"])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); remove it, and its part is tokenized again") from None
+        raise UserError(
+            f"{path}: damaged ({error!r}); remove it, and its part is tokenized again"
+        ) from None
 
 
 def file_checksum(path: Path, start: int = 0, size: int | None = None) -> str:
@@ -75,11 +80,15 @@ def file_checksum(path: Path, start: int = 0, size: int | None = None) -> str:
 class GroupFiles:
     """The files of one group in one part. `more`: `hashes`, `places`, where they are wanted."""
 
-    def __init__(self, folder: Path, part: CorpusPart, number: int, more: Sequence[str], stack: ExitStack) -> None:
+    def __init__(
+        self, folder: Path, part: CorpusPart, number: int, more: Sequence[str], stack: ExitStack
+    ) -> None:
         endings = ["bin", "lengths", "records", *more]
         self.number = number
         self.files: Mapping[str, BinaryIO] = {
-            ending: stack.enter_context(replace_file(part_file(folder, part, f"{number}.{ending}"), durable=False))
+            ending: stack.enter_context(
+                replace_file(part_file(folder, part, f"{number}.{ending}"), durable=False)
+            )
             for ending in endings
         }
         self.checksums = {ending: xxhash.xxh3_128() for ending in endings}

@@ -22,7 +22,9 @@ _BEGUN = "datasets.json"
 
 
 @contextmanager
-def open_folder(folder: Path, settings: dict[str, Any], share: tuple[int, int] | None) -> Iterator[Callable[[], bool]]:
+def open_folder(
+    folder: Path, settings: dict[str, Any], share: tuple[int, int] | None
+) -> Iterator[Callable[[], bool]]:
     """The folder of parts, made for these settings and held against other runs; locks go with their process.
 
     A run of its own holds it alone. Shares hold it together, each its own number alone. Gives a function that says
@@ -32,9 +34,13 @@ def open_folder(folder: Path, settings: dict[str, Any], share: tuple[int, int] |
     with open(folder / "lock", "a") as lock:
         alone = _lock(lock, fcntl.LOCK_EX)
         if not alone and (share is None or not _lock(lock, fcntl.LOCK_SH, _PATIENCE)):
-            raise UserError(f"{folder}: another run is writing this output; wait for it, or choose another --output")
+            raise UserError(
+                f"{folder}: another run is writing this output; wait for it, or choose another --output"
+            )
         if not _is_there(lock, folder / "lock"):
-            raise UserError(f"{folder}: another run has just finished this output; run again to see what it made")
+            raise UserError(
+                f"{folder}: another run has just finished this output; run again to see what it made"
+            )
         if alone:
             _prepare(folder, settings)
         elif not _same_settings(folder, settings):
@@ -48,7 +54,9 @@ def open_folder(folder: Path, settings: dict[str, Any], share: tuple[int, int] |
         _lock(lock, fcntl.LOCK_SH, _PATIENCE)
         with open(folder / f"lock-{share[0]}-of-{share[1]}", "a") as mine:
             if not _lock(mine, fcntl.LOCK_EX):
-                raise UserError(f"{folder}: --shard {share[0]}/{share[1]} is already running; give another number")
+                raise UserError(
+                    f"{folder}: --shard {share[0]}/{share[1]} is already running; give another number"
+                )
 
             def whole() -> bool:
                 _lock(lock, fcntl.LOCK_UN)
@@ -125,17 +133,24 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
     that name that no run made."""
     if not _same_settings(folder, settings):
         kept = {"settings.json", _BEGUN}
-        found = [old for old in folder.iterdir() if not old.name.startswith(("lock", ".settings.json."))]
+        found = [
+            old for old in folder.iterdir() if not old.name.startswith(("lock", ".settings.json."))
+        ]
         if found and not _is_of_a_run(folder):
             raise UserError(
                 f"{folder}: in the way: not made by a run of this tool; move it, or choose another --output"
             )
-        write_json(folder / "settings.json", {"input files": None})  # killed from here on, nothing in it counts
+        write_json(
+            folder / "settings.json", {"input files": None}
+        )  # killed from here on, nothing in it counts
         for old in found:
             if old.is_dir():
                 shutil.rmtree(old)
             elif old.name not in kept:
                 old.unlink()
         write_json(folder / "settings.json", settings)
-    for left_over in (*folder.glob(".*.partial"), *folder.glob("*.chunk")):  # of a run that was killed
+    for left_over in (
+        *folder.glob(".*.partial"),
+        *folder.glob("*.chunk"),
+    ):  # of a run that was killed
         left_over.unlink()

@@ -17,7 +17,12 @@ import xxhash
 
 from megacode.corpus.preprocess.copying import copy_range
 from megacode.corpus.preprocess.counts import Group
-from megacode.corpus.preprocess.finished_parts import Finished, file_checksum, finished_part, part_file
+from megacode.corpus.preprocess.finished_parts import (
+    Finished,
+    file_checksum,
+    finished_part,
+    part_file,
+)
 from megacode.corpus.preprocess.splitting import CorpusPart, Unit, unit_parts
 from megacode.files import write_text
 
@@ -59,7 +64,9 @@ class Layout:
         self._copied: list[Path] = []
         """Files of laid parts that are not removed yet."""
         for line in self._lines():
-            self.places[line["part"]] = {Group.parse(name): tuple(place) for name, place in line["groups"].items()}
+            self.places[line["part"]] = {
+                Group.parse(name): tuple(place) for name, place in line["groups"].items()
+            }
             for group, (offset, size) in self.places[line["part"]].items():
                 self.sizes[group] = offset + size
         for group, size in self.sizes.items():
@@ -90,7 +97,11 @@ class Layout:
         try:
             for group, about in finished.groups.items():
                 for ending, digest in about["checksums"].items():
-                    path, start, size = part_file(self.folder, part, f"{about['number']}.{ending}"), 0, None
+                    path, start, size = (
+                        part_file(self.folder, part, f"{about['number']}.{ending}"),
+                        0,
+                        None,
+                    )
                     if ending == "bin":
                         (path, start), size = self.place(part, finished, group), about["bytes"]
                     if file_checksum(path, start, size) != digest:
@@ -123,7 +134,14 @@ class Layout:
             offset, size = self.sizes.get(group, 0), about["bytes"]
             places[group] = (offset, size)
             self.sizes[group] = offset + size
-            moves.append((part_file(self.folder, part, f"{about['number']}.bin"), self._laid(group), offset, size))
+            moves.append(
+                (
+                    part_file(self.folder, part, f"{about['number']}.bin"),
+                    self._laid(group),
+                    offset,
+                    size,
+                )
+            )
         self._under_way[part.name] = (places, [move[0] for move in moves])
         remove, self._copied = tuple(self._copied), []
         return Lay(part.name, tuple(moves), remove)
@@ -131,10 +149,15 @@ class Layout:
     def done(self, name: str) -> None:
         """The copying of a part's tokens has ended. Its own copy goes with a later `Lay`, or with `finish`."""
         self._ended.add(name)
-        while self._under_way and (first := next(iter(self._under_way))) in self._ended:  # lines stand in order
+        while (
+            self._under_way and (first := next(iter(self._under_way))) in self._ended
+        ):  # lines stand in order
             places, files = self._under_way.pop(first)
             with open(self.folder / "laid.jsonl", "a", encoding="utf-8") as file:
-                line = {"part": first, "groups": {str(group): place for group, place in places.items()}}
+                line = {
+                    "part": first,
+                    "groups": {str(group): place for group, place in places.items()},
+                }
                 file.write(json.dumps(line) + "\n")
             self.places[first] = places
             self._copied += files

@@ -52,7 +52,9 @@ def write_manifests(
         path.unlink(missing_ok=True)
         if len(rows) > LISTED_FILES:
             _write_table(path, rows)
-    datasets_of_run = {str(g): os.path.relpath(request.prefix(g), request.name.parent) for g in datasets}
+    datasets_of_run = {
+        str(g): os.path.relpath(request.prefix(g), request.name.parent) for g in datasets
+    }
     run = {
         "run": {
             "datasets": datasets_of_run,
@@ -79,7 +81,11 @@ def write_manifests(
         else:
             own = {"shards": [shard.prefix.name for shard in dataset.shards]}
             for shard in dataset.shards:
-                numbers = {"documents": shard.documents, "tokens": shard.tokens, "checksums": shard.checksums}
+                numbers = {
+                    "documents": shard.documents,
+                    "tokens": shard.tokens,
+                    "checksums": shard.checksums,
+                }
                 indexed.write_manifest(shard.prefix, {**common, **numbers, "dataset": prefix.name})
         of_run = run if prefix == request.name else {}
         indexed.write_manifest(prefix, {**common, **vars(dataset.counts), **own, **table, **of_run})
@@ -100,7 +106,9 @@ def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with replace_file(path) as out:
         for row in rows:
             digests = " ".join(f"{size}:{digest}" for size, digest in row["xxh3_128"])
-            out.write(f"{row['path']}\t{row['bytes']}\t{digests}\n".encode(errors="surrogateescape"))
+            out.write(
+                f"{row['path']}\t{row['bytes']}\t{digests}\n".encode(errors="surrogateescape")
+            )
 
 
 def _input_rows(files: Sequence[InputFile], parts: Parts) -> list[dict[str, Any]]:

@@ -57,7 +57,9 @@ class Block:
         """`count` of the block's tokens from number `first` on; without, all of them."""
         count = int(self.lengths.sum()) - first if count is None else count
         if self.file:
-            return np.fromfile(self.file, dtype=dtype, offset=self.start + first * dtype.itemsize, count=count)
+            return np.fromfile(
+                self.file, dtype=dtype, offset=self.start + first * dtype.itemsize, count=count
+            )
         assert self.tokens is not None
         return self.tokens[first : first + count]
 
@@ -86,7 +88,11 @@ def lines_before(parts: Parts) -> dict[str, int]:
 
 
 def blocks_as_read(
-    layout: Layout, parts: Parts, group: Group, dtype: np.dtype[Any], duplicates: Mapping[str, NDArray[np.bool_]] | None
+    layout: Layout,
+    parts: Parts,
+    group: Group,
+    dtype: np.dtype[Any],
+    duplicates: Mapping[str, NDArray[np.bool_]] | None,
 ) -> Iterator[Block]:
     """A group's documents in the order of the input, but for `duplicates` (by part and number of the group)."""
     before = lines_before(parts)
@@ -98,20 +104,30 @@ def blocks_as_read(
         number = here["number"]
         path, start = layout.place(part, finished, group)
         lengths = np.fromfile(part_file(folder, part, f"{number}.lengths"), dtype="<i4")
-        records = np.fromfile(part_file(folder, part, f"{number}.records"), dtype="<i8").reshape(-1, 2)
+        records = np.fromfile(part_file(folder, part, f"{number}.records"), dtype="<i8").reshape(
+            -1, 2
+        )
         records[:, 1] += before.get(part.name, 0)
         size = finished.counts.groups[group].bytes
         places = _places(part_file(folder, part, f"{number}.places"))
         dropped = None if duplicates is None else duplicates[f"{part.name}.{number}"]
         if dropped is None or not dropped.any():
             yield Block(
-                lengths, records, size, file=path, start=start, checksum=here["checksums"]["bin"], places=places
+                lengths,
+                records,
+                size,
+                file=path,
+                start=start,
+                checksum=here["checksums"]["bin"],
+                places=places,
             )
             continue
         kept = ~dropped
         if not kept.any():
             continue
-        tokens = np.fromfile(path, dtype=dtype, offset=start, count=int(lengths.sum()))[np.repeat(kept, lengths)]
+        tokens = np.fromfile(path, dtype=dtype, offset=start, count=int(lengths.sum()))[
+            np.repeat(kept, lengths)
+        ]
         sizes = _hashes(folder, part, number)["size"]
         places = [place for place, keep in zip(places, kept, strict=True) if keep] if places else []
         yield Block(lengths[kept], records[kept], int(sizes[kept].sum()), tokens, places=places)
@@ -139,8 +155,13 @@ def find_duplicates(folder: Path, parts: Parts) -> dict[str, NDArray[np.bool_]]:
     The marks lie in a file. Hashes are compared whole (128 bits), a range of them at a time where there are too many.
     """
     parts = [(part, finished) for part, finished in parts if finished.groups]
-    groups = {part.name: sorted(group["number"] for group in finished.groups.values()) for part, finished in parts}
-    sizes = [sum(group.documents for group in finished.counts.groups.values()) for _, finished in parts]
+    groups = {
+        part.name: sorted(group["number"] for group in finished.groups.values())
+        for part, finished in parts
+    }
+    sizes = [
+        sum(group.documents for group in finished.counts.groups.values()) for _, finished in parts
+    ]
     starts = list(itertools.accumulate(sizes, initial=0))
     total = starts[-1]
     marks = np.memmap(folder / "duplicates", dtype=np.bool_, mode="w+", shape=(max(total, 1),))
@@ -165,7 +186,10 @@ def find_duplicates(folder: Path, parts: Parts) -> dict[str, NDArray[np.bool_]]:
     found = {}
     for (part, finished), start, end in zip(parts, starts, starts[1:], strict=False):
         marks[start:end] = marks[start:end][_as_read(folder, part, groups[part.name])]
-        counts = {group["number"]: finished.counts.groups[name].documents for name, group in finished.groups.items()}
+        counts = {
+            group["number"]: finished.counts.groups[name].documents
+            for name, group in finished.groups.items()
+        }
         at = start
         for number in groups[part.name]:
             found[f"{part.name}.{number}"] = marks[at : at + counts[number]]
@@ -176,7 +200,8 @@ def find_duplicates(folder: Path, parts: Parts) -> dict[str, NDArray[np.bool_]]:
 def _as_read(folder: Path, part: CorpusPart, groups: Sequence[int]) -> NDArray[np.int64]:
     """For the documents of a part, one group after another: each one's place in the order of the input, int64 [n]."""
     records = [
-        np.fromfile(part_file(folder, part, f"{number}.records"), dtype="<i8").reshape(-1, 2) for number in groups
+        np.fromfile(part_file(folder, part, f"{number}.records"), dtype="<i8").reshape(-1, 2)
+        for number in groups
     ]
     file, record = np.concatenate(records).T
     return np.lexsort((record, file)).argsort()
@@ -185,7 +210,9 @@ def _as_read(folder: Path, part: CorpusPart, groups: Sequence[int]) -> NDArray[n
 # ------------------------------------------------------------------------------------------------------- external sort
 
 
-def shuffled(blocks: Iterator[Block], folder: Path, size: int, dtype: np.dtype[Any], seed: int) -> Iterator[Block]:
+def shuffled(
+    blocks: Iterator[Block], folder: Path, size: int, dtype: np.dtype[Any], seed: int
+) -> Iterator[Block]:
     """Documents in a random order that depends on `seed` and each one's place in the input. `size`: bytes of tokens."""
     key = make_key(seed, "order of documents")
 
@@ -194,12 +221,19 @@ def shuffled(blocks: Iterator[Block], folder: Path, size: int, dtype: np.dtype[A
         return uniform_bits(key, (file << np.uint64(40)) + record)
 
     for bucket in _buckets(blocks, keys, folder, size, dtype):
-        order = np.lexsort((bucket.documents["record"], bucket.documents["file"], bucket.documents["key"]))
+        order = np.lexsort(
+            (bucket.documents["record"], bucket.documents["file"], bucket.documents["key"])
+        )
         yield bucket.block([[i] for i in order.tolist()])
 
 
 def by_repository(
-    blocks: Iterator[Block], how: Repositories, folder: Path, size: int, dtype: np.dtype[Any], seed: int
+    blocks: Iterator[Block],
+    how: Repositories,
+    folder: Path,
+    size: int,
+    dtype: np.dtype[Any],
+    seed: int,
 ) -> Iterator[Block]:
     """One document a repository, its files by path; repositories in a random order that depends on `seed`."""
     tokenizer = how.tokenizer
@@ -209,16 +243,23 @@ def by_repository(
 
     def keys(block: Block) -> NDArray[np.uint64]:
         names = (name.encode(errors="surrogateescape") for name, _ in block.places)
-        digests = b"".join(hashlib.blake2b(name, digest_size=8, salt=salt).digest() for name in names)
+        digests = b"".join(
+            hashlib.blake2b(name, digest_size=8, salt=salt).digest() for name in names
+        )
         return np.frombuffer(digests, dtype="<u8")
 
     for bucket in _buckets(blocks, keys, folder, size, dtype):
         documents, places = bucket.documents, bucket.places
         rank = np.lexsort((documents["record"], documents["file"])).argsort()
-        order = sorted(range(len(documents)), key=lambda i: (int(documents["key"][i]), places[i], int(rank[i])))
+        order = sorted(
+            range(len(documents)), key=lambda i: (int(documents["key"][i]), places[i], int(rank[i]))
+        )
         groups = [list(files) for _, files in itertools.groupby(order, key=lambda i: places[i][0])]
         heads = [
-            np.array([*start, tokenizer.token_id("<reponame>"), *tokenizer.encode(places[files[0]][0])], dtype=dtype)
+            np.array(
+                [*start, tokenizer.token_id("<reponame>"), *tokenizer.encode(places[files[0]][0])],
+                dtype=dtype,
+            )
             for files in groups
         ]
         yield bucket.block(groups, heads, end)
@@ -253,8 +294,12 @@ class _Bucket:
                 pieces.append(end)
             out_lengths.append(sum(map(len, pieces[first:])))
         leaders = [members[0] for members in groups]
-        records = np.stack([self.documents["file"][leaders], self.documents["record"][leaders]], axis=1)
-        return Block(np.array(out_lengths, dtype=np.int64), records, self.bytes, np.concatenate(pieces))
+        records = np.stack(
+            [self.documents["file"][leaders], self.documents["record"][leaders]], axis=1
+        )
+        return Block(
+            np.array(out_lengths, dtype=np.int64), records, self.bytes, np.concatenate(pieces)
+        )
 
 
 def _buckets(
@@ -296,7 +341,9 @@ def _buckets(
         documents = np.fromfile(work / f"{number}.documents", dtype=_DOCUMENT)
         places = _places(work / f"{number}.places")
         # The bytes of text belong to all buckets together; the first one carries them.
-        yield _Bucket(documents, np.fromfile(work / f"{number}.tokens", dtype=dtype), places, text_bytes)
+        yield _Bucket(
+            documents, np.fromfile(work / f"{number}.tokens", dtype=dtype), places, text_bytes
+        )
         text_bytes = 0
         for ending in ("tokens", "documents", "places"):
             (work / f"{number}.{ending}").unlink(missing_ok=True)

@@ -27,7 +27,9 @@ def write_bad(out: BinaryIO, file: Path, bad: BadRecord) -> None:
     head = json.dumps({"record": bad.record, "file": str(file), "reason": bad.reason})[:-1].encode()
     if bad.rest is None:
         try:
-            out.write(head + b', "raw": ' + json.dumps(bad.raw.decode()).encode() if bad.raw else head)
+            out.write(
+                head + b', "raw": ' + json.dumps(bad.raw.decode()).encode() if bad.raw else head
+            )
         except UnicodeDecodeError:
             out.write(head + b', "raw_base64": "' + base64.b64encode(bad.raw) + b'"')
     else:

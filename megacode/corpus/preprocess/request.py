@@ -64,17 +64,27 @@ class Request:
         if not self.split_by:
             return self.output
         bare = self.output.name.replace("{value}", "").strip("-_.")
-        return self.output.with_name(bare or "corpus") if "{value}" in self.output.name else self.output
+        return (
+            self.output.with_name(bare or "corpus")
+            if "{value}" in self.output.name
+            else self.output
+        )
 
     def prefix(self, group: Group) -> Path:
         """Where a group's dataset goes."""
         output = self.output
         if group.split == "validation":
-            output = self.validation_output or self.output.with_name(self.output.name + "_validation")
+            output = self.validation_output or self.output.with_name(
+                self.output.name + "_validation"
+            )
         if not self.split_by:
             return output
         value = file_name(group.value)
-        name = output.name.replace("{value}", value) if "{value}" in output.name else f"{output.name}-{value}"
+        name = (
+            output.name.replace("{value}", value)
+            if "{value}" in output.name
+            else f"{output.name}-{value}"
+        )
         return output.with_name(name)
 
 
@@ -84,7 +94,11 @@ def file_name(value: str) -> str:
     name = "".join(c if c.isalnum() or c in "._+#-" else "_" for c in value).lstrip(".") or "_"
     if len(name.encode()) <= _LONGEST_NAME:
         return name
-    return name.encode()[: _LONGEST_NAME - 17].decode(errors="ignore") + "-" + xxhash.xxh3_64_hexdigest(value.encode())
+    return (
+        name.encode()[: _LONGEST_NAME - 17].decode(errors="ignore")
+        + "-"
+        + xxhash.xxh3_64_hexdigest(value.encode())
+    )
 
 
 @dataclass(frozen=True)

@@ -67,13 +67,17 @@ def preprocess(
     tokenizer = load_tokenizer(request.tokenizer)
     check_tokens(request, tokenizer)
     links: list[Path] = []
-    files = find_inputs(request.inputs, request.format, request.include, request.every, on_link=links.append)
+    files = find_inputs(
+        request.inputs, request.format, request.include, request.every, on_link=links.append
+    )
     settings = _settings(request, tokenizer, files)
     made = _made_before(request, settings)
     if made:
         return made
     check_inputs_stay(request, files)
-    check_free(request, () if request.split_by else SPLIT_GROUPS[: 2 if request.validation else 1])  # values come later
+    check_free(
+        request, () if request.split_by else SPLIT_GROUPS[: 2 if request.validation else 1]
+    )  # values come later
     job = Job(
         files=tuple(files),
         tokenizer=request.tokenizer,
@@ -96,7 +100,9 @@ def preprocess(
         parts = _all_finished(job.folder, units)
         if parts is None or not whole():
             return Result({}, Counts(), False, len(units), kept, None)
-        outputs, counts = _write(request, settings, tokenizer, job, layout, parts, len(links), on_stage, on_progress)
+        outputs, counts = _write(
+            request, settings, tokenizer, job, layout, parts, len(links), on_stage, on_progress
+        )
         remove_folder(job.folder)
     return Result(outputs, counts, False, len(parts), kept, _quarantine_of(request))
 
@@ -131,13 +137,19 @@ def _tokenize(
         parts = unit_parts(job.folder, unit)
         if parts is None or not all(finished(part) for part in parts):
             waiting.append(unit)
-    on_stage("tokenizing", sum(u.size for u in mine), sum(u.size for u in mine) - sum(u.size for u in waiting))
+    on_stage(
+        "tokenizing",
+        sum(u.size for u in mine),
+        sum(u.size for u in mine) - sum(u.size for u in waiting),
+    )
 
     lay = lay and share is None
 
     def tasks() -> Iterator[CorpusPart | Lay]:
         for unit in waiting:
-            unpacked = unit.chunk_size and unpack(job.folder, unit, job.files[unit.part.files[0]], finished)
+            unpacked = unit.chunk_size and unpack(
+                job.folder, unit, job.files[unit.part.files[0]], finished
+            )
             for part in unpacked or [unit.part]:
                 yield from layout.ready() if lay else ()
                 yield part
@@ -173,7 +185,14 @@ def _settings(request: Request, tokenizer: Tokenizer, files: Sequence[InputFile]
     """Everything that decides the output, as JSON; input files by path, size and time of change."""
     listing = json.dumps(
         [
-            [str(f.path.resolve()), f.path.relative_to(f.base).as_posix(), f.base.name, f.form, f.size, f.modified_ns]
+            [
+                str(f.path.resolve()),
+                f.path.relative_to(f.base).as_posix(),
+                f.base.name,
+                f.form,
+                f.size,
+                f.modified_ns,
+            ]
             for f in files
         ]
     )
@@ -221,7 +240,9 @@ def _made_before(request: Request, settings: dict[str, Any]) -> Result | None:
             "choose another --output or give --overwrite"
         )
     outputs = datasets_of(request, manifest)
-    if any(not indexed.is_complete(prefix) or not is_of(prefix, made) for prefix in outputs.values()):
+    if any(
+        not indexed.is_complete(prefix) or not is_of(prefix, made) for prefix in outputs.values()
+    ):
         return None
     if folder.exists():  # a run was killed while it cleaned up
         with open_folder(folder, settings, None):
@@ -254,7 +275,9 @@ def _write(
     for _, finished in parts:
         counts.add(finished.counts)
     if links:
-        counts.passed_over["link that leads out of the input or nowhere (to have it, name what it leads to)"] = links
+        counts.passed_over[
+            "link that leads out of the input or nowhere (to have it, name what it leads to)"
+        ] = links
     _check_documents(request, counts)
     check_free(request, list(counts.groups))
     dtype = indexed.token_dtype(tokenizer.vocab_size)
@@ -273,10 +296,16 @@ def _write(
         blocks: Iterator[Block] = blocks_as_read(layout, parts, group, dtype, duplicates)
         prefix = request.prefix(group)
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        laid = layout.whole(parts, group) if request.as_read and _one_disk(job.folder, prefix.parent) else None
+        laid = (
+            layout.whole(parts, group)
+            if request.as_read and _one_disk(job.folder, prefix.parent)
+            else None
+        )
         if request.repository:
             how = Repositories(tokenizer, request.tokenizer.bos, request.tokenizer.eod)
-            blocks = by_repository(blocks, how, job.folder, size[group], dtype, request.shuffle or 0)
+            blocks = by_repository(
+                blocks, how, job.folder, size[group], dtype, request.shuffle or 0
+            )
         elif request.shuffle is not None:
             blocks = shuffled(blocks, job.folder, size[group], dtype, request.shuffle)
         dataset = write_dataset(prefix, blocks, dtype, request.shard_size, on_bytes, laid)
@@ -294,9 +323,13 @@ def _one_disk(*folders: Path) -> bool:
 
 def _check_documents(request: Request, counts: Counts) -> None:
     if not counts.of("train").documents:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in (counts.bad + counts.passed_over).most_common(3))
+        reasons = ", ".join(
+            f"{n} {reason}" for reason, n in (counts.bad + counts.passed_over).most_common(3)
+        )
         remove_folder(indexed.with_ending(request.name, ".parts"))
-        raise UserError(f"{', '.join(request.inputs)}: no document for {request.output} ({reasons or 'no records'})")
+        raise UserError(
+            f"{', '.join(request.inputs)}: no document for {request.output} ({reasons or 'no records'})"
+        )
     names: dict[Path, Group] = {}
     for group in sorted(counts.groups):
         other = names.setdefault(request.prefix(group), group)

@@ -78,7 +78,9 @@ def plan_units(files: Sequence[InputFile]) -> list[Unit]:
             continue
         flush()
         if file.form == "jsonl" and file.compression:
-            units.append(Unit(CorpusPart(len(units), (number,)), file.size, chunk_size=max(size, 8 << 20)))
+            units.append(
+                Unit(CorpusPart(len(units), (number,)), file.size, chunk_size=max(size, 8 << 20))
+            )
         else:
             for span, share in _spans(file, size):
                 units.append(Unit(CorpusPart(len(units), (number,), span), share))
@@ -103,7 +105,9 @@ def _spans(file: InputFile, size: int) -> list[tuple[tuple[int, int] | None, int
         return [(None, file.size)]  # read as a whole, where it becomes a bad record
     each = max(1, round(groups * size / file.size))
     spans = [(i, min(i + each, groups)) for i in range(0, groups, each)]
-    return [(span, file.size * (span[1] - span[0]) // groups) for span in spans] or [(None, file.size)]
+    return [(span, file.size * (span[1] - span[0]) // groups) for span in spans] or [
+        (None, file.size)
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- unpacked chunks
@@ -124,7 +128,9 @@ def unit_parts(folder: Path, unit: Unit) -> list[CorpusPart] | None:
     return [replace(unit.part, chunk=chunk) for chunk in range(count)]
 
 
-def unpack(folder: Path, unit: Unit, file: InputFile, finished: Callable[[CorpusPart], bool]) -> Iterator[CorpusPart]:
+def unpack(
+    folder: Path, unit: Unit, file: InputFile, finished: Callable[[CorpusPart], bool]
+) -> Iterator[CorpusPart]:
     """Chunks of a compressed JSONL file that are not `finished`, each written for the process that takes it.
 
     Unpacks on a thread, at most two chunks ahead of the caller.
@@ -133,7 +139,9 @@ def unpack(folder: Path, unit: Unit, file: InputFile, finished: Callable[[Corpus
         yield from parts
 
 
-def _write_chunks(folder: Path, unit: Unit, file: InputFile, finished: Callable[[CorpusPart], bool]) -> Iterator[CorpusPart]:
+def _write_chunks(
+    folder: Path, unit: Unit, file: InputFile, finished: Callable[[CorpusPart], bool]
+) -> Iterator[CorpusPart]:
     seen = 0
     with open(file.path, "rb") as disk:
         contents = decompressed(disk, file.compression)
@@ -159,7 +167,9 @@ def _copy_lines(contents: BufferedReader, out: BinaryIO | None, size: int) -> tu
     done = 0
     try:
         while done < size:
-            piece = contents.read1(min(_PIECE, size - done))  # read() would lose what it has when the stream breaks
+            piece = contents.read1(
+                min(_PIECE, size - done)
+            )  # read() would lose what it has when the stream breaks
             if not piece:
                 return True, ""
             done += len(piece)

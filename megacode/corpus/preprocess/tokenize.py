@@ -99,9 +99,13 @@ def part_worker(job: Job) -> Callable[[CorpusPart | Lay], Iterator[PartProgress]
         _keep_memory()
     tokenizer = load_tokenizer(job.tokenizer)
     fast = "asked for (--exact)" if job.exact else load_fast(tokenizer)
-    encoder = _Encoder(tokenizer, None, fast) if isinstance(fast, str) else _Encoder(tokenizer, fast)
+    encoder = (
+        _Encoder(tokenizer, None, fast) if isinstance(fast, str) else _Encoder(tokenizer, fast)
+    )
     condition = parse_condition(job.where) if job.where else None
-    if alone:  # thousands of records at a time, none of them in a cycle: looking for cycles is wasted
+    if (
+        alone
+    ):  # thousands of records at a time, none of them in a cycle: looking for cycles is wasted
         gc.freeze()
         gc.disable()
 
@@ -141,7 +145,9 @@ class _Encoder:
         return np.fromiter((i for ids in lists for i in ids), np.uint32, offsets[-1]), offsets
 
 
-def tokenize_part(job: Job, encoder: _Encoder, condition: Condition | None, part: CorpusPart) -> Iterator[PartProgress]:
+def tokenize_part(
+    job: Job, encoder: _Encoder, condition: Condition | None, part: CorpusPart
+) -> Iterator[PartProgress]:
     """Write the files of one part, reporting on the way."""
     tokenizer = encoder.tokenizer
     counts = Counts(exact=encoder.reason)
@@ -162,7 +168,9 @@ def tokenize_part(job: Job, encoder: _Encoder, condition: Condition | None, part
 
     with ExitStack() as stack:
         writer = _Writer(job, part, token_dtype(tokenizer.vocab_size), stack)
-        quarantine = stack.enter_context(replace_file(part_file(job.folder, part, "bad.jsonl"), durable=False))
+        quarantine = stack.enter_context(
+            replace_file(part_file(job.folder, part, "bad.jsonl"), durable=False)
+        )
 
         def good() -> Iterator[tuple[int, TextDocument]]:
             nonlocal bad_records
@@ -173,7 +181,9 @@ def tokenize_part(job: Job, encoder: _Encoder, condition: Condition | None, part
                         (counts.passed_over if item.harmless else counts.bad)[item.reason] += 1
                         bad_records += not item.harmless
                         write_bad(quarantine, job.files[number].path, item)
-                    elif condition and not condition(_fields(job.files[number], item, condition.fields)):
+                    elif condition and not condition(
+                        _fields(job.files[number], item, condition.fields)
+                    ):
                         counts.passed_over["not wanted (--where)"] += 1
                     else:
                         counts.repaired += item.repaired
@@ -189,7 +199,11 @@ def tokenize_part(job: Job, encoder: _Encoder, condition: Condition | None, part
                     bad = BadRecord("no tokens", document.record, document.raw, True)
                     write_bad(quarantine, job.files[number].path, bad)
                 batch = batch.with_tokens()
-            growth = writer.add(batch, *_framed(batch, before, after, writer.dtype)) if batch.documents else Counts()
+            growth = (
+                writer.add(batch, *_framed(batch, before, after, writer.dtype))
+                if batch.documents
+                else Counts()
+            )
             counts.add(growth)
             total = growth.total
             yield PartProgress(read_bytes, total.bytes, total.tokens, total.documents, bad_records)
@@ -227,7 +241,11 @@ def _input_checksums(job: Job, part: CorpusPart) -> list[tuple[int, int, str]]:
 
 
 def _read(
-    job: Job, part: CorpusPart, number: int, on_bytes: Callable[[int], None], on_lines: Callable[[int], None]
+    job: Job,
+    part: CorpusPart,
+    number: int,
+    on_bytes: Callable[[int], None],
+    on_lines: Callable[[int], None],
 ) -> Iterator[Item]:
     file, last = job.files[number], 0
     report: Callable[[int], None] | None = on_bytes
@@ -235,7 +253,13 @@ def _read(
         chunk = chunk_path(job.folder, part)
         file, report = replace(file, path=chunk, compression=None, size=chunk.stat().st_size), None
     records = read_input(
-        file, job.text_field, part.span, report, columns=job.columns, max_document=job.max_document, on_lines=on_lines
+        file,
+        job.text_field,
+        part.span,
+        report,
+        columns=job.columns,
+        max_document=job.max_document,
+        on_lines=on_lines,
     )
     for item in records:
         last = item.record
@@ -251,13 +275,18 @@ def _fields(file: InputFile, document: TextDocument, names: Sequence[str]) -> di
 def _place(job: Job, file: InputFile, document: TextDocument) -> tuple[str, str]:
     """Repository and path in it. A file without a repository stands alone."""
     assert job.repository and job.path
-    repository, path = field_value(file, document, job.repository), field_value(file, document, job.path)
+    repository, path = (
+        field_value(file, document, job.repository),
+        field_value(file, document, job.path),
+    )
     alone = f"{file.path}:{document.record}"
     repository = str(repository) if repository is not None else alone
     return well_formed(repository), well_formed(str(path)) if path is not None else ""
 
 
-def _batches(items: Iterator[tuple[int, TextDocument]], limit: int) -> Iterator[list[tuple[int, TextDocument]]]:
+def _batches(
+    items: Iterator[tuple[int, TextDocument]], limit: int
+) -> Iterator[list[tuple[int, TextDocument]]]:
     batch: list[tuple[int, TextDocument]] = []
     size = 0
     for item in items:
@@ -301,7 +330,9 @@ def _encode(job: Job, encoder: _Encoder, documents: list[tuple[int, TextDocument
     places = []
     if job.repository:
         places = [_place(job, job.files[number], document) for number, document in documents]
-        texts = [path.encode() + b"\n" + text for (_, path), text in zip(places, texts, strict=True)]
+        texts = [
+            path.encode() + b"\n" + text for (_, path), text in zip(places, texts, strict=True)
+        ]
     ids, offsets = encoder.encode(texts)
     return _Batch(documents, texts, places, ids, np.diff(offsets))
 
@@ -315,7 +346,9 @@ def _check(job: Job, tokenizer: Tokenizer, batch: _Batch, choose: np.random.Gene
     for i in choose.choice(short, count, replace=False).tolist() if short else ():
         number, document = batch.documents[i]
         name = f"{job.files[number].path}, record {document.record}"
-        check_sample(tokenizer, name, batch.texts[i], batch.ids[ends[i] - batch.lengths[i] : ends[i]])
+        check_sample(
+            tokenizer, name, batch.texts[i], batch.ids[ends[i] - batch.lengths[i] : ends[i]]
+        )
     return count
 
 
@@ -350,14 +383,22 @@ class _Writer:
     def add(self, batch: _Batch, tokens: NDArray[Any], lengths: NDArray[np.int64]) -> Counts:
         """Append the documents, each to its group, as `lengths` consecutive `tokens`. What was added."""
         documents, places = batch.documents, batch.places
-        records = np.array([(number, document.record) for number, document in documents], dtype="<i8")
+        records = np.array(
+            [(number, document.record) for number, document in documents], dtype="<i8"
+        )
         sizes = np.array([len(document.raw) for _, document in documents], dtype=np.int64)
-        hashes = b"".join(_hash(document.raw) for _, document in documents) if self.job.deduplicate else b""
+        hashes = (
+            b"".join(_hash(document.raw) for _, document in documents)
+            if self.job.deduplicate
+            else b""
+        )
         groups = self._groups(batch)
         growth = Counts()
         if groups is None:
             everything = slice(None)
-            self._add(Group("train"), growth, everything, tokens, lengths, records, sizes, hashes, places)
+            self._add(
+                Group("train"), growth, everything, tokens, lengths, records, sizes, hashes, places
+            )
             return growth
         ends = np.cumsum(lengths)
         for group in sorted(set(groups)):
@@ -366,7 +407,15 @@ class _Writer:
             own_hashes = b"".join(hashes[24 * i : 24 * i + 24] for i in chosen)
             own_places = [places[i] for i in chosen] if places else []
             self._add(
-                group, growth, chosen, own, lengths[chosen], records[chosen], sizes[chosen], own_hashes, own_places
+                group,
+                growth,
+                chosen,
+                own,
+                lengths[chosen],
+                records[chosen],
+                sizes[chosen],
+                own_hashes,
+                own_places,
             )
         return growth
 
@@ -378,8 +427,14 @@ class _Writer:
         groups = []
         for i, (number, document) in enumerate(batch.documents):
             # A repository is held out as a whole, other documents by their own text.
-            key = batch.places[i][0].encode(errors="surrogateescape") if batch.places else document.raw
-            split = "validation" if job.validation and in_validation(key, job.validation) else "train"
+            key = (
+                batch.places[i][0].encode(errors="surrogateescape")
+                if batch.places
+                else document.raw
+            )
+            split = (
+                "validation" if job.validation and in_validation(key, job.validation) else "train"
+            )
             value = field_value(job.files[number], document, job.split_by) if job.split_by else ""
             groups.append(Group(split, "(none)" if value is None else well_formed(str(value))))
         return groups
@@ -403,9 +458,13 @@ class _Writer:
                     "category, such as the language"
                 )
             more = ["hashes"] * self.job.deduplicate + ["places"] * bool(self.job.repository)
-            self.groups[group] = GroupFiles(self.job.folder, self.part, len(self.groups), more, self.stack)
+            self.groups[group] = GroupFiles(
+                self.job.folder, self.part, len(self.groups), more, self.stack
+            )
         self.groups[group].add(tokens, lengths, records, hashes, places)
-        growth.groups[group] = GroupCounts(len(lengths), int(lengths.sum()), int(sizes.sum()), int(lengths.max()))
+        growth.groups[group] = GroupCounts(
+            len(lengths), int(lengths.sum()), int(sizes.sum()), int(lengths.max())
+        )
 
     def finish(self) -> dict[Group, dict[str, Any]]:
         return {group: files.finish() for group, files in self.groups.items()}

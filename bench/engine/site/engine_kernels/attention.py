@@ -14,7 +14,15 @@ _Backend = NVTE_Fused_Attn_Backend
 
 
 def get_fused_attn_backend(
-    training: bool, q_type: Any, kv_type: Any, layout: Any, bias: Any, mask: Any, softmax: Any, dropout: float, *_: Any
+    training: bool,
+    q_type: Any,
+    kv_type: Any,
+    layout: Any,
+    bias: Any,
+    mask: Any,
+    softmax: Any,
+    dropout: float,
+    *_: Any,
 ) -> NVTE_Fused_Attn_Backend:
     """As cuDNN has it: 16 bits. Dropout would need its random numbers, so it goes unfused here."""
     half = DType(q_type) in (DType.kBFloat16, DType.kFloat16)
@@ -28,13 +36,23 @@ def _sequences(
     name = NVTE_QKV_Layout(layout).name.removeprefix("NVTE_")
     lengths = [(edge[1:] - edge[:-1]).tolist() for edge in edges]
     if name.startswith("T"):
-        begins = [(edge if start is None else start).tolist() for edge, start in zip(edges, starts, strict=True)]
+        begins = [
+            (edge if start is None else start).tolist()
+            for edge, start in zip(edges, starts, strict=True)
+        ]
         for i in range(len(lengths[0])):
-            yield tuple((slice(begin[i], begin[i] + length[i]),) for begin, length in zip(begins, lengths, strict=True))
+            yield tuple(
+                (slice(begin[i], begin[i] + length[i]),)
+                for begin, length in zip(begins, lengths, strict=True)
+            )
         return
     batch = 1 if name.startswith("S") else 0
     for i in range(q.shape[batch]):
-        sizes = [length[i] for length in lengths] if padded else [q.shape[1 - batch], k.shape[1 - batch]]
+        sizes = (
+            [length[i] for length in lengths]
+            if padded
+            else [q.shape[1 - batch], k.shape[1 - batch]]
+        )
         yield tuple((slice(0, size), i) if batch else (i, slice(0, size)) for size in sizes)
 
 
@@ -42,7 +60,9 @@ def _hidden(mask: Any, queries: int, keys: int) -> Tensor | None:
     name = NVTE_Mask_Type(mask).name
     if "CAUSAL" not in name:
         return None
-    return torch.ones(queries, keys, dtype=torch.bool).triu(1 + (keys - queries if "BOTTOM_RIGHT" in name else 0))
+    return torch.ones(queries, keys, dtype=torch.bool).triu(
+        1 + (keys - queries if "BOTTOM_RIGHT" in name else 0)
+    )
 
 
 def _heads(x: Tensor, index: Any, heads: int) -> Tensor:
@@ -61,10 +81,20 @@ def fused_attn_fwd(
     packed, heads = q.dim() == 3, q.shape[-2]
     out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
     batch = 1 if NVTE_QKV_Layout(layout).name.startswith("NVTE_S") else 0
-    stats = torch.zeros(len(q), heads, 1) if packed else torch.zeros(q.shape[batch], heads, q.shape[1 - batch], 1)
+    stats = (
+        torch.zeros(len(q), heads, 1)
+        if packed
+        else torch.zeros(q.shape[batch], heads, q.shape[1 - batch], 1)
+    )
     padded = "PADDING" in NVTE_Mask_Type(mask).name
-    for i, (at_q, at_k) in enumerate(_sequences(layout, q, k, (edges_q, edges_k), (starts_q, starts_k), padded)):
-        queries, keys, values = _heads(q, at_q, heads), _heads(k, at_k, heads), _heads(v, at_k, heads)
+    for i, (at_q, at_k) in enumerate(
+        _sequences(layout, q, k, (edges_q, edges_k), (starts_q, starts_k), padded)
+    ):
+        queries, keys, values = (
+            _heads(q, at_q, heads),
+            _heads(k, at_k, heads),
+            _heads(v, at_k, heads),
+        )
         if not queries.shape[1]:
             continue
         scores = queries @ keys.transpose(1, 2) * scale
@@ -89,8 +119,14 @@ def fused_attn_bwd(
     packed, heads, groups = q.dim() == 3, q.shape[-2], k.shape[-2]
     dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     padded = "PADDING" in NVTE_Mask_Type(mask).name
-    for i, (at_q, at_k) in enumerate(_sequences(layout, q, k, (edges_q, edges_k), (starts_q, starts_k), padded)):
-        queries, keys, values = _heads(q, at_q, heads), _heads(k, at_k, heads), _heads(v, at_k, heads)
+    for i, (at_q, at_k) in enumerate(
+        _sequences(layout, q, k, (edges_q, edges_k), (starts_q, starts_k), padded)
+    ):
+        queries, keys, values = (
+            _heads(q, at_q, heads),
+            _heads(k, at_k, heads),
+            _heads(v, at_k, heads),
+        )
         out, d_out = _heads(o, at_q, heads), _heads(d_o, at_q, heads)
         if not queries.shape[1]:
             continue
@@ -98,9 +134,14 @@ def fused_attn_bwd(
         weights = torch.exp(queries @ keys.transpose(1, 2) * scale - sums)
         if (hidden := _hidden(mask, *weights.shape[1:])) is not None:
             weights = weights.masked_fill(hidden, 0.0)
-        d_scores = weights * (d_out @ values.transpose(1, 2) - (d_out * out).sum(-1, keepdim=True)) * scale
+        d_scores = (
+            weights * (d_out @ values.transpose(1, 2) - (d_out * out).sum(-1, keepdim=True)) * scale
+        )
         dq[at_q] = (d_scores @ keys).transpose(0, 1).to(dq.dtype)
-        for target, found in ((dk, d_scores.transpose(1, 2) @ queries), (dv, weights.transpose(1, 2) @ d_out)):
+        for target, found in (
+            (dk, d_scores.transpose(1, 2) @ queries),
+            (dv, weights.transpose(1, 2) @ d_out),
+        ):
             shared = found.view(groups, heads // groups, *found.shape[1:]).sum(1)
             target[at_k] = shared.transpose(0, 1).to(target.dtype)
     return [dq, dk, dv, torch.zeros(0), torch.zeros(0)]
@@ -111,7 +152,9 @@ def fused_attn_bwd(
 
 def _softmax(x: Tensor, hidden: Tensor | None, scale: Any) -> Tensor:
     scores = x.detach().float() * float(scale)
-    return torch.softmax(scores if hidden is None else scores.masked_fill(hidden, -10000.0), -1).to(x.dtype)
+    return torch.softmax(scores if hidden is None else scores.masked_fill(hidden, -10000.0), -1).to(
+        x.dtype
+    )
 
 
 def scaled_softmax_forward(x: Tensor, scale: Any) -> Tensor:
@@ -134,7 +177,9 @@ def scaled_softmax_backward(gradient: Tensor, weights: Tensor, scale: Any) -> Te
     return (float(scale) * w * (g - (g * w).sum(-1, keepdim=True))).to(gradient.dtype)
 
 
-scaled_masked_softmax_backward = scaled_upper_triang_masked_softmax_backward = scaled_softmax_backward
+scaled_masked_softmax_backward = scaled_upper_triang_masked_softmax_backward = (
+    scaled_softmax_backward
+)
 scaled_aligned_causal_masked_softmax_backward = scaled_softmax_backward
 
 

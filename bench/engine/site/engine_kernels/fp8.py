@@ -32,14 +32,19 @@ def _transposed(data: Tensor) -> Tensor:
 def _scales(amax: Tensor, largest: float, powers_of_two: bool, epsilon: float) -> Tensor:
     amax = amax.clamp_min(epsilon) if epsilon else amax
     scale = torch.where(amax > 0, largest / amax, torch.ones_like(amax))
-    scale = torch.where(torch.isfinite(scale), scale, torch.full_like(scale, torch.finfo(torch.float32).max))
+    scale = torch.where(
+        torch.isfinite(scale), scale, torch.full_like(scale, torch.finfo(torch.float32).max)
+    )
     return torch.exp2(torch.floor(torch.log2(scale))) if powers_of_two else scale
 
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
     """`tensor` in the quantizer's format, in `output` if given."""
     from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
-    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
+    from transformer_engine.pytorch.tensor.float8_tensor import (
+        Float8CurrentScalingQuantizer,
+        Float8Quantizer,
+    )
 
     if noop is not None and noop.numel() and float(noop) != 0:
         return output
@@ -52,7 +57,9 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     elif not isinstance(quantizer, Float8Quantizer):
         raise NotImplementedError(type(quantizer))
     elif quantizer.amax.numel():
-        quantizer.amax.copy_(torch.maximum(quantizer.amax, _amax(tensor).reshape(quantizer.amax.shape)))
+        quantizer.amax.copy_(
+            torch.maximum(quantizer.amax, _amax(tensor).reshape(quantizer.amax.shape))
+        )
     return _with_one_scale(tensor.detach(), quantizer, output)
 
 
@@ -63,10 +70,14 @@ def _amax(tensor: Tensor) -> Tensor:
 def _measure(tensor: Tensor, quantizer: Any) -> None:
     amax = _amax(tensor)
     if quantizer.with_amax_reduction:
-        torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group)
+        torch.distributed.all_reduce(
+            amax, op=torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group
+        )
     largest = _LARGEST[DType(quantizer.dtype)]
     quantizer.amax.copy_(amax)
-    quantizer.scale.copy_(_scales(amax, largest, quantizer.force_pow_2_scales, quantizer.amax_epsilon))
+    quantizer.scale.copy_(
+        _scales(amax, largest, quantizer.force_pow_2_scales, quantizer.amax_epsilon)
+    )
 
 
 def _with_one_scale(x: Tensor, quantizer: Any, output: Any) -> Any:
@@ -84,7 +95,9 @@ def _with_one_scale(x: Tensor, quantizer: Any, output: Any) -> Any:
             "quantizer": quantizer,
         }
         return (
-            Float8TensorStorage(**parts) if quantizer.internal else Float8Tensor(shape=x.shape, dtype=x.dtype, **parts)
+            Float8TensorStorage(**parts)
+            if quantizer.internal
+            else Float8Tensor(shape=x.shape, dtype=x.dtype, **parts)
         )
     if output._data is not None:
         output._data.copy_(data.reshape(output._data.shape))
@@ -100,11 +113,16 @@ def _rows_of_128(x: Tensor, quantizer: Any) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     blocks = torch.nn.functional.pad(x.float(), (0, -columns % 128)).view(rows, -1, 128)
     scale = _scales(
-        blocks.abs().amax(-1), _LARGEST[DType(quantizer.dtype)], quantizer.force_pow_2_scales, quantizer.amax_epsilon
+        blocks.abs().amax(-1),
+        _LARGEST[DType(quantizer.dtype)],
+        quantizer.force_pow_2_scales,
+        quantizer.amax_epsilon,
     )
     inverse = torch.zeros(scale.shape[1], rows + -rows % 4)
     inverse[:, :rows] = (1 / scale).t()
-    return _bytes(x.float() * scale.repeat_interleave(128, 1)[:, :columns], quantizer.dtype), inverse
+    return _bytes(
+        x.float() * scale.repeat_interleave(128, 1)[:, :columns], quantizer.dtype
+    ), inverse
 
 
 def _spread(blocks: Tensor, rows: int, columns: int) -> Tensor:
@@ -128,7 +146,9 @@ def _squares_of_128(x: Tensor, quantizer: Any) -> tuple[Tensor, Tensor]:
 
 def _in_blocks(x: Tensor, quantizer: Any, output: Any) -> Any:
     from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
-    from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
+    from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import (
+        Float8BlockwiseQTensorStorage,
+    )
 
     flat = x.reshape(-1, x.shape[-1])
     blocks = _rows_of_128 if quantizer.block_scaling_dim == 1 else _squares_of_128
@@ -175,7 +195,9 @@ def operand(tensor: Any, second_copy: bool) -> Tensor:
     if hasattr(tensor, "_transpose"):
         data = tensor._transpose if second_copy else tensor._data
         there = data is not None and not (second_copy and tensor._transpose_invalid)
-        assert there, f"the product wants the {'transpose' if second_copy else 'data'}, which is not there"
+        assert there, (
+            f"the product wants the {'transpose' if second_copy else 'data'}, which is not there"
+        )
         x = _numbers(data, tensor._fp8_dtype) * tensor._scale_inv
         return x.reshape(x.shape[0], -1).t() if second_copy else x.reshape(-1, x.shape[-1])
     if hasattr(tensor, "_rowwise_data"):
@@ -216,7 +238,12 @@ def compute_amax(tensor: Tensor, amax: Tensor) -> None:
 
 
 def multi_tensor_compute_scale_and_scale_inv(
-    chunk: int, noop: Tensor, lists: list[list[Tensor]], largest: float, powers_of_two: bool, epsilon: float
+    chunk: int,
+    noop: Tensor,
+    lists: list[list[Tensor]],
+    largest: float,
+    powers_of_two: bool,
+    epsilon: float,
 ) -> None:
     for amax, scale, inverse in zip(*lists, strict=True):
         found = _scales(amax, largest, powers_of_two, epsilon)
@@ -241,7 +268,12 @@ def fp8_block_scaling_partial_cast(
 
 
 def fused_amax_and_scale_update_after_reduction(
-    amaxes: Tensor, histories: list[Tensor], scales: list[Tensor], algorithm: str, dtype: Any, margin: float
+    amaxes: Tensor,
+    histories: list[Tensor],
+    scales: list[Tensor],
+    algorithm: str,
+    dtype: Any,
+    margin: float,
 ) -> None:
     """Delayed scaling's step: the histories roll by one, and the scales follow their largest or latest value."""
     largest, at = _LARGEST[DType(dtype)] * 2.0**-margin, 0

@@ -23,7 +23,9 @@ def generic_gemm(
     assert is_fp8(A) == is_fp8(B), f"a product of {type(A)} and {type(B)}"
     a, b = operand(A, second_copy=not transA), operand(B, second_copy=transB)
     if is_fp8(A):
-        assert all(side % 16 == 0 for side in a.shape), f"FP8 cannot multiply {tuple(b.shape)} and {tuple(a.shape)}"
+        assert all(side % 16 == 0 for side in a.shape), (
+            f"FP8 cannot multiply {tuple(b.shape)} and {tuple(a.shape)}"
+        )
     else:
         assert a.dtype == b.dtype, f"a product of {a.dtype} and {b.dtype}"
     out = (b.t() if transB else b).float() @ (a.t() if transA else a).float() * alpha
@@ -39,7 +41,12 @@ def generic_gemm(
         return D, bias_gradient, None, extra_output
     half = torch.bfloat16 if is_fp8(A) else a.dtype
     out = out.to(half if output_dtype is None else torch_dtype(output_dtype))
-    return (out if quantizer is None else quantize(out, quantizer)), bias_gradient, None, extra_output
+    return (
+        (out if quantizer is None else quantize(out, quantizer)),
+        bias_gradient,
+        None,
+        extra_output,
+    )
 
 
 def _normed(y: Tensor, out: Any, quantizer: Any, dtype: Any) -> Any:
@@ -55,30 +62,55 @@ def layernorm_fwd(
 ) -> tuple[Any, Tensor, Tensor]:  # fmt: skip
     x = x.detach().float()
     mean, inverse = x.mean(-1), torch.rsqrt(x.var(-1, unbiased=False) + epsilon)
-    y = (x - mean[..., None]) * inverse[..., None] * (weight.detach().float() + zero_centered) + bias.detach().float()
+    y = (x - mean[..., None]) * inverse[..., None] * (
+        weight.detach().float() + zero_centered
+    ) + bias.detach().float()
     return _normed(y, out, quantizer, dtype), mean, inverse
 
 
 def rmsnorm_fwd(
-    x: Tensor, weight: Tensor, epsilon: float, out: Any, quantizer: Any, dtype: Any, margin: int, zero_centered: bool
+    x: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    out: Any,
+    quantizer: Any,
+    dtype: Any,
+    margin: int,
+    zero_centered: bool,
 ) -> tuple[Any, None, Tensor]:
     x = x.detach().float()
     inverse = torch.rsqrt((x * x).mean(-1) + epsilon)
     return (
-        _normed(x * inverse[..., None] * (weight.detach().float() + zero_centered), out, quantizer, dtype),
+        _normed(
+            x * inverse[..., None] * (weight.detach().float() + zero_centered),
+            out,
+            quantizer,
+            dtype,
+        ),
         None,
         inverse,
     )
 
 
 def layernorm_bwd(
-    dz: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, margin: int, zero_centered: bool
+    dz: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    margin: int,
+    zero_centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy, (mean, inverse) = dz.float().reshape(x.shape), (t.reshape(*x.shape[:-1], 1) for t in (mean, inverse))
+    dy, (mean, inverse) = (
+        dz.float().reshape(x.shape),
+        (t.reshape(*x.shape[:-1], 1) for t in (mean, inverse)),
+    )
     normed = (x.detach().float() - mean) * inverse
     w = dy * (weight.detach().float() + zero_centered)
     dx = inverse * (w - w.mean(-1, keepdim=True) - normed * (w * normed).mean(-1, keepdim=True))
-    d_weight, d_bias = ((t.reshape(-1, t.shape[-1]).sum(0)).to(weight.dtype) for t in (dy * normed, dy))
+    d_weight, d_bias = (
+        (t.reshape(-1, t.shape[-1]).sum(0)).to(weight.dtype) for t in (dy * normed, dy)
+    )
     return dx.to(dz.dtype), d_weight, d_bias
 
 
@@ -102,7 +134,9 @@ def _turned(x: Tensor, angles: Tensor, interleaved: bool, sign: float) -> Tensor
     else:
         first, second = rotated.chunk(2, -1)
         across = torch.cat((-second, first), -1)
-    return torch.cat(((rotated * angles.cos() + across * (sign * angles.sin())).to(x.dtype), rest), -1)
+    return torch.cat(
+        ((rotated * angles.cos() + across * (sign * angles.sin())).to(x.dtype), rest), -1
+    )
 
 
 def _rope(
@@ -117,7 +151,9 @@ def _rope(
         if size == 1:
             return _turned(part, angles[:length], interleaved, sign)
         half, last = length // 2, 2 * size - rank - 1
-        own = torch.cat((angles[rank * half : (rank + 1) * half], angles[last * half : (last + 1) * half]))
+        own = torch.cat(
+            (angles[rank * half : (rank + 1) * half], angles[last * half : (last + 1) * half])
+        )
         return _turned(part, own, interleaved, sign)
 
     x, angles = x.detach(), angles.float()

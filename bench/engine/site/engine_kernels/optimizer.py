@@ -13,8 +13,12 @@ def multi_tensor_scale(chunk: int, noop: Tensor, lists: Lists, scale: float) -> 
         target.copy_(source.float() * scale)
 
 
-def multi_tensor_l2norm(chunk: int, noop: Tensor, lists: Lists, per_tensor: bool = False) -> tuple[Tensor, Tensor]:
-    norms = torch.stack([tensor.float().norm() for tensor in lists[0]]) if lists[0] else torch.zeros(1)
+def multi_tensor_l2norm(
+    chunk: int, noop: Tensor, lists: Lists, per_tensor: bool = False
+) -> tuple[Tensor, Tensor]:
+    norms = (
+        torch.stack([tensor.float().norm() for tensor in lists[0]]) if lists[0] else torch.zeros(1)
+    )
     return norms.norm().reshape(1), norms if per_tensor else torch.zeros(0)
 
 
@@ -34,15 +38,21 @@ def _updated(
 
 def multi_tensor_adam(chunk: int, noop: Tensor, lists: Lists, *settings: float) -> None:
     """Gradients, weights, first and second moments, and master weights if there are any."""
-    for g, p, m, v, *master in zip(*(map(Tensor.detach, tensors) for tensors in lists), strict=True):
+    for g, p, m, v, *master in zip(
+        *(map(Tensor.detach, tensors) for tensors in lists), strict=True
+    ):
         new = _updated(g, (master[0] if master else p).float(), m, v, *settings)
         for target in (p, *master):
             target.copy_(new)
 
 
-def multi_tensor_adam_param_remainder(chunk: int, noop: Tensor, lists: Lists, *settings: float) -> None:
+def multi_tensor_adam_param_remainder(
+    chunk: int, noop: Tensor, lists: Lists, *settings: float
+) -> None:
     """bf16 weights, whose master weights' lower 16 bits are the last list."""
-    for g, p, m, v, remainder in zip(*(map(Tensor.detach, tensors) for tensors in lists), strict=True):
+    for g, p, m, v, remainder in zip(
+        *(map(Tensor.detach, tensors) for tensors in lists), strict=True
+    ):
         assert p.dtype == torch.bfloat16 and remainder.dtype == torch.int16
         upper, lower = p.view(torch.int16).to(torch.int32), remainder.to(torch.int32)
         upper = torch.where(lower < 0, upper - 1, upper)  # the weight was rounded up
@@ -57,4 +67,6 @@ def multi_tensor_adam_fp8(*_: object) -> None:
     raise NotImplementedError
 
 
-multi_tensor_adam_capturable = multi_tensor_adam_capturable_master = multi_tensor_sgd = multi_tensor_adam_fp8
+multi_tensor_adam_capturable = multi_tensor_adam_capturable_master = multi_tensor_sgd = (
+    multi_tensor_adam_fp8
+)

@@ -85,18 +85,11 @@ def test_without_options_there_are_none(checkout: Path) -> None:
 
 def test_tests_come_after_the_linter_and_slurms_by_themselves(checkout: Path) -> None:
     tests = ["python", "-m", "pytest"]
-    parallel = [
-        *tests,
-        "-n",
-        "2",
-        "--dist",
-        "loadscope",
-        "--no-loadscope-reorder",
-        "--ignore",
-        "tests/slurm",
-    ]
-    checks = [["ruff", "check", "."], ["mypy"], ["lint-imports", "--no-logo"]]
-    assert call(checkout, "test")[-5:] == [*checks, parallel, [*tests, "tests/slurm"]]
+    options = "-n 2 --dist loadscope --no-loadscope-reorder --ignore tests/slurm"
+    parallel = [*tests, *options.split()]
+    commands = "ruff check .", "ruff format --check --quiet .", "mypy", "lint-imports --no-logo"
+    checks = [command.split() for command in commands]
+    assert call(checkout, "test")[-6:] == [*checks, parallel, [*tests, "tests/slurm"]]
     some = call(checkout, "test", "-k", "mixture")
     assert some[-1] == [*tests, "-k", "mixture"] and ["ruff", "check", "."] not in some
 

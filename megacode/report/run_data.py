@@ -15,7 +15,7 @@ from megacode.errors import UserError
 from megacode.plan.summary import plan_summary
 from megacode.recipe.load import load_recipe
 from megacode.recipe.schema import Recipe
-from megacode.run.metrics import FILE, Record, add_tokens_by_source, read_metrics
+from megacode.run.metrics import FILE, Record, read_metrics
 
 Floats = NDArray[np.float64]
 
@@ -100,8 +100,6 @@ def read_run(folder: Path) -> Run:
     train = [record for record in records if record["kind"] == "train"]
     if not train:
         raise UserError(f"{folder / FILE}: has no finished step yet; a report needs at least one")
-    for before, record in zip([None, *train[:-1]], train, strict=True):
-        add_tokens_by_source(record, before)
     recipe = load_recipe(recipe_path)
     plan = _read_plan(folder, recipe)
     return Run(

@@ -252,7 +252,7 @@ def _write(
         }
         write_json(partial / "fork.json", facts)
         if (old / METRICS).exists():
-            with MetricsWriter.open(partial, plan.recipe.logging.tensorboard) as metrics:
+            with MetricsWriter(partial, plan.recipe.logging.tensorboard) as metrics:
                 for record in read_metrics(old):
                     if record["step"] <= step and record.get("event") not in ("end", "phase end"):
                         metrics.write(record)

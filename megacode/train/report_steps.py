@@ -7,6 +7,7 @@ and what that gave is read a step later, when it has long arrived. So the host n
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -81,7 +82,7 @@ class StepReports:
             peak=peak_flops(
                 device, "fp8" if recipe.precision.compute == "fp8" else recipe.precision.compute
             ),
-            writer=MetricsWriter.open(run, recipe.logging.tensorboard, first_step)
+            writer=MetricsWriter(run, recipe.logging.tensorboard, first_step)
             if world.is_main
             else None,
             progress=Progress.open(run, plan, first_step, device) if world.is_main else None,
@@ -95,7 +96,7 @@ class StepReports:
         if self.progress:
             self.progress.close()
         if self.writer:
-            self.writer.close()
+            self.writer.__exit__(*exc)
 
     # ------------------------------------------------------------------------------------------------- steps
 
@@ -180,6 +181,7 @@ class StepReports:
         memory = (
             torch.cuda.max_memory_allocated() / 1e9 if self.world.device.type == "cuda" else None
         )
+        samples, tokens_by_source = self._read(step + 1)
         compared = {}
         if pending.reference is not None:
             compared = {
@@ -203,20 +205,23 @@ class StepReports:
             "memory_gb": memory,
             "loss_by_source": _means(sources, losses, tokens),
             "loss_by_domain": _means(domains, losses, tokens),
-            "samples_by_source": self._samples(step + 1),
+            "samples_by_source": samples,
             "ratio_by_domain": {d: n / batch_size for d, n in _sums(domains, counts).items()},
             "batch": f"{digest % 2**64:016x}",
+            "tokens_by_source": tokens_by_source,
         }
 
-    def _samples(self, done: int) -> dict[str, int]:
-        """Samples of each source in the first `done` steps of the run."""
-        total: dict[str, int] = {}
+    def _read(self, done: int) -> tuple[dict[str, int], dict[str, int]]:
+        """Samples and tokens of each source in the first `done` steps of the run."""
+        samples: Counter[str] = Counter()
+        tokens: Counter[str] = Counter()
         for phase in self.plan.phases:
             if phase.first_step < done:
                 taken = phase.counts_before(min(done, phase.first_step + phase.steps)).tolist()
-                for source, count in _sums([s.source for s in phase.streams], taken).items():
-                    total[source] = total.get(source, 0) + count
-        return total
+                for stream, count in zip(phase.streams, taken, strict=True):
+                    samples[stream.source] += count
+                    tokens[stream.source] += count * phase.sequence_length
+        return dict(samples), dict(tokens)
 
     # ------------------------------------------------------------------------------------------------- events
 

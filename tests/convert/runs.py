@@ -91,7 +91,7 @@ def make_run(
     plan = make_plan(recipe, {"a": 100_000})
     (run / "plan.json").write_text(json.dumps(plan_summary(plan, 452)))
     (run / "checkpoints" / "latest").write_text(f"step_{steps[-1]:08d}\n")
-    with MetricsWriter.open(run, tensorboard=False) as writer:
+    with MetricsWriter(run, tensorboard=False) as writer:
         for step in range(1, steps[-1] + 1):
             losses = {"code": 6 - step / 10}
             writer.write(

@@ -86,7 +86,7 @@ def make_run(
     (folder / "samples.txt").write_text(
         'def read_lines(path):\n    """<b>not bold</b>"""\n    return open(path)\n'
     )
-    with MetricsWriter.open(folder, tensorboard=False) as writer:
+    with MetricsWriter(folder, tensorboard=False) as writer:
         _write_records(
             writer, plan, plan.total_steps if done is None else done, np.random.default_rng(seed)
         )
@@ -97,6 +97,7 @@ def _write_records(writer: MetricsWriter, plan: Plan, done: int, rng: np.random.
     floors = {"text": 2.1, "code": 1.0, "math": 1.6}
     seen = dict.fromkeys(floors, 2e6)
     samples: dict[str, int] = {}
+    tokens: dict[str, int] = {}
     writer.event(0, "start", world_size=8)
     for step in range(done):
         phase = plan.phase_at(step)
@@ -110,6 +111,7 @@ def _write_records(writer: MetricsWriter, plan: Plan, done: int, rng: np.random.
                 0.1 * many * phase.sequence_length
             )
             samples[stream.source] = samples.get(stream.source, 0) + many
+            tokens[stream.source] = tokens.get(stream.source, 0) + many * phase.sequence_length
             ratio[stream.domain] = ratio.get(stream.domain, 0) + many / phase.batch_size(step)
             if many:
                 level = floors[stream.domain] + 9 * (seen[stream.domain] / 2e6) ** -0.42
@@ -132,7 +134,7 @@ def _write_records(writer: MetricsWriter, plan: Plan, done: int, rng: np.random.
                 "learning_rate": phase.learning_rate(step), "batch_size": batch, "tokens": plan.tokens_before(step + 1),
                 "seconds": seconds, "tokens_per_second": speed, "tflops_per_device": speed / 1000, "mfu": speed / 989_000,
                 "memory_gb": 61.3, "loss_by_source": by_source, "loss_by_domain": domains, "samples_by_source": samples,
-                "ratio_by_domain": ratio, "batch": "00", **({} if (step + 1) % 25 else {"drift": rng.normal(0, 0.002)}),
+                "tokens_by_source": tokens, "ratio_by_domain": ratio, "batch": "00", **({} if (step + 1) % 25 else {"drift": rng.normal(0, 0.002)}),
             }
         )  # fmt: skip
         if (step + 1) % 100 == 0 or step == phase.last_step:

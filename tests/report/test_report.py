@@ -94,16 +94,6 @@ def test_a_finished_run_consumed_what_was_planned(fake_run: Path) -> None:
         assert planned.text == consumed.text and consumed.note == "100%"
 
 
-def test_consumed_tokens_are_known_without_tokens_by_source(fake_run: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(fake_run, tmp_path / "run")
-    records = read_metrics(copy)
-    for record in records:
-        record.pop("tokens_by_source", None)
-    (copy / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    new, old = read_run(copy).train.tokens_by_source, read_run(fake_run).train.tokens_by_source
-    assert all((new[name] == old[name]).all() for name in old)
-
-
 def test_planned_shares_agree_with_consumed_ones(fake_run: Path) -> None:
     run = read_run(fake_run)
     for phase in run.phases:

@@ -175,10 +175,7 @@ def _cuda_graphs(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict
             "impossible",
             "a recorded graph has one shape, and the phases have several sequence lengths",
         )
-    if any(
-        recipe.data.reset_at_eod if p.reset_at_eod is None else p.reset_at_eod
-        for p in recipe.phases
-    ):
+    if any(map(recipe.resets, recipe.phases)):
         return (
             "impossible",
             "a recorded graph has one shape, and data.reset_at_eod packs documents of any number",

@@ -21,9 +21,8 @@ from typing import Any, Literal
 from megacode.errors import UserError
 from megacode.plan.plan import Plan, phase_steps
 from megacode.recipe.compose import did_you_mean
-from megacode.recipe.load import all_keys
 from megacode.recipe.schedules import BatchSizes, learning_rate
-from megacode.recipe.schema import Model, Phase, Recipe
+from megacode.recipe.schema import Model, Phase, Recipe, all_keys
 
 Kind = Literal["data", "function", "training", "free"]
 

@@ -314,9 +314,7 @@ def make_plan(
                 first_step=first_step,
                 steps=steps,
                 sequence_length=phase.sequence_length,
-                reset_at_eod=recipe.data.reset_at_eod
-                if phase.reset_at_eod is None
-                else phase.reset_at_eod,
+                reset_at_eod=recipe.resets(phase),
                 fresh_optimizer=phase.optimizer_state == "fresh",
                 streams=tuple(streams),
                 quota=quota,

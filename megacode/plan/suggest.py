@@ -222,7 +222,7 @@ def _one_a_shape(found: list[Proposal]) -> Iterator[Proposal]:
 
 def _accepted(recipe: Recipe, parallel: Parallel, devices: int) -> bool:
     candidate = recipe.model_copy(update={"parallel": parallel})
-    if any(problem.key.startswith(("parallel", "phases")) for problem in check_recipe(candidate)):
+    if any(problem.startswith(("parallel", "phases")) for problem in check_recipe(candidate)):
         return False
     try:
         check_layout(candidate, devices)

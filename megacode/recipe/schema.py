@@ -11,7 +11,7 @@ Counts accept `4_000`, `4k`, `1.2M`, `344.8B` and `1.4T`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
@@ -346,34 +346,47 @@ class Recipe(Section):
         """How a source's documents become samples."""
         return self.sources[source].packing or self.data.packing
 
+    def resets(self, phase: Phase) -> bool:
+        """Whether attention and positions reset at end-of-document in a phase."""
+        return self.data.reset_at_eod if phase.reset_at_eod is None else phase.reset_at_eod
 
-def section_at(path: Sequence[str]) -> type[Section] | None:
-    """The section that stands at a path of keys, or None; entries of lists and mappings may have any name."""
+
+# ----------------------------------------------------------------------------- the schema's own shape
+
+
+def sections_at(path: Sequence[str]) -> list[type[Section]]:
+    """The sections that may stand at a path of keys; entries of lists and mappings may have any name."""
     kinds: list[Any] = [Recipe]
     for key in path:
-        kinds = [inner for kind in kinds for one in _members(kind) for inner in _under(one, key)]
-    sections = (
-        one
-        for kind in kinds
-        for one in _members(kind)
-        if isinstance(one, type) and issubclass(one, Section)
-    )
-    return next(sections, None)
+        kinds = [inner for kind in kinds for inner in _under(kind, key)]
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+
+
+def all_keys(kind: Any = Recipe, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Every dotted key that a recipe may have, sections too; NAME stands for the name of an entry."""
+    if get_origin(kind) in (dict, list):
+        for inner in _under(kind, "NAME"):
+            yield from all_keys(inner, (*above, "NAME"))
+    elif isinstance(kind, type) and issubclass(kind, Section):
+        for name in kind.model_fields:
+            yield ".".join((*above, name))
+            for inner in _under(kind, name):
+                yield from all_keys(inner, (*above, name))
+
+
+def _under(kind: Any, key: str) -> list[Any]:
+    """Types of what a type has at a key."""
+    if get_origin(kind) in (dict, list):
+        return _members(get_args(kind)[-1])
+    if isinstance(kind, type) and issubclass(kind, Section) and key in kind.model_fields:
+        return _members(kind.model_fields[key].annotation)
+    return []
 
 
 def _members(kind: Any) -> list[Any]:
-    """A union's members; a type alone."""
+    """The types of a union; of another type itself."""
     if get_origin(kind) is Annotated:
         return _members(get_args(kind)[0])
     if get_origin(kind) in (Union, UnionType):
         return [one for member in get_args(kind) for one in _members(member)]
     return [kind]
-
-
-def _under(kind: Any, key: str) -> list[Any]:
-    """Types of what a type has at a key."""
-    if get_origin(kind) in (dict, list, tuple):
-        return [get_args(kind)[-1 if get_origin(kind) is dict else 0]]
-    if isinstance(kind, type) and issubclass(kind, Section) and key in kind.model_fields:
-        return [kind.model_fields[key].annotation]
-    return []

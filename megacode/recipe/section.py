@@ -52,4 +52,9 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _written_out(cls, value: Any) -> Any:
-        return {cls.short_for: value} if cls.short_for and is_plain(value) else value
+        """Short forms in full; a key without a value is a key at its default."""
+        if cls.short_for and is_plain(value):
+            return {cls.short_for: value}
+        if isinstance(value, dict):
+            return {key: item for key, item in value.items() if item is not None}
+        return value

@@ -1,14 +1,14 @@
-"""YAML as a tree whose every part knows the file and line it was written in.
+"""YAML as plain dicts and lists whose mappings know the file and line of every key.
 
-The dialect is the plain one people mean: `true`/`false` are the only booleans (`yes`, `no`, `on`, `off` are words),
-`1e-4` and `3E-4` are numbers, there are no dates, octals or base-60 numbers, a key given twice is an error, and tags
-are refused, but for `!replace` before a mapping (see `compose`).
+The dialect is what most people expect: `true` and `false` are the only booleans (`yes`, `no`, `on`, `off` are text),
+`1e-4` and `3E-4` are numbers, there are no dates, octals or base-60 numbers, a key given twice is an
+error, and tags are refused, except `!replace` before a mapping (see `megacode.recipe.compose`).
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,29 +16,43 @@ import yaml
 
 from megacode.errors import UserError
 
-_MAX_NODES = 500_000
-_REPLACE = "!replace"
-_CONTAINERS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
-_RESOLVERS = (
-    ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
-    ("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9](?:_?[0-9])*$"), list("-+0123456789")),
-    (
-        "tag:yaml.org,2002:float",
-        re.compile(
-            r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
-        ),
-        list("-+.0123456789"),
-    ),
-    ("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"]),
-)
+_TAG = "tag:yaml.org,2002:"
+_NUMBER = r"(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))"
+_RESOLVERS = {
+    "null": (r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    "int": (r"^[-+]?[0-9](?:_?[0-9])*$", list("-+0123456789")),
+    "float": (rf"^[-+]?{_NUMBER}(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
+    "merge": (r"^<<$", ["<"]),
+}
+
+
+class Tree(dict[str, Any]):
+    """A mapping of a recipe.
+
+    Attributes:
+        place: where it begins, `file:line` or the override, for messages.
+        places: the same for each of its keys.
+        replaces: it was marked `!replace`.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        place: str,
+        places: Mapping[str, str],
+        replaces: bool = False,
+    ) -> None:
+        super().__init__(values)
+        self.place, self.places, self.replaces = place, dict(places), replaces
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_constructors: ClassVar[dict[str, Any]] = {}
 
 
-class Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):
     """Writes YAML that reads back as the same values here and under YAML 1.1's own rules."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
@@ -47,47 +61,14 @@ class Dumper(yaml.SafeDumper):
     }
 
 
-for _tag, _pattern, _first in _RESOLVERS:
-    _Loader.add_implicit_resolver(_tag, _pattern, _first)
-    if not _tag.endswith("merge"):
-        Dumper.add_implicit_resolver(_tag, _pattern, _first)
+for _name, (_pattern, _first) in _RESOLVERS.items():
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
+    if _name != "merge":
+        _Dumper.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
 
 
-@dataclass(frozen=True)
-class Node:
-    """A value and where it was written. `value`: dict[str, Node], list[Node], str, int, float, bool or None.
-
-    Attributes:
-        origin: the file, or the override, for messages.
-        line: 1-based, of the key that holds the value; None for an override.
-        folder: what relative paths in it are relative to.
-        replaces: a mapping that takes the place of the one it would be merged into.
-    """
-
-    value: Any
-    origin: str
-    line: int | None
-    folder: Path
-    replaces: bool = False
-
-    @property
-    def where(self) -> str:
-        return f"{self.origin}:{self.line}" if self.line else self.origin
-
-    def plain(self) -> Any:
-        """The value without positions."""
-        if isinstance(self.value, dict):
-            return {key: node.plain() for key, node in self.value.items()}
-        if isinstance(self.value, list):
-            return [node.plain() for node in self.value]
-        return self.value
-
-    def with_value(self, value: Any) -> Node:
-        return Node(value, self.origin, self.line, self.folder, self.replaces)
-
-
-def read_yaml(path: Path) -> Node:
-    """The tree of a file whose top is a mapping.
+def read_yaml(path: Path) -> Tree:
+    """The tree of a file.
 
     Raises:
         UserError: the file is not there, not text, not YAML, or not a mapping.
@@ -100,28 +81,31 @@ def read_yaml(path: Path) -> Node:
         raise UserError(
             f"{path}: cannot be read ({error}); a recipe is a YAML file in UTF-8"
         ) from error
-    tree = parse_yaml(text, str(path), path.parent.resolve())
-    if not isinstance(tree.value, dict):
+    tree = parse_yaml(text, str(path))
+    if tree is None:
+        return Tree({}, f"{path}:1", {})
+    if not isinstance(tree, Tree):
         raise UserError(
-            f"{path}: expected `key: value` lines at the top of a recipe, not {describe(tree.value)}"
+            f"{path}: expected `key: value` lines at the top of a recipe, not {describe(tree)}"
         )
     return tree
 
 
-def parse_yaml(text: str, origin: str, folder: Path, numbered: bool = True) -> Node:
-    """The tree of a text; `numbered` False leaves line numbers out (an override)."""
+def parse_yaml(text: str, origin: str) -> Any:
+    """The value of a text from `origin`: a file, or an override (`--set ...`), which has no lines."""
     try:
         loader = _Loader(text)
+        loader.name = origin
         try:
-            root = loader.get_single_node()
+            return loader.get_single_data()
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        at = f":{mark.line + 1}" if mark and numbered else ""
+        at = _place(mark) if mark else origin
         problem = " ".join(str(error.problem or error.context).split())
         raise UserError(
-            f"{origin}{at}: not valid YAML: {problem}; correct the line, or quote the text in it"
+            f"{at}: not valid YAML: {problem}; correct the line, or quote the text in it"
         ) from error
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from error
@@ -129,93 +113,50 @@ def parse_yaml(text: str, origin: str, folder: Path, numbered: bool = True) -> N
         raise UserError(
             f"{origin}: is nested too deeply to be read; a recipe has about eight levels"
         ) from None
-    if root is None:
-        return (
-            Node({}, origin, 1 if numbered else None, folder)
-            if numbered
-            else Node(None, origin, None, folder)
-        )
-    return _Builder(origin, folder, numbered).build(root, root.start_mark.line, ())
 
 
-@dataclass
-class _Builder:
-    origin: str
-    folder: Path
-    numbered: bool
-    built: int = 0
+def _place(mark: yaml.Mark) -> str:
+    name = str(mark.name)
+    return name if name.startswith("--set ") else f"{name}:{mark.line + 1}"
 
-    def build(self, node: yaml.Node, line: int, above: tuple[int, ...]) -> Node:
-        self.built += 1
-        if id(node) in above or self.built > _MAX_NODES:
-            what = (
-                "an alias that contains itself"
-                if id(node) in above
-                else f"more than {_MAX_NODES:,} values"
-            )
+
+def _mapping(loader: _Loader, node: yaml.Node) -> Tree:
+    if not isinstance(node, yaml.MappingNode):
+        _refuse(loader, node)
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        at = _place(key.start_mark)
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"{at}: a key is a word, not a list or mapping; correct the line")
+        if key.value in lines and key.tag != _TAG + "merge":
+            first = lines[key.value] + 1
             raise UserError(
-                f"{self.origin}:{line + 1}: {what} cannot be read; write the values out"
+                f"{at}: {key.value}: is given twice (first in line {first}); keep one of the two"
             )
-        replaces = node.tag == _REPLACE and isinstance(node, yaml.MappingNode)
-        if not isinstance(node, yaml.ScalarNode) and node.tag not in _CONTAINERS and not replaces:
-            raise UserError(
-                f"{self.origin}:{line + 1}: the tag {node.tag!r} cannot be read; take it out"
-            )
-        if isinstance(node, yaml.MappingNode):
-            value: Any = self._mapping(node, (*above, id(node)))
-        elif isinstance(node, yaml.SequenceNode):
-            value = [
-                self.build(item, item.start_mark.line, (*above, id(node))) for item in node.value
-            ]
-        else:
-            value = self._scalar(node)
-        return Node(value, self.origin, line + 1 if self.numbered else None, self.folder, replaces)
+        lines[key.value] = key.start_mark.line
+    loader.flatten_mapping(node)  # `<<: *alias`
+    values = {key.value: loader.construct_object(value, deep=True) for key, value in node.value}
+    places = {key.value: _place(key.start_mark) for key, _ in node.value}
+    return Tree(values, _place(node.start_mark), places, replaces=node.tag == "!replace")
 
-    def _mapping(self, node: yaml.MappingNode, above: tuple[int, ...]) -> dict[str, Node]:
-        out: dict[str, Node] = {}
-        merged: dict[str, Node] = {}
-        lines: dict[str, int] = {}
-        for key_node, value_node in node.value:
-            line = key_node.start_mark.line
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise UserError(
-                    f"{self.origin}:{line + 1}: a key is a word, not a list or mapping; correct the line"
-                )
-            value = self.build(value_node, line, above)
-            if key_node.tag.endswith(":merge"):
-                for part in value.value if isinstance(value.value, list) else [value]:
-                    if not isinstance(part.value, dict):
-                        raise UserError(
-                            f"{self.origin}:{line + 1}: `<<` takes a mapping (an alias of one); correct the line"
-                        )
-                    merged = part.value | merged
-                continue
-            key = key_node.value
-            if key in out:
-                raise UserError(
-                    f"{self.origin}:{line + 1}: {key}: is given twice (first in line {lines[key] + 1}); keep one of "
-                    "the two"
-                )
-            out[key], lines[key] = value, line
-        return merged | out
 
-    def _scalar(self, node: yaml.ScalarNode) -> Any:
-        kind = node.tag.removeprefix("tag:yaml.org,2002:")
-        if kind == "null":
-            return None
-        if kind == "bool":
-            return node.value.lower() == "true"
-        if kind in ("int", "float"):
-            try:
-                return (int if kind == "int" else float)(node.value)
-            except ValueError:
-                kind = "a number"
-        if kind in ("str", "merge"):
-            return node.value
-        line = node.start_mark.line + 1
-        raise UserError(
-            f"{self.origin}:{line}: {node.value!r} cannot be read as {kind}; write a plain value without a tag"
-        )
+def _refuse(loader: _Loader, node: yaml.Node) -> Any:
+    at = _place(node.start_mark)
+    raise UserError(f"{at}: the tag {node.tag!r} cannot be read; take it out")
+
+
+def _number(kind: type) -> Any:
+    return lambda loader, node: kind(loader.construct_scalar(node))
+
+
+_Loader.add_constructor(None, _refuse)
+_Loader.add_constructor("!replace", _mapping)
+_Loader.add_constructor(_TAG + "map", _mapping)
+_Loader.add_constructor(_TAG + "seq", lambda loader, node: loader.construct_sequence(node, True))
+_Loader.add_constructor(_TAG + "null", lambda loader, node: None)
+_Loader.add_constructor(_TAG + "bool", lambda loader, node: node.value.lower() == "true")
+for _name, _kind in (("str", str), ("merge", str), ("int", int), ("float", float)):
+    _Loader.add_constructor(_TAG + _name, _number(_kind))
 
 
 def describe(value: Any) -> str:
@@ -236,5 +177,10 @@ def describe(value: Any) -> str:
 def dump_yaml(data: Any) -> str:
     """YAML text of plain data, in the order given."""
     return yaml.dump(
-        data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None
+        data,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=120,
+        default_flow_style=None,
     )

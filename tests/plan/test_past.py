@@ -10,7 +10,8 @@ from megacode.errors import UserError
 from megacode.plan import past
 from megacode.plan.fingerprint import differences, fingerprint
 from megacode.plan.plan import Plan, make_plan
-from megacode.recipe.load import all_keys, load_recipe
+from megacode.recipe.load import load_recipe
+from megacode.recipe.schema import all_keys
 from tests.good_recipe import GOOD
 
 STEP = 150  # in the second phase

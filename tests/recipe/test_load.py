@@ -206,9 +206,9 @@ def test_overrides_reach_every_key(write, override, read, value):
 
 def test_later_overrides_see_earlier_ones(write):
     recipe = load_recipe(
-        write(), ["optimizer.groups=[{match: a}, {match: b}]", "optimizer.groups.1.lr_mult=3"]
+        write(), ["phases.first.name=one", "phases.one.batch_size=3", "phases.0.steps=5"]
     )
-    assert [group.lr_mult for group in recipe.optimizer.groups] == [1.0, 3.0]
+    assert (recipe.phases[0].batch_size, recipe.phases[0].steps) == (3, 5)
 
 
 def test_names_with_dots_are_found(write, good):

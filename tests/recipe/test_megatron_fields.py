@@ -106,17 +106,15 @@ def test_names_of_dtypes_reach_megatron_core_as_dtypes():
 
 
 def test_every_governed_field_exists():
-    newer = {name for name in megatron_fields._MODEL_GOVERNED if "mup" in name}  # from 0.17 on
-    assert set(megatron_fields._MODEL_GOVERNED) - newer <= set(
-        megatron_fields.fields_of("TransformerConfig")
-    )
+    newer = {name for name in megatron_fields.GOVERNED if "mup" in name}  # from 0.17 on
+    assert set(megatron_fields.GOVERNED) - newer <= all_fields()
 
 
 def test_every_refused_pattern_is_of_a_field():
-    classes = {
-        "_MODEL_REFUSED": "TransformerConfig", "_OPTIMIZER_REFUSED": "OptimizerConfig",
-        "_DDP_REFUSED": "DistributedDataParallelConfig",
-    }  # fmt: skip
-    for name, kind in classes.items():
-        for pattern in getattr(megatron_fields, name):
-            assert fnmatch.filter(megatron_fields.fields_of(kind), pattern), pattern
+    for pattern in megatron_fields.REFUSED:
+        assert fnmatch.filter(all_fields(), pattern), pattern
+
+
+def all_fields() -> set[str]:
+    kinds = ("TransformerConfig", "OptimizerConfig", "DistributedDataParallelConfig")
+    return {name for kind in kinds for name in megatron_fields.fields_of(kind)}

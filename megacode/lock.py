@@ -1,14 +1,13 @@
-"""Never two jobs in one run folder: `RUN/lock`, which a dead job leaves behind and the next one takes over.
+"""One owner at a time of a run, a pack index or a preprocessing folder, across machines.
 
-The file says who trains here. It comes into being by a hard link, which exists or not and never half, also on network file
-systems. Its holder renews its time stamp every `HEARTBEAT` seconds. All times are the file system's own, so clocks of
-machines are never compared.
+The file is created exclusively and names its owner. A thread renews its modification time every
+`HEARTBEAT` seconds. A lock is left over if its process is gone from this machine, if it belongs to
+an earlier start of the same Slurm job, or if it was not renewed for `STALE` seconds by the file
+system's clock (clocks of machines are never compared). An owner on another machine is watched until
+it renews the lock or is stale.
 
-A lock is left over if its process is gone from this machine, if it belongs to an earlier start of the same Slurm job, or if
-its time stamp has not moved for `STALE` seconds. Where the holder lives elsewhere, `take` watches for that long at most: a
-living one shows itself within a heartbeat. Who takes over moves the old file away first and looks at what it moved: of
-two takers one gets the old lock, and the other either loses or puts the new one back. A holder that finds its lock gone
-or another's ends at once without saving.
+The takeover is a rename, so only one process wins; it puts the file back if it renamed a newer lock
+than it judged. An owner that finds its lock gone or another's ends at once without saving.
 """
 
 from __future__ import annotations
@@ -20,38 +19,156 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megacode.errors import UserError
 
-FILE = "lock"
 HEARTBEAT = 20.0
 STALE = 120.0
-_LOOKS = 8
-"""Times a taker judges anew after another one was faster."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock. Empty strings and 0: not known."""
+    """Who holds a lock. Empty strings and 0: not known.
 
-    token: str
-    host: str
-    boot: str
-    """Boot id and process namespace: where these are equal, `pid` can be looked up."""
-    pid: int
-    pid_started: str
-    """The process's start in ticks since boot: a number that comes back is another process."""
-    job: str
-    """Slurm's `CLUSTER/JOB`."""
-    job_start: int
-    """How often Slurm has started the job again."""
-    started: str
+    Attributes:
+        boot: boot id and process namespace; where they equal ours, `pid` can be looked up.
+        pid_started: start of the process in ticks since boot, which tells a reused pid.
+        job: Slurm's CLUSTER/JOB.
+        job_start: how often Slurm has started the job again.
+    """
+
+    token: str = ""
+    host: str = "an unknown machine"
+    boot: str = ""
+    pid: int = 0
+    pid_started: str = ""
+    job: str = ""
+    job_start: int = 0
+    started: str = "an unknown time"
 
     def __str__(self) -> str:
         job = f"Slurm job {self.job.split('/')[-1]}, " if self.job else ""
         return f"{job}process {self.pid} on {self.host} since {self.started}"
+
+
+class HeldError(Exception):
+    """The lock belongs to a living `owner`."""
+
+    def __init__(self, path: Path, owner: Owner) -> None:
+        super().__init__(f"{path}: held by {owner}")
+        self.owner = owner
+
+
+class Lock:
+    """A lock that is held; a context manager that releases it."""
+
+    def __init__(
+        self, path: Path, owner: Owner, on_lost: Callable[[str], None], heartbeat: float
+    ) -> None:
+        self.path, self.owner = path, owner
+        self._on_lost, self._heartbeat = on_lost, heartbeat
+        self._released = threading.Event()
+        threading.Thread(target=self._renew, name=f"lock {path}", daemon=True).start()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def is_mine(self) -> bool:
+        """Whether the file names this owner. Waits a second where a taker has moved it away."""
+        for _ in range(10):
+            if (there := _read(self.path)) is not None:
+                return there.token == self.owner.token
+            time.sleep(0.1)
+        return False
+
+    def check(self) -> None:
+        """Call before writing what another owner would trust.
+
+        Raises:
+            UserError: the lock is lost.
+        """
+        if not self._released.is_set() and not self.is_mine():
+            raise UserError(self._lost())
+
+    def release(self) -> None:
+        """Give it back. Safe to call twice."""
+        if not self._released.is_set():
+            self._released.set()
+            if self.is_mine():
+                self.path.unlink(missing_ok=True)
+
+    def _lost(self) -> str:
+        other = _read(self.path)
+        what = f"was taken over by {other}" if other else "is gone"
+        return f"{self.path}: {what}; this process ends here and saves nothing"
+
+    def _renew(self) -> None:
+        while not self._released.wait(self._heartbeat):
+            try:
+                if mine := self.is_mine():
+                    os.utime(self.path)
+            except OSError:
+                continue  # the file system is away; whoever takes over waits for longer
+            if not mine and not self._released.is_set():
+                self._on_lost(self._lost())
+                return
+
+
+def end_process(sentence: str) -> None:
+    """End this process at once, with a sentence and code 2."""
+    print(f"megacode: {sentence}", flush=True)
+    os._exit(2)
+
+
+def take(
+    path: Path,
+    wait: float = 0.0,
+    *,
+    say: Callable[[str], None] = print,
+    on_lost: Callable[[str], None] = end_process,
+    me: Owner | None = None,
+    heartbeat: float = HEARTBEAT,
+    stale: float = STALE,
+) -> Lock:
+    """Take a lock; its folder exists.
+
+    Args:
+        wait: seconds to wait for a living owner to release it.
+        say: gets a line when a left-over lock is taken over or has to be watched.
+        on_lost: called in another thread with a sentence when someone else has taken the lock.
+
+    Raises:
+        HeldError: its owner lives.
+        OSError: the file cannot be written.
+    """
+    me = me or this_process()
+    give_up = time.monotonic() + wait
+    watched: tuple[str, float] | None = None  # token and age at the last look
+    while not _create(path, me):
+        owner, age = _read_whole(path), _age(path, me)
+        if age is None:
+            continue  # released meanwhile
+        here = bool(owner.boot) and owner.boot == me.boot
+        why = _gone(owner, me)
+        if age > stale and not here:
+            why = why or f"no sign of life for {age:.0f} s"
+        if why:
+            _remove(path, owner, me, say, why)
+            continue
+        renewed = watched is not None and watched[0] == owner.token and age < watched[1]
+        if (here or renewed) and time.monotonic() >= give_up:
+            raise HeldError(path, owner)
+        if not here and watched is None and not wait:
+            rest = f"{stale - age:.0f} s at most"
+            say(f"{path}: held by {owner}; watching for {rest} whether it lives")
+        watched = owner.token, age
+        time.sleep(min(0.2, stale / 20))
+    return Lock(path, me, on_lost, heartbeat)
 
 
 def this_process(environment: Mapping[str, str] = os.environ) -> Owner:
@@ -71,19 +188,16 @@ def this_process(environment: Mapping[str, str] = os.environ) -> Owner:
 
 def _boot() -> str:
     try:
-        return (
-            Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            + " "
-            + os.readlink("/proc/self/ns/pid")
-        )
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
 
 
 def _pid_started(pid: int) -> str:
-    """Empty: there is no such process (a zombie counts as none), or this system has no /proc."""
+    """Empty: there is no such process (or a zombie), or this system has no /proc."""
     try:
-        # After the command's name, which may hold spaces and brackets: state is field 3, start time field 22.
+        # After the command's name, which may hold spaces: state is field 3, start time field 22.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
@@ -91,219 +205,27 @@ def _pid_started(pid: int) -> str:
 
 
 def _gone(owner: Owner, me: Owner) -> str | None:
-    """Why a lock's owner cannot be training any more, without looking at its time stamp."""
+    """Why an owner cannot be alive, without looking at the lock's age."""
     if owner.job and owner.job == me.job and owner.job_start < me.job_start:
         return "an earlier start of this Slurm job"
-    if (
-        owner.boot
-        and owner.boot == me.boot
-        and _pid_started(owner.pid) != owner.pid_started
-        and not _hidden(owner.pid)
-    ):
+    if owner.boot and owner.boot == me.boot and _pid_started(owner.pid) != owner.pid_started:
+        try:
+            os.kill(owner.pid, 0)
+        except PermissionError:
+            return None  # another user's process, whose /proc entry is hidden
+        except OSError:
+            pass
         return "its process is gone"
     return None
 
 
-def _hidden(pid: int) -> bool:
-    """Whether another user's process is there that this one may not look at."""
+def _create(path: Path, owner: Owner) -> bool:
     try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except OSError:
-        pass
-    return False
-
-
-@dataclass
-class Lock:
-    """A lock that is held. `release` gives it back; a thread renews it until then."""
-
-    path: Path
-    owner: Owner
-    on_lost: Callable[[str], None]
-    heartbeat: float = HEARTBEAT
-    _released: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
-        threading.Thread(target=self._renew, name="run lock", daemon=True).start()
-
-    def is_mine(self) -> bool:
-        """Whether the file still names this holder. A moment's absence (another process looks at it) is waited out."""
-        for _ in range(10):
-            there = _read(self.path)
-            if there is not None:
-                return there.token == self.owner.token
-            time.sleep(0.1)
-        return False
-
-    def check(self) -> None:
-        """Before anything is written that another holder would trust.
-
-        Raises:
-            UserError: the lock is no longer this holder's.
-        """
-        if not self._released.is_set() and not self.is_mine():
-            raise UserError(self._lost())
-
-    def release(self) -> None:
-        """Give it back. Safe to call twice."""
-        if not self._released.is_set():
-            self._released.set()
-            if self.is_mine():
-                self.path.unlink(missing_ok=True)
-
-    def _lost(self) -> str:
-        other = _read(self.path)
-        taken = f"was taken over by {other}" if other else "is gone"
-        return f"{self.path}: {taken}, so this start ends here and saves nothing; the last checkpoint is as it was"
-
-    def _renew(self) -> None:
-        while not self._released.wait(self.heartbeat):
-            try:
-                mine = self.is_mine()
-                if mine:
-                    os.utime(self.path)
-            except OSError:
-                continue  # the file system is away for a moment; whoever takes over watches for longer
-            if not mine and not self._released.is_set():
-                self.on_lost(self._lost())
-                return
-
-
-def end_process(sentence: str) -> None:
-    """What a lost lock means for a training process: out, at once, without saving."""
-    print(f"megacode train: {sentence}", flush=True)
-    os._exit(2)
-
-
-def take(
-    run: Path,
-    say: Callable[[str], None] = print,
-    on_lost: Callable[[str], None] = end_process,
-    me: Owner | None = None,
-    heartbeat: float = HEARTBEAT,
-    stale: float = STALE,
-) -> Lock:
-    """Take a run folder's lock, after `stale` seconds at most.
-
-    Args:
-        say: gets a line when a left-over lock is taken over or has to be watched.
-        on_lost: called in another thread with a sentence when someone else has taken the lock.
-
-    Raises:
-        UserError: another process trains in this folder, or it cannot be made or written to.
-    """
-    me = me or this_process()
-    path = run / FILE
-    mine = run / f".lock.{me.token}"
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        mine.write_text(json.dumps(asdict(me), indent=1) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"--run {run}: is no folder that can be made and written to ({error.strerror}: {error.filename}); choose another, or "
-            "free this one"
-        ) from error
-    try:
-        for _ in range(_LOOKS):
-            if _link(mine, path):
-                return Lock(path, me, on_lost, heartbeat)
-            _remove_left_over(path, me, say, stale)
-        raise UserError(
-            f"{path}: others keep taking it; is the same run started several times? Start it once"
-        )
-    finally:
-        mine.unlink(missing_ok=True)
-
-
-def _link(source: Path, target: Path) -> bool:
-    """Whether `source` now stands under `target` too."""
-    try:
-        os.link(source, target)
+        with open(path, "x") as file:
+            file.write(json.dumps(asdict(owner), indent=1) + "\n")
     except FileExistsError:
-        # A network file system may have done it and lost the answer.
-        return source.stat().st_nlink > 1
-    except OSError:
-        # No hard links here: an exclusive creation, with the content a moment later.
-        try:
-            handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            return False
-        with os.fdopen(handle, "w") as file:
-            file.write(source.read_text())
+        return False
     return True
-
-
-def _remove_left_over(path: Path, me: Owner, say: Callable[[str], None], stale: float) -> None:
-    """Move a left-over lock out of the way; returns too if it is gone by itself.
-
-    Raises:
-        UserError: its holder lives.
-    """
-    there = _read(path)
-    if there is None:
-        if not path.exists():
-            return
-        time.sleep(1.0)  # being written, or damaged
-        there = _read(path) or Owner("", "an unknown machine", "", 0, "", "", 0, "an unknown time")
-    why = _gone(there, me) or _watched(path, there, me, say, stale)
-    if why is None:
-        return
-    moved = path.with_name(f".lock.{me.token}.old")
-    try:
-        os.rename(path, moved)
-    except FileNotFoundError:
-        return
-    got = _read(moved)
-    if (got.token if got else "") == there.token:
-        say(f"{path}: left over by {there} ({why}); taken over")
-    else:
-        _link(moved, path)  # another taker was faster, and this is its lock
-    moved.unlink(missing_ok=True)
-
-
-def _watched(
-    path: Path, owner: Owner, me: Owner, say: Callable[[str], None], stale: float
-) -> str | None:
-    """Why the lock is left over, after watching its time stamp; None if it is another's by now.
-
-    Raises:
-        UserError: the time stamp moved, or the process is there.
-    """
-    lives = UserError(
-        f"{path}: this run is being trained by {owner}; wait for it, stop it (scancel, Ctrl-C), or choose another --run"
-    )
-    if owner.boot and owner.boot == me.boot:
-        raise lives  # its process is there, else `_gone` had said so
-    first = _age(path, me)
-    said = False
-    while (age := _age(path, me)) is not None and first is not None:
-        if age > stale:
-            return f"no sign of life for {age:.0f} s"
-        there = _read(path)
-        if there is not None and there.token != owner.token:
-            return None
-        if age < first:
-            raise lives
-        if not said:
-            said = True
-            say(
-                f"{path}: held by {owner}; watching for {stale - age:.0f} s at most whether it lives"
-            )
-        first = age
-        time.sleep(min(1.0, stale / 20))
-    return None
-
-
-def _age(path: Path, me: Owner) -> float | None:
-    """Seconds since the lock was renewed, by the file system's clock; None if it is not there."""
-    probe = path.with_name(f".lock.{me.token}")
-    try:
-        os.utime(probe)
-        return probe.stat().st_mtime - path.stat().st_mtime
-    except FileNotFoundError:
-        return None
 
 
 def _read(path: Path) -> Owner | None:
@@ -311,3 +233,38 @@ def _read(path: Path) -> Owner | None:
         return Owner(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _read_whole(path: Path) -> Owner:
+    """The owner, after a second at most if the file is being written; unknown if it is damaged."""
+    for _ in range(10):
+        if owner := _read(path):
+            return owner
+        time.sleep(0.1)
+    return Owner()
+
+
+def _age(path: Path, me: Owner) -> float | None:
+    """Seconds since the lock was renewed, by the file system's clock; None if it is not there."""
+    probe = path.with_name(f".{path.name}.{me.token}")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _remove(path: Path, judged: Owner, me: Owner, say: Callable[[str], None], why: str) -> None:
+    """Move the left-over lock of `judged` away; put it back if it is a newer one by now."""
+    moved = path.with_name(f".{path.name}.{me.token}.old")
+    try:
+        os.rename(path, moved)
+    except FileNotFoundError:
+        return
+    if (_read(moved) or Owner()).token != judged.token:
+        os.rename(moved, path)
+        return
+    moved.unlink()
+    say(f"{path}: left over by {judged} ({why}); taken over")

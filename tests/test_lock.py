@@ -16,8 +16,8 @@ import pytest
 
 from megacode import lock
 from megacode.errors import UserError
-from megacode.lock import STALE, Lock, Owner, take, this_process
-from megacode.run.folder import start_over
+from megacode.lock import STALE, HeldError, Lock, Owner, take, this_process
+from megacode.run.folder import lock_run, start_over
 
 ELSEWHERE = Owner("theirs", "node7", "another boot", 4711, "99", "", 0, "2026-01-01 00:00:00")
 
@@ -43,7 +43,7 @@ def wait_for(what: Callable[[], bool], seconds: float = 60.0) -> None:
 
 def test_a_lock_is_there_while_it_is_held_and_leaves_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    held = take(run)
+    held = lock_run(run)
     assert [path.name for path in run.iterdir()] == ["lock"]
     there = json.loads((run / "lock").read_text())
     assert there["pid"] == os.getpid() and there["host"] and there["started"]
@@ -51,48 +51,48 @@ def test_a_lock_is_there_while_it_is_held_and_leaves_nothing(tmp_path: Path) -> 
     held.release()
     held.release()
     assert list(run.iterdir()) == []
-    take(run).release()
+    lock_run(run).release()
 
 
 def test_a_file_in_the_folders_place_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(
         UserError,
-        match=r"--run .*run: is no folder that can be made and written to \(File exists: .*choose",
+        match=r"--run .*run: cannot be made or written to \(File exists: .*choose",
     ):
-        take(tmp_path / "run")
+        lock_run(tmp_path / "run")
 
 
 def test_a_living_process_on_this_machine_refuses_at_once_in_one_sentence(tmp_path: Path) -> None:
-    held = take(tmp_path)
+    held = lock_run(tmp_path)
     start = time.monotonic()
     with pytest.raises(
         UserError, match=rf"this run is being trained by process {os.getpid()} on .* since .*; "
     ) as error:
-        take(tmp_path)
+        lock_run(tmp_path)
     assert time.monotonic() - start < STALE / 4 and "\n" not in str(error.value)
     held.check()
     held.release()
 
 
 def test_a_process_killed_here_leaves_a_lock_that_is_taken_over_at_once(tmp_path: Path) -> None:
-    body = "import sys, time; from megacode.lock import take; take(__import__('pathlib').Path(sys.argv[1])); time.sleep(99)"
+    body = "import sys, time; from megacode.lock import take; take(__import__('pathlib').Path(sys.argv[1]) / 'lock'); time.sleep(99)"
     child = subprocess.Popen([sys.executable, "-c", body, tmp_path])
     wait_for((tmp_path / "lock").exists)
-    with pytest.raises(UserError, match=f"process {child.pid} on"):
-        take(tmp_path)
+    with pytest.raises(HeldError, match=f"process {child.pid} on"):
+        take(tmp_path / "lock")
     child.kill()
     child.wait()
     said: list[str] = []
     start = time.monotonic()
-    take(tmp_path, said.append).release()
+    take(tmp_path / "lock", say=said.append).release()
     assert time.monotonic() - start < STALE / 4
     assert len(said) == 1 and "left over by" in said[0] and "its process is gone" in said[0]
 
 
 def test_a_process_number_that_came_back_is_another_process(tmp_path: Path) -> None:
     left_by(tmp_path, replace(this_process(), pid_started="1"))
-    take(tmp_path, quietly).release()
+    take(tmp_path / "lock", say=quietly).release()
 
 
 def test_a_requeued_job_takes_its_own_lock_and_another_job_does_not(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_requeued_job_takes_its_own_lock_and_another_job_does_not(tmp_path: Pa
     theirs = replace(ELSEWHERE, job="c/7", job_start=0)
     left_by(tmp_path, theirs)
     said: list[str] = []
-    take(tmp_path, said.append, me=again).release()
+    take(tmp_path / "lock", say=said.append, me=again).release()
     assert "an earlier start of this Slurm job" in said[0]
     path = left_by(tmp_path, replace(theirs, job="c/8"))
     beating = threading.Event()
@@ -109,8 +109,8 @@ def test_a_requeued_job_takes_its_own_lock_and_another_job_does_not(tmp_path: Pa
         target=lambda: [os.utime(path) for _ in iter(lambda: beating.wait(0.1), True)]
     )
     beat.start()
-    with pytest.raises(UserError, match="Slurm job 8, process 4711 on node7"):
-        take(tmp_path, quietly, me=again, stale=2.0)
+    with pytest.raises(HeldError, match="Slurm job 8, process 4711 on node7"):
+        take(tmp_path / "lock", say=quietly, me=again, stale=2.0)
     beating.set()
     beat.join()
 
@@ -119,12 +119,12 @@ def test_a_machine_that_is_gone_is_watched_for_and_then_taken_over_from(tmp_path
     left_by(tmp_path, ELSEWHERE)
     said: list[str] = []
     start = time.monotonic()
-    take(tmp_path, said.append, stale=1.0).release()
+    take(tmp_path / "lock", say=said.append, stale=1.0).release()
     assert 0.9 < time.monotonic() - start < STALE / 4
     assert "watching" in said[0] and "no sign of life" in said[1]
     left_by(tmp_path, ELSEWHERE, age=200)
     start = time.monotonic()
-    take(tmp_path, quietly).release()
+    take(tmp_path / "lock", say=quietly).release()
     assert time.monotonic() - start < STALE / 4
 
 
@@ -137,13 +137,13 @@ def test_the_machines_clock_does_not_matter(
     monkeypatch.setattr(time, "time", lambda: real() + 3600)
     timer = threading.Timer(0.5, lambda: os.utime(path))
     timer.start()
-    with pytest.raises(UserError, match="is being trained by"):
-        take(tmp_path, quietly, stale=3.0)
+    with pytest.raises(HeldError, match="held by"):
+        take(tmp_path / "lock", say=quietly, stale=3.0)
 
 
 def test_a_holder_renews_and_learns_that_its_lock_was_taken(tmp_path: Path) -> None:
     lost: list[str] = []
-    held = take(tmp_path, on_lost=lost.append, heartbeat=0.05)
+    held = take(tmp_path / "lock", on_lost=lost.append, heartbeat=0.05)
     path = tmp_path / "lock"
     os.utime(path, (1, 1))
     wait_for(lambda: path.stat().st_mtime > 1000)
@@ -158,7 +158,7 @@ def test_a_holder_renews_and_learns_that_its_lock_was_taken(tmp_path: Path) -> N
 
 def test_a_lock_that_is_gone_is_lost(tmp_path: Path) -> None:
     lost: list[str] = []
-    held = take(tmp_path, on_lost=lost.append, heartbeat=0.05)
+    held = take(tmp_path / "lock", on_lost=lost.append, heartbeat=0.05)
     (tmp_path / "lock").unlink()
     wait_for(lambda: bool(lost))
     with pytest.raises(UserError, match="is gone"):
@@ -176,12 +176,12 @@ def test_a_late_taker_puts_the_new_holders_lock_back(
         why = real(owner, me)
         if why and not winner:
             winner.append(None)
-            winner[0] = take(tmp_path, quietly)
+            winner[0] = take(tmp_path / "lock", say=quietly)
         return why
 
     monkeypatch.setattr(lock, "_gone", slow)
-    with pytest.raises(UserError, match="is being trained by"):
-        take(tmp_path, quietly)
+    with pytest.raises(HeldError, match="held by"):
+        take(tmp_path / "lock", say=quietly)
     winner[0].check()
     winner[0].release()
     assert list(tmp_path.iterdir()) == []
@@ -197,8 +197,8 @@ def test_of_many_takers_one_wins(tmp_path: Path) -> None:
         def taker() -> None:
             together.wait()  # noqa: B023
             try:
-                won.append(take(tmp_path, quietly, on_lost=quietly))  # noqa: B023
-            except UserError as error:
+                won.append(take(tmp_path / "lock", say=quietly, on_lost=quietly))  # noqa: B023
+            except HeldError as error:
                 refused.append(str(error))  # noqa: B023
 
         threads = [threading.Thread(target=taker) for _ in range(8)]
@@ -217,24 +217,20 @@ def test_a_damaged_lock_is_not_trusted_before_its_time(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     path.write_text("{")
     said: list[str] = []
-    take(tmp_path, said.append, stale=1.0).release()
+    take(tmp_path / "lock", say=said.append, stale=1.0).release()
     assert "an unknown machine" in said[0]
 
 
-def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_links(*_: object) -> None:
-        raise PermissionError("Operation not permitted")
-
-    monkeypatch.setattr(os, "link", no_links)
-    held = take(tmp_path)
-    with pytest.raises(UserError, match="is being trained by"):
-        take(tmp_path)
-    held.release()
+def test_one_that_waits_gets_it_when_it_is_released(tmp_path: Path) -> None:
+    held = take(tmp_path / "lock")
+    threading.Timer(0.5, held.release).start()
+    with take(tmp_path / "lock", wait=60) as mine:
+        assert mine.is_mine() and not held.is_mine()
 
 
 def test_starting_over_keeps_the_lock_in_place(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    held = take(run)
+    held = lock_run(run)
     assert start_over(run) is None, "there is nothing to put aside"
     (run / "recipe.yaml").write_text("old")
     aside = start_over(run)

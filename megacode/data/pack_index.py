@@ -16,12 +16,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import struct
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,13 +33,10 @@ from megacode.data.best_fit import ALGORITHM, BLOCK, Packs, pack_documents
 from megacode.data.indexed import Shard
 from megacode.errors import UserError
 from megacode.files import replace_file
+from megacode.lock import take
 
 _TRAILER = struct.Struct("<QQ8s")
 _MAGIC = b"MEGAPACK"
-_STALE = 60.0
-"""Seconds without a sign of life after which another process takes over the making of an index."""
-
-
 _MANY = 5_000_000
 """Documents that take seconds, which a line on stderr explains."""
 
@@ -123,7 +119,9 @@ def open_pack_index(shard: Shard, sequence_length: int, cache: Path | None = Non
         if found := _read(path, identity):
             return found
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(path.with_name(f"{path.name}.building")) as sign_of_life:
+        building = path.with_name(f"{path.name}.building")
+        # Where the lock is lost, two processes write the same file, each whole.
+        with take(building, wait=math.inf, on_lost=lambda _: None):
             if found := _read(path, identity):  # made while this process waited
                 return found
             if shard.documents > _MANY:
@@ -133,7 +131,7 @@ def open_pack_index(shard: Shard, sequence_length: int, cache: Path | None = Non
                     flush=True,
                 )
             with replace_file(path) as file:
-                for part in _contents(shard, identity, sign_of_life):
+                for part in _contents(shard, identity):
                     file.write(part)
         found = _read(path, identity)
     except OSError as error:
@@ -158,20 +156,15 @@ def index_path(shard: Shard, sequence_length: int, cache: Path | None) -> Path:
     return (cache or shard.prefix.parent) / f"{name}.pack-{sequence_length}"
 
 
-def _contents(shard: Shard, identity: Identity, sign_of_life: Path) -> Iterator[bytes]:
+def _contents(shard: Shard, identity: Identity) -> Iterator[bytes]:
     """The file, block by block: what is held at a time is one block."""
     table, offset, tokens, cut = [], 0, 0, 0
-    for number, (packs, total, longer) in enumerate(pack_blocks(shard, identity.sequence_length)):
+    for packs, total, longer in pack_blocks(shard, identity.sequence_length):
         parts = (packs.start.astype("<i8"), packs.tokens.astype("<i4"), packs.first.astype("<u4"))
         raw = b"".join(part.tobytes() for part in parts)
         yield raw + bytes(-len(raw) % 8)
         table.append((offset, len(packs), len(packs.start)))
         offset, tokens, cut = offset + len(raw) + -len(raw) % 8, tokens + total, cut + longer
-        if number % 16 == 0:
-            with suppress(
-                FileNotFoundError
-            ):  # taken over while this process was asleep: both write the same
-                os.utime(sign_of_life)
     facts = {
         **dataclasses.asdict(identity),
         "documents": shard.documents,
@@ -211,39 +204,6 @@ def _read(path: Path, identity: Identity) -> PackIndex | None:
     ends = np.cumsum(table[:, 1])
     packs = int(ends[-1]) if len(ends) else 0
     return PackIndex(path, packs, facts["documents"], facts["tokens"], facts["cut"], table, ends)
-
-
-@contextmanager
-def _only_one(lock: Path) -> Iterator[Path]:
-    """A file that only one process can make: the others wait until it is gone, or has not been touched for a while.
-
-    Needs no lock service, so it holds between nodes on whatever file system they share.
-    """
-    seen: tuple[float, float] | None = None
-    while True:
-        try:
-            os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            break
-        except FileExistsError:
-            touched = _modified(lock)
-            now = time.monotonic()
-            if seen is None or touched != seen[0]:  # clocks of nodes differ: only a change counts
-                seen = (touched, now)
-            elif now - seen[1] > _STALE:
-                lock.unlink(missing_ok=True)
-                seen = None
-            time.sleep(0.05)
-    try:
-        yield lock
-    finally:
-        lock.unlink(missing_ok=True)
-
-
-def _modified(path: Path) -> float:
-    try:
-        return os.stat(path).st_mtime
-    except FileNotFoundError:
-        return 0.0
 
 
 @dataclass(frozen=True, eq=False)

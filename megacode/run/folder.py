@@ -16,7 +16,7 @@ from typing import Any
 
 from megacode.errors import UserError
 from megacode.files import write_text
-from megacode.lock import FILE as LOCK
+from megacode.lock import HeldError, Lock, take
 from megacode.plan.past import Change, check_accepted
 from megacode.plan.plan import Plan
 from megacode.recipe.load import dump_recipe
@@ -26,6 +26,7 @@ from megacode.run.metrics import FILE as METRICS
 from megacode.run.metrics import read_metrics
 from megacode.version import __version__
 
+LOCK = "lock"
 _VERSIONS = (
     "torch",
     "megatron-core",
@@ -149,6 +150,27 @@ def _refuse_lost_checkpoints(run: Path) -> None:
             f"{run / 'checkpoints'}: is empty, and {METRICS} tells of a checkpoint at step {max(saved):,}; copy it here from "
             "where it is, or start over with --restart, which puts this run aside"
         )
+
+
+def lock_run(run: Path) -> Lock:
+    """Make the folder if need be and take its lock: one start trains in it at a time.
+
+    Raises:
+        UserError: another process trains in this folder, or it cannot be made or written to.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        return take(run / LOCK)
+    except HeldError as error:
+        raise UserError(
+            f"{run / LOCK}: this run is being trained by {error.owner}; wait for it, stop it "
+            "(scancel, Ctrl-C), or choose another --run"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--run {run}: cannot be made or written to ({error.strerror}: {error.filename}); "
+            "choose another, or free this one"
+        ) from error
 
 
 def start_over(run: Path) -> Path | None:

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from megacode import lock
 from megacode.data.loader import StepBatch, batches
 from megacode.data.mixture import open_mixture
 from megacode.data.packing_report import packing_line, packing_losses
@@ -55,7 +54,13 @@ from megacode.recipe.checks import check_layout
 from megacode.recipe.load import dump_recipe
 from megacode.recipe.schema import Recipe
 from megacode.run.checkpoints import complete_checkpoints, find_checkpoint, remove_unfinished
-from megacode.run.folder import Resume, checkpoint_to_resume, start_over, write_start
+from megacode.run.folder import (
+    Resume,
+    checkpoint_to_resume,
+    lock_run,
+    start_over,
+    write_start,
+)
 from megacode.run.history import came_with_weights, initial_changes, is_own, put_other_futures_aside
 from megacode.run.profile_steps import ProfileSteps
 from megacode.tokenizer.tokenizer import load_tokenizer, model_vocab_size
@@ -117,9 +122,7 @@ class Trainer:
         check_layout(recipe, launch.world_size)
         may_write: Callable[[], None] = _anyone
         if launch.rank == 0:
-            held = lock.take(run)
-            stack.callback(held.release)
-            may_write = held.check
+            may_write = stack.enter_context(lock_run(run)).check
             if self._restart and (aside := start_over(run)):
                 print(f"starting over; the earlier run is kept as {aside}", flush=True)
         self.world = world = initialize(

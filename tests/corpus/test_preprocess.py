@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import platform
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,12 +28,14 @@ from megacode.cli.preprocess import add_arguments, parse_share, run
 from megacode.corpus.inputs import find_inputs
 from megacode.corpus.preprocess import Request, Result, preprocess
 from megacode.corpus.preprocess.counts import Group
+from megacode.corpus.preprocess.folder import open_folder, remove_folder
 from megacode.corpus.preprocess.splitting import plan_units
 from megacode.corpus.preprocess.tokenize import in_validation
 from megacode.corpus.workers import _serve, run_tasks
 from megacode.data import indexed
 from megacode.errors import UserError
 from megacode.files import replace_file
+from megacode.lock import Lock
 from megacode.recipe import schema
 from megacode.tokenizer.training import train_tokenizer
 from tests.data.conftest import write_shard
@@ -516,18 +519,35 @@ def test_two_runs_do_not_write_one_output(model: Path, corpus: Path, tmp_path: P
 def test_a_lock_that_its_holder_removed_is_nobodys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other run ends between this one's opening the file and taking the lock."""
+    """The other run ends between this one's looking for the folder and taking the lock."""
     from megacode.corpus.preprocess import folder
 
-    parts, lock = tmp_path / "out.parts", folder._lock
+    parts, take = tmp_path / "out.parts", folder.take
 
-    def late(*args: Any) -> bool:
-        folder.remove_folder(parts)
-        return lock(*args)
+    def late(*args: Any, **how: Any) -> Lock:
+        shutil.rmtree(parts)
+        return take(*args, **how)
 
-    monkeypatch.setattr(folder, "_lock", late)
+    monkeypatch.setattr(folder, "take", late)
     with pytest.raises(UserError, match="has just finished"), folder.open_folder(parts, {}, None):
         pass
+    assert not parts.exists()
+
+
+def test_shares_exclude_each_other_and_runs_of_their_own(tmp_path: Path) -> None:
+    parts, settings = tmp_path / "out.parts", {"input files": "a"}
+    with open_folder(parts, settings, (0, 2)) as first:
+        for other, share, refusal in (
+            (settings, (0, 2), "--shard 0/2 is already running"),
+            (settings, None, "another run is writing"),
+            ({"input files": "b"}, (1, 2), "from other settings"),
+        ):
+            with pytest.raises(UserError, match=refusal), open_folder(parts, other, share):
+                pass
+        with open_folder(parts, settings, (1, 2)) as second:
+            assert second() and not first(), "one of them writes the datasets"
+            remove_folder(parts)
+        assert first(), "the other one finds no parts and writes nothing"
     assert not parts.exists()
 
 

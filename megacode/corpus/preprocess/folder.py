@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
 import shutil
-import time
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megacode.errors import UserError
 from megacode.files import write_json
+from megacode.lock import HeldError, Lock, take
 
 _PATIENCE = 20.0
 """Seconds in which another machine has prepared the folder."""
@@ -25,80 +23,89 @@ _BEGUN = "datasets.json"
 def open_folder(
     folder: Path, settings: dict[str, Any], share: tuple[int, int] | None
 ) -> Iterator[Callable[[], bool]]:
-    """The folder of parts, made for these settings and held against other runs; locks go with their process.
+    """The folder of parts, made for these settings and locked against other runs.
 
-    A run of its own holds it alone. Shares hold it together, each its own number alone. Gives a function that says
-    whether this process now holds the folder alone, and so may write the datasets.
+    `lock` belongs to whoever prepares the folder or writes the datasets: a run without `share`
+    holds it from beginning to end. Share I of N holds `lock-I-of-N` while it works. Gives a
+    function that says whether this process holds `lock` from now on, and so may write the datasets.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a") as lock:
-        alone = _lock(lock, fcntl.LOCK_EX)
-        if not alone and (share is None or not _lock(lock, fcntl.LOCK_SH, _PATIENCE)):
-            raise UserError(
-                f"{folder}: another run is writing this output; wait for it, or choose another --output"
-            )
-        if not _is_there(lock, folder / "lock"):
-            raise UserError(
-                f"{folder}: another run has just finished this output; run again to see what it made"
-            )
-        if alone:
-            _prepare(folder, settings)
-        elif not _same_settings(folder, settings):
-            raise UserError(
-                f"{folder}: other machines are writing this output from other settings or files; give each --shard the "
-                "same command, or choose another --output"
-            )
+    another = (
+        f"{folder}: another run is writing this output; wait for it, or choose another --output"
+    )
+    with ExitStack() as locks:
+        writer = locks.enter_context(
+            _take(folder / "lock", another, wait=_PATIENCE if share else 0.0)
+        )
         if share is None:
+            _refuse_running_shares(folder, another)
+            _prepare(folder, settings)
             yield lambda: True
-            return
-        _lock(lock, fcntl.LOCK_SH, _PATIENCE)
-        with open(folder / f"lock-{share[0]}-of-{share[1]}", "a") as mine:
-            if not _lock(mine, fcntl.LOCK_EX):
-                raise UserError(
-                    f"{folder}: --shard {share[0]}/{share[1]} is already running; give another number"
+        else:
+            name = f"lock-{share[0]}-of-{share[1]}"
+            running = (
+                f"{folder}: --shard {share[0]}/{share[1]} is already running; give another number"
+            )
+            others = any(path.name != name for path in folder.glob("lock-*"))
+            if others and not _same_settings(folder, settings):
+                _refuse_running_shares(
+                    folder,
+                    f"{folder}: other machines are writing this output from other settings or "
+                    "files; give each --shard the same command, or choose another --output",
                 )
-
-            def whole() -> bool:
-                _lock(lock, fcntl.LOCK_UN)
-                return _lock(lock, fcntl.LOCK_EX)
-
-            yield whole
-
-
-def _lock(file: IO[str], how: int, patience: float = 0.0) -> bool:
-    """Take the lock, or take it in another way, within `patience` seconds; the old one is lost meanwhile."""
-    end = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, how | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                return False
-            time.sleep(0.05)
+                others = False
+            # Where this one is lost, two processes make the same parts, each whole.
+            locks.enter_context(_take(folder / name, running, on_lost=lambda _: None))
+            if not others:
+                _prepare(folder, settings)
+            writer.release()
+            yield lambda: _take_if_free(folder / "lock", locks)
+    with suppress(OSError):  # the parts are still in it, or another run has begun
+        folder.rmdir()
 
 
-def _is_there(file: IO[str], path: Path) -> bool:
-    """Whether that is still the file of this name: who held it before may have removed it."""
+def _take(path: Path, refusal: str, **how: Any) -> Lock:
     try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        return take(path, say=_say, **how)
+    except HeldError:
+        raise UserError(refusal) from None
     except FileNotFoundError:
+        raise UserError(
+            f"{path.parent}: another run has just finished this output; run again to see what "
+            "it made"
+        ) from None
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _take_if_free(path: Path, locks: ExitStack) -> bool:
+    """Take the lock if nobody has it and the folder is still there."""
+    try:
+        locks.enter_context(take(path, say=_say))
+    except (HeldError, FileNotFoundError):
         return False
+    return True
+
+
+def _refuse_running_shares(folder: Path, refusal: str) -> None:
+    """UserError where a share is at work; locks of dead ones go."""
+    for path in folder.glob("lock-*"):
+        _take(path, refusal).release()
 
 
 def remove_folder(folder: Path) -> None:
-    """Killed on the way it is still known as a run's: what says so goes last."""
-    last = [folder / "settings.json", folder / "lock"]
-    for path in [*(path for path in folder.iterdir() if path not in last), *last]:
+    """Remove all but the lock, `settings.json` last: until then the folder is known as a run's."""
+    last = folder / "settings.json"
+    for path in [
+        *(p for p in folder.iterdir() if p != last and not p.name.startswith("lock")),
+        last,
+    ]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    try:
-        folder.rmdir()
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else the next run has begun in it
-            raise
 
 
 def _same_settings(folder: Path, settings: dict[str, Any]) -> bool:
@@ -116,7 +123,7 @@ def _is_of_a_run(folder: Path) -> bool:
 
 
 def begun(folder: Path) -> list[str]:
-    """Datasets that runs with this folder began to write and may have left in pieces; relative to where it stands."""
+    """Datasets that runs with this folder began to write, perhaps in part; relative to its parent."""
     try:
         return list(json.loads((folder / _BEGUN).read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
@@ -134,7 +141,9 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
     if not _same_settings(folder, settings):
         kept = {"settings.json", _BEGUN}
         found = [
-            old for old in folder.iterdir() if not old.name.startswith(("lock", ".settings.json."))
+            old
+            for old in folder.iterdir()
+            if not old.name.startswith(("lock", ".lock", ".settings.json."))
         ]
         if found and not _is_of_a_run(folder):
             raise UserError(

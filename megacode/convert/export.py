@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megacode.convert.checkpoint_reader import CheckpointReader, Scratch
 from megacode.convert.families import choose
-from megacode.convert.family import Context, Family
+from megacode.convert.family import Family
 from megacode.convert.kept import GENERATION, Outgoing, outgoing
 from megacode.convert.layout import EMBEDDING, Slot, shape, unpadded
 from megacode.convert.new_folder import new_folder
@@ -158,16 +158,15 @@ def _write_configs(
     folder: Path, source: ExportSource, family: Family, dtype: torch.dtype, about: Outgoing
 ) -> None:
     name = str(dtype).removeprefix("torch.")
-    context = Context(source.vocab_size, source.length, about.ids, name)
     config = {
         "architectures": [family.architecture],
-        "model_type": family.model_type,
+        "model_type": family.name,
         "vocab_size": source.vocab_size,
         "tie_word_embeddings": source.model.tie_embeddings,
         "torch_dtype": name,
         "use_cache": True,
         **about.ids,
-        **family.config(source.model, context),
+        **family.config(source.model, source.length),
     }
     _write_json(folder / "config.json", config)
     _write_json(folder / GENERATION, about.generation)
@@ -179,7 +178,4 @@ def _write_json(path: Path, value: Any) -> None:
 
 def chosen_family(source: ExportSource, name: str | None) -> Family:
     """`choose`, naming the checkpoint's recipe."""
-    try:
-        return choose(source.model, name)
-    except UserError as error:
-        raise UserError(f"{source.checkpoint / 'recipe.yaml'}: {error}") from None
+    return choose(source.model, name, str(source.checkpoint / "recipe.yaml"))

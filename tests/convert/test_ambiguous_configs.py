@@ -55,7 +55,7 @@ def test_a_silent_config_means_what_it_means_to_transformers(kind: str) -> None:
         "kv_heads": getattr(config, "num_key_value_heads", None), "head_dim": getattr(config, "head_dim", None),
         "norm_epsilon": next(v for k, v in vars(config).items() if k in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")),
         "tie_embeddings": config.tie_word_embeddings, "rotary_base": rope["rope_theta"],
-        "rotary_fraction": rope.get("partial_rotary_factor"),
+        "rotary_fraction": rope.get("partial_rotary_factor", 1),
         "context_length": min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 10**9),
     }  # fmt: skip
     assert {key: ours[key] for key in wanted if key in ours} == {

@@ -177,8 +177,6 @@ def test_the_published_form_is_read(tmp_path: Path) -> None:
 
 def test_crystals_own_shape() -> None:
     """recipes/crystal-7b.yaml gives the published config.json, key by key, and that gives the recipe's model again."""
-    from megacode.convert.family import Context
-
     published = {
         "attn_pdrop": 0.0, "scale_attn_weights": True, "resid_pdrop": 0.0, "mup_embeddings_scale": 14.6, "n_inner": 10922,
         "n_embd": 4096, "layer_norm_epsilon": 1e-05, "n_positions": 2048, "activation_function": "swiglu", "n_head": 32,
@@ -192,7 +190,7 @@ def test_crystals_own_shape() -> None:
     }  # fmt: skip
     model = load_recipe(Path(__file__).parents[2] / "recipes" / "crystal-7b.yaml").model
     assert CRYSTALCODER.fits(model) is None
-    config = CRYSTALCODER.config(model, Context(32032, 2048, {}, "bfloat16"))
+    config = CRYSTALCODER.config(model, 2048)
     assert config == published | {"initializer_range": 0.073}
     again = Model(**CRYSTALCODER.model_section(config | {"tie_word_embeddings": True}))
     ours = {
@@ -242,8 +240,8 @@ def test_a_base_width_that_is_no_whole_number_keeps_the_logits() -> None:
     ("change", "words"),
     [
         (dict(kv_heads=2), "model.kv_heads is 2, not heads (4)"),
-        (dict(qk_norm=True), "model.qk_norm normalises"),
-        (dict(linear_bias=False), "model.linear_bias is false"),
+        (dict(qk_norm=True), "model.qk_norm is true, not false"),
+        (dict(linear_bias=False), "model.linear_bias is false, not true"),
         (dict(normalization="rmsnorm"), "model.normalization is rmsnorm"),
         (dict(activation="geglu"), "model.activation is geglu"),
         (dict(head_dim=32), "model.head_dim is 32"),

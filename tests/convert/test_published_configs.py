@@ -91,7 +91,7 @@ def test_published_models_run_here(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "more", "words"),
     [
-        ("neox without parallel residual", dict(use_parallel_residual=True), "use_parallel_residual is true"),
+        ("neox without parallel residual", dict(use_parallel_residual=True), "use_parallel_residual is True"),
         ("stablelm-2-1_6b", dict(qk_layernorm=True), "qk_layernorm is True"),
         ("stablelm-2-1_6b", dict(num_key_value_heads=32), "model.kv_heads: 32 does not divide heads 4"),
         ("Llama-2-7b", dict(attention_bias=True), "attention_bias is True and mlp_bias False"),

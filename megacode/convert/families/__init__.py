@@ -1,4 +1,4 @@
-"""Families of Hugging Face models, one file each: which models fit, the config both ways, and the names of the weights."""
+"""Families of Hugging Face models, one file each, and how one is chosen."""
 
 from __future__ import annotations
 
@@ -22,36 +22,34 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def choose(model: Model, name: str | None = None) -> Family:
+def choose(model: Model, name: str | None = None, where: str = "recipe") -> Family:
     """The family asked for, or the first that the model's own shape fits.
 
     Raises:
-        UserError: the one asked for is unknown or does not fit, or none does; says which field is in the way.
+        UserError: the one asked for is unknown or does not fit, or none does; it says `where` the
+            model stands and which field is in the way.
     """
-    if name is not None:
-        family = FAMILIES.get(name)
-        if family is None:
-            raise UserError(
-                f"--format {name}: there is no such family; known are {', '.join(FAMILIES)}"
-            )
-        if reason := family.fits(model):
-            raise UserError(f"--format {name}: this model does not fit: {reason}")
-        return family
+    if name is not None and name not in FAMILIES:
+        raise UserError(
+            f"{where}: --format {name}: there is no such family; known are {', '.join(FAMILIES)}"
+        )
     reasons = {}
-    for family in FAMILIES.values():
+    for family in [FAMILIES[name]] if name else FAMILIES.values():
         reason = family.fits(model)
         if reason is None:
             return family
         reasons[family.name] = reason
+    if name:
+        raise UserError(f"{where}: --format {name}: this model does not fit: {reasons[name]}")
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise UserError(f"no family of Hugging Face models has this shape ({told})")
+    raise UserError(f"{where}: no family of Hugging Face models has this shape ({told})")
 
 
 def by_architecture(architectures: list[str], model_type: str, where: str) -> Family:
     """The family of a config.json. UserError: it is none of ours."""
     for family in FAMILIES.values():
         if family.architecture in architectures or (
-            not architectures and family.model_type == model_type
+            not architectures and family.name == model_type
         ):
             return family
     known = ", ".join(f"{family.architecture} ({family.name})" for family in FAMILIES.values())

@@ -37,12 +37,10 @@ def fingerprint(plan: Plan, step: int) -> dict[str, Any]:
 
 
 def _phase(phase: PhasePlan, stop: int) -> dict[str, Any]:
-    steps = stop - phase.first_step
-    batch = phase.quota.batch
-    stairs = [[int(s), int(b)] for s, b in zip(batch.starts, batch.sizes, strict=True) if s < steps]
+    steps, batch = stop - phase.first_step, phase.quota.batch
+    stairs = zip(batch.starts.tolist(), batch.sizes.tolist(), strict=True)
     counts = phase.counts_before(stop).tolist()
     shares = phase.weights(phase.first_step).tolist()
-    moving = phase.quota.weights.settled > 1
     streams = {
         stream.label: {
             "order": column,
@@ -53,28 +51,23 @@ def _phase(phase: PhasePlan, stop: int) -> dict[str, Any]:
             "cursor": stream.cursor,
             "first share": shares[column],
             "samples": counts[column],
-            # Absent where they are what they were before there was a choice: older checkpoints go on.
-            **(
-                {"fim_level": stream.fim_level}
-                if stream.fim_rate and stream.fim_level != "context"
-                else {}
-            ),
-            **(
-                {"packing": f"{stream.packing} {PACKING_ALGORITHM}"}
-                if stream.packing != "concatenate"
-                else {}
-            ),
         }
         for column, stream in enumerate(phase.streams)
     }
+    # Absent where there was no choice yet when older checkpoints were written: they go on.
+    for stream in phase.streams:
+        if stream.fim_rate and stream.fim_level != "context":
+            streams[stream.label]["fim_level"] = stream.fim_level
+        if stream.packing != "concatenate":
+            streams[stream.label]["packing"] = f"{stream.packing} {PACKING_ALGORITHM}"
     return {
         "first_step": phase.first_step,
         "steps": steps,
         "sequence_length": phase.sequence_length,
         "reset_at_eod": phase.reset_at_eod,
-        "batch_size": stairs,
+        "batch_size": [[start, size] for start, size in stairs if start < steps],
         "streams": streams,
-        "counts of every step": _digest(phase, stop) if moving else None,
+        "counts of every step": _digest(phase, stop) if phase.quota.weights.settled > 1 else None,
     }
 
 
@@ -88,37 +81,28 @@ def _digest(phase: PhasePlan, stop: int) -> str:
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """Each fact that differs: `phases.1.streams.python.fim_rate: 0.9 before, 0.3 now`. Empty: the batches are the "
-    "same."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        out = []
-        for name in dict.fromkeys([*old, *new]):
-            out += differences(
-                old.get(name, _ABSENT),
-                new.get(name, _ABSENT),
-                f"{key}.{name}" if key else str(name),
-            )
-        return out
-    if (
-        isinstance(old, list)
-        and isinstance(new, list)
-        and any(isinstance(item, dict) for item in [*old, *new])
-    ):
-        count = max(len(old), len(new))
-        pairs = zip(
-            [*old, *[_ABSENT] * (count - len(old))],
-            [*new, *[_ABSENT] * (count - len(new))],
-            strict=True,
+    """Each fact that differs: `phases.1.streams.python.fim_rate: 0.9 before, 0.3 now`. Empty: the batches are the
+    same."""
+    old, new = _numbered(old), _numbered(new)
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [] if old == new else [f"{key}: {_shown(old)} before, {_shown(new)} now"]
+    return [
+        line
+        for name in dict.fromkeys([*old, *new])
+        for line in differences(
+            old.get(name, _ABSENT), new.get(name, _ABSENT), f"{key}.{name}" if key else name
         )
-        return [
-            line
-            for number, (a, b) in enumerate(pairs, 1)
-            for line in differences(a, b, f"{key}.{number}")
-        ]
-    return [] if old == new else [f"{key}: {_shown(old)} before, {_shown(new)} now"]
+    ]
 
 
 _ABSENT = object()
+
+
+def _numbered(value: Any) -> Any:
+    """A list of mappings as a mapping by number, from 1."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return {str(number): item for number, item in enumerate(value, 1)}
+    return value
 
 
 def _shown(value: Any) -> str:

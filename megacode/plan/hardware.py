@@ -1,4 +1,4 @@
-"""What a configuration depends on besides the recipe: the device a process has and the libraries that can use it.
+"""What a configuration depends on besides the recipe: a process's device and the libraries that can use it.
 
 `megacode.megatron.hardware.detect` fills it in for this process; a plan fills it in for a device of the table. No torch here.
 """
@@ -7,20 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megacode.plan.devices import DEVICES
+
 Version = tuple[int, ...]
 
-# Compute capabilities by short name in `megacode.plan.devices` (NVIDIA's table "CUDA GPUs: compute capability").
-_CAPABILITIES: dict[tuple[int, int], tuple[str, ...]] = {
-    (12, 0): ("rtx-5090",),
-    (10, 3): ("gb300", "b300"),
-    (10, 0): ("gb200", "b200"),
-    (9, 0): ("gh200", "h200-nvl", "h200", "h100-pcie", "h100-nvl", "h100", "h20"),
-    (8, 9): ("l40s", "l40", "l4", "rtx-6000-ada", "rtx-4090"),
-    (8, 6): ("a40", "a10", "rtx-a6000", "rtx-3090-ti", "rtx-3090"),
-    (8, 0): ("a100", "a30"),
-    (7, 5): ("t4",),
-    (7, 0): ("v100s", "v100-pcie", "v100"),
+_OLDEST_ENGINE: dict[str, Version] = {
+    "delayed": (1, 0),
+    "tensorwise": (2, 2),
+    "blockwise": (2, 3),
+    "mxfp8": (2, 1),
 }
+"""`precision.fp8_recipe`: the first Transformer Engine that has it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Hardware:
     engine: Version | None = None
     """Version of Transformer Engine; None where it cannot be used."""
     apex_gradients: bool = False
-    """Whether Apex's kernel for gradient accumulation inside matrix products is there."""
+    """Whether Apex's kernel for gradient accumulation inside matrix products is installed."""
 
     @property
     def on_cuda(self) -> bool:
@@ -43,15 +40,13 @@ class Hardware:
 
 
 def assumed(device: str) -> Hardware:
-    """A device of `megacode.plan.devices.DEVICES` with everything installed that NVIDIA's containers carry."""
-    capability = next((c for c, names in _CAPABILITIES.items() if device in names), None)
+    """A device of `megacode.plan.devices.DEVICES` with everything that NVIDIA's containers install."""
+    capability = DEVICES[device][1].capability
     if (
         capability is None
-    ):  # AMD's: torch calls them CUDA, and Transformer Engine is another project there
+    ):  # AMD: torch calls it CUDA, and Transformer Engine is another project there
         return Hardware(name=device, capability=(9, 0), cuda=None, engine=None)
-    return Hardware(
-        name=device, capability=capability, cuda=(13, 0), engine=(2, 12), apex_gradients=True
-    )
+    return Hardware(device, capability, cuda=(13, 0), engine=(2, 12), apex_gradients=True)
 
 
 def fp8_refusal(recipe_name: str, hardware: Hardware) -> str | None:
@@ -60,30 +55,26 @@ def fp8_refusal(recipe_name: str, hardware: Hardware) -> str | None:
     The rules are those of Transformer Engine's own support checks (`check_fp8_support`, `check_mxfp8_support`,
     `check_fp8_block_scaling_support`, 2.12) and of Megatron-Core's `get_fp8_recipe` (0.16).
     """
-    have = hardware.capability
+    have, engine, oldest = hardware.capability, hardware.engine, _OLDEST_ENGINE[recipe_name]
     if have is None:
         return "this machine shows no CUDA device"
     said = f"{hardware.name} has compute capability {have[0]}.{have[1]}"
     if have < (8, 9):
         return f"{said}, and FP8 begins with 8.9 (Ada, Hopper)"
-    if hardware.engine is None:
+    if engine is None:
         return "this machine has no Transformer Engine"
-    oldest: dict[str, Version] = {
-        "delayed": (1, 0),
-        "tensorwise": (2, 2),
-        "blockwise": (2, 3),
-        "mxfp8": (2, 1),
-    }
-    if hardware.engine < oldest[recipe_name]:
+    if engine < oldest:
         return (
-            f"fp8_recipe {recipe_name} came with Transformer Engine {_dotted(oldest[recipe_name])}, and this machine has "
-            f"{_dotted(hardware.engine)}"
+            f"fp8_recipe {recipe_name} came with Transformer Engine {_dotted(oldest)}, and this machine "
+            f"has {_dotted(engine)}"
         )
-    if recipe_name == "blockwise":
-        if have < (9, 0):
-            return f"{said}, and fp8_recipe blockwise needs 9.0 (Hopper) or later"
-        if hardware.cuda is not None and hardware.cuda < (12, 9):
-            return f"fp8_recipe blockwise needs CUDA 12.9 or later, and torch here is built for {_dotted(hardware.cuda)}"
+    if recipe_name == "blockwise" and have < (9, 0):
+        return f"{said}, and fp8_recipe blockwise needs 9.0 (Hopper) or later"
+    if recipe_name == "blockwise" and hardware.cuda is not None and hardware.cuda < (12, 9):
+        return (
+            "fp8_recipe blockwise needs CUDA 12.9 or later, and torch here is built for "
+            f"{_dotted(hardware.cuda)}"
+        )
     if recipe_name == "mxfp8" and not (10, 0) <= have < (12, 0):
         return f"{said}, and fp8_recipe mxfp8 needs 10.0 (data-centre Blackwell)"
     return None

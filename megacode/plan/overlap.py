@@ -6,15 +6,15 @@ sentence. The decisions are made here once, without torch, so that a plan shows 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from megacode.errors import UserError
 from megacode.plan.hardware import Hardware
 from megacode.recipe.schema import Recipe
 
-_Verdict = tuple[Literal["on", "only if asked", "moot", "impossible"], str]
+# Verdicts: on; off unless the recipe asks for it; without effect; a mistake if the recipe asks for it.
+_ON, _ASK, _MOOT, _NO = "on", "only if asked", "moot", "impossible"
+_Rules = list[tuple[bool, str, str]]
 _NO_ENGINE = "it needs Transformer Engine on a CUDA device"
 _NO_CUDA = "it needs a CUDA device"
 _SAME_CORES = "gloo computes and communicates on the same cores"
@@ -42,168 +42,146 @@ def decide_overlaps(
     """
     decided: dict[str, OverlapDecision] = {}
     mistakes = []
-    for name, (section, rule) in _RULES.items():
-        key = f"{section}.{name}"
-        asked = getattr(
-            recipe.parallel.overlap if section == "parallel.overlap" else recipe.fusion, name
-        )
-        verdict, why = rule(recipe, hardware, data_size)
-        if asked and verdict == "impossible":
+    rules = _overlaps(recipe, hardware, data_size) | _fusions(recipe, hardware)
+    for key, cases in rules.items():
+        name = key.rpartition(".")[2]
+        section = recipe.fusion if key.startswith("fusion.") else recipe.parallel.overlap
+        asked = getattr(section, name)
+        verdict, why = next((verdict, why) for holds, verdict, why in cases if holds)
+        if asked and verdict == _NO:
             mistakes.append(
                 f"{key}: cannot be on: {why}; take the key out, which turns it on where it can be"
             )
-        on = verdict == "on" if asked is None else asked and verdict in ("on", "only if asked")
-        decided[name] = OverlapDecision(
-            key, on, "turned off in the recipe" if asked is False else why
-        )
+        on = verdict == _ON if asked is None else asked and verdict in (_ON, _ASK)
+        why = "turned off in the recipe" if asked is False else why
+        decided[name] = OverlapDecision(key, on, why)
     if mistakes:
         raise UserError("\n".join(mistakes))
     return decided
 
 
-# -------------------------------------------------------------------------------------------------------- overlap
+def _overlaps(recipe: Recipe, hardware: Hardware, data_size: int) -> dict[str, _Rules]:
+    """Of each overlap the cases in their order: the first that holds decides."""
+    parallel, precision = recipe.parallel, recipe.precision
+    one_rank = data_size * parallel.context == 1  # context-parallel ranks have the same weights
+    reduce = parallel.overlap.grad_reduce
+    reduces = hardware.on_cuda if reduce is None else reduce
+    sharded, cuda = parallel.distributed_optimizer, hardware.on_cuda
+    several, fp32 = _several_lengths(recipe), precision.compute == "fp32"
+    no_engine, engine = hardware.engine is None, hardware.engine or (0,)
+    return {
+        "parallel.overlap.grad_reduce": [
+            (one_rank, _MOOT, "one data-parallel rank has nothing to reduce"),
+            (not cuda, _ASK, _SAME_CORES),
+            (True, _ON, "gradients are reduced while backward goes on"),
+        ],
+        "parallel.overlap.param_gather": [
+            (one_rank, _MOOT, "one data-parallel rank has nothing to gather"),
+            (not sharded, _MOOT, "without parallel.distributed_optimizer nothing is gathered"),
+            (
+                precision.mxfp8_params,
+                _NO,
+                "mxfp8 weights are gathered in the gradients' buffer, which the next forward needs",
+            ),
+            (not reduces, _NO, "Megatron-Core wants parallel.overlap.grad_reduce with it"),
+            (not cuda, _ASK, _SAME_CORES),
+            (True, _ON, "new weights are gathered while the next forward goes on"),
+        ],
+        "parallel.overlap.tensor": [
+            (parallel.tensor == 1, _MOOT, "parallel.tensor is 1"),
+            (no_engine, _NO, _NO_ENGINE),
+            (engine < (2, 7), _NO, "it needs Transformer Engine 2.7"),
+            (fp32, _NO, "its buffers hold numbers of 16 bits or fewer, and precision is fp32"),
+            (not parallel.sequence, _NO, "it needs parallel.sequence: true"),
+            (
+                several,
+                _NO,
+                "its buffers have one size, and the phases have several sequence lengths",
+            ),
+            (True, _ON, "tensor-parallel exchanges go on during the matrix products"),
+        ],
+        "parallel.overlap.pipeline": [
+            (
+                not parallel.virtual_pipeline,
+                _MOOT,
+                "only interleaved pipelines (parallel.virtual_pipeline) overlap their exchanges",
+            ),
+            (not cuda, _NO, "gloo matches the messages of two ranks in order"),
+            (True, _ON, "exchanges between stages go on during other chunks' work"),
+        ],
+    }
 
 
-def _grad_reduce(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
-    if data_size * recipe.parallel.context == 1:  # context-parallel ranks have the same weights
-        return "moot", "one data-parallel rank has nothing to reduce"
-    if not hardware.on_cuda:
-        return "only if asked", _SAME_CORES
-    return "on", "gradients are reduced while backward goes on"
-
-
-def _param_gather(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
-    if data_size * recipe.parallel.context == 1:
-        return "moot", "one data-parallel rank has nothing to gather"
-    if not recipe.parallel.distributed_optimizer:
-        return "moot", "without parallel.distributed_optimizer nothing is gathered"
-    if recipe.precision.mxfp8_params:
-        return (
-            "impossible",
-            "mxfp8 weights are gathered in the gradients' buffer, which the next forward needs",
-        )
-    asked = recipe.parallel.overlap.grad_reduce
-    if not (hardware.on_cuda if asked is None else asked):
-        return "impossible", "Megatron-Core wants parallel.overlap.grad_reduce with it"
-    if not hardware.on_cuda:
-        return "only if asked", _SAME_CORES
-    return "on", "new weights are gathered while the next forward goes on"
-
-
-def _tensor(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
-    if recipe.parallel.tensor == 1:
-        return "moot", "parallel.tensor is 1"
-    if hardware.engine is None:
-        return "impossible", _NO_ENGINE
-    if hardware.engine < (2, 7):
-        return "impossible", "it needs Transformer Engine 2.7"
-    if recipe.precision.compute == "fp32":
-        return "impossible", "its buffers hold numbers of 16 bits or fewer, and precision is fp32"
-    if not recipe.parallel.sequence:
-        return "impossible", "it needs parallel.sequence: true"
-    if _several_lengths(recipe):
-        return (
-            "impossible",
-            "its buffers have one size, and the phases have several sequence lengths",
-        )
-    return "on", "tensor-parallel exchanges go on during the matrix products"
-
-
-def _pipeline(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
-    if recipe.parallel.virtual_pipeline is None:
-        return (
-            "moot",
-            "only interleaved pipelines (parallel.virtual_pipeline) overlap their exchanges",
-        )
-    if not hardware.on_cuda:
-        return "impossible", "gloo matches the messages of two ranks in order"
-    return "on", "exchanges between stages go on during other chunks' work"
-
-
-# --------------------------------------------------------------------------------------------------------- fusion
-
-
-def _rope(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
-    if recipe.model.position_embedding != "rotary":
-        return "moot", "there are no rotary positions"
-    if hardware.engine is None:
-        return "impossible", _NO_ENGINE
-    if recipe.model.rotary_interleaved and hardware.engine < (2, 3):
-        return "impossible", "interleaved rotary positions need Transformer Engine 2.3"
-    return "on", "one kernel rotates queries and keys"
-
-
-def _cross_entropy(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
-    if hardware.engine is None:
-        return "impossible", _NO_ENGINE
-    return "on", "one kernel for the loss and its gradient, in the logits' place"
-
-
-def _activation(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
-    if not hardware.on_cuda:
-        return "impossible", _NO_CUDA
-    if recipe.model.activation != "swiglu":
-        return (
-            "impossible",
-            f"Megatron-Core has none that computes {recipe.model.activation} exactly",
-        )
-    return "on", "bias, gate and product in one kernel"
-
-
-def _bias_dropout(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
-    return (
-        ("on", "bias, dropout and residual in one kernel")
-        if hardware.on_cuda
-        else ("impossible", _NO_CUDA)
-    )
-
-
-def _gradient_accumulation(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
-    if not hardware.on_cuda:
-        return "impossible", _NO_CUDA
-    if hardware.engine is None and not hardware.apex_gradients:
-        return "impossible", "it needs Transformer Engine or Apex"
-    without = "" if hardware.apex_gradients else " (not the output layer's, which needs Apex)"
-    return "on", f"matrix products add weight gradients to the fp32 sums themselves{without}"
-
-
-def _cuda_graphs(recipe: Recipe, hardware: Hardware, data_size: int) -> _Verdict:
-    if hardware.engine is None:
-        return "impossible", _NO_ENGINE
-    if _several_lengths(recipe):
-        return (
-            "impossible",
-            "a recorded graph has one shape, and the phases have several sequence lengths",
-        )
-    if any(map(recipe.resets, recipe.phases)):
-        return (
-            "impossible",
-            "a recorded graph has one shape, and data.reset_at_eod packs documents of any number",
-        )
-    if recipe.model.dropout or recipe.model.attention_dropout:
-        return (
-            "impossible",
-            "dropout is drawn anew for every step, and a recorded graph keeps its generators",
-        )
-    return (
-        "only if asked",
-        "they help where a layer's kernels are shorter than their launches, and take memory",
-    )
+def _fusions(recipe: Recipe, hardware: Hardware) -> dict[str, _Rules]:
+    """Of each fusion the cases in their order: the first that holds decides."""
+    model = recipe.model
+    no_engine, engine = hardware.engine is None, hardware.engine or (0,)
+    cuda, apex, several = hardware.on_cuda, hardware.apex_gradients, _several_lengths(recipe)
+    rotary, resets = model.position_embedding == "rotary", any(map(recipe.resets, recipe.phases))
+    dropout = bool(model.dropout or model.attention_dropout)
+    without = "" if apex else " (not the output layer's, which needs Apex)"
+    return {
+        "fusion.rope": [
+            (not rotary, _MOOT, "there are no rotary positions"),
+            (no_engine, _NO, _NO_ENGINE),
+            (
+                model.rotary_interleaved and engine < (2, 3),
+                _NO,
+                "interleaved rotary positions need Transformer Engine 2.3",
+            ),
+            (True, _ON, "one kernel rotates queries and keys"),
+        ],
+        "fusion.cross_entropy": [
+            (no_engine, _NO, _NO_ENGINE),
+            (True, _ON, "one kernel for the loss and its gradient, in the logits' place"),
+        ],
+        "fusion.activation": [
+            (not cuda, _NO, _NO_CUDA),
+            (
+                model.activation != "swiglu",
+                _NO,
+                f"Megatron-Core has none that computes {model.activation} exactly",
+            ),
+            (True, _ON, "bias, gate and product in one kernel"),
+        ],
+        "fusion.bias_dropout": [
+            (not cuda, _NO, _NO_CUDA),
+            (True, _ON, "bias, dropout and residual in one kernel"),
+        ],
+        "fusion.gradient_accumulation": [
+            (not cuda, _NO, _NO_CUDA),
+            (no_engine and not apex, _NO, "it needs Transformer Engine or Apex"),
+            (
+                True,
+                _ON,
+                f"matrix products add weight gradients to the fp32 sums themselves{without}",
+            ),
+        ],
+        "fusion.cuda_graphs": [
+            (no_engine, _NO, _NO_ENGINE),
+            (
+                several,
+                _NO,
+                "a recorded graph has one shape, and the phases have several sequence lengths",
+            ),
+            (
+                resets,
+                _NO,
+                "a recorded graph has one shape, and data.reset_at_eod packs documents of any number",
+            ),
+            (
+                dropout,
+                _NO,
+                "dropout is drawn anew for every step, and a recorded graph keeps its generators",
+            ),
+            (
+                True,
+                _ASK,
+                "they help where a layer's kernels are shorter than their launches, and take memory",
+            ),
+        ],
+    }
 
 
 def _several_lengths(recipe: Recipe) -> bool:
     return len({phase.sequence_length for phase in recipe.phases}) > 1
-
-
-_RULES: dict[str, tuple[str, Callable[[Recipe, Hardware, int], _Verdict]]] = {
-    "grad_reduce": ("parallel.overlap", _grad_reduce),
-    "param_gather": ("parallel.overlap", _param_gather),
-    "tensor": ("parallel.overlap", _tensor),
-    "pipeline": ("parallel.overlap", _pipeline),
-    "rope": ("fusion", _rope),
-    "cross_entropy": ("fusion", _cross_entropy),
-    "activation": ("fusion", _activation),
-    "bias_dropout": ("fusion", _bias_dropout),
-    "gradient_accumulation": ("fusion", _gradient_accumulation),
-    "cuda_graphs": ("fusion", _cuda_graphs),
-}

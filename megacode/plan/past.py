@@ -12,7 +12,7 @@ A run goes on only where no fact of its past has changed. What lies in the futur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,75 +22,78 @@ from megacode.errors import UserError
 from megacode.plan.plan import Plan, phase_steps
 from megacode.recipe.compose import did_you_mean
 from megacode.recipe.schedules import BatchSizes, learning_rate
-from megacode.recipe.schema import Model, Phase, Recipe, all_keys
+from megacode.recipe.schema import LearningRate, Phase, Recipe, all_keys
 
 Kind = Literal["data", "function", "training", "free"]
 
-FREE: dict[str, tuple[str, ...]] = {
-    "names": ("name", "description", "phases.*.name"),
-    "where files are (what is in them is compared)": (
-        "sources.*.path", "sources.*.tokens", "sources.*.documents", "tokenizer.path", "data.pack_cache",
-    ),
-    "layout of the ranks and memory": (
-        "parallel", "model.pad_multiple", "optimizer.megatron.use_precision_aware_optimizer",
-        "optimizer.megatron.store_param_remainders", "optimizer.megatron.*offload*", "optimizer.megatron.pin_cpu_*",
-        "optimizer.megatron.overlap_*",
-    ),
-    "kernels and order of communication": (
-        "fusion", "data.prefetch", "model.megatron.attention_backend", "model.megatron.*_fusion",
-        "model.megatron.fused_*", "model.megatron.persist_layer_norm", "model.megatron.memory_efficient_layer_norm",
-        "model.megatron.*offload*", "model.megatron.recompute_modules", "model.megatron.distribute_saved_activations",
-        "model.megatron.tp_comm_*", "model.megatron.cp_comm_type", "model.megatron.*p2p*",
-        "model.megatron.*parallel*", "model.megatron.max_seqlen_*", "model.megatron.num_layers_in_*",
-        "model.megatron.account_for_*", "model.megatron.microbatch_*", "model.megatron.num_microbatches_*",
-        "model.megatron.delay_wgrad_compute", "model.megatron.defer_*", "model.megatron.wgrad_deferral_limit",
-        "model.megatron.deallocate_*", "model.megatron.cuda_graph_*", "model.megatron.clone_scatter_*",
-        "model.megatron.disable_parameter_transpose_cache", "model.megatron.variable_seq_lengths",
-        "model.megatron.deterministic_mode", "model.megatron.batch_invariant_mode", "model.megatron.symmetric_ar_type",
-        "model.megatron.use_cpu_initialization", "model.megatron.perform_initialization",
-        "model.megatron.init_model_with_meta_device",
-    ),
-    "saves, evaluation and logs": (
-        "checkpoints", "evaluation", "logging", "phases.*.checkpoint_every", "sources.*.validation",
-        "sources.*.validation_samples", "precision.compare_every", "model.megatron.log_*", "model.megatron.timers",
-        "model.megatron.barrier_*", "model.megatron.config_logger_dir", "model.megatron.*inference*",
-        "model.megatron.flash_decode", "model.megatron.mlp_chunks_for_prefill", "optimizer.megatron.log_*",
-        "optimizer.megatron.timers", "optimizer.megatron.barrier_*", "optimizer.megatron.config_logger_dir",
-    ),
-    "limits that only refuse": ("phases.*.mixture.*.max_epochs",),
-    "what the vocabulary and the longest sequence are compared by": ("model.vocab_size", "model.context_length"),
-}  # fmt: skip
+_FREE = {
+    "names": "name description phases.*.name",
+    "where files are (what is in them is compared)": """
+        sources.*.path sources.*.tokens sources.*.documents tokenizer.path data.pack_cache
+    """,
+    "layout of the ranks and memory": """
+        parallel model.pad_multiple optimizer.megatron.use_precision_aware_optimizer
+        optimizer.megatron.store_param_remainders optimizer.megatron.*offload*
+        optimizer.megatron.pin_cpu_* optimizer.megatron.overlap_*
+    """,
+    "kernels and order of communication": """
+        fusion data.prefetch model.megatron.attention_backend model.megatron.*_fusion
+        model.megatron.fused_* model.megatron.persist_layer_norm
+        model.megatron.memory_efficient_layer_norm model.megatron.*offload*
+        model.megatron.recompute_modules model.megatron.distribute_saved_activations
+        model.megatron.tp_comm_* model.megatron.cp_comm_type model.megatron.*p2p*
+        model.megatron.*parallel* model.megatron.max_seqlen_* model.megatron.num_layers_in_*
+        model.megatron.account_for_* model.megatron.microbatch_*
+        model.megatron.num_microbatches_* model.megatron.delay_wgrad_compute
+        model.megatron.defer_* model.megatron.wgrad_deferral_limit model.megatron.deallocate_*
+        model.megatron.cuda_graph_* model.megatron.clone_scatter_*
+        model.megatron.disable_parameter_transpose_cache model.megatron.variable_seq_lengths
+        model.megatron.deterministic_mode model.megatron.batch_invariant_mode
+        model.megatron.symmetric_ar_type model.megatron.use_cpu_initialization
+        model.megatron.perform_initialization model.megatron.init_model_with_meta_device
+    """,
+    "saves, evaluation and logs": """
+        checkpoints evaluation logging phases.*.checkpoint_every sources.*.validation
+        sources.*.validation_samples precision.compare_every model.megatron.log_*
+        model.megatron.timers model.megatron.barrier_* model.megatron.config_logger_dir
+        model.megatron.*inference* model.megatron.flash_decode
+        model.megatron.mlp_chunks_for_prefill optimizer.megatron.log_* optimizer.megatron.timers
+        optimizer.megatron.barrier_* optimizer.megatron.config_logger_dir
+    """,
+    "limits that only refuse": "phases.*.mixture.*.max_epochs",
+    "what the vocabulary and the longest sequence are compared by": "model.vocab_size model.context_length",
+}
+FREE = {why: tuple(keys.split()) for why, keys in _FREE.items()}
 """Keys that may change in a run that has begun, by why; shell patterns, each with all that is below it."""
 
-_DATA = (
-    "seed", "data", "sources.*", "phases.*.steps", "phases.*.tokens", "phases.*.batch_size", "phases.*.sequence_length",
-    "phases.*.mixture", "phases.*.fim_rate", "phases.*.fim_level", "phases.*.cursor", "phases.*.reset_at_eod",
-    "phases.*.within",
-)  # fmt: skip
-_TRAINING = (
-    "initialize_from", "optimizer", "precision", "phases.*.learning_rate", "phases.*.optimizer_state", "model.dropout",
-    "model.attention_dropout", "model.init_std", "model.init_distribution", "model.embedding_init_std",
-    "model.output_init_std", "model.megatron.fp8_*", "model.megatron.fp4*", "model.megatron.qk_clip*",
-    "model.megatron.quant_recipe", "model.megatron.tp_only_amax_red", "model.megatron.enable_autocast",
-    "model.megatron.disable_bf16_reduced_precision_matmul", "model.megatron.activation_func_fp8_input_store",
-)  # fmt: skip
-_FUNCTION = ("model", "tokenizer")
+_PAST: dict[Kind, str] = {
+    "training": """
+        initialize_from optimizer precision phases.*.learning_rate phases.*.optimizer_state
+        model.dropout model.attention_dropout model.init_std model.init_distribution
+        model.embedding_init_std model.output_init_std model.megatron.fp8_* model.megatron.fp4*
+        model.megatron.qk_clip* model.megatron.quant_recipe model.megatron.tp_only_amax_red
+        model.megatron.enable_autocast model.megatron.disable_bf16_reduced_precision_matmul
+        model.megatron.activation_func_fp8_input_store
+    """,
+    "data": """
+        seed data sources.* phases.*.steps phases.*.tokens phases.*.batch_size
+        phases.*.sequence_length phases.*.mixture phases.*.fim_rate phases.*.fim_level
+        phases.*.cursor phases.*.reset_at_eod phases.*.within
+    """,
+    "function": "model tokenizer",
+}
+_KINDS: dict[Kind, tuple[str, ...]] = {
+    "free": tuple(key for keys in FREE.values() for key in keys),
+    **{kind: tuple(keys.split()) for kind, keys in _PAST.items()},
+}
 
 
 def kind_of(key: str) -> Kind | None:
     """The kind of a dotted key of a recipe (names and numbers of entries as they are, or `*`); None if it has none."""
-
-    def among(patterns: Iterable[str]) -> bool:
-        return any(
-            fnmatchcase(key, pattern) or fnmatchcase(key, pattern + ".*") for pattern in patterns
-        )
-
-    if among(pattern for patterns in FREE.values() for pattern in patterns):
-        return "free"
-    table: tuple[tuple[Kind, tuple[str, ...]], ...] = (
-        ("training", _TRAINING), ("data", _DATA), ("function", _FUNCTION),
-    )  # fmt: skip
-    return next((kind for kind, patterns in table if among(patterns)), None)
+    for kind, patterns in _KINDS.items():
+        if any(fnmatchcase(key, one) or fnmatchcase(key, one + ".*") for one in patterns):
+            return kind
+    return None
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Change:
 
     def __str__(self) -> str:
         before, now = self.before, self.now
-        if isinstance(before, dict) and isinstance(now, dict):  # only what differs of the two
+        if isinstance(before, dict) and isinstance(now, dict):  # only what differs
             before, now = (
                 {k: v for k, v in a.items() if b.get(k) != v}
                 for a, b in ((before, now), (now, before))
@@ -114,14 +117,10 @@ class Change:
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
-        value = ", ".join(f"{name} = {item}" for name, item in value.items()) or "none"
-    return (
-        "not given"
-        if value is None
-        else f"{value:.9g}"
-        if isinstance(value, float)
-        else str(value)[:200]
-    )
+        return ", ".join(f"{name} = {item}" for name, item in value.items()) or "none"
+    if value is None:
+        return "not given"
+    return f"{value:.9g}" if isinstance(value, float) else str(value)[:200]
 
 
 def changed_past(before: Recipe, now: Plan, step: int) -> list[Change]:
@@ -131,17 +130,13 @@ def changed_past(before: Recipe, now: Plan, step: int) -> list[Change]:
     """
     changes = _flat_changes(before, now.recipe, ("function", "training"))
     changes += _origin(before, now.recipe)
-    for plan in now.phases:
-        if plan.first_step >= step or plan.index >= len(before.phases):
+    for plan, old, new in zip(now.phases, before.phases, now.recipe.phases, strict=False):
+        if plan.first_step >= step:
             break
-        old, new = before.phases[plan.index], now.recipe.phases[plan.index]
-        if old.optimizer_state != new.optimizer_state and plan.first_step:
-            changes.append(
-                Change(
-                    f"phases.{new.name}.optimizer_state", old.optimizer_state, new.optimizer_state
-                )
-            )
-        changes += _rates(old, new, min(step - plan.first_step, plan.steps), plan.first_step)
+        key, state = f"phases.{new.name}", (old.optimizer_state, new.optimizer_state)
+        if state[0] != state[1] and plan.first_step:
+            changes.append(Change(f"{key}.optimizer_state", *state))
+        changes += _rates(key, old, new, min(step - plan.first_step, plan.steps), plan.first_step)
     return changes
 
 
@@ -162,19 +157,19 @@ def check_accepted(keys: Iterable[str]) -> None:
     known = [key.replace("NAME", "*") for key in all_keys()]
     for key in keys:
         passed_on = key.rpartition(".")[0] in ("model.megatron", "optimizer.megatron")
-        if not passed_on and not any(
-            fnmatchcase(key, pattern) and key.count(".") == pattern.count(".") for pattern in known
-        ):
-            raise UserError(
-                f"--accept-change {key}: a recipe has no such key{did_you_mean(key, known)}"
-            )
-        if kind_of(key) == "free":
-            raise UserError(f"--accept-change {key}: may change freely; leave it out")
-        if kind_of(key) in (None, "data"):
-            raise UserError(
-                f"--accept-change {key}: decides which data the past steps read, and that cannot be changed after them; start "
+        patterns = [pattern for pattern in known if pattern.count(".") == key.count(".")]
+        if not passed_on and not any(fnmatchcase(key, pattern) for pattern in patterns):
+            why = f"a recipe has no such key{did_you_mean(key, known)}"
+        elif kind_of(key) == "free":
+            why = "may change freely; leave it out"
+        elif kind_of(key) in (None, "data"):
+            why = (
+                "decides which data the past steps read, and that cannot be changed after them; start "
                 "from the weights with `initialize_from`, or fork the run (`megacode fork`)"
             )
+        else:
+            continue
+        raise UserError(f"--accept-change {key}: {why}")
 
 
 def _flat_changes(before: Recipe, now: Recipe, kinds: tuple[Kind, ...]) -> list[Change]:
@@ -187,17 +182,9 @@ def _flat_changes(before: Recipe, now: Recipe, kinds: tuple[Kind, ...]) -> list[
 
 
 def _facts(recipe: Recipe) -> dict[str, Any]:
-    """Dotted key -> value of the sections that hold for the whole run, with defaults worked out, without what has no effect."""
-    model = _model_facts(recipe)
-    precision = recipe.precision.model_dump()
-    if recipe.precision.compute != "fp8":
-        precision = {"compute": precision["compute"]}
-    sections = {"model": model, "optimizer": recipe.optimizer.model_dump(), "precision": precision}
-    return {key: value for key, value in _flattened(sections, "") if value is not None}
-
-
-def _model_facts(recipe: Recipe) -> dict[str, Any]:
-    model: Model = recipe.model
+    """Dotted key -> value of the sections that hold for the whole run, with defaults worked out, without what has no
+    effect."""
+    model, precision = recipe.model, recipe.precision.model_dump()
     facts = model.model_dump() | {
         "kv_heads": model.resolved_kv_heads,
         "head_dim": model.resolved_head_dim,
@@ -208,44 +195,51 @@ def _model_facts(recipe: Recipe) -> dict[str, Any]:
     }
     if model.position_embedding != "rotary":
         facts = {key: value for key, value in facts.items() if not key.startswith("rotary_")}
-    return facts
+    if recipe.precision.compute != "fp8":
+        precision = {"compute": recipe.precision.compute}
+    sections = {"model": facts, "optimizer": recipe.optimizer.model_dump(), "precision": precision}
+    return {key: value for key, value in _flattened(sections) if value is not None}
 
 
-def _flattened(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _flattened(item, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value
+def _flattened(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
 
 
 def _origin(before: Recipe, now: Recipe) -> Iterator[Change]:
     """`initialize_from`, unless it is the same folder or one that was moved."""
     old, new = before.initialize_from, now.initialize_from
-    moved = bool(old and new) and not (Path(old or "").exists() and Path(new or "").exists())
-    if old != new and not moved and not (old and new and Path(old).samefile(new)):
+    if old == new:
+        return
+    if old and new and not (Path(old).exists() and Path(new).exists()):
+        return  # moved
+    if not (old and new and Path(old).samefile(new)):
         yield Change("initialize_from", old, new)
 
 
-def _rates(old: Phase, new: Phase, steps: int, first_step: int) -> Iterator[Change]:
+def _rates(key: str, old: Phase, new: Phase, steps: int, first_step: int) -> Iterator[Change]:
     """The first step of a phase whose learning rate differs; `steps` of the phase are past."""
-    if not steps or (old.learning_rate, _rate_place(old)) == (new.learning_rate, _rate_place(new)):
+    (rate, (first, length)), (new_rate, (new_first, new_length)) = map(_rate, (old, new))
+    if (rate, first, length) == (new_rate, new_first, new_length):
         return
-    before, now = _rate(old), _rate(new)
     for step in range(steps):
-        if before(step) != now(step):
+        before = learning_rate(rate, step + first, length)
+        now = learning_rate(new_rate, step + new_first, new_length)
+        if before != now:
             note = f" in step {first_step + step + 1:,}"
-            if old.learning_rate == new.learning_rate:
-                note += " (it decays over the phase's own steps: state `decay_steps` as it was, or add a phase)"
-            yield Change(f"phases.{new.name}.learning_rate", before(step), now(step), note)
+            if rate == new_rate:
+                note += (
+                    " (it decays over the phase's own steps: state `decay_steps` as it was, or add a "
+                    "phase)"
+                )
+            yield Change(f"{key}.learning_rate", before, now, note)
             return
 
 
-def _rate_place(phase: Phase) -> tuple[int, int]:
+def _rate(phase: Phase) -> tuple[LearningRate, tuple[int, int]]:
+    """A phase's rate, and where in how many steps it begins."""
     batch = BatchSizes.of(phase.batch_size).after(phase.placed("batch_size", 0)[0])
-    return phase.placed("learning_rate", phase_steps(phase, batch))
-
-
-def _rate(phase: Phase) -> Callable[[int], float]:
-    first, steps = _rate_place(phase)
-    return lambda step: learning_rate(phase.learning_rate, step + first, steps)
+    return phase.learning_rate, phase.placed("learning_rate", phase_steps(phase, batch))

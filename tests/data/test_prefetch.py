@@ -12,9 +12,7 @@ from megacode.data.prefetch import Prefetch
 
 
 def threads() -> int:
-    return sum(
-        thread.name == "megacode-prefetch" and thread.is_alive() for thread in threading.enumerate()
-    )
+    return sum(thread.name.startswith("megacode-prefetch") for thread in threading.enumerate())
 
 
 def wait_for_none() -> bool:

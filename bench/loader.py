@@ -49,7 +49,7 @@ def reader(
     """A StepReader over the sources: what the loader's thread calls."""
     from megacode.data.loader import StepReader
     from megacode.data.mixture import open_mixture
-    from megacode.data.source import token_counts
+    from megacode.data.planning import token_counts
     from megacode.plan.plan import make_plan
     from megacode.recipe.schema import LearningRate, Model, Phase, Recipe, Source
     from megacode.recipe.schema import Mixture as MixtureSection

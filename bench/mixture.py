@@ -65,7 +65,7 @@ def write_dataset(prefix: Path, tokens: int, whole: bool) -> None:
 
 def measure_ours(folder: Path, tokens: int) -> dict[str, float]:
     from megacode.data.mixture import open_mixture
-    from megacode.data.source import token_counts
+    from megacode.data.planning import token_counts
     from megacode.plan.plan import make_plan
     from megacode.recipe.schema import LearningRate, Model, Phase, Recipe, Source
     from megacode.recipe.schema import Mixture as MixtureSection

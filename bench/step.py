@@ -39,7 +39,7 @@ def ours(recipe: str, changes: list[str], run: Path) -> list[float]:
 def prepare(recipe_path: str, changes: list[str], folder: Path) -> None:
     """Write the batches of the recipe's first phase and what the bare side needs to know of the model."""
     from megacode.data.mixture import open_mixture
-    from megacode.data.source import token_counts
+    from megacode.data.planning import token_counts
     from megacode.plan.plan import make_plan
     from megacode.recipe.load import load_recipe
     from megacode.tokenizer.tokenizer import load_tokenizer

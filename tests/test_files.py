@@ -66,7 +66,7 @@ def test_a_manifest_names_shards_of_its_own_folder(
     with pytest.raises(
         UserError, match=r"in/corpus\.json, `shards`: .*(leads out of|is not the name)"
     ):
-        open_source("a", ["in/corpus"], Path())
+        open_source("a", ["in/corpus"])
     assert (
         main(["inspect", "in/corpus"]) == 2
         and "in/corpus.json, `shards`" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def make_batch(
     tokens = windows[:, :-1].astype(np.int64, order="C")
     labels = windows[:, 1:].astype(np.int64, order="C")
     loss_mask = np.ones((count, size), dtype=np.float32)
-    if lengths is not None:
+    if lengths is not None and (lengths <= size).any():
         loss_mask[np.arange(1, size + 1) >= lengths[:, None]] = 0.0
     ends = tokens == eod_id if reset_at_eod or mask_eod_loss else None
     if mask_eod_loss:

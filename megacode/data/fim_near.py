@@ -24,8 +24,8 @@ MARGIN = 24
 MIN_TOKENS = 8 * MARGIN
 """Shorter documents are encoded whole: there is little to save."""
 
-Piece = list[int | list[int]]
-"""Ids: one (>= 0), many (a list), or those of a text that is to be encoded (-1 - its index)."""
+Piece = list[str | list[int]]
+"""Texts to encode and tokens to keep, in order."""
 
 Pieces = tuple[Piece, Piece, Piece]
 """Prefix, middle, suffix."""
@@ -60,10 +60,8 @@ def near_pieces(
     decode: Decode,
     ids: NDArray[np.int64],
     draw: Callable[[int], Sequence[int]],
-    texts: list[str],
 ) -> Pieces | None:
-    """Prefix, middle and suffix of a document of text tokens `ids`; appends to `texts` what is to be encoded. None: take the
-    long way.
+    """Prefix, middle and suffix of a document of text tokens `ids`; None: decode and encode all of it.
 
     Args:
         draw: number of characters -> the two cuts, in order.
@@ -73,29 +71,18 @@ def near_pieces(
     characters = table.characters[ids]
     if int(characters.min()) < 0:
         return None
-    # Some tokenizers begin every text with a space that decoding drops: it has no place among the characters.
+    # Some tokenizers begin every text with a space that decoding drops. It is not one of the characters.
     dropped = int(characters[0]) - len(decode([int(ids[0])]))
     if dropped not in (0, 1):
         return None
-    document = _Document(
-        ids, np.cumsum(characters, dtype=np.int64), np.flatnonzero(table.word[ids]), decode
-    )
-    total = int(document.ends[-1])
-    low, high = (int(cut) + dropped for cut in draw(total - dropped))
+    ends, words = np.cumsum(characters, dtype=np.int64), np.flatnonzero(table.word[ids])
+    document, total = _Document(ids, ends, words, decode), int(ends[-1])
+    low, high = (cut + dropped for cut in draw(total - dropped))
     try:
         prefix = document.piece(0, low) if low > dropped else []
-        pieces = (prefix, document.piece(low, high), document.piece(high, total))
+        return prefix, document.piece(low, high), document.piece(high, total)
     except _Irregular:
         return None
-    out: Pieces = ([], [], [])
-    for written, piece in zip(out, pieces, strict=True):
-        for part in piece:
-            if isinstance(part, str):
-                texts.append(part)
-                written.append(-len(texts))
-            else:
-                written.append(part)
-    return out
 
 
 class _Irregular(Exception):
@@ -111,7 +98,7 @@ class _Document:
     words: NDArray[np.int64]
     decode: Decode
 
-    def piece(self, low: int, high: int) -> list[str | list[int]]:
+    def piece(self, low: int, high: int) -> Piece:
         """Characters [low, high) as texts to encode and tokens to keep. Where an end is the document's own, nothing was cut."""
         if low == high:
             return []
@@ -129,7 +116,7 @@ class _Document:
             # Without a cut on its left the text begins where the document does.
             begin = low - self._start(first) if cut_left else 0
             return [text[begin : len(text) - (int(self.ends[last]) - high)]]
-        parts: list[str | list[int]] = []
+        parts: Piece = []
         if cut_left:
             parts.append(self._text(first, keep_from, whole=True)[low - self._start(first) :])
         parts.append(self.ids[keep_from:keep_to].tolist())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from megacode.data.prefetch import Prefetch
 from megacode.data.sample_reader import SampleReader, check_ids
 from megacode.data.source import TokenSource
 from megacode.errors import UserError
+from megacode.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,13 @@ class StepBatch:
 
 
 class StepReader:
-    """Makes any step's `StepBatch` for one rank: a pure function of (plan, step, rank, world, micro-batch size)."""
+    """Makes any step's `StepBatch` for one data-parallel rank: a pure function of (plan, step, rank, world, size).
+
+    Args:
+        rank, world: of the data-parallel group.
+        micro_batch_size: default: the recipe's `parallel.micro_batch_size`.
+        tokenizer: needed for fill-in-the-middle and document boundaries; UserError without one.
+    """
 
     def __init__(
         self,
@@ -45,19 +51,18 @@ class StepReader:
         rank: int = 0,
         world: int = 1,
         micro_batch_size: int | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
-        recipe = mixture.plan.recipe
+        plan = mixture.plan
         self.mixture, self.rank, self.world = mixture, rank, world
-        self.micro_batch_size = micro_batch_size or recipe.parallel.micro_batch_size
-        self._data = recipe.data
-        self._samples = SampleReader.open(mixture, tokenizer)
-        resets = recipe.data.mask_eod_loss or any(
-            phase.reset_at_eod for phase in mixture.plan.phases
-        )
-        if resets and tokenizer is None:
-            raise UserError("tokenizer: document boundaries need one; name it in the recipe")
-        self._eod = tokenizer.eod_id if resets else None
+        self.micro_batch_size = micro_batch_size or plan.recipe.parallel.micro_batch_size
+        self._data = plan.recipe.data
+        self._samples = SampleReader(mixture, tokenizer)
+        self._eod: int | None = None
+        if self._data.mask_eod_loss or any(phase.reset_at_eod for phase in plan.phases):
+            if tokenizer is None:
+                raise UserError("tokenizer: document boundaries need one; name it in the recipe")
+            self._eod = tokenizer.eod_id
 
     def read(self, step: int) -> StepBatch:
         """UserError if the batch does not divide among the ranks, or if a source holds ids outside the vocabulary.
@@ -78,20 +83,20 @@ class StepReader:
         total = phase.batch_size(step)
         if total % (size * self.world):
             raise UserError(
-                f"phases.{phase.name}.batch_size: {total} sequences in step {step} do not divide into micro-batches of "
-                f"{size} on {self.world} data-parallel ranks; make it a multiple of {size * self.world}"
+                f"phases.{phase.name}.batch_size: {total} sequences in step {step} do not divide into "
+                f"micro-batches of {size} on {self.world} data-parallel ranks; make it a multiple of "
+                f"{size * self.world}"
             )
         places = np.arange(total).reshape(-1, self.world, size)[:, self.rank].reshape(-1)
         samples = self.mixture.step(step, places)
         parts = [samples.take(slice(first, first + size)) for first in range(0, len(places), size)]
-        return StepBatch(step, tuple(self._batch(part) for part in parts), samples)
+        return StepBatch(step, tuple(map(self._batch, parts)), samples)
 
     def sample(self, step: int, place: int) -> Batch:
-        """One sample of a step's batch, by its place in it, as training sees it. IndexError if there is no such place."""
+        """One sample of a step's batch as training sees it, by its place. IndexError if there is no such place."""
         return self._batch(self.mixture.step(step, [place]))
 
     def _batch(self, samples: StepSamples) -> Batch:
-        phase = samples.phase
         windows, lengths = self._samples.read(samples)
         return make_batch(
             windows,
@@ -99,34 +104,21 @@ class StepReader:
             samples.positions,
             lengths=lengths,
             eod_id=self._eod,
-            reset_at_eod=phase.reset_at_eod,
+            reset_at_eod=samples.phase.reset_at_eod,
             mask_eod_loss=self._data.mask_eod_loss,
         )
 
 
 def batches(
-    mixture: OpenMixture,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    micro_batch_size: int | None = None,
-    first_step: int = 0,
-    tokenizer: Any = None,
-    prefetch: int | None = None,
+    reader: StepReader, first_step: int = 0, prefetch: int | None = None
 ) -> Prefetch[StepBatch]:
-    """One data-parallel rank's batches from `first_step` to the end of the run; close it (or use `with`) to end early.
+    """A rank's batches from `first_step` to the end of the run; close it (or use `with`) to end early.
 
-    Args:
-        rank, world: of the data-parallel group.
-        micro_batch_size: default: the recipe's `parallel.micro_batch_size`.
-        tokenizer: a `megacode.tokenizer.tokenizer.Tokenizer`; needed for fill-in-the-middle and document boundaries.
-        prefetch: steps prepared ahead on a thread; default: the recipe's `data.prefetch`.
+    `prefetch`: steps prepared ahead on a thread; default: the recipe's `data.prefetch`.
     """
-    reader = StepReader(
-        mixture, rank=rank, world=world, micro_batch_size=micro_batch_size, tokenizer=tokenizer
-    )
-    depth = mixture.plan.recipe.data.prefetch if prefetch is None else prefetch
-    return Prefetch(map(reader.read, range(first_step, mixture.plan.total_steps)), depth)
+    plan = reader.mixture.plan
+    depth = plan.recipe.data.prefetch if prefetch is None else prefetch
+    return Prefetch(map(reader.read, range(first_step, plan.total_steps)), depth)
 
 
 def validation_batches(
@@ -144,14 +136,12 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """The first `samples` windows of a held-out source, in order: windows [i S, i S + S + 1).
 
-    Every rank gets equally many micro-batches: what is missing is filled with samples that are masked whole. A last
-    window that is shorter is there too, padded and masked. `stream` is 0 throughout.
+    Every rank gets equally many micro-batches: what is missing is filled with fully masked samples. A shorter
+    last window is padded and masked. `stream` is 0 throughout.
     """
     available = -(-(source.tokens - 1) // sequence_length)
     if available < 1:
-        raise UserError(
-            f"sources.{source.name}.validation: one token is too little to predict anything"
-        )
+        raise UserError(f"sources.{source.name}.validation: has one token, which predicts nothing")
     count, share = min(samples, available), world * micro_batch_size
     for first in range(0, count, share):
         places = np.arange(first + rank * micro_batch_size, first + (rank + 1) * micro_batch_size)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megacode.data.permute import make_key, permute, uniform_bits
-from megacode.data.source import Document, DocumentPart, TokenSource, open_sources
+from megacode.data.source import DocumentPart, TokenSource, open_sources
 from megacode.errors import UserError
 from megacode.plan.plan import PhasePlan, Plan, StreamPlan
 
@@ -76,11 +76,6 @@ class SampleOrigin:
     tokens: int
     parts: tuple[DocumentPart, ...]
 
-    @property
-    def documents(self) -> tuple[Document, ...]:
-        """The documents that its tokens touch."""
-        return tuple(part.document for part in self.parts)
-
 
 class _Streams:
     """A phase's streams as arrays, [streams] each."""
@@ -94,7 +89,10 @@ class _Streams:
 
 
 class OpenMixture:
-    """The data order of a plan over open sources (by name). UserError if a source is not as long as the plan says."""
+    """The data order of a plan over open sources (by name).
+
+    UserError if a source is shorter than the plan says.
+    """
 
     def __init__(self, plan: Plan, sources: Mapping[str, TokenSource]) -> None:
         self.plan = plan
@@ -103,9 +101,9 @@ class OpenMixture:
         self._step_key = make_key(plan.recipe.seed, "step")
         for phase in plan.phases:
             for stream in phase.streams:
-                _check(stream, sources)
+                _check(stream, sources[stream.source])
 
-    def step(self, step: int, positions: slice | ArrayLike | None = None) -> StepSamples:
+    def step(self, step: int, positions: ArrayLike | None = None) -> StepSamples:
         """The samples at `positions` (default: all) of a step's batch, in O(streams + positions).
 
         IndexError for a step outside the run or a position outside the batch.
@@ -115,7 +113,9 @@ class OpenMixture:
         phase = self.plan.phase_at(step)
         counts = phase.counts(step)
         size = int(counts.sum())
-        places = _positions(positions, size)
+        places = np.asarray(np.arange(size) if positions is None else positions, dtype=np.int64)
+        if len(places) and not (places.min() >= 0 and places.max() < size):
+            raise IndexError(f"positions outside the step's batch of {size} were asked for")
         # Place -> index in the batch sorted by stream -> (stream, how many-th of it in this step).
         index = permute(places, size, uniform_bits(self._step_key, step)).astype(np.int64)
         ends = np.cumsum(counts)
@@ -132,21 +132,16 @@ class OpenMixture:
         start = (arrays.first_window[stream] + shuffled) * window + inside
         return StepSamples(step, phase, places, stream.astype(np.int32), epoch, start)
 
-    def describe(self, step: int, positions: slice | ArrayLike | None = None) -> list[SampleOrigin]:
+    def describe(self, step: int, positions: ArrayLike | None = None) -> list[SampleOrigin]:
         """Which documents are in a step: one entry for each of `positions` (default: all)."""
         samples = self.step(step, positions)
         origins = []
-        for position, index, epoch, start in zip(
-            samples.positions.tolist(),
-            samples.stream.tolist(),
-            samples.epoch.tolist(),
-            samples.start.tolist(),
-            strict=True,
-        ):
-            stream = samples.phase.streams[index]
-            parts = sample_parts(self.sources[stream.source], stream, start)
+        for row, position in enumerate(samples.positions.tolist()):
+            stream = samples.phase.streams[int(samples.stream[row])]
+            epoch, start = int(samples.epoch[row]), int(samples.start[row])
+            parts = tuple(sample_parts(self.sources[stream.source], stream, start))
             tokens = sum(part.tokens for part in parts)
-            origins.append(SampleOrigin(position, stream, epoch, start, tokens, tuple(parts)))
+            origins.append(SampleOrigin(position, stream, epoch, start, tokens, parts))
         return origins
 
 
@@ -155,39 +150,21 @@ def stream_key(seed: int, purpose: str, stream: StreamPlan) -> int:
     return make_key(seed, purpose, stream.source, float(stream.low), float(stream.high))
 
 
-def _positions(positions: slice | ArrayLike | None, size: int) -> Int64s:
-    if positions is None or isinstance(positions, slice):
-        return np.arange(size, dtype=np.int64)[positions or slice(None)]
-    places = np.asarray(positions, dtype=np.int64)
-    if len(places) and not (places.min() >= 0 and places.max() < size):
-        raise IndexError(f"positions outside the step's batch of {size} were asked for")
-    return places
-
-
 def open_mixture(plan: Plan) -> OpenMixture:
     """The data order of a plan over its sources. UserError if one is not there, or is not what the plan counted."""
     return OpenMixture(plan, open_sources(plan))
 
 
-def _check(stream: StreamPlan, sources: Mapping[str, TokenSource]) -> None:
-    if stream.source not in sources:
-        raise UserError(
-            f"sources.{stream.source}: the plan reads it, but it was not opened; is its data there?"
-        )
-    source, end = sources[stream.source], stream.first_window + stream.windows
+def _check(stream: StreamPlan, source: TokenSource) -> None:
+    end = stream.first_window + stream.windows
     if stream.packing == "best_fit":
-        packs = source.packs.get(stream.sequence_length)
-        if packs is None or len(packs) < end:
-            raise UserError(
-                f"sources.{stream.source}: has {len(packs) if packs else 0:,} packs where the plan reads {end:,}; the data "
-                "changed since it was planned, or `tokens` promised more: plan again"
-            )
-        return
-    found, needed = source.tokens, end * stream.window + 1
+        unit, found, needed = "packs", len(source.packs[stream.sequence_length]), end
+    else:
+        unit, found, needed = "tokens", source.tokens, end * stream.window + 1
     if found < needed:
         raise UserError(
-            f"sources.{stream.source}: has {found:,} tokens where the plan reads {needed:,}; the data changed since it "
-            "was planned, or `tokens` promised more: plan again"
+            f"sources.{stream.source}: has {found:,} {unit} where the plan reads {needed:,}; the data changed "
+            "since it was planned, or `tokens` promised more: plan again"
         )
 
 
@@ -196,5 +173,5 @@ def sample_parts(source: TokenSource, stream: StreamPlan, start: int) -> list[Do
     length = stream.sequence_length
     if stream.packing == "concatenate":
         return source.parts(start, length + 1)
-    pieces = source.pack_pieces(start // length, length)
+    pieces = source.packs[length].pieces(start // length)
     return [part for first, tokens in pieces for part in source.parts(first, tokens)]

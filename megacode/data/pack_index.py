@@ -20,11 +20,12 @@ import math
 import os
 import struct
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,40 +74,39 @@ class Identity:
 
 @dataclass(frozen=True, eq=False)
 class PackIndex:
-    """An open index. `packs`, `documents`, `tokens` count; `cut` counts documents longer than a pack."""
+    """An open index.
+
+    Attributes:
+        packs, documents, tokens: how many.
+        cut: documents longer than a pack.
+        table: int64 [blocks, 3], as in the file.
+        ends: packs up to the end of each block, int64 [blocks].
+    """
 
     path: Path
     packs: int
     documents: int
     tokens: int
     cut: int
-    _blocks: NDArray[np.int64]
-    """[blocks, 3] as in the file."""
-    _ends: NDArray[np.int64]
-    """Packs up to the end of each block."""
+    table: NDArray[np.int64]
+    ends: NDArray[np.int64]
 
     @cached_property
     def _map(self) -> NDArray[np.uint8]:
         return np.asarray(np.memmap(self.path, np.uint8, "r"))
 
-    def pieces(self, pack: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    def pieces(self, pack: int) -> tuple[list[int], list[int]]:
         """First token (in the shard) and length of each piece of a pack, in the shard's order. O(pieces)."""
         if not 0 <= pack < self.packs:
             raise IndexError(f"{self.path}: pack {pack} is outside [0, {self.packs})")
-        block = int(np.searchsorted(self._ends, pack, side="right"))
-        offset, packs, pieces = self._blocks[block].tolist()
-        row = pack - (int(self._ends[block]) - packs)
-        first, stop = self._map[offset + 12 * pieces + 4 * row :][:8].view("<u4").tolist()
+        block = int(np.searchsorted(self.ends, pack, side="right"))
+        offset, packs, pieces = self.table[block].tolist()
+        row = pack - (int(self.ends[block]) - packs)
+        lengths, firsts = offset + 8 * pieces, offset + 12 * pieces
+        first, stop = self._map[firsts + 4 * row :][:8].view("<u4").tolist()
         starts = self._map[offset + 8 * first : offset + 8 * stop].view("<i8")
-        lengths = self._map[offset + 8 * pieces + 4 * first : offset + 8 * pieces + 4 * stop].view(
-            "<i4"
-        )
-        return starts, lengths
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            key: value for key, value in self.__dict__.items() if key != "_map"
-        }  # each process maps for itself
+        tokens = self._map[lengths + 4 * first : lengths + 4 * stop].view("<i4")
+        return starts.tolist(), tokens.tolist()
 
 
 def open_pack_index(shard: Shard, sequence_length: int, cache: Path | None = None) -> PackIndex:
@@ -208,21 +208,23 @@ def _read(path: Path, identity: Identity) -> PackIndex | None:
 
 @dataclass(frozen=True, eq=False)
 class SourcePacks:
-    """The packs of all shards, numbered from the first shard's on."""
+    """The packs of all shards of a source, numbered from the first shard's on."""
 
     indexes: tuple[PackIndex, ...]
-    _ends: NDArray[np.int64]
+    ends: list[int]
+    """Packs up to the end of each shard."""
+    first_tokens: list[int]
+    """Of each shard: its first token's number in the source."""
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self.ends[-1]
 
-    def pieces(self, pack: int) -> tuple[int, NDArray[np.int64], NDArray[np.int32]]:
-        """Shard, and first token in it and length of each piece of a pack."""
-        shard = int(np.searchsorted(self._ends, pack, side="right"))
-        starts, tokens = self.indexes[shard].pieces(
-            pack - (int(self._ends[shard]) - self.indexes[shard].packs)
-        )
-        return shard, starts, tokens
+    def pieces(self, pack: int) -> list[tuple[int, int]]:
+        """(first token in the source, tokens) of each piece of a pack, in order."""
+        shard = bisect_right(self.ends, pack)
+        index, before = self.indexes[shard], self.first_tokens[shard]
+        starts, tokens = index.pieces(pack - (self.ends[shard] - index.packs))
+        return [(before + start, count) for start, count in zip(starts, tokens, strict=True)]
 
 
 def open_packs(
@@ -230,4 +232,5 @@ def open_packs(
 ) -> SourcePacks:
     """The packs of a source; UserError where an index cannot be made."""
     indexes = tuple(open_pack_index(shard, sequence_length, cache) for shard in shards)
-    return SourcePacks(indexes, np.cumsum([index.packs for index in indexes], dtype=np.int64))
+    ends = list(accumulate(index.packs for index in indexes))
+    return SourcePacks(indexes, ends, list(accumulate((s.tokens for s in shards), initial=0)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +46,7 @@ class PackingLosses:
     giant: float | None
 
 
-def packing_losses(plan: Plan, base: Path = Path()) -> list[PackingLosses]:
+def packing_losses(plan: Plan) -> list[PackingLosses]:
     """For every source of a plan whose data is there, and every sequence length it is read at."""
     losses = {}
     by_document = {
@@ -59,8 +58,8 @@ def packing_losses(plan: Plan, base: Path = Path()) -> list[PackingLosses]:
     for phase in plan.phases:
         for stream in phase.streams:
             key, given = (stream.source, phase.sequence_length), plan.recipe.sources[stream.source]
-            if key not in losses and has_data(given, base):
-                source = open_source(stream.source, given.paths, base)
+            if key not in losses and has_data(given):
+                source = open_source(stream.source, given.paths)
                 losses[key] = _measure(source, stream, stream.source in by_document)
     return list(losses.values())
 

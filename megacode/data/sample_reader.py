@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,142 +11,102 @@ from megacode.data.fim import Fim, make_fim, rearrange
 from megacode.data.fim_document import rearrange_documents
 from megacode.data.mixture import OpenMixture, StepSamples, sample_parts, stream_key
 from megacode.data.permute import uniform_bits
-from megacode.data.source import Document, TokenSource
+from megacode.data.source import TokenSource
 from megacode.errors import UserError
+from megacode.tokenizer.tokenizer import Tokenizer
 
-Tokens = tuple[NDArray[Any], NDArray[np.int64] | None]
-"""Tokens [n, S + 1], and how many of each sample's are real [n] (None: all); the rest is padding."""
+Tokens = tuple[NDArray[Any], NDArray[np.int64]]
+"""Tokens [n, S + 1], and how many of each sample's are real, int64 [n]; the rest is padding."""
 
 
-@dataclass(frozen=True, eq=False)
 class SampleReader:
     """Reads any samples of a mixture.
 
-    Attributes:
-        pad: fills packs that no fill-in-the-middle touched.
-        fim: None where no stream of any phase uses it.
-        keys, rates: of fill-in-the-middle, for each phase uint64 [streams] and float64 [streams].
+    Raises:
+        UserError: fill-in-the-middle is asked for and there is no tokenizer, or one without its tokens.
     """
 
-    mixture: OpenMixture
-    vocab_size: int | None
-    pad: int
-    fim: Fim | None
-    keys: tuple[NDArray[np.uint64], ...]
-    rates: tuple[NDArray[np.float64], ...]
-
-    @classmethod
-    def open(cls, mixture: OpenMixture, tokenizer: Any) -> SampleReader:
-        """UserError if fill-in-the-middle is asked for and there is no tokenizer, or one without its tokens."""
+    def __init__(self, mixture: OpenMixture, tokenizer: Tokenizer | None) -> None:
         recipe, phases = mixture.plan.recipe, mixture.plan.phases
-        settings = None
+        self.mixture = mixture
+        self._vocab_size = tokenizer.vocab_size if tokenizer else recipe.model.vocab_size
+        self._pad = _pad_id(tokenizer)
+        self._fim: Fim | None = None
         if any(stream.fim_rate > 0 for phase in phases for stream in phase.streams):
             if tokenizer is None:
                 raise UserError(
                     "tokenizer: the control tokens of fill-in-the-middle need one; name it in the recipe"
                 )
-            settings = make_fim(recipe.data.fim, tokenizer)
-        return cls(
-            mixture,
-            tokenizer.vocab_size if tokenizer is not None else recipe.model.vocab_size,
-            _pad_id(tokenizer),
-            settings,
-            tuple(
-                np.array(
-                    [stream_key(recipe.seed, "fim", stream) for stream in phase.streams],
-                    dtype=np.uint64,
-                )
-                for phase in phases
-            ),
-            tuple(np.array([stream.fim_rate for stream in phase.streams]) for phase in phases),
-        )
+            self._fim = make_fim(recipe.data.fim, tokenizer)
+        keys = [[stream_key(recipe.seed, "fim", s) for s in phase.streams] for phase in phases]
+        self._keys = [np.array(of_phase, dtype=np.uint64) for of_phase in keys]
 
     def read(self, samples: StepSamples) -> Tokens:
         """UserError if a source holds ids outside the vocabulary, or cannot be read."""
         windows, lengths = self._stored(samples)
-        if self.fim is not None and (self.rates[samples.phase.index][samples.stream] > 0).any():
-            return self._rearranged(self.fim, samples, windows.astype(np.int64), lengths)
-        return windows, lengths
+        rates = np.array([stream.fim_rate for stream in samples.phase.streams])[samples.stream]
+        if self._fim is None or not rates.any():
+            return windows, lengths
+        return self._rearranged(self._fim, samples, rates, windows.astype(np.int64), lengths)
 
     def _stored(self, samples: StepSamples) -> Tokens:
-        """As they are on disk."""
-        length = samples.phase.sequence_length + 1
-        streams = np.unique(samples.stream).tolist()
-        read = {}
-        lengths = None
-        for index in streams:
-            stream, rows = samples.phase.streams[index], samples.stream == index
-            source = self.mixture.sources[stream.source]
+        """Tokens as they are on disk, in a type that holds those of all sources."""
+        length = samples.phase.sequence_length
+        lengths = np.full(len(samples), length + 1, dtype=np.int64)
+        read = []
+        for index in np.unique(samples.stream).tolist():
+            stream, rows = samples.phase.streams[index], np.flatnonzero(samples.stream == index)
+            source, starts = self.mixture.sources[stream.source], samples.start[rows]
             if stream.packing == "best_fit":
-                read[index], real = self._packs(
-                    source, samples.start[rows] // stream.sequence_length, length
-                )
-                lengths = (
-                    np.full(len(samples), length, dtype=np.int64) if lengths is None else lengths
-                )
-                lengths[rows] = real
+                tokens, lengths[rows] = source.read_packs(starts // length, length, self._pad)
             else:
-                read[index] = source.read(samples.start[rows], length)
-            check_ids(source, read[index], self.vocab_size)
-        if len(streams) == 1:
-            return read[streams[0]], lengths
-        windows = np.empty((len(samples), length), dtype=np.result_type(*read.values()))
-        for index, rows in read.items():
-            windows[samples.stream == index] = rows
+                tokens = source.read(starts, length + 1)
+            check_ids(source, tokens, self._vocab_size)
+            read.append((rows, tokens))
+        if len(read) == 1:
+            return tokens, lengths
+        windows = np.empty((len(samples), length + 1), np.result_type(*(part for _, part in read)))
+        for rows, tokens in read:
+            windows[rows] = tokens
         return windows, lengths
-
-    def _packs(
-        self, source: TokenSource, packs: NDArray[np.int64], length: int
-    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Tokens of packs, padded to `length` [n, length], and how many are real [n]."""
-        out = np.full((len(packs), length), self.pad, dtype=source.dtype)
-        real = [
-            source.read_pack(pack, length - 1, row)
-            for pack, row in zip(packs.tolist(), out, strict=True)
-        ]
-        return out, np.array(real, dtype=np.int64)
 
     def _rearranged(
         self,
-        settings: Fim,
+        fim: Fim,
         samples: StepSamples,
+        rates: NDArray[np.float64],
         windows: NDArray[np.int64],
-        lengths: NDArray[np.int64] | None,
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        streams = samples.phase.streams
-        rates = self.rates[samples.phase.index][samples.stream]
-        keys = uniform_bits(self.keys[samples.phase.index][samples.stream], samples.epoch)
-        packed = np.array([streams[index].packing == "best_fit" for index in samples.stream])
-        whole = np.array([streams[index].fim_level == "document" for index in samples.stream]) & (
-            rates > 0
-        )
+        lengths: NDArray[np.int64],
+    ) -> Tokens:
+        """Fill-in-the-middle on samples of context level, then on those of document level."""
+        streams = [samples.phase.streams[index] for index in samples.stream.tolist()]
+        packed = np.array([stream.packing == "best_fit" for stream in streams])
+        by_document = np.array([stream.fim_level == "document" for stream in streams]) & (rates > 0)
+        keys = uniform_bits(self._keys[samples.phase.index][samples.stream], samples.epoch)
         windows, lengths = rearrange(
-            settings,
+            fim,
             windows,
             uniform_bits(keys, samples.start),
-            np.where(whole, 0.0, rates),
+            np.where(by_document, 0.0, rates),
             lengths,
             packed,
         )
-        rows = np.flatnonzero(whole)
+        rows = np.flatnonzero(by_document)
         if not len(rows):
             return windows, lengths
-        chosen = [streams[index] for index in samples.stream[rows]]
-        sources = [self.mixture.sources[stream.source] for stream in chosen]
+        sources = [self.mixture.sources[streams[row].source] for row in rows]
+        parts = [
+            sample_parts(source, streams[row], int(samples.start[row]))
+            for source, row in zip(sources, rows, strict=True)
+        ]
 
-        def read(number: int, document: Document, first: int, tokens: int) -> NDArray[np.int64]:
-            found = sources[number].read(np.array([document.start + first]), tokens)[0]
-            check_ids(sources[number], found, self.vocab_size)
+        def read(number: int, start: int, tokens: int) -> NDArray[np.int64]:
+            found = sources[number].read(np.array([start]), tokens)[0]
+            check_ids(sources[number], found, self._vocab_size)
             return found.astype(np.int64)
 
-        parts = [
-            sample_parts(source, stream, start)
-            for source, stream, start in zip(
-                sources, chosen, samples.start[rows].tolist(), strict=True
-            )
-        ]
         windows[rows], lengths[rows] = rearrange_documents(
-            settings,
+            fim,
             parts,
             windows.shape[1],
             keys=keys[rows],
@@ -158,23 +117,23 @@ class SampleReader:
         return windows, lengths
 
 
-def _pad_id(tokenizer: Any) -> int:
-    """What fills packs: the tokenizer's padding, else an id that ends no document. It is never seen by a loss."""
+def _pad_id(tokenizer: Tokenizer | None) -> int:
+    """What fills packs: the tokenizer's padding, else an id that ends no document. No loss ever sees it."""
     if tokenizer is None:
         return 0
     eod = tokenizer.base.eod_id
     if tokenizer.pad_id is not None and tokenizer.pad_id != eod:
-        return int(tokenizer.pad_id)
+        return tokenizer.pad_id
     return 1 if eod == 0 else 0
 
 
 def check_ids(source: TokenSource, windows: NDArray[Any], vocab_size: int | None) -> None:
-    """UserError for an id outside the vocabulary, which would otherwise crash in the embedding, on some rank, unnamed."""
+    """UserError for an id outside the vocabulary. Otherwise the embedding would crash, on some rank, without a name."""
     if vocab_size is None or not windows.size:
         return
     highest, lowest = int(windows.max()), int(windows.min())
     if highest >= vocab_size or lowest < 0:
         raise UserError(
-            f"sources.{source.name}: holds token {highest if highest >= vocab_size else lowest}, outside the vocabulary "
-            f"of {vocab_size:,}; it was made with another tokenizer: tokenize it again with this recipe's"
+            f"sources.{source.name}: holds token {highest if highest >= vocab_size else lowest}, outside the "
+            f"vocabulary of {vocab_size:,}; it was made with another tokenizer: tokenize it again with this recipe's"
         )

@@ -1,15 +1,15 @@
 """Whether corpora were tokenized as a recipe says: their manifests against the recipe's tokenizer.
 
-Ids of another tokenizer train without an error where its vocabulary is no larger, so `plan_with_data` asks before anything else.
-Datasets without a manifest (Megatron-LM's) cannot be asked; `unknown_makers` counts them. Reads no tokens and imports no torch.
+Ids of another tokenizer train without an error where its vocabulary is no larger, so `plan_with_data` checks
+this first. Datasets without a manifest (Megatron-LM's) cannot be checked; `unknown_makers` counts them.
+Reads no tokens and imports no torch.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,119 +25,131 @@ from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A dataset (or shard) of a source that is there. `made` is its manifest's `tokenizer`; None without a manifest."""
+class _Corpus:
+    """A dataset (or shard) of a source.
+
+    Attributes:
+        key: `sources.NAME.path` or `sources.NAME.validation`.
+        made: `tokenizer` of its manifest, and the manifest's `vocab_size`; empty without a manifest.
+    """
 
     source: str
     key: str
     manifest: Path
-    made: Mapping[str, Any] | None
-    vocab_size: int | None
+    made: dict[str, Any]
 
 
-def check_tokenizers(recipe: Recipe, base: Path = Path()) -> None:
-    """Refuse a corpus (`path` or `validation`) that was made with another tokenizer, other added tokens, BOS or EOD.
+def check_tokenizers(recipe: Recipe) -> None:
+    """Refuse a corpus (`path` or `validation`) made with another tokenizer, other added tokens, BOS or EOD.
 
-    A recipe may have more added tokens than its corpora: text never becomes one, so ids are the same. Without `tokenizer:` in the
-    recipe, corpora are compared with each other and with `model.vocab_size`.
+    A recipe may have more added tokens than its corpora: text never becomes one, so ids are the same. Without
+    `tokenizer:` in the recipe, corpora are compared with each other and with `model.vocab_size`.
 
     Raises:
         UserError: a line for each difference, with source, manifest, both values and what to do.
     """
-    known = [corpus for corpus in _corpora(recipe, base) if corpus.made]
-    found: dict[tuple[str, str], list[_Made]] = {}
-    for corpus in known:
-        for problem in _problems(corpus, recipe, base):
-            found.setdefault((corpus.source, problem), []).append(corpus)
+    alike: dict[tuple[str, str], list[_Corpus]] = {}
+    for corpus in _corpora(recipe):
+        if corpus.made:
+            maker = json.dumps(corpus.made, sort_keys=True)
+            alike.setdefault((corpus.source, maker), []).append(corpus)
+    given = recipe.tokenizer
+    tokenizer = load_tokenizer(given) if given and alike and _is_there(given) else None
     problems = [
-        f"{first.key}: {first.manifest}: {problem}{f' (and {len(more)} more of this source)' * bool(more)}"
-        for (_, problem), (first, *more) in found.items()
+        f"{first.key}: {first.manifest}: {problem}"
+        + (f" (and {len(more)} more of this source)" if more else "")
+        for first, *more in alike.values()
+        for problem in _problems(first.made, recipe, tokenizer)
     ]
-    if not recipe.tokenizer or not _is_there(recipe.tokenizer, base):
-        problems += _among_themselves(known)
+    if tokenizer is None:
+        problems += _among_themselves([first for first, *_ in alike.values()])
     if problems:
         more = f"\nand {len(problems) - 10} more" if len(problems) > 10 else ""
         raise UserError("\n".join(problems[:10]) + more)
 
 
-def unknown_makers(recipe: Recipe, base: Path = Path()) -> str | None:
+def unknown_makers(recipe: Recipe) -> str | None:
     """A line that says which sources' tokenizer cannot be compared, if any."""
     if recipe.tokenizer is None:
         return None
-    corpora = list(_corpora(recipe, base))
-    unknown = list(dict.fromkeys(corpus.source for corpus in corpora if corpus.made is None))
+    corpora = list(_corpora(recipe))
+    unknown = list(dict.fromkeys(corpus.source for corpus in corpora if not corpus.made))
     if unknown:
+        names = ", ".join([*unknown[:5], *(["..."] if len(unknown) > 5 else [])])
         return (
-            f"{len(unknown)} source{'s' * (len(unknown) > 1)} without a manifest ({', '.join(unknown[:5])}"
-            f"{', ...' * (len(unknown) > 5)}): whether the recipe's tokenizer made them cannot be told"
+            f"{len(unknown)} source{'s' * (len(unknown) > 1)} without a manifest ({names}): whether the "
+            "recipe's tokenizer made them cannot be told"
         )
-    if corpora and not _is_there(recipe.tokenizer, base):
+    if corpora and not _is_there(recipe.tokenizer):
         return f"{recipe.tokenizer.path} is not there: whether it made the corpora cannot be told"
     return None
 
 
-def _corpora(recipe: Recipe, base: Path) -> Iterator[_Made]:
+def _corpora(recipe: Recipe) -> Iterator[_Corpus]:
     read = {entry.source for phase in recipe.phases for entry in mixture_entries(recipe, phase)}
     for name, source in recipe.sources.items():
-        for key, paths in (
-            ("path", source.paths if name in read else []),
-            ("validation", source.validation_paths),
-        ):
-            for prefix in (prefix for path in paths for prefix in matching_prefixes(path, base)):
+        keys = {
+            "path": source.paths if name in read else [],
+            "validation": source.validation_paths,
+        }
+        for key, path in ((key, path) for key, paths in keys.items() for path in paths):
+            for prefix in matching_prefixes(path):
                 try:
                     manifest = read_manifest(prefix) or {}
                 except UserError:  # a file of that name which is something else
                     manifest = {}
-                made, size = manifest.get("tokenizer"), manifest.get("vocab_size")
-                yield _Made(
-                    name,
-                    f"sources.{name}.{key}",
-                    with_ending(prefix, ".json"),
-                    made if isinstance(made, dict) and made.get("fingerprint") else None,
-                    size if isinstance(size, int) else None,
-                )
+                made = manifest.get("tokenizer", {})
+                made = {**made, "vocab_size": manifest.get("vocab_size")} if made else {}
+                yield _Corpus(name, f"sources.{name}.{key}", with_ending(prefix, ".json"), made)
 
 
-def _problems(corpus: _Made, recipe: Recipe, base: Path) -> Iterator[str]:
-    made, given = corpus.made or {}, recipe.tokenizer
+def _problems(made: dict[str, Any], recipe: Recipe, tokenizer: Tokenizer | None) -> Iterator[str]:
+    """Differences of the tokenizer that made a corpus. `tokenizer`: the recipe's, if its file is there."""
+    given, size = recipe.tokenizer, recipe.model.vocab_size
     if given is None:
-        if (
-            corpus.vocab_size
-            and recipe.model.vocab_size
-            and corpus.vocab_size > recipe.model.vocab_size
-        ):
+        if made["vocab_size"] and size and made["vocab_size"] > size:
             yield (
-                f"was made with a vocabulary of {corpus.vocab_size:,}, and model.vocab_size is "
-                f"{recipe.model.vocab_size:,}; give the tokenizer ({made.get('path')}) or its size"
+                f"was made with a vocabulary of {made['vocab_size']:,}, and model.vocab_size is {size:,}; "
+                f"give the tokenizer ({made.get('path')}) or its size"
             )
         return
     for key, token in (("bos", "begin-of-sequence"), ("eod", "end-of-document")):
         before, now = made.get(key), getattr(given, key)
-        if before is not None and before != now:
+        if before not in (None, now):
             yield (
-                f"was made with `{key}: {str(before).lower()}` ({token} token), and the recipe's tokenizer.{key} is "
-                f"{str(now).lower()}; set it to {str(before).lower()}, or tokenize it again"
+                f"was made with `{key}: {str(before).lower()}` ({token} token), and the recipe's "
+                f"tokenizer.{key} is {str(now).lower()}; set it to {str(before).lower()}, or tokenize it again"
             )
-    if not _is_there(given, base):
+    if tokenizer is None or tokenizer.fingerprint() == made["fingerprint"]:
         return
-    tokenizer = _loaded(given, base)
-    if tokenizer.fingerprint() == made["fingerprint"]:
-        return
-    as_made = _loaded_with(given, base, made.get("added_tokens"))
+    as_made = _with_added_tokens(given, made.get("added_tokens"))
     if as_made is None or as_made.fingerprint() != made["fingerprint"]:
         yield (
-            f"was made with another tokenizer, {made.get('path')} (fingerprint {str(made['fingerprint'])[:12]}), than the "
-            f"recipe's {given.path} ({tokenizer.fingerprint()[:12]}); set tokenizer.path to that one, or tokenize it again"
+            f"was made with another tokenizer, {made.get('path')} (fingerprint {made['fingerprint'][:12]}), than "
+            f"the recipe's {given.path} ({tokenizer.fingerprint()[:12]}); set tokenizer.path to that one, "
+            "or tokenize it again"
         )
     elif not _extends(as_made, tokenizer):
         yield (
-            f"was made with tokenizer.added_tokens {_listed(as_made)}, and the recipe has {_listed(tokenizer)}; keep "
-            "those first and in their order, or tokenize it again"
+            f"was made with tokenizer.added_tokens {_listed(as_made)}, and the recipe has "
+            f"{_listed(tokenizer)}; keep those first and in their order, or tokenize it again"
         )
 
 
+def _with_added_tokens(given: schema.TokenizerSection, added_tokens: Any) -> Tokenizer | None:
+    """The recipe's tokenizer with the added tokens of a manifest; None if it cannot have them."""
+    try:
+        return load_tokenizer(
+            schema.TokenizerSection.model_validate(
+                {**given.model_dump(), "added_tokens": added_tokens or "none"}
+            )
+        )
+    except (UserError, ValidationError):
+        return None
+
+
 def _extends(old: Tokenizer, new: Tokenizer) -> bool:
-    """Whether text has the same ids under both, and every control token of the old one has the id that it had."""
+    """Whether text has the same ids under both, and control tokens of the old one keep their ids."""
     added = new.control_tokens.keys() - old.control_tokens.keys()
     return (
         old.control_tokens.items() <= new.control_tokens.items()
@@ -145,16 +157,15 @@ def _extends(old: Tokenizer, new: Tokenizer) -> bool:
     )
 
 
-def _among_themselves(corpora: list[_Made]) -> Iterator[str]:
-    by_maker: dict[str, _Made] = {}
-    for corpus in corpora:
-        by_maker.setdefault(str((corpus.made or {})["fingerprint"]), corpus)
-    if len(by_maker) > 1:
-        first, second = list(by_maker.values())[:2]
-        one, other = (
-            f"{corpus.manifest}: {(corpus.made or {}).get('path')}" for corpus in (first, second)
-        )
-        yield f"{second.key} was made with another tokenizer ({other}) than {first.key} ({one}); tokenize one of them again"
+def _among_themselves(corpora: list[_Corpus]) -> Iterator[str]:
+    first = corpora[0] if corpora else None
+    for other in corpora:
+        if first and other.made["fingerprint"] != first.made["fingerprint"]:
+            yield (
+                f"{other.key} was made with another tokenizer ({other.manifest}: {other.made.get('path')}) than "
+                f"{first.key} ({first.manifest}: {first.made.get('path')}); tokenize one of them again"
+            )
+            return
 
 
 def _listed(tokenizer: Tokenizer) -> str:
@@ -162,31 +173,5 @@ def _listed(tokenizer: Tokenizer) -> str:
     return f"[{', '.join(names[:4])}{f', ... {len(names)} in all' if len(names) > 4 else ''}]"
 
 
-def _is_there(given: schema.TokenizerSection, base: Path) -> bool:
-    return (base / Path(given.path).expanduser()).exists()
-
-
-def _loaded(given: schema.TokenizerSection, base: Path) -> Tokenizer:
-    path = base / Path(given.path).expanduser()
-    seen = os.stat(path)
-    return _load(
-        given.model_copy(update={"path": str(path)}).model_dump_json(),
-        seen.st_mtime_ns,
-        seen.st_size,
-    )
-
-
-def _loaded_with(given: schema.TokenizerSection, base: Path, added_tokens: Any) -> Tokenizer | None:
-    """The recipe's tokenizer with the added tokens of a manifest; None if it cannot have them."""
-    try:
-        section = schema.TokenizerSection.model_validate(
-            {**given.model_dump(), "added_tokens": added_tokens or "none"}
-        )
-        return _loaded(section, base)
-    except (UserError, ValidationError):
-        return None
-
-
-@lru_cache(maxsize=8)
-def _load(section: str, modified: int, size: int) -> Tokenizer:
-    return load_tokenizer(schema.TokenizerSection.model_validate_json(section))
+def _is_there(given: schema.TokenizerSection) -> bool:
+    return Path(given.path).expanduser().exists()

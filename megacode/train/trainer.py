@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from megacode.data.loader import StepBatch, batches
+from megacode.data.loader import StepBatch, StepReader, batches
 from megacode.data.mixture import open_mixture
 from megacode.data.packing_report import packing_line, packing_losses
 from megacode.data.planning import plan_with_data
@@ -195,13 +195,13 @@ class Trainer:
         end = self.plan.total_steps if end_step is None else end_step
         if profile:
             profile.check(self.done, end, self.world.size)
-        step_batches = batches(
+        reader = StepReader(
             open_mixture(self.plan),
             rank=self.world.data_rank,
             world=self.world.data_size,
-            first_step=self.done,
             tokenizer=self.tokenizer,
         )
+        step_batches = batches(reader, self.done)
         profiler = Profiler(profile, self.run / "profile", self.world, self.reports.say)
         with (
             contextlib.closing(step_batches),

@@ -582,7 +582,7 @@ def test_a_recipe_reads_all_shards_by_the_name_of_the_dataset(
 ) -> None:
     make(model, corpus, tmp_path / "whole")
     make(model, corpus, tmp_path / "cut", shard_size=20_000)
-    whole, cut = (open_source("s", [name], tmp_path) for name in ("whole", "cut"))
+    whole, cut = (open_source("s", [str(tmp_path / name)]) for name in ("whole", "cut"))
     assert len(cut.shards) > 5 and cut.tokens == whole.tokens
     origin = read_records(tmp_path / json.loads((tmp_path / "cut.json").read_text())["shards"][2])
     assert origin is not None and origin.origin(0)[0] == str(corpus)

@@ -65,10 +65,16 @@ def fim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return make_fim(schema.FimSection(), trained(tmp_path_factory.mktemp("t"), request.param))
 
 
+def rearranged(fim: Fim, windows: Any, keys: Any, rates: Any) -> tuple[np.ndarray, np.ndarray]:
+    """`rearrange` of whole windows."""
+    lengths = np.full(len(windows), len(windows[0]))
+    return rearrange(fim, windows, keys, rates, lengths, np.zeros(len(windows), dtype=bool))
+
+
 def apply(fim: Fim, ids: list[int], key: int = 1, rate: float = 1.0, room: int = 400) -> list[int]:
     """One window of `ids` and `room` end-of-document tokens, so that nothing need be cut; the real tokens come back."""
     window = [*ids, *[fim.eod] * room]
-    out, lengths = rearrange(
+    out, lengths = rearranged(
         fim, np.array([window]), np.array([key], dtype=np.uint64), np.array([rate])
     )
     assert out.shape == (1, len(window)) and (out[0, lengths[0] :] == fim.pad).all()
@@ -264,7 +270,7 @@ def test_windows_keep_their_length(fim: Fim) -> None:
     """Three more tokens are cut off at the end; fewer tokens are padded, and have no loss (see the loader)."""
     ids = fim.tokenizer.encode_batch([CODE + TEXT])[0][:90]
     keys, rates = uniform_bits(1, np.arange(50)), np.full(50, 1.0)
-    out, lengths = rearrange(fim, np.tile(ids, (50, 1)), keys, rates)
+    out, lengths = rearranged(fim, np.tile(ids, (50, 1)), keys, rates)
     assert out.shape == (50, 90) and (lengths <= 90).all() and (lengths == 90).sum() > 25
     for row, length in zip(out, lengths, strict=True):
         assert (row[length:] == fim.pad).all() and fim.pad not in row[:length]
@@ -275,10 +281,10 @@ def test_a_batch_gives_what_each_window_gives_alone(fim: Fim) -> None:
     windows = np.array([ids[i : i + 64] for i in range(0, 60, 6)])
     keys = uniform_bits(9, np.arange(10))
     rates = np.linspace(0, 1, 10)
-    together, lengths = rearrange(fim, windows, keys, rates)
+    together, lengths = rearranged(fim, windows, keys, rates)
     for row in range(10):
         one = slice(row, row + 1)
-        alone, length = rearrange(fim, windows[one], keys[one], rates[one])
+        alone, length = rearranged(fim, windows[one], keys[one], rates[one])
         assert np.array_equal(alone[0], together[row]) and length[0] == lengths[row]
     assert np.array_equal(together[0], windows[0])
 

@@ -64,7 +64,7 @@ def assemble(
             type("Fim", (), {"pad": -1})(), samples, length,  # type: ignore[arg-type]
             keys=np.zeros(len(samples), np.uint64), rates=np.ones(len(samples)),
             packed=np.full(len(samples), packed),
-            read=lambda sample, document, first, tokens: np.full(tokens, document.start),
+            read=lambda sample, start, tokens: np.full(tokens, start),
         )  # fmt: skip
     assert all((row[count:] == -1).all() for row, count in zip(out, lengths.tolist(), strict=True))
     shown = [row[:count].tolist() for row, count in zip(out, lengths.tolist(), strict=True)]
@@ -207,7 +207,7 @@ def test_samples_show_slices_of_the_documents_rearranged_whole(
             if packing == "concatenate"
             else [
                 part
-                for first, tokens in mixture.sources["code"].pack_pieces(start // LENGTH, LENGTH)
+                for first, tokens in mixture.sources["code"].packs[LENGTH].pieces(start // LENGTH)
                 for part in mixture.sources["code"].parts(first, tokens)
             ]
         )

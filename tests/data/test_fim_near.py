@@ -101,17 +101,15 @@ def test_cuts_at_every_place_of_a_document(fim: Fim, monkeypatch: pytest.MonkeyP
         ids, decoded = fim.tokenizer.encode(text), text
     for low in [*range(0, 40), *range(40, len(decoded), 37), len(decoded)]:
         for high in {low, min(low + 1, len(decoded)), min(low + 90, len(decoded)), len(decoded)}:
-            texts: list[str] = []
             pieces = fim_near.near_pieces(
-                table, fim.decode, np.array(ids), lambda _, cuts=(low, high): cuts, texts
+                table, fim.decode, np.array(ids), lambda _, cuts=(low, high): cuts
             )
             assert pieces is not None
-            encoded = fim.tokenizer.encode_batch(texts)
             tokens = [
                 [
-                    t
-                    for atom in piece
-                    for t in (atom if isinstance(atom, list) else encoded[-1 - atom])
+                    token
+                    for part in piece
+                    for token in (fim.tokenizer.encode(part) if isinstance(part, str) else part)
                 ]
                 for piece in pieces
             ]
@@ -126,13 +124,11 @@ def test_cuts_at_every_place_of_a_document(fim: Fim, monkeypatch: pytest.MonkeyP
 def test_documents_with_parts_of_characters_take_the_long_way(fim: Fim) -> None:
     rare = fim.tokenizer.encode(CODE + "𝔘𐍈" + TEXT)
     assert (
-        fim_near.near_pieces(fim.texts, fim.decode, np.array(rare), lambda size: (0, size), [])
-        is None
+        fim_near.near_pieces(fim.texts, fim.decode, np.array(rare), lambda size: (0, size)) is None
     )
     short = fim.tokenizer.encode("x = 1\n")
     assert (
-        fim_near.near_pieces(fim.texts, fim.decode, np.array(short), lambda size: (0, size), [])
-        is None
+        fim_near.near_pieces(fim.texts, fim.decode, np.array(short), lambda size: (0, size)) is None
     )
     near, whole = both(fim, rare, 3)
     assert near == whole

@@ -76,8 +76,8 @@ def test_a_resumed_run_reads_the_same_batches(
     make_mixture: Make, first: int, prefetch: int
 ) -> None:
     with (
-        batches(make_mixture(PHASES), prefetch=prefetch) as straight,
-        batches(make_mixture(PHASES), first_step=first, prefetch=prefetch) as resumed,
+        batches(StepReader(make_mixture(PHASES)), prefetch=prefetch) as straight,
+        batches(StepReader(make_mixture(PHASES)), first_step=first, prefetch=prefetch) as resumed,
     ):
         expected = {batch.step: (batch.digest, rows(batch)) for batch in straight}
         found = {batch.step: (batch.digest, rows(batch)) for batch in resumed}
@@ -87,7 +87,7 @@ def test_a_resumed_run_reads_the_same_batches(
 
 def test_a_longer_run_reads_the_same_batches(make_mixture: Make) -> None:
     def digests(phases: list[dict[str, Any]]) -> list[int]:
-        return [batch.digest for batch in batches(make_mixture(phases), prefetch=0)]
+        return [batch.digest for batch in batches(StepReader(make_mixture(phases)), prefetch=0)]
 
     assert (
         digests(PHASES)[:6]
@@ -109,11 +109,12 @@ def test_an_id_outside_the_vocabulary_is_one_sentence(
     corpora: dict[str, Any], prefetch: int
 ) -> None:
     model = {"layers": 1, "hidden_size": 8, "heads": 1, "vocab_size": 6000}
+    recipe = recipe_of(corpora, PHASES, model=model)
     with (
         pytest.raises(
             UserError, match=r"sources\.b: holds token 10\d{4}, outside the vocabulary of 6,000"
         ),
-        batches(mixture_of(recipe_of(corpora, PHASES, model=model)), prefetch=prefetch) as stream,
+        batches(StepReader(mixture_of(recipe)), prefetch=prefetch) as stream,
     ):
         next(stream)
 
@@ -124,7 +125,7 @@ def test_what_fails_on_the_thread_says_which_step(
     def read(self: TokenSource, starts: Any, length: int) -> None:
         raise MemoryError("no more")
 
-    with batches(make_mixture(PHASES), first_step=3, prefetch=2) as stream:
+    with batches(StepReader(make_mixture(PHASES)), first_step=3, prefetch=2) as stream:
         monkeypatch.setattr(TokenSource, "read", read)
         with pytest.raises(
             RuntimeError, match=r"loading step [3-6] on data-parallel rank 0 failed: MemoryError"
@@ -149,7 +150,7 @@ def test_validation_reads_the_first_windows_once_on_any_ranks(
     tmp_path: Path, tokens: int, samples: int, world: int, size: int
 ) -> None:
     write_shard(tmp_path / "v", numbered(tokens))
-    source = open_source("v", ["v"], tmp_path, "validation")
+    source = open_source("v", [str(tmp_path / "v")], "validation")
     ranks = [
         list(validation_batches(source, 16, samples, rank=rank, world=world, micro_batch_size=size))
         for rank in range(world)
@@ -167,5 +168,5 @@ def test_validation_reads_the_first_windows_once_on_any_ranks(
 
 def test_validation_of_one_token_is_one_sentence(tmp_path: Path) -> None:
     write_shard(tmp_path / "v", [[1]])
-    with pytest.raises(UserError, match=r"sources\.v\.validation: one token"):
-        next(validation_batches(open_source("v", ["v"], tmp_path), 16, 4))
+    with pytest.raises(UserError, match=r"sources\.v\.validation: has one token"):
+        next(validation_batches(open_source("v", [str(tmp_path / "v")]), 16, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -163,9 +164,11 @@ def test_another_packing_is_another_past(make: Make) -> None:
 
 def test_packs_that_changed_since_the_plan_are_one_sentence(make: Make) -> None:
     mixture = make([{"steps": 5, **ALONE}])
-    mixture.sources["p"].packs = {}
-    with pytest.raises(UserError, match=r"sources\.p: has 0 packs where the plan reads \d+"):
-        OpenMixture(mixture.plan, mixture.sources)
+    phase = mixture.plan.phases[0]
+    promised = replace(phase.streams[0], windows=phase.streams[0].windows + 1)
+    plan = replace(mixture.plan, phases=(replace(phase, streams=(promised,)),))
+    with pytest.raises(UserError, match=r"sources\.p: has \d+ packs where the plan reads \d+"):
+        OpenMixture(plan, mixture.sources)
 
 
 def test_a_window_has_no_meaning_in_packs() -> None:

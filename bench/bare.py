@@ -57,8 +57,6 @@ def bare(m: dict[str, Any], batches: np.ndarray) -> list[float]:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(m["port"])}
     torch.distributed.init_process_group("nccl" if cuda else "gloo", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
-    if not cuda:
-        cpu.apply_to_megatron()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     device = torch.device("cuda" if cuda else "cpu")
     half = m["half"]

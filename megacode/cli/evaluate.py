@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
     from megacode.data.planning import plan_with_data
     from megacode.evaluate.validation import Validation, by_domain, validate
-    from megacode.megatron.checkpoint import find_checkpoint, read_info
     from megacode.megatron.distributed import current_world, shutdown
+    from megacode.run.checkpoints import find_checkpoint, read_info
 
     if args.samples:
         each = {"samples": args.samples}

@@ -1,8 +1,12 @@
-"""The index of a checkpoint (`.metadata`) and its pickled entries, read so that no code in them runs.
+"""The index of a checkpoint (`.metadata`) and its pickled entries, read without running code.
 
-torch.distributed.checkpoint reads `.metadata` with `pickle.load` and entries that are no tensors with
-`torch.load(weights_only=False)` (to 2.13 at least): both run whatever a file asks for. A checkpoint is data, often somebody
-else's, so `read_index` admits only what a checkpoint consists of. It comes before torch or Megatron-Core opens the folder.
+A checkpoint is data, often somebody else's. `read_index` admits only what a checkpoint consists of,
+and comes before torch or Megatron-Core opens the folder.
+
+Upstream fault: torch.distributed.checkpoint reads `.metadata` with `pickle.load`, and entries that
+    are no tensors with `torch.load(weights_only=False)`: both run whatever code a file asks for.
+Versions: torch 2.6 to 2.13.
+Remove when: torch reads both as data. Test: `test_torch_runs_code_in_a_checkpoint`.
 """
 
 from __future__ import annotations
@@ -33,8 +37,8 @@ _OF_INDEX = {
         "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
     )),
     *((f"{_DCP}.metadata", name) for name in (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
     )),
 }  # fmt: skip
 """Classes of an index, and the one function that gives a tensor's memory layout by its name."""
@@ -47,18 +51,18 @@ _OF_TENSORS = {
 
 
 def read_index(folder: Path) -> Any:
-    """The torch.distributed.checkpoint.metadata.Metadata of a checkpoint, once every pickle in it is known to be plain data.
+    """The torch.distributed.checkpoint.metadata.Metadata of a checkpoint, all of it plain data.
 
     Raises:
-        UserError: it cannot be read, a file that it names is missing or lies outside the folder, or a pickle asks for anything
-            but the classes of a checkpoint.
+        UserError: it cannot be read, a file that it names is missing or lies outside the folder, or
+            a pickle asks for anything but the classes of a checkpoint.
     """
     path = folder / INDEX
     try:
         with open(path, "rb") as file:
             index = _Unpickler(file, path, _OF_INDEX).load()
         tensors, places = dict(index.state_dict_metadata), dict(index.storage_data)
-        of_places = {place.relative_path for place in places.values()}
+        names = sorted({place.relative_path for place in places.values()})
     except FileNotFoundError:
         raise UserError(
             f"{folder}: has no {INDEX} file; {_WHOLE} (Megatron-Core's distributed format)"
@@ -67,11 +71,12 @@ def read_index(folder: Path) -> Any:
         raise
     except Exception as error:  # a damaged pickle raises what it likes
         raise UserError(f"{path}: cannot be read ({error}); {_WHOLE}") from error
-    missing = sorted(name for name in of_places if not inside(folder, name, str(path)).is_file())
-    if missing:
-        raise UserError(
-            f"{folder}: the file {missing[0]} is missing; copy it here from where the run was, or {_WHOLE}"
-        )
+    for name in names:
+        if not inside(folder, name, str(path)).is_file():
+            raise UserError(
+                f"{folder}: the file {name} is missing; copy it here from where the run was, or "
+                f"{_WHOLE}"
+            )
     for entry, place in places.items():
         if type(tensors.get(entry.fqn)).__name__ != "TensorStorageMetadata":
             _check_entry(folder / place.relative_path, entry.fqn, place)
@@ -79,10 +84,14 @@ def read_index(folder: Path) -> Any:
 
 
 def _check_entry(path: Path, name: str, place: Any) -> None:
-    """UserError unless an entry that is no tensor is plain data: of modules' `_extra_state`, such as the scales of FP8."""
+    """UserError unless an entry that is no tensor is plain data.
+
+    It is a module's `_extra_state`, such as the scales of FP8.
+    """
     if getattr(place, "transform_descriptors", None):
         raise UserError(
-            f"{path}: {name} is stored transformed, which no checkpoint of Megatron-Core is; it is not read"
+            f"{path}: {name} is stored transformed, which no checkpoint of Megatron-Core is; it is "
+            "not read"
         )
     with open(path, "rb") as file:
         file.seek(place.offset)
@@ -90,9 +99,8 @@ def _check_entry(path: Path, name: str, place: Any) -> None:
     value = _plain(data, path, name)
     if isinstance(value, io.BytesIO):
         value = _plain(value.getvalue(), path, name)
-    if (
-        isinstance(value, Tensor) and value.dtype == torch.uint8 and value.numel()
-    ):  # Transformer Engine unpickles it
+    if isinstance(value, Tensor) and value.dtype == torch.uint8 and value.numel():
+        # Transformer Engine unpickles these bytes.
         try:
             _Unpickler(io.BytesIO(value.numpy().tobytes()), path, _OF_TENSORS).load()
         except UserError:
@@ -109,10 +117,8 @@ def _plain(data: bytes, path: Path, name: str) -> Any:
         with torch.serialization.safe_globals([io.BytesIO]):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if "GLOBAL" in line),
-            str(error).split(". ")[0],
-        )
+        lines = (line.strip() for line in str(error).splitlines() if "GLOBAL" in line)
+        reason = next(lines, str(error).split(". ")[0])
         raise UserError(
             f"{path}: {name} is not plain data, and is not read ({reason}); {_WHOLE}"
         ) from error
@@ -123,7 +129,7 @@ def _plain(data: bytes, path: Path, name: str) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Gives the objects in `allowed`, torch's number types and Transformer Engine's FP8 recipes; nothing else is looked up."""
+    """Looks up the objects in `allowed` and torch's number types; of tensors, FP8 recipes too."""
 
     def __init__(self, file: Any, path: Path, allowed: set[tuple[str, str]]) -> None:
         super().__init__(file)
@@ -131,9 +137,8 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """UserError for a name that data has no need of."""
-        if (module, name) in self._allowed or (
-            module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
-        ):
+        dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+        if dtype or (module, name) in self._allowed:
             return super().find_class(module, name)
         if self._allowed is _OF_TENSORS:
             if (module, name) == ("torch.storage", "_load_from_bytes"):
@@ -145,6 +150,6 @@ class _Unpickler(pickle.Unpickler):
                 if isinstance(found, type) and found.__module__ == module:
                     return found
         raise UserError(
-            f"{self._path}: asks for {module}.{name}, which no checkpoint needs: reading it could run code; it is not read. "
-            f"{_WHOLE[0].upper()}{_WHOLE[1:]}, from where you trust it"
+            f"{self._path}: asks for {module}.{name}, which no checkpoint needs: reading it could "
+            f"run code; it is not read. {_WHOLE[0].upper()}{_WHOLE[1:]}, from where you trust it"
         )

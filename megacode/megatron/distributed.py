@@ -1,4 +1,4 @@
-"""Processes, devices and process groups: from a launcher's environment to Megatron-Core's parallel state."""
+"""From a launcher's environment to processes, devices and Megatron-Core's process groups."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 
 from megacode.errors import UserError
 from megacode.launch import free_port
 from megacode.megatron import cpu
-from megacode.megatron.cuda import cuda_environment
+from megacode.megatron.hardware import cuda_environment
 from megacode.recipe.schema import Parallel, Recipe
+
+_START = "start with torchrun, srun or `megacode train --processes N`"
+
+# --------------------------------------------------------------------------------------- launchers
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,147 @@ class Launch:
     launcher: str
 
 
+def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
+    """Read `torchrun`'s variables, else Slurm's (`srun` with one task a process), else a single
+    process.
+
+    Raises:
+        UserError: a launcher's variables are incomplete, not numbers, or contradict each other.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        launch = Launch(
+            rank=_number(env, "RANK"),
+            world_size=_number(env, "WORLD_SIZE"),
+            local_rank=_number(env, "LOCAL_RANK", 0),
+            address=env.get("MASTER_ADDR", "127.0.0.1"),
+            port=_number(env, "MASTER_PORT", 29500),
+            launcher="torchrun",
+        )
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        return _checked(launch, names, _number(env, "LOCAL_WORLD_SIZE", 0))
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        return _checked(_slurm_launch(env), names)
+    for there, missing in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if there in env:
+            raise UserError(
+                f"environment: {there} is set and {missing} is not; {_START}, or unset {there} for "
+                "a single process"
+            )
+    return Launch(0, 1, 0, "127.0.0.1", 0, "single process")
+
+
+def _slurm_launch(env: Mapping[str, str]) -> Launch:
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    size = _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
+    # A job script may export WORLD_SIZE for its tasks, but not RANK: it would be one for all.
+    if "RANK" in env or _number(env, "WORLD_SIZE", size) != size:
+        name = "RANK" if "RANK" in env else "WORLD_SIZE"
+        raise UserError(
+            f"environment: {name} is {env[name]} inside a Slurm step of {size} tasks, so it is not "
+            f"clear who started this process; unset {name} for srun, or start torchrun in the step"
+        )
+    first = _first_slurm_host(nodes) if nodes else "127.0.0.1"
+    return Launch(
+        rank=_number(env, "SLURM_PROCID"),
+        world_size=size,
+        local_rank=_number(env, "SLURM_LOCALID", 0),
+        address=env.get("MASTER_ADDR") or first,
+        # Jobs that share a node must not share a port; the job id tells them apart.
+        port=_number(env, "MASTER_PORT", 20000 + _number(env, "SLURM_JOB_ID", 0) % 20000),
+        launcher="slurm",
+    )
+
+
+def _first_slurm_host(nodelist: str) -> str:
+    """First host of a Slurm node list such as `gpu[003-007,012],login1`."""
+    try:
+        command = ["scontrol", "show", "hostnames", nodelist]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return shown.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodelist)
+        return (match[1] + (match[2] or "")) if match else socket.gethostname()
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """A launcher's variable as a number; empty counts as not set where there is a default."""
+    text = env.get(name, "")
+    if not text and default is not None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"environment: {name} must be a number, not {text!r}; {_START}") from None
+
+
+def _checked(launch: Launch, names: tuple[str, str, str], local_size: int = 0) -> Launch:
+    """`launch`, if its numbers can be true together.
+
+    Args:
+        names: of the variables for rank, world size and local rank.
+        local_size: processes of this node; 0 if not known.
+    """
+    rank, size, local = launch.rank, launch.world_size, launch.local_rank
+    if not 0 <= rank < size:
+        wrong = f"{names[0]} is {rank} of {names[1]} {size}"
+    elif not 0 <= local < (local_size or size):
+        wrong = f"{names[2]} is {local} of {local_size or size} processes"
+    elif not 0 < launch.port < 65536:
+        wrong = f"MASTER_PORT is {launch.port}"
+    else:
+        return launch
+    raise UserError(
+        f"environment: {wrong}, which cannot be; {_START}, or unset what an earlier launcher left"
+    )
+
+
+def reachable(launch: Launch, env: Mapping[str, str]) -> str:
+    """The launch's address, or the one that srun knows where the network knows no node names.
+
+    Raises:
+        UserError: neither is on the network; torch would try for minutes, with a worse message.
+    """
+    try:
+        socket.getaddrinfo(launch.address, launch.port or None)
+        return launch.address
+    except OSError:
+        if launch.launcher == "slurm" and env.get("SLURM_LAUNCH_NODE_IPADDR"):
+            return env["SLURM_LAUNCH_NODE_IPADDR"]  # of srun in a job script: the first node
+    raise UserError(
+        f"environment: rank {launch.rank} cannot find the first node, {launch.address!r}, on the "
+        "network; set MASTER_ADDR to an address of it that all nodes reach"
+    )
+
+
+def local_device(launch: Launch, devices: int, env: Mapping[str, str]) -> int:
+    """Number of this process's GPU among the `devices` that it sees.
+
+    Raises:
+        UserError: there are fewer than local processes.
+    """
+    if launch.local_rank < devices:
+        return launch.local_rank
+    # Slurm's --gpus-per-task=1 (or --gpu-bind=single:1): each task sees the one that is its own.
+    if devices == 1 and launch.launcher == "slurm" and env.get("CUDA_VISIBLE_DEVICES"):
+        return 0
+    raise UserError(
+        f"rank {launch.rank}: local process {launch.local_rank} has no GPU of its own, this "
+        f"machine shows {devices}; start one process a GPU"
+    )
+
+
+# ------------------------------------------------------------------------------------------ groups
+
+
 @dataclass(frozen=True)
 class World:
-    """This process in the initialised parallel layout. Ranks and sizes follow Megatron-Core's order tp-cp-dp-pp."""
+    """This process in the initialised parallel layout, in Megatron-Core's order tp-cp-dp-pp."""
 
     rank: int
     size: int
-    device: (
-        Any  # torch.device; typed loosely so that this module's annotations need no torch at import
-    )
+    device: torch.device
     tensor_rank: int
     pipeline_rank: int
     pipeline_size: int
@@ -63,144 +198,25 @@ class World:
         return self.pipeline_rank == self.pipeline_size - 1
 
 
-def _first_slurm_host(nodelist: str) -> str:
-    """First host of a Slurm node list such as `gpu[003-007,012],login1`."""
-    try:
-        shown = subprocess.run(
-            ["scontrol", "show", "hostnames", nodelist],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-        return shown.stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodelist)
-        return (match[1] + (match[2] or "")) if match else socket.gethostname()
-
-
-def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """Understand `torchrun`'s variables, then Slurm's (`srun` with one task a process), else a single process.
-
-    Raises:
-        UserError: a launcher's variables are there but incomplete, not numbers, or contradict each other.
-    """
-    env = os.environ if environment is None else environment
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return _checked(
-            Launch(
-                rank=_number(env, "RANK"),
-                world_size=_number(env, "WORLD_SIZE"),
-                local_rank=_number(env, "LOCAL_RANK", 0),
-                address=env.get("MASTER_ADDR", "127.0.0.1"),
-                port=_number(env, "MASTER_PORT", 29500),
-                launcher="torchrun",
-            ),
-            local_size=_number(env, "LOCAL_WORLD_SIZE", 0),
-        )
-    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
-        size = _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
-        # A job script may export WORLD_SIZE for its tasks; a RANK it cannot, for there it is one for all.
-        if "RANK" in env or _number(env, "WORLD_SIZE", size) != size:
-            name = "RANK" if "RANK" in env else "WORLD_SIZE"
-            raise UserError(
-                f"environment: {name} is {env[name]} inside a Slurm step of {size} tasks, so it is not clear who started this "
-                f"process; unset {name} for srun, or start torchrun in the step"
-            )
-        return _checked(
-            Launch(
-                rank=_number(env, "SLURM_PROCID"),
-                world_size=size,
-                local_rank=_number(env, "SLURM_LOCALID", 0),
-                address=env.get("MASTER_ADDR")
-                or (_first_slurm_host(nodes) if nodes else "127.0.0.1"),
-                # Jobs that share a node must not share a port; the job id tells them apart.
-                port=_number(env, "MASTER_PORT", 20000 + _number(env, "SLURM_JOB_ID", 0) % 20000),
-                launcher="slurm",
-            )
-        )
-    if "RANK" in env or "WORLD_SIZE" in env:
-        there, missing = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
-        raise UserError(
-            f"environment: {there} is set and {missing} is not; start with torchrun, srun or `megacode train --processes N`, "
-            f"or unset {there} for a single process"
-        )
-    return Launch(
-        rank=0, world_size=1, local_rank=0, address="127.0.0.1", port=0, launcher="single process"
-    )
-
-
-def reachable(launch: Launch, env: Mapping[str, str]) -> str:
-    """The launch's address, or, where a cluster's node names mean nothing to the network, the one that srun knows.
-
-    Raises:
-        UserError: neither leads anywhere; torch would try for minutes and then say something else.
-    """
-    try:
-        socket.getaddrinfo(launch.address, launch.port or None)
-        return launch.address
-    except OSError:
-        if launch.launcher == "slurm" and env.get(
-            "SLURM_LAUNCH_NODE_IPADDR"
-        ):  # srun in a job script: the first node
-            return env["SLURM_LAUNCH_NODE_IPADDR"]
-    raise UserError(
-        f"environment: rank {launch.rank} cannot find the first node, {launch.address!r}, on the network; set MASTER_ADDR to "
-        "an address of it that all nodes reach"
-    )
-
-
-def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """A launcher's variable as a number; empty counts as not set where there is a default."""
-    text = env.get(name, "")
-    if not text and default is not None:
-        return default
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(
-            f"environment: {name} must be a number, not {text!r}; start with torchrun, srun or `megacode train --processes N`"
-        ) from None
-
-
-def _checked(launch: Launch, local_size: int = 0) -> Launch:
-    """`launch`, if its numbers can be true together (`local_size` 0: not known)."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK") if launch.launcher == "torchrun" else (
-        "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID",
-    )  # fmt: skip
-    rank, size, local = launch.rank, launch.world_size, launch.local_rank
-    if not 0 <= rank < size:
-        wrong = f"{names[0]} is {rank} of {names[1]} {size}"
-    elif not 0 <= local < (local_size or size):
-        wrong = f"{names[2]} is {local} of {local_size or size} processes"
-    elif not 0 < launch.port < 65536:
-        wrong = f"MASTER_PORT is {launch.port}"
-    else:
-        return launch
-    raise UserError(
-        f"environment: {wrong}, which cannot be; start with torchrun, srun or `megacode train --processes N`, or unset what an "
-        "earlier launcher left"
-    )
-
-
 def initialize(
     parallel: Parallel, seed: int, launch: Launch | None = None, cuda_graphs: bool = False
 ) -> World:
-    """Start torch.distributed (NCCL on CUDA, else gloo) and Megatron-Core's parallel state, and seed this rank.
+    """Start torch.distributed (NCCL on CUDA, else gloo) and Megatron-Core's groups; seed this rank.
 
     Args:
         cuda_graphs: random generators that recorded graphs can use.
 
     Raises:
-        UserError: the number of processes does not fit the layout, or fewer devices than local processes.
+        UserError: the number of processes does not fit the layout, or there are fewer devices than
+            local processes.
     """
     launch = launch or read_launch()
     model_parallel = parallel.tensor * parallel.pipeline * parallel.context
     if launch.world_size % model_parallel:
         raise UserError(
-            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} needs a "
-            f"multiple of {model_parallel} processes, and there are {launch.world_size}; start that many or change the layout"
+            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
+            f"{parallel.context} needs a multiple of {model_parallel} processes, and there are "
+            f"{launch.world_size}; start that many or change the layout"
         )
     cpu.quiet()
     cuda = torch.cuda.is_available()
@@ -215,7 +231,7 @@ def initialize(
         device = torch.device("cpu")
 
     port = launch.port or free_port()
-    # torch's own rendezvous reads the environment (and with torchrun shares the agent's store, which holds that port).
+    # torch's rendezvous reads the environment, and shares the store of torchrun's agent.
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = reachable(launch, os.environ), str(port)
     torch.distributed.init_process_group(
         backend="nccl" if cuda else "gloo",
@@ -228,8 +244,6 @@ def initialize(
 
     from megatron.core import parallel_state, tensor_parallel
 
-    if not cuda:
-        cpu.apply_to_megatron()
     if launch.rank:
         logging.getLogger("megatron").setLevel(logging.ERROR)
     parallel_state.initialize_model_parallel(
@@ -239,29 +253,12 @@ def initialize(
         context_parallel_size=parallel.context,
         distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
     )
-    seed_everything(seed)
-    # Only so that Megatron-Core's random tracker knows its generators; every step seeds them anew where dropout is on.
+    torch.manual_seed(seed % 2**63)
+    # So that Megatron-Core's random tracker knows its generators; with dropout, `seed_step` seeds.
     tensor_parallel.model_parallel_cuda_manual_seed(
         seed % 2**31, te_rng_tracker=cuda_graphs, use_cudagraphable_rng=cuda_graphs
     )
     return current_world()
-
-
-def local_device(launch: Launch, devices: int, env: Mapping[str, str]) -> int:
-    """Number of this process's GPU among the `devices` that it sees.
-
-    Raises:
-        UserError: there are fewer than local processes.
-    """
-    if launch.local_rank < devices:
-        return launch.local_rank
-    # Slurm's --gpus-per-task=1 (or --gpu-bind=single:1): each task sees the one that is its own.
-    if devices == 1 and launch.launcher == "slurm" and env.get("CUDA_VISIBLE_DEVICES"):
-        return 0
-    raise UserError(
-        f"rank {launch.rank}: local process {launch.local_rank} has no GPU of its own, this machine shows {devices}; start one "
-        "process a GPU"
-    )
 
 
 def current_world() -> World:
@@ -283,14 +280,8 @@ def current_world() -> World:
     )
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch's generators; nothing else in megacode draws from global generators."""
-    torch.manual_seed(seed % 2**63)
-
-
 def seed_step(recipe: Recipe, step: int, world: World) -> None:
-    """Make dropout a function of (seed, step, place in the layout): a resumed run drops what an uninterrupted one would have
-    dropped.
+    """Make dropout a function of (seed, step, place in the layout), as a resumed run needs it.
 
     Without dropout a step draws nothing, and this does nothing.
     """
@@ -303,8 +294,11 @@ def seed_step(recipe: Recipe, step: int, world: World) -> None:
 
 
 def dropout_seed(seed: int, step: int, world: World) -> int:
-    """Of this rank's generators in a step: another one for every part of the batch and every stage, which would else all drop the
-    same units; one for tensor-parallel ranks, among which Megatron-Core makes the difference where there is to be one."""
+    """Seed of this rank's generators in a step.
+
+    Every part of the batch and every stage has its own, or all would drop the same units.
+    Tensor-parallel ranks share one: Megatron-Core makes the difference where there is to be one.
+    """
     share = world.data_rank * world.context_size + world.context_rank
     place = share * world.pipeline_size + world.pipeline_rank
     return (seed * 1_000_003 + step * 7_919 + place * 15_485_863) % 2**31

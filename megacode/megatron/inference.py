@@ -1,4 +1,4 @@
-"""A checkpoint's model for inference, in one process, and its forward pass with a key/value cache."""
+"""A checkpoint's model for inference, in one process, and its forward pass with a cache."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from megacode.errors import UserError
+from megacode.launch import free_port
+from megacode.megatron import cpu
+from megacode.recipe.load import load_recipe
+from megacode.recipe.schema import Fusion, Parallel, Precision
+from megacode.run.checkpoints import find_checkpoint
+from megacode.tokenizer.tokenizer import load_tokenizer
 
 
 def cached_forward(model: Any, length: int) -> Callable[[Sequence[int]], Tensor]:
-    """A function that reads tokens behind those it has read, and gives the logits after the last: fp32 `[vocab]`, on the host.
+    """A function that reads tokens behind those it has read, and gives the logits after the last.
+
+    They are fp32 `[vocab]`, on the host.
 
     Args:
         length: tokens that it will read in all.
@@ -30,12 +38,9 @@ def cached_forward(model: Any, length: int) -> Callable[[Sequence[int]], Tensor]
         fresh = torch.tensor([tokens], device=device)
         count = fresh.shape[1]
         positions = torch.arange(position, position + count, device=device)[None]
-        # Hidden where the key comes after the query; one new query sees every cached key.
-        mask = (
-            torch.ones(count, count, dtype=torch.bool, device=device).triu(1)[None, None]
-            if count > 1
-            else None
-        )
+        mask = None  # one new query sees every cached key
+        if count > 1:  # hidden where the key comes after the query
+            mask = torch.ones(count, count, dtype=torch.bool, device=device).triu(1)[None, None]
         logits = model(
             fresh, positions, mask, inference_context=context, runtime_gather_output=True
         )
@@ -47,26 +52,21 @@ def cached_forward(model: Any, length: int) -> Callable[[Sequence[int]], Tensor]
 
 
 def open_for_inference(checkpoint: Path) -> tuple[Any, Any, Any]:
-    """(recipe, tokenizer, model in evaluation mode) of a checkpoint, on one process whatever layout wrote it.
+    """(recipe, tokenizer, model in evaluation mode) of a checkpoint, on one process.
 
     Raises:
         UserError: no complete checkpoint there, or it names no tokenizer.
     """
-    from megacode.megatron import cpu
-
     cpu.prepare()
-    from megacode.launch import free_port
-    from megacode.megatron.checkpoint import find_checkpoint, load_checkpoint
+    from megacode.megatron.checkpoint import load_checkpoint
     from megacode.megatron.distributed import Launch, initialize
-    from megacode.recipe.load import load_recipe
-    from megacode.recipe.schema import Fusion, Parallel, Precision
-    from megacode.tokenizer.tokenizer import load_tokenizer
+    from megacode.megatron.model import build_model
 
     path = find_checkpoint(checkpoint)
     recipe = load_recipe(path / "recipe.yaml")
     # FP8 is a way to train: the weights of a run are bf16's, and inference computes in that.
     precision = Precision(compute="bf16") if recipe.precision.compute == "fp8" else recipe.precision
-    # Which stage has which layers (model.megatron.num_layers_in_first_pipeline_stage ...) is the layout's, too.
+    # Which stage has which layers (`num_layers_in_first_pipeline_stage`) is the layout's, too.
     kept = {name: value for name, value in recipe.model.megatron.items() if "pipeline" not in name}
     model = recipe.model.model_copy(update={"megatron": kept})
     recipe = recipe.model_copy(
@@ -74,14 +74,12 @@ def open_for_inference(checkpoint: Path) -> tuple[Any, Any, Any]:
     )
     if recipe.tokenizer is None:
         raise UserError(
-            f"{path / 'recipe.yaml'}: names no tokenizer, and text needs one; add `tokenizer:` to it"
+            f"{path / 'recipe.yaml'}: names no tokenizer, and text needs one; add `tokenizer:` to "
+            "it"
         )
     tokenizer = load_tokenizer(recipe.tokenizer)
-    initialize(
-        recipe.parallel, recipe.seed, Launch(0, 1, 0, "127.0.0.1", free_port(), "single process")
-    )
-    from megacode.megatron.model import build_model
-
+    alone = Launch(0, 1, 0, "127.0.0.1", free_port(), "single process")
+    initialize(recipe.parallel, recipe.seed, alone)
     model_chunks = build_model(recipe, tokenizer.vocab_size)
     load_checkpoint(path, model_chunks, None)
     return recipe, tokenizer, model_chunks[0].eval()

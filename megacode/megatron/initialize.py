@@ -1,16 +1,15 @@
-"""Initial weights as a function of (seed, parameter name, shape): the same in every parallel layout and with any padding.
+"""Initial weights as a function of (seed, parameter name, shape): the same in every layout.
 
-Megatron-Core draws from a generator whose state depends on the order of the layers and on the layout. Here each matrix of the
-dense GPT has a generator of its own, the whole unpadded matrix is drawn on the parameter's device, and each rank keeps its
-share; what is padding is zero. CPU and CUDA draw different numbers. Matrices that only pass-through fields bring keep
-Megatron-Core's start.
+Megatron-Core draws from a generator whose state depends on the order of the layers and on the
+layout. Here each matrix of the dense GPT has a generator of its own, the whole unpadded matrix is
+drawn on the parameter's device, and each rank keeps its share; what is padding is zero. CPU and
+CUDA draw different numbers. Matrices that only pass-through fields bring are Megatron-Core's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -21,20 +20,20 @@ from megacode.recipe.schema import Model
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A weight of the whole model: `[parts, rows, columns]` before padding, and where it is cut and padded.
+    """A weight of the whole model: `[parts, rows, columns]` before padding, and how it is cut.
 
     Attributes:
         name: under which its numbers are drawn.
-        parts: matrices stacked in one (gate and up).
+        shape: parts are matrices stacked in one (gate and up).
         split: dimension that tensor parallelism cuts (1 rows, 2 columns), None for none.
-        padded: size of that dimension with padding.
+        stored: size of that dimension with padding.
     """
 
     name: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     std: float
     split: int | None
-    padded: int = 0
+    stored: int = 0
 
 
 def initialize_weights(
@@ -42,46 +41,41 @@ def initialize_weights(
     model: Model,
     seed: int,
     vocab_size: int,
-    ffn_size: int,
-    padded_vocab: int,
+    stored_vocab: int,
+    stored_ffn: int,
 ) -> None:
     """Fill this rank's parameters in place.
 
     Args:
-        names: parameters by their names in the whole model (`gpt.global_parameter_names`).
-        vocab_size: unpadded; `padded_vocab` as stored.
-        ffn_size: as stored.
+        names: parameters by their names in the whole model (`model.global_parameter_names`).
+        vocab_size: unpadded.
+        stored_vocab, stored_ffn: sizes with padding.
     """
-    rank, size = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )
     for name, parameter in names.items():
-        matrix = _matrix(name, tuple(parameter.shape), model, vocab_size, ffn_size, padded_vocab)
+        shape = tuple(parameter.shape)
+        matrix = _matrix(name, shape, model, vocab_size, stored_vocab, stored_ffn)
         if matrix is None:
             continue
-        share = _share(_draw(matrix, model, seed, parameter.device), matrix, rank, size)
+        share = _share(_draw(matrix, model, seed, parameter.device), matrix).reshape(shape)
         with torch.no_grad():
-            parameter.copy_(share.reshape(parameter.shape))
-        if hasattr(
-            parameter, "_high_precision_init_val"
-        ):  # FP8 parameters: master weights start from this one
-            parameter._high_precision_init_val = share.reshape(parameter.shape).cpu()
+            parameter.copy_(share)
+        if hasattr(parameter, "_high_precision_init_val"):
+            # Master weights of FP8 parameters start from this one.
+            parameter._high_precision_init_val = share.cpu()
 
 
 def fill_new_rows(names: dict[str, torch.nn.Parameter], old_vocab: int, vocab_size: int) -> None:
-    """Give rows [old_vocab, vocab_size) of embedding and output layer the mean of the rows before them, each matrix its own.
+    """Give rows [old_vocab, vocab_size) of embedding and output layer the mean of those before.
 
-    For weights of a smaller vocabulary, whose new rows are zeros after loading: with these, a norm's gradient explodes. Sums are
-    float64, so that every layout rounds to the same rows. Collective over tensor-parallel ranks.
+    For weights of a smaller vocabulary, whose new rows are zeros after loading: with these, a
+    norm's gradient explodes. Sums are float64, so that every layout rounds to the same rows.
+    Collective over tensor-parallel ranks.
 
     Args:
-        names: parameters by their names in the whole model (`gpt.global_parameter_names`).
+        names: parameters by their names in the whole model (`model.global_parameter_names`).
     """
-    rank, group = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_group(),
-    )
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    group = parallel_state.get_tensor_model_parallel_group()
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         if (rows := names.get(name)) is None:
             continue
@@ -98,29 +92,28 @@ def _matrix(
     local: tuple[int, ...],
     model: Model,
     vocab_size: int,
-    ffn_size: int,
-    padded_vocab: int,
+    stored_vocab: int,
+    stored_ffn: int,
 ) -> _Matrix | None:
     hidden, inner = model.hidden_size, model.resolved_ffn_size
     attention = model.heads * model.resolved_head_dim
     qkv = attention + 2 * model.resolved_kv_heads * model.resolved_head_dim
     embedding, std = "embedding.word_embeddings.weight", model.resolved_embedding_init_std
     if name == embedding or (name == "output_layer.weight" and model.tie_embeddings):
-        return _Matrix(embedding, (1, vocab_size, hidden), std, 1, padded_vocab)
+        return _Matrix(embedding, (1, vocab_size, hidden), std, 1, stored_vocab)
     if name == "output_layer.weight":
-        return _Matrix(name, (1, vocab_size, hidden), model.head_init_std, 1, padded_vocab)
+        return _Matrix(name, (1, vocab_size, hidden), model.head_init_std, 1, stored_vocab)
     if name == "embedding.position_embeddings.weight":
-        return _Matrix(name, (1, *local), std, None)  # type: ignore[arg-type]
+        return _Matrix(name, (1, *local), std, None)
     if name.endswith(".self_attention.linear_qkv.weight"):
         return _Matrix(name, (1, qkv, hidden), model.hidden_init_std, 1, qkv)
     if name.endswith(".self_attention.linear_proj.weight"):
         return _Matrix(name, (1, hidden, attention), model.residual_init_std, 2, attention)
     if name.endswith(".mlp.linear_fc1.weight"):
-        return _Matrix(
-            name, (2 if model.gated else 1, inner, hidden), model.hidden_init_std, 1, ffn_size
-        )
+        parts = 2 if model.gated else 1
+        return _Matrix(name, (parts, inner, hidden), model.hidden_init_std, 1, stored_ffn)
     if name.endswith(".mlp.linear_fc2.weight"):
-        return _Matrix(name, (1, hidden, inner), model.residual_init_std, 2, ffn_size)
+        return _Matrix(name, (1, hidden, inner), model.residual_init_std, 2, stored_ffn)
     return None
 
 
@@ -135,18 +128,13 @@ def _draw(matrix: _Matrix, model: Model, seed: int, device: torch.device) -> Ten
     return whole.normal_(0.0, std, generator=generator)
 
 
-def _share(whole: Tensor, matrix: _Matrix, rank: int, size: int) -> Tensor:
+def _share(whole: Tensor, matrix: _Matrix) -> Tensor:
     """This tensor-parallel rank's slice of every part, with zeros where it is padding."""
     if matrix.split is None:
         return whole
-    each = matrix.padded // size
-    there = whole.shape[matrix.split]
-    first, last = min(rank * each, there), min((rank + 1) * each, there)
-    share = whole.narrow(matrix.split, first, last - first)
-    if last - first == each:
-        return share
-    shape: list[Any] = list(whole.shape)
-    shape[matrix.split] = each
-    out = whole.new_zeros(shape)
-    out.narrow(matrix.split, 0, last - first).copy_(share)
-    return out
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    each, there = matrix.stored // size, whole.shape[matrix.split]
+    first = min(parallel_state.get_tensor_model_parallel_rank() * each, there)
+    share = whole.narrow(matrix.split, first, min(each, there - first))
+    missing = each - share.shape[matrix.split]
+    return torch.nn.functional.pad(share, (0, 0, 0, missing) if matrix.split == 1 else (0, missing))

@@ -30,16 +30,11 @@ from megacode.evaluate.validation import Validation, validate
 from megacode.megatron.checkpoint import Checkpointer, load_checkpoint
 from megacode.megatron.config import megatron_config
 from megacode.megatron.distributed import initialize, read_launch, seed_step, shutdown
-from megacode.megatron.hardware import detect
+from megacode.megatron.hardware import detect, userbuffers
 from megacode.megatron.initialize import fill_new_rows
 from megacode.megatron.model import build_model, global_parameter_names
-from megacode.megatron.optimizer import (
-    adam_of,
-    build_optimizer,
-    reset_optimizer_state,
-    set_lr,
-    wrap_data_parallel,
-)
+from megacode.megatron.optimizer import adam_of, build_optimizer, set_lr, wrap_data_parallel
+from megacode.megatron.optimizer_state import reset_optimizer_state
 from megacode.megatron.step import (
     forward_backward,
     gathered_weights,
@@ -47,7 +42,6 @@ from megacode.megatron.step import (
     train_step,
     without_fp8,
 )
-from megacode.megatron.userbuffers import userbuffers
 from megacode.plan.fingerprint import fingerprint
 from megacode.plan.plan import Plan
 from megacode.recipe.checks import check_layout

@@ -69,8 +69,9 @@ def under_local_layers(function, *arguments):
 
 def copy_weights(source, target, folder: str) -> None:
     """Through a checkpoint, as a run made with one kind of layers continues with the other."""
-    from megacode.megatron.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
+    from megacode.megatron.checkpoint import Checkpointer, load_checkpoint
     from megacode.recipe.schema import Checkpoints
+    from megacode.run.checkpoints import find_checkpoint
 
     Checkpointer(Path(folder), Checkpoints(asynchronous=False)).save(0, source, None, {}, "")
     load_checkpoint(find_checkpoint(folder), target, None)

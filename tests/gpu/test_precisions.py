@@ -38,9 +38,10 @@ def logits(
     world, models: dict[str, Model], precision: Precision, folder: str
 ) -> dict[str, np.ndarray]:
     """`[2, LENGTH, VOCAB]` of every model, from the checkpoints in `folder`, or from its first weights, which go there."""
-    from megacode.megatron.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
+    from megacode.megatron.checkpoint import Checkpointer, load_checkpoint
     from megacode.megatron.model import build_model
     from megacode.recipe.schema import Checkpoints
+    from megacode.run.checkpoints import find_checkpoint
 
     torch.backends.cuda.matmul.allow_tf32 = False
     tokens = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1)).to(

@@ -115,10 +115,11 @@ def losses_by_sample(world, folder: str) -> tuple[list[float], list[float], list
     """Loss sums and label counts of four samples, over all context-parallel ranks, from the checkpoint in `folder` (made where
     there is none); and the sums once more with the first half of every sample changed."""
     from megacode.data.batch import make_batch
-    from megacode.megatron.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
+    from megacode.megatron.checkpoint import Checkpointer, load_checkpoint
     from megacode.megatron.model import build_model
     from megacode.megatron.step import forward_backward
     from megacode.recipe.schema import Checkpoints
+    from megacode.run.checkpoints import find_checkpoint
 
     strong = Model(
         layers=2, hidden_size=128, heads=4, kv_heads=2, init_std=0.2

@@ -56,11 +56,12 @@ def losses(world, folder: str, distributed: bool, compute: str) -> dict[str, lis
     from megatron.core.optimizer import distrib_optimizer
 
     from megacode.data.batch import make_batch
-    from megacode.megatron.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
+    from megacode.megatron.checkpoint import Checkpointer, load_checkpoint
     from megacode.megatron.config import megatron_config
     from megacode.megatron.model import build_model
     from megacode.megatron.optimizer import adam_of, build_optimizer, set_lr, wrap_data_parallel
     from megacode.megatron.step import prepare_model_for_training, train_step
+    from megacode.run.checkpoints import find_checkpoint
 
     recipe = small().model_copy(
         update={
@@ -126,7 +127,7 @@ def test_a_run_goes_on_with_another_adam(distributed: bool, compute: str, tmp_pa
 
 
 def test_a_checkpoint_of_other_groups_is_refused_with_the_keys() -> None:
-    from megacode.megatron.optimizer import other_multipliers
+    from megacode.megatron.optimizer_state import other_multipliers
 
     def groups(*pairs: tuple[float, float]) -> list[dict[str, float]]:
         return [{"lr_mult": rate, "wd_mult": decay} for rate, decay in pairs]

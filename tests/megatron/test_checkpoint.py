@@ -94,13 +94,13 @@ def test_what_is_written_can_be_read_by_everyone(tmp_path: Path) -> None:
     """16-bit weights for FP8 ones, whole master weights for remainders; what a load asks for is left as it is."""
     body = """
 from types import SimpleNamespace as Of
-from megacode.megatron import checkpoint
-from megacode.megatron.master_weights import split
+from megacode.megatron import checkpoint, workarounds
+from megacode.megatron.optimizer_state import split
 fp8, plain, masters = torch.ones(2), torch.ones(2), torch.randn(4)
 weight, remainder = split(masters)
-checkpoint._metadata = dict
-checkpoint.is_float8tensor = lambda tensor: tensor is fp8
-checkpoint.dequantize_fp8_tensor = lambda tensor: 2 * tensor
+checkpoint._format, checkpoint._data_parallel_group = dict, lambda: None
+workarounds.is_float8tensor = lambda tensor: tensor is fp8
+workarounds.dequantize_fp8_tensor = lambda tensor: 2 * tensor
 for loading in (False, True):
     model = {"a": Of(data=fp8), "b": {"c": Of(data=plain)}, "d": 3}
     kept = {"param_state": {0: {"param": Of(data=remainder.float())}}}

@@ -180,7 +180,7 @@ def test_what_a_key_changes_and_nothing_else(case: str, all_handed: dict) -> Non
 
 
 def test_userbuffers_have_the_shape_of_a_micro_batch() -> None:
-    from megacode.megatron.userbuffers import arguments
+    from megacode.megatron.hardware import userbuffer_arguments as arguments
 
     class Modes:
         FP8, NONE = "fp8", "none"

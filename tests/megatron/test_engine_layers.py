@@ -19,9 +19,10 @@ from tests.processes import run_on
 def loaded_into_engine_modules(world, folder: str) -> tuple[list[bool], list[object], str]:
     """A checkpoint of local layers, loaded where norms keep an `_extra_state` as Transformer Engine's do: are the weights
     there, which states were set; and what is said where a weight is missing."""
-    from megacode.megatron.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
+    from megacode.megatron.checkpoint import Checkpointer, load_checkpoint
     from megacode.megatron.model import build_model
     from megacode.recipe.schema import Checkpoints
+    from megacode.run.checkpoints import find_checkpoint
 
     given: list[object] = []
 
@@ -66,7 +67,7 @@ def losses(world) -> tuple[list[bool], np.ndarray, np.ndarray]:
     from megatron.core import tensor_parallel
     from megatron.core.extensions import transformer_engine
 
-    from megacode.megatron import loss
+    from megacode.megatron import workarounds
 
     capturable = []
 
@@ -82,8 +83,8 @@ def losses(world) -> tuple[list[bool], np.ndarray, np.ndarray]:
     model = SimpleNamespace(config=config, pg_collection=SimpleNamespace(tp=None))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer_engine, "te_parallel_cross_entropy", stand_in)
-        patch.setattr(loss, "is_te_min_version", lambda version: True)
-        fused = loss.Gpt.compute_language_model_loss(model, labels, logits)  # type: ignore[arg-type]
+        patch.setattr(workarounds, "is_te_min_version", lambda version: True)
+        fused = workarounds.Gpt.compute_language_model_loss(model, labels, logits)  # type: ignore[arg-type]
     return capturable, fused.numpy(), plain.numpy()
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megacode.megatron.mup import rate_multiplier
-from megacode.megatron.optimizer import multipliers
+from megacode.megatron.optimizer import multipliers, mup_multiplier
 from megacode.recipe.schema import Model, Mup, Parallel
 from tests.megatron.test_initialize import CRYSTAL, VOCAB, recipe
 from tests.processes import run_on
@@ -131,4 +130,4 @@ def test_rates_by_role() -> None:
         0.0,
     )
     plain = Model(layers=1, hidden_size=64, heads=4)
-    assert rate_multiplier(plain, layer + "mlp.linear_fc1.weight", matrix) == 1.0
+    assert mup_multiplier(plain, layer + "mlp.linear_fc1.weight", matrix) == 1.0

@@ -64,7 +64,7 @@ def losses_by_position(world, reset: bool) -> tuple[torch.Tensor, torch.Tensor]:
                 windows(change), np.zeros(2, np.int32), np.arange(2), eod_id=EOD, reset_at_eod=reset
             )
             batch = to_device(rows, world.device)
-            out.append(chunk(batch.tokens, batch.positions, batch.mask, labels=batch.labels))
+            out.append(chunk(batch.tokens, batch.position_ids, batch.mask, labels=batch.labels))
     return out[0], out[1]
 
 
@@ -80,13 +80,8 @@ def sums_and_updates(world, recipe: Recipe) -> dict:
     from megacode.data.batch import make_batch
     from megacode.megatron.config import megatron_config
     from megacode.megatron.model import build_model, global_parameter_names
-    from megacode.megatron.optimizer import (
-        build_optimizer,
-        inner_optimizers,
-        reset_optimizer_state,
-        set_lr,
-        wrap_data_parallel,
-    )
+    from megacode.megatron.optimizer import build_optimizer, set_lr, wrap_data_parallel
+    from megacode.megatron.optimizer_state import inner_optimizers, reset_optimizer_state
     from megacode.megatron.step import prepare_model_for_training, train_step
 
     torch.manual_seed(0)
@@ -208,7 +203,7 @@ def own_slices(world) -> tuple[list[int], list[int]]:
     batch = to_device(make_batch(rows, np.zeros(2, np.int32), np.arange(2)), world.device)
     own = this_context_rank(batch, world)
     assert (own.tokens + 1 == own.labels).all() and own.loss_mask.shape == own.tokens.shape
-    return own.tokens[1].tolist(), own.positions[1].tolist()
+    return own.tokens[1].tolist(), own.position_ids[1].tolist()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on gloo")
@@ -314,12 +309,12 @@ def test_a_comparison_computes_without_fp8_and_the_step_with_it() -> None:
 
 
 def test_what_is_not_training_runs_without_recorded_graphs() -> None:
-    from megacode.megatron.step import _without_graphs
+    from megacode.megatron.workarounds import without_graphs
 
     chunk = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     graphs = torch.nn.Identity()
     chunk[0].cudagraph_manager = graphs  # as Megatron-Core gives one to every layer
-    with _without_graphs([chunk]):
+    with without_graphs([chunk]):
         assert not hasattr(chunk[0], "cudagraph_manager")
     assert chunk[0].cudagraph_manager is graphs and not hasattr(chunk[1], "cudagraph_manager")
 

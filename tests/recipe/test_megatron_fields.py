@@ -95,10 +95,12 @@ def test_the_table_is_that_of_the_pinned_version():
 
 def test_names_of_dtypes_reach_megatron_core_as_dtypes():
     torch = pytest.importorskip("torch")
-    from megacode.megatron.optimizer import _with_dtypes
+    from megatron.core.optimizer import OptimizerConfig
+
+    from megacode.megatron.config import with_types
 
     given = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "fp8", "loss_scale": 1.0}
-    assert _with_dtypes(given) == {
+    assert with_types(OptimizerConfig, given) == {
         "exp_avg_dtype": torch.bfloat16,
         "exp_avg_sq_dtype": torch.uint8,
         "loss_scale": 1.0,

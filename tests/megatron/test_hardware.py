@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megacode.megatron.cuda import cuda_environment
+from megacode.megatron.hardware import cuda_environment
 from megacode.recipe.schema import Parallel
 
 HOPPER, BLACKWELL = (9, 0), (10, 0)

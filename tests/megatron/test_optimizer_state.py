@@ -6,7 +6,12 @@ from types import SimpleNamespace
 
 import torch
 
-from megacode.megatron.master_weights import join, make_remainders, make_whole, split
+from megacode.megatron.optimizer_state import (
+    _masters_to_remainders,
+    join,
+    remainders_to_masters,
+    split,
+)
 
 
 def test_a_master_weight_is_the_nearest_weight_and_a_remainder() -> None:
@@ -38,14 +43,14 @@ def test_checkpoints_hold_masters_and_runs_remainders() -> None:
         buffers=[SimpleNamespace(param_index_map={weight: None})],
     )
     written = {"param_state": {0: {"param": SimpleNamespace(data=remainder.float())}}}
-    make_whole(lean, written)
+    remainders_to_masters(lean, written)
     assert torch.equal(written["param_state"][0]["param"].data, masters)
 
     read, expected = {"param_state": {0: {"param": masters.clone()}}}, weight.clone()
     weight.zero_()
-    make_remainders(lean, read)
+    _masters_to_remainders(lean, read)
     assert torch.equal(read["param_state"][0]["param"], remainder) and torch.equal(weight, expected)
 
     lean.optimizer.store_param_remainders = False
-    make_whole(lean, written)
+    remainders_to_masters(lean, written)
     assert torch.equal(written["param_state"][0]["param"].data, masters)

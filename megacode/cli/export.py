@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megacode.errors import UserError
 
 if TYPE_CHECKING:
-    from megacode.convert.complete_export import Wanted
+    from megacode.convert.export import Wanted
 
 EXAMPLE = """examples:
   megacode export runs/crystal-tiny exported              # the latest checkpoint, in the family that fits
@@ -50,8 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megacode.cli.preprocess import parse_size
-    from megacode.convert.complete_export import Wanted, complete_export
-    from megacode.convert.export import ExportSource, total_bytes
+    from megacode.convert.export import ExportSource, Wanted, export
     from megacode.convert.revisions import check_replaceable
     from megacode.terminal import progress_bar
 
@@ -68,12 +67,12 @@ def run(args: argparse.Namespace) -> int:
     check_replaceable(output)
     source = ExportSource.open(args.checkpoint)
     family, dtype = wanted.family_of(source), wanted.dtype_of(source)
-    total = total_bytes(source, family, dtype)
+    total = wanted.nbytes(source)
     with (
         progress_bar(f"{source.checkpoint.name} -> {family.name}", total) as on_bytes,
         _replaced(output),
     ):
-        notes = complete_export(source, output, wanted, on_bytes)
+        notes = export(source, output, wanted, on_bytes)
     print(
         f"{args.output}: {family.architecture}, {str(dtype).removeprefix('torch.')}, step {source.info['step']:,}"
     )

@@ -1,7 +1,9 @@
 """Checkpoint <-> Hugging Face.
 
-1. `families` has a file for each: which models fit (`family`), the config both ways, names and layout of weights (`layout`).
-2. Out: `checkpoint_reader` -> `export` -> `safetensors_files`; `tokenizer_files` and `kept` add what else belongs to a model;
-   `complete_export` puts it together, `revisions` does so for every checkpoint of a run.
+1. `families` has a file for each: which models fit (`family`), the config both ways
+   (`config_keys`), names and layout of weights (`layout`).
+2. Out: `export` reads a checkpoint (`checkpoint_reader`) and writes weights (`safetensors_files`),
+   tokenizer files (`tokenizer_files`, `kept`) and the model card (`card`); `revisions` does so for
+   every checkpoint of a run.
 3. In: `importing` -> `checkpoint_writer`.
 """

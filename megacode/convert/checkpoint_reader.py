@@ -1,15 +1,19 @@
-"""Tensors out of a Megatron-Core distributed checkpoint, one at a time, without a model, a GPU or process groups.
+"""Tensors out of a Megatron-Core distributed checkpoint, without a model, a GPU or process groups.
 
-A checkpoint folder holds `.metadata` (a pickle of torch.distributed.checkpoint's own classes: which chunk of which tensor lies
-where) and `.distcp` files in which every chunk is a tensor as torch.save writes it. A chunk is read by its own bytes only.
+A checkpoint folder holds `.metadata` (a pickle of torch.distributed.checkpoint's classes: which
+chunk of which tensor lies where) and `.distcp` files, in which every chunk is a tensor as
+torch.save writes it. Chunks are mapped into memory one at a time; nothing else of a file is read.
 """
 
 from __future__ import annotations
 
 import io
+import math
+import mmap
 import pickle
 import struct
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,182 +30,128 @@ _EXPECTED = "give a checkpoint that was written whole"
 
 @dataclass(frozen=True)
 class CheckpointReader:
-    """An open checkpoint."""
+    """An open checkpoint.
+
+    Attributes:
+        metadata: torch.distributed.checkpoint.metadata.Metadata.
+        places: (name, offsets of the chunk) -> where it lies.
+    """
 
     folder: Path
-    metadata: Any  # torch.distributed.checkpoint.metadata.Metadata
+    metadata: Any
     places: dict[tuple[str, tuple[int, ...]], Any]
-    """(name, offsets of the chunk) -> where it lies."""
 
     @classmethod
     def open(cls, folder: Path) -> CheckpointReader:
-        """UserError: there is no readable checkpoint of Megatron-Core's distributed format; see `read_index`."""
+        """UserError: the folder has no readable checkpoint; see `read_index`."""
         metadata = read_index(folder)
-        places = {
-            (index.fqn, tuple(index.offset or ())): place
-            for index, place in metadata.storage_data.items()
-        }
+        storage = metadata.storage_data.items()
+        places = {(index.fqn, tuple(index.offset or ())): place for index, place in storage}
         return cls(folder, metadata, places)
 
-    def _stored(self, key: str, layer: int | None) -> tuple[str, int | None]:
-        """Name and place in the stack; a checkpoint of layers that differ numbers them in the name instead."""
+    def _stored(self, key: str, layer: int | None) -> tuple[str, Any, int | None]:
+        """Name, description and place in the stack.
+
+        A checkpoint of layers that differ numbers them in the name, and has no stack.
+        """
         tensors = self.metadata.state_dict_metadata
         if key in tensors:
-            return key, layer
+            return key, tensors[key], layer
         numbered = f"{LAYER}{layer}.{key.removeprefix(LAYER)}"
         if numbered in tensors:
-            return numbered, None
+            return numbered, tensors[numbered], None
         raise UserError(f"{self.folder}: holds no {key}; its recipe.yaml describes another model")
 
     def shape(self, key: str, layer: int | None = None) -> tuple[int, ...]:
         """As stored, padding included; of one layer."""
-        name, layer = self._stored(key, layer)
-        size = tuple(self.metadata.state_dict_metadata[name].size)
-        return size if layer is None else size[1:]
-
-    def has(self, key: str) -> bool:
-        return key in self.metadata.state_dict_metadata
+        _, stored, layer = self._stored(key, layer)
+        return tuple(stored.size if layer is None else stored.size[1:])
 
     def dtype(self, key: str, layer: int | None = None) -> torch.dtype:
-        return self.metadata.state_dict_metadata[self._stored(key, layer)[0]].properties.dtype
+        return self._stored(key, layer)[1].properties.dtype
 
-    def tensor(self, key: str, layer: int | None = None, scratch: Scratch | None = None) -> Tensor:
-        """The whole tensor, or one layer's of a stack; holds it once and a chunk of it besides.
-
-        Args:
-            scratch: memory to read into; what was read into it before is gone then.
+    def tensor(self, key: str, layer: int | None = None) -> Tensor:
+        """The whole tensor, or one layer's of a stack; mapped where it lies in one chunk.
 
         Raises:
             UserError: a chunk is damaged, cut short or missing.
         """
-        name, layer = self._stored(key, layer)
-        stored = self.metadata.state_dict_metadata[name]
-        size = tuple(stored.size)
-        wanted = [
-            c
-            for c in stored.chunks
-            if layer is None or c.offsets[0] <= layer < c.offsets[0] + c.sizes[0]
-        ]
-        if len(wanted) == 1 and tuple(wanted[0].sizes) == (
-            size if layer is None else (1, *size[1:])
-        ):
-            whole = self._chunk(name, wanted[0], stored.properties.dtype, scratch)
-            return whole if layer is None else whole[0]
-        out = torch.empty(size if layer is None else size[1:], dtype=stored.properties.dtype)
-        filled = 0
-        for chunk in wanted:
-            offsets, sizes, part = (
-                list(chunk.offsets),
-                list(chunk.sizes),
-                self._chunk(name, chunk, stored.properties.dtype, scratch),
-            )
-            if layer is not None:
-                part, offsets, sizes = part[layer - offsets[0]], offsets[1:], sizes[1:]
-            out[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] = part
-            filled += part.numel()
-        if filled != out.numel():
+        name, stored, layer = self._stored(key, layer)
+        size = torch.Size(stored.size if layer is None else stored.size[1:])
+        parts: list[tuple[Sequence[int], Tensor]] = []
+        for chunk in stored.chunks:
+            if layer is None:
+                parts.append((chunk.offsets, self._chunk(name, chunk, stored.properties.dtype)))
+            elif 0 <= (at := layer - chunk.offsets[0]) < chunk.sizes[0]:
+                part = self._chunk(name, chunk, stored.properties.dtype)[at]
+                parts.append((chunk.offsets[1:], part))
+        if len(parts) == 1 and parts[0][1].shape == size:
+            return parts[0][1]
+        filled = sum(part.numel() for _, part in parts)
+        if filled != size.numel():
             raise UserError(
-                f"{self.folder}: {name} is not whole ({filled:,} of {out.numel():,} numbers); {_EXPECTED}"
+                f"{self.folder}: {name} is not whole "
+                f"({filled:,} of {size.numel():,} numbers); {_EXPECTED}"
             )
+        out = torch.empty(size, dtype=stored.properties.dtype)
+        for offsets, part in parts:
+            out[tuple(slice(o, o + s) for o, s in zip(offsets, part.shape, strict=True))] = part
         return out
 
-    def _chunk(self, name: str, chunk: Any, dtype: torch.dtype, scratch: Scratch | None) -> Tensor:
+    def _chunk(self, name: str, chunk: Any, dtype: torch.dtype) -> Tensor:
         place = self.places[name, tuple(chunk.offsets)]
         path = self.folder / place.relative_path
+        begin = place.offset % mmap.ALLOCATIONGRANULARITY
         try:
             with open(path, "rb") as file:
-                part = _Part(file, place.offset, place.length)
-                tensor = _numbers(part, torch.Size(chunk.sizes), dtype, scratch or Scratch())
-                if tensor is None:
-                    part.seek(0)
-                    tensor = torch.load(
-                        io.BufferedReader(part), map_location="cpu", weights_only=True
-                    )
+                data = mmap.mmap(
+                    file.fileno(), begin + place.length, offset=place.offset - begin,
+                    access=mmap.ACCESS_COPY,  # torch warns of memory that is read-only
+                )  # fmt: skip
+            tensor = _mapped(data, chunk.sizes, dtype)
+            if tensor is None:
+                tensor = torch.load(io.BytesIO(data[begin:]), map_location="cpu", weights_only=True)
         except (
-            OSError,
-            RuntimeError,
-            pickle.UnpicklingError,
-            EOFError,
-            ValueError,
-            zipfile.BadZipFile,
+            *(OSError, EOFError, RuntimeError, ValueError, struct.error),
+            *(pickle.UnpicklingError, zipfile.BadZipFile),
         ) as error:
             raise UserError(
                 f"{path}: {name} cannot be read, the file is damaged or cut short; {_EXPECTED}"
             ) from error
-        if tuple(tensor.shape) != tuple(chunk.sizes):
+        if tensor.shape != chunk.sizes:
             raise UserError(
-                f"{path}: {name} has shape {tuple(tensor.shape)} instead of {tuple(chunk.sizes)}; {_EXPECTED}"
+                f"{path}: {name} has shape {tuple(tensor.shape)} instead of {tuple(chunk.sizes)}; "
+                f"{_EXPECTED}"
             )
         return tensor
 
 
-class Scratch:
-    """Memory that is used again: on many machines fresh memory costs as much as a copy into it."""
+def _mapped(data: mmap.mmap, sizes: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    """The tensor of the torch.save archive at the end of `data`, where its numbers lie.
 
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def of(self, size: int) -> Tensor:
-        """uint8 `[size]`; the same memory as last time."""
-        if self._bytes.numel() < size:
-            self._bytes = torch.empty(size, dtype=torch.uint8)
-        return self._bytes[:size]
-
-
-def _numbers(part: _Part, sizes: torch.Size, dtype: torch.dtype, scratch: Scratch) -> Tensor | None:
-    """The tensor of a torch.save archive (a zip file without compression), read straight into `scratch`; None where its
-    numbers are not simply all there in order, as of a slice."""
-    with zipfile.ZipFile(part) as archive:
-        found = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
-        order = [entry for entry in archive.infolist() if entry.filename.endswith("/byteorder")]
-        if (
-            len(found) != 1
-            or found[0].compress_type
-            or found[0].file_size != sizes.numel() * dtype.itemsize
-        ):
+    Such an archive is a zip file without compression. None where the numbers are not all there in
+    order, as of a slice.
+    """
+    seekable: Any = data
+    with zipfile.ZipFile(seekable) as archive:
+        entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
+    numbers, count = entries.get("data/0"), math.prod(sizes)
+    if not numbers or not count or "data/1" in entries:
+        return None
+    if numbers.compress_type or numbers.file_size != count * dtype.itemsize:
+        return None
+    if "byteorder" in entries:
+        begin = _begin(data, entries["byteorder"])
+        if data[begin : begin + entries["byteorder"].file_size] != b"little":
             return None
-        if any(archive.read(entry) != b"little" for entry in order):
-            return None
-    # A local header: 30 bytes, of which the last four are the lengths of the name and of what else follows.
-    part.seek(found[0].header_offset + 26)
-    name, more = struct.unpack("<HH", part.read(4))
-    part.seek(name + more, io.SEEK_CUR)
-    data = scratch.of(found[0].file_size)
-    if part.readinto(data.numpy().data) != found[0].file_size:
-        raise EOFError
-    return data.view(dtype).view(sizes) if data.numel() else torch.empty(sizes, dtype=dtype)
+    begin = _begin(data, numbers)
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=begin).view(sizes)
 
 
-class _Part(io.RawIOBase):
-    """`length` bytes of a file, from `offset` on, as a file of its own."""
+def _begin(data: mmap.mmap, entry: zipfile.ZipInfo) -> int:
+    """Where an entry's content begins.
 
-    def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
-        self._file: Any = file.raw
-        self._offset, self._length, self._at = offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
-        self._at = (
-            position + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        )
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: max(self._length - self._at, 0)]
-        done = 0
-        self._file.seek(self._offset + self._at)
-        while done < len(view):
-            count = self._file.readinto(view[done:])
-            if not count:
-                break
-            done += count
-        self._at += done
-        return done
+    Its local header has 30 bytes, the last four with the lengths of the name and of further fields.
+    """
+    name, further = struct.unpack_from("<HH", data, entry.header_offset + 26)
+    return entry.header_offset + 30 + name + further

@@ -104,7 +104,7 @@ class Found:
             slot.key: slot.names[0] for slot in self.family.slots(untied) if slot.layer is None
         }
         head, embedding = by_key.get(OUTPUT, ""), by_key[EMBEDDING]
-        if not (self.weights.has(head) and self.weights.has(embedding)):
+        if not {head, embedding} <= self.weights.files.keys():
             return self
         if torch.equal(self.weights.tensor(head).float(), self.weights.tensor(embedding).float()):
             return self
@@ -155,9 +155,9 @@ class Found:
 
         UserError: some have a type that is none of weights to go on with, such as quantized ones.
         """
-        sizes, held = self.weights.sizes(), dict.fromkeys(TYPES, 0)
-        for name in sorted({name for slot in self.slots() for name in slot.names} & sizes.keys()):
-            kind, count = sizes[name]
+        kinds, held = self.weights.kinds(), dict.fromkeys(TYPES, 0)
+        for name in sorted({name for slot in self.slots() for name in slot.names} & kinds.keys()):
+            kind, count = kinds[name]
             if kind not in TYPES:
                 raise UserError(
                     f"{self.folder}: {name} is of type {kind}, and only fp32, bf16 and fp16 can be imported; save the "

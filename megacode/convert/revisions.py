@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megacode.convert.complete_export import Wanted, complete_export
-from megacode.convert.export import ExportSource, total_bytes
+from megacode.convert.export import ExportSource, Wanted, export
 from megacode.errors import UserError
 from megacode.recipe.load import load_recipe
 from megacode.run.checkpoints import INFO, complete_checkpoints
@@ -137,10 +136,7 @@ def export_all(
             tell(outcomes[-1])
         else:
             to_do.append((revision, source, about, reason, place))
-    total = sum(
-        total_bytes(source, wanted.family_of(source), wanted.dtype_of(source))
-        for _, source, *_ in to_do
-    )
+    total = sum(wanted.nbytes(source) for _, source, *_ in to_do)
     with (progress or progress_bar)(
         f"{run.name}: {len(to_do)} of {len(named)} checkpoints", total
     ) as on_bytes:
@@ -151,7 +147,7 @@ def export_all(
                 (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
                 (folder / SUMS).write_text(_sums(folder), encoding="utf-8")
 
-            notes = complete_export(source, place, wanted, on_bytes, seal)
+            notes = export(source, place, wanted, on_bytes, seal)
             outcomes.append(Outcome(revision, reason, notes))
             tell(outcomes[-1])
     return sorted(outcomes, key=lambda outcome: outcome.revision.step)

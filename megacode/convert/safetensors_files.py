@@ -1,8 +1,9 @@
 """Safetensors files, written and read one tensor at a time.
 
-The format (github.com/huggingface/safetensors): 8 bytes of header length, a JSON header with type, shape and place of every
-tensor, then the tensors. Names, types and shapes are known before the first tensor is, so files are written from front to end
-and nothing is held; the library itself writes whole dictionaries only.
+The format (github.com/huggingface/safetensors): 8 bytes of header length, a JSON header with type,
+shape and place of every tensor, then the tensors. Names, types and shapes are known before the
+first tensor is, so files are written from front to end and nothing is held; the library itself
+writes whole dictionaries only.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megacode.convert.checkpoint_reader import Scratch
 from megacode.errors import UserError
 from megacode.files import inside
 
@@ -34,29 +34,38 @@ class Planned:
 
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
 
-    def nbytes(self, dtype: torch.dtype) -> int:
-        return torch.Size(self.shape).numel() * dtype.itemsize
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+Group = Sequence[Planned]
+"""Tensors that are read together."""
 
 
 def write_files(
-    folder: Path, groups: Sequence[Sequence[Planned]], read: Callable[[int], Sequence[Tensor]], dtype: torch.dtype,
-    shard_bytes: int, on_bytes: Callable[[int], None],
-) -> None:  # fmt: skip
-    """Write groups of tensors into as many files as it takes, and the index where there is more than one.
+    folder: Path,
+    groups: Sequence[Group],
+    read: Callable[[int], Sequence[Tensor]],
+    shard_bytes: int,
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Write groups of tensors into as many files as it takes, and the index where there are more.
 
     Args:
-        groups: tensors that come together, in the order of writing.
-        read: the tensors of a group by its number, converted to `dtype` here.
+        groups: in the order of writing.
+        read: the tensors of a group by its number, of the planned shapes; they are converted here.
         on_bytes: told how much has been written.
 
     Raises:
-        UserError: a tensor does not have the planned shape, or has a number that `dtype` cannot hold.
+        UserError: a tensor has a number that its type cannot hold.
     """
     shards: list[list[int]] = [[]]
     held = 0
     for number, group in enumerate(groups):
-        size = sum(planned.nbytes(dtype) for planned in group)
+        size = _size(group)
         if shards[-1] and held + size > shard_bytes:
             shards.append([])
             held = 0
@@ -64,77 +73,78 @@ def write_files(
         held += size
     weight_map: dict[str, str] = {}
     for place, numbers in enumerate(shards, 1):
-        name = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{place:05d}-of-{len(shards):05d}.safetensors"
-        )
-        weight_map |= {planned.name: name for number in numbers for planned in groups[number]}
-        _write_one(folder / name, [(groups[n], n) for n in numbers], read, dtype, on_bytes)
+        name = f"model-{place:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) == 1:
+            name = "model.safetensors"
+        shard = {number: groups[number] for number in numbers}
+        _write_one(folder / name, shard, read, on_bytes)
+        weight_map |= {planned.name: name for group in shard.values() for planned in group}
     if len(shards) > 1:
-        total = sum(planned.nbytes(dtype) for group in groups for planned in group)
+        total = sum(map(_size, groups))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _size(group: Group) -> int:
+    return sum(planned.nbytes for planned in group)
+
+
 def _write_one(
-    path: Path, groups: Sequence[tuple[Sequence[Planned], int]], read: Callable[[int], Sequence[Tensor]],
-    dtype: torch.dtype, on_bytes: Callable[[int], None],
-) -> None:  # fmt: skip
+    path: Path,
+    groups: dict[int, Group],
+    read: Callable[[int], Sequence[Tensor]],
+    on_bytes: Callable[[int], None],
+) -> None:
+    """A file of the groups with these numbers."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for group, _ in groups:
-        for planned in group:
-            start, end = end, end + planned.nbytes(dtype)
-            header[planned.name] = {
-                "dtype": _NAMES[dtype],
-                "shape": list(planned.shape),
-                "data_offsets": [start, end],
-            }
+    for planned in (planned for group in groups.values() for planned in group):
+        start, end = end, end + planned.nbytes
+        header[planned.name] = {
+            "dtype": _NAMES[planned.dtype],
+            "shape": list(planned.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb", buffering=0) as file:
+    # One buffer is filled by a thread while the other is written. Fresh memory for each group would
+    # cost as much as the copy into it.
+    largest = max(map(_size, groups.values()))
+    buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(min(2, len(groups)))]
+    jobs = list(groups.items())
+
+    def fill(at: int) -> memoryview:
+        number, group = jobs[at]
+        return _fill(buffers[at % 2], group, read(number))
+
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as pool:
         file.write(len(text).to_bytes(8, "little") + text)
-        buffers = [Scratch(), Scratch()]  # one is filled while the other is written
-
-        def make(at: int) -> list[memoryview]:
-            return _bytes_of(*groups[at], read, dtype, buffers[at % 2])
-
-        for data in _one_ahead(make, len(groups)):
-            for tensor in data:
-                done = 0
-                while done < len(tensor):
-                    done += file.write(tensor[done : done + (1 << 26)])
-                on_bytes(len(tensor))
+        coming = pool.submit(fill, 0)
+        for following in range(1, len(jobs) + 1):
+            data = coming.result()
+            if following < len(jobs):
+                coming = pool.submit(fill, following)
+            file.write(data)
+            on_bytes(len(data))
 
 
-def _bytes_of(
-    group: Sequence[Planned],
-    number: int,
-    read: Callable[[int], Sequence[Tensor]],
-    dtype: torch.dtype,
-    buffer: Scratch,
-) -> list[memoryview]:
-    """A group's tensors as they stand in a file, in `buffer`."""
-    parts = buffer.of(sum(planned.nbytes(dtype) for planned in group)).split(
-        [p.nbytes(dtype) for p in group]
-    )
-    for planned, tensor, part in zip(group, read(number), parts, strict=True):
-        if tuple(tensor.shape) != planned.shape:
-            raise UserError(
-                f"{planned.name}: has shape {tuple(tensor.shape)} in the checkpoint and {planned.shape} by its recipe"
-            )
-        written = part.view(dtype).view(planned.shape)
+def _fill(buffer: Tensor, group: Group, tensors: Sequence[Tensor]) -> memoryview:
+    """A group's tensors, converted, one behind the other in `buffer`: their bytes in the file."""
+    end = 0
+    for planned, tensor in zip(group, tensors, strict=True):
+        start, end = end, end + planned.nbytes
+        written = buffer[start:end].view(planned.dtype).view(planned.shape)
         _copy(tensor, written)
         if overflows(tensor, written):
             raise UserError(
-                f"{planned.name}: has numbers beyond 65,504, the largest of fp16; give --dtype bf16 or fp32"
+                f"{planned.name}: has numbers beyond 65,504, the largest of fp16; "
+                "give --dtype bf16 or fp32"
             )
-    return [part.numpy().data for part in parts]
+    return buffer[:end].numpy().data
 
 
 def _copy(tensor: Tensor, out: Tensor) -> None:
-    """`out.copy_(tensor)`; a transposed matrix in strips that fit the caches, which is several times faster."""
+    """`out.copy_(tensor)`; a transposed matrix in strips that fit the caches, several times faster."""
     if tensor.ndim == 2 and tensor.stride(0) == 1:
         for begin in range(0, tensor.shape[1], 256):
             out[:, begin : begin + 256].copy_(tensor[:, begin : begin + 256])
@@ -143,24 +153,13 @@ def _copy(tensor: Tensor, out: Tensor) -> None:
 
 
 def overflows(before: Tensor, after: Tensor) -> bool:
-    """Whether numbers became infinite in going to the type of `after`; only fp16 is so narrow."""
+    """Whether numbers became infinite in the type of `after`; only fp16 is so narrow."""
     if after.dtype != torch.float16 or before.dtype == torch.float16 or not after.isinf().any():
         return False
     return bool((after.isinf() & before.isfinite()).any())
 
 
-def _one_ahead(make: Callable[[int], list[memoryview]], count: int) -> Iterator[list[memoryview]]:
-    """`make(0)`, `make(1)` ...: each is made by a thread while the one before it is used (and not later)."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(make, 0) if count else None
-        for number in range(count):
-            assert coming is not None
-            made = coming.result()
-            coming = pool.submit(make, number + 1) if number + 1 < count else None
-            yield made
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
+# ----------------------------------------------------------------------------------------- reading
 
 
 @dataclass(frozen=True)
@@ -169,92 +168,86 @@ class HuggingFaceWeights:
 
     folder: Path
     files: dict[str, Path]
-    _whole: dict[Path, dict[str, Tensor]] = field(default_factory=dict)
-    """The last file read that can only be read whole."""
+    _loaded: dict[Path, dict[str, Tensor]] = field(default_factory=dict)
+    """The last file of torch.save that was read."""
 
     @classmethod
     def open(cls, folder: Path) -> HuggingFaceWeights:
         """UserError: no weights, or files missing that the index names."""
+        weights = cls(folder, {})
         for index, single in (
             (INDEX, "model.safetensors"),
             ("pytorch_model.bin.index.json", "pytorch_model.bin"),
         ):
             if (folder / index).is_file():
-                try:
-                    weight_map = dict(json.loads((folder / index).read_text())["weight_map"])
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(
-                        f"{folder / index}: cannot be read ({error!r}); download the file again"
-                    ) from error
-                paths = {
-                    name: inside(folder, name, f"{folder / index}")
-                    for name in set(weight_map.values())
-                }
-                missing = sorted(name for name, path in paths.items() if not path.is_file())
-                if missing:
-                    raise UserError(
-                        f"{folder}: the file {missing[0]}, which {index} names, is missing; download it"
-                    )
-                return cls(folder, {name: paths[file] for name, file in weight_map.items()})
+                weights.files.update(_indexed(folder, index))
+                return weights
             if (folder / single).is_file():
-                weights = cls(folder, {})
-                return replace(
-                    weights,
-                    files=dict.fromkeys(weights._sizes_in(folder / single), folder / single),
-                )
+                names = weights._kinds_in(folder / single)
+                weights.files.update(dict.fromkeys(names, folder / single))
+                return weights
         raise UserError(
-            f"{folder}: has neither model.safetensors nor an index of several; give a Hugging Face model's folder"
+            f"{folder}: has neither model.safetensors nor an index of several; "
+            "give a Hugging Face model's folder"
         )
 
-    def has(self, name: str) -> bool:
-        return name in self.files
-
     def tensor(self, name: str) -> Tensor:
-        """UserError: there is no such tensor, or its file is damaged."""
-        if name not in self.files:
-            raise UserError(
-                f"{self.folder}: has no tensor {name}; its config.json describes another model"
-            )
+        """UserError: its file is damaged. `files` must have the name."""
         path = self.files[name]
         with _told(path, f"{name} cannot be read"):
-            if path.suffix == ".safetensors":
-                from safetensors import safe_open
+            if path.suffix != ".safetensors":
+                return self._pickled(path)[name].clone()
+            from safetensors import safe_open
 
-                with safe_open(path, "pt") as file:
-                    return file.get_tensor(name)
-            return self._pickled(path)[name].clone()
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(name)
 
-    def sizes(self) -> dict[str, tuple[str, int]]:
-        """name -> (type as safetensors spells it, number of elements), of everything in the files."""
+    def kinds(self) -> dict[str, tuple[str, int]]:
+        """name -> (type as safetensors spells it, number of elements), of all in the files."""
         paths = sorted(set(self.files.values()))
-        return {name: size for path in paths for name, size in self._sizes_in(path).items()}
+        return {name: kind for path in paths for name, kind in self._kinds_in(path).items()}
 
-    def _sizes_in(self, path: Path) -> dict[str, tuple[str, int]]:
+    def _kinds_in(self, path: Path) -> dict[str, tuple[str, int]]:
         with _told(path, "cannot be read"):
-            if path.suffix == ".safetensors":
-                from safetensors import safe_open
+            if path.suffix != ".safetensors":
+                found = self._pickled(path).items()
+                tensors = {name: value for name, value in found if isinstance(value, Tensor)}
+                return {
+                    n: (_NAMES.get(t.dtype, str(t.dtype)), t.numel()) for n, t in tensors.items()
+                }
+            from safetensors import safe_open
 
-                with safe_open(path, "pt") as file:
-                    parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-                    return {
-                        n: (p.get_dtype(), torch.Size(p.get_shape()).numel())
-                        for n, p in parts.items()
-                    }
-            tensors = {
-                name: value
-                for name, value in self._pickled(path).items()
-                if isinstance(value, Tensor)
-            }
-            return {n: (_NAMES.get(t.dtype, str(t.dtype)), t.numel()) for n, t in tensors.items()}
+            with safe_open(path, "pt") as file:
+                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                return {
+                    n: (p.get_dtype(), torch.Size(p.get_shape()).numel()) for n, p in parts.items()
+                }
 
     def _pickled(self, path: Path) -> dict[str, Tensor]:
-        """What torch.save wrote: mapped where it is a zip file, else (before torch 1.6) read whole."""
-        if zipfile.is_zipfile(path):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if path not in self._whole:
-            self._whole.clear()
-            self._whole[path] = torch.load(path, map_location="cpu", weights_only=True)
-        return self._whole[path]
+        """What torch.save wrote: mapped, or read whole where it is no zip file (before torch 1.6)."""
+        if path not in self._loaded:
+            self._loaded.clear()
+            self._loaded[path] = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+        return self._loaded[path]
+
+
+def _indexed(folder: Path, index: str) -> dict[str, Path]:
+    """name -> file, of an index. UserError: it cannot be read, or names files that are missing."""
+    try:
+        weight_map = dict(json.loads((folder / index).read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / index}: cannot be read ({error!r}); download the file again"
+        ) from error
+    paths = {name: inside(folder, name, str(folder / index)) for name in set(weight_map.values())}
+    missing = sorted(name for name, path in paths.items() if not path.is_file())
+    if missing:
+        raise UserError(
+            f"{folder}: the file {missing[0]}, which {index} names, is missing; download it"
+        )
+    return {name: paths[file] for name, file in weight_map.items()}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 transformers = pytest.importorskip("transformers")
 import torch  # noqa: E402
 
-from megacode.convert.export import ExportSource, chosen_family, export  # noqa: E402
+from megacode.convert.export import ExportSource, Wanted, export  # noqa: E402
 from megacode.convert.families.crystalcoder import CRYSTALCODER  # noqa: E402
 from megacode.convert.importing import Found, import_model  # noqa: E402
 from megacode.errors import UserError  # noqa: E402
@@ -66,8 +66,7 @@ def exported(saved: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("exported")
     for name in MODELS:
         source = ExportSource.open(place(saved[0], name))
-        family = chosen_family(source, "crystalcoder")
-        export(source, place(out, name), family, torch.float32, shard_bytes=200_000)
+        export(source, place(out, name), Wanted("crystalcoder", "fp32", shard_bytes=200_000))
     return out
 
 
@@ -104,7 +103,7 @@ def test_back_and_forth_is_bit_exact(name: str, exported: Path, tmp_path: Path) 
     folder = place(exported, name)
     import_model(Found.open(folder), tmp_path / "imported", None)
     source = ExportSource.open(tmp_path / "imported")
-    export(source, tmp_path / "again", chosen_family(source, "crystalcoder"), torch.float32)
+    export(source, tmp_path / "again", Wanted("crystalcoder", "fp32"))
     before, after = tensors_of(folder), tensors_of(tmp_path / "again")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)

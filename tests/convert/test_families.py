@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megacode.convert.export import ExportSource, chosen_family, export
+from megacode.convert.export import ExportSource, Wanted, export
 from megacode.convert.importing import Found, import_model
 from megacode.errors import UserError
 from megacode.recipe.schema import Parallel
@@ -39,13 +39,7 @@ def exported(saved, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("exported")
     for name in MODELS:
         source = ExportSource.open(place(saved[0], name))
-        export(
-            source,
-            place(out, name),
-            chosen_family(source, name.split()[0]),
-            torch.float32,
-            shard_bytes=100_000,
-        )
+        export(source, place(out, name), Wanted(name.split()[0], "fp32", shard_bytes=100_000))
     return out
 
 
@@ -80,7 +74,7 @@ def test_back_and_forth_is_bit_exact(name, exported, tmp_path) -> None:
     before = tensors_of(folder)
     import_model(Found.open(folder), tmp_path / "imported", None)
     source = ExportSource.open(tmp_path / "imported")
-    export(source, tmp_path / "again", chosen_family(source, name.split()[0]), torch.float32)
+    export(source, tmp_path / "again", Wanted(name.split()[0], "fp32"))
     after = tensors_of(tmp_path / "again")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -141,7 +135,7 @@ def test_what_is_broken_is_told(saved, exported, tmp_path) -> None:
     damage_tensors(cut)
     source = ExportSource.open(cut)
     with pytest.raises(UserError, match="damaged or cut short"):
-        export(source, tmp_path / "out", chosen_family(source, None), torch.float32)
+        export(source, tmp_path / "out", Wanted(dtype="fp32"))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
     cut = copy(folder)
@@ -170,4 +164,4 @@ def test_what_is_broken_is_told(saved, exported, tmp_path) -> None:
             import_model(Found.open(cut), tmp_path / "in", None)
         assert words[1] in str(caught.value) and not (tmp_path / "in").exists()
     with pytest.raises(UserError, match=r"qwen3: this model does not fit: model.qk_norm is false"):
-        chosen_family(ExportSource.open(checkpoint), "qwen3")
+        Wanted("qwen3").family_of(ExportSource.open(checkpoint))

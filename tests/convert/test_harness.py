@@ -16,8 +16,11 @@ transformers = pytest.importorskip("transformers")
 import torch  # noqa: E402
 
 from megacode.cli.main import main  # noqa: E402
-from megacode.convert.complete_export import Wanted, complete_export  # noqa: E402
-from megacode.convert.export import ExportSource  # noqa: E402
+from megacode.convert.export import (  # noqa: E402
+    ExportSource,
+    Wanted,
+    export,
+)
 from megacode.errors import UserError  # noqa: E402
 from megacode.recipe.load import dump_recipe, load_recipe  # noqa: E402
 from megacode.recipe.schema import Model, Parallel, TokenizerSection  # noqa: E402
@@ -51,7 +54,7 @@ def pair(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     model, bos = MODELS[request.param]
     run = make_run(folder, model, steps=(9,), bos=bos)
     lay_out(run / "checkpoints" / "step_00000009" / "recipe.yaml")
-    complete_export(ExportSource.open(run), folder / "export", Wanted(request.param))
+    export(ExportSource.open(run), folder / "export", Wanted(request.param))
     return run, folder / "export"
 
 

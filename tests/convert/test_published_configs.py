@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megacode.convert.checkpoint_reader import CheckpointReader
 from megacode.convert.checkpoint_writer import CheckpointWriter
-from megacode.convert.export import ExportSource, chosen_family, export
+from megacode.convert.export import ExportSource, Wanted, export
 from megacode.convert.importing import Found, import_model
 from megacode.errors import UserError
 from megacode.recipe.schema import Parallel
@@ -199,7 +199,7 @@ def test_numbers_that_do_not_fit_fp16_are_told(half: Path, tmp_path: Path) -> No
         UserError,
         match=r"model.norm.weight: has numbers beyond 65,504, .*give --dtype bf16 or fp32",
     ):
-        export(source, tmp_path / "out", chosen_family(source, "llama"), torch.float16)
+        export(source, tmp_path / "out", Wanted("llama", "fp16"))
     assert not (tmp_path / "out").exists()
     few = changed(
         half, tmp_path / "few", lambda n, t: large(n, t) if n == "model.norm.weight" else t.half()

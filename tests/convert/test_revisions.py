@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 import torch  # noqa: E402
 
 from megacode.cli.main import main  # noqa: E402
-from megacode.convert.complete_export import Wanted  # noqa: E402
+from megacode.convert.export import Wanted  # noqa: E402
 from megacode.convert.revisions import export_all, revisions  # noqa: E402
 from megacode.errors import UserError  # noqa: E402
 from tests.convert.runs import damage_tensors, make_run  # noqa: E402

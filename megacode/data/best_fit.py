@@ -24,8 +24,6 @@ from numpy.typing import NDArray
 from megacode.data.permute import make_key, permute
 from megacode.plan.windows import PACKING_ALGORITHM
 
-ALGORITHM = PACKING_ALGORITHM
-
 BLOCK = 1 << 18
 """Documents packed together. Another number is another algorithm."""
 
@@ -54,9 +52,7 @@ def pack_documents(start: Ints, tokens: Ints, capacity: int, block: int = 0) -> 
     rest = tokens - whole * capacity
     pieces = whole + (rest > 0)
     before = np.cumsum(pieces) - pieces
-    part = np.arange(int(pieces.sum())) - np.repeat(
-        before, pieces
-    )  # 0, 1, ... within each document
+    part = np.arange(int(pieces.sum())) - np.repeat(before, pieces)  # 0, 1, ... in each document
     begin = np.repeat(start, pieces) + part * capacity
     size = np.full(len(begin), capacity, dtype=np.int64)
     left = (before + whole)[rest > 0]  # pieces that are no whole pack
@@ -67,10 +63,8 @@ def pack_documents(start: Ints, tokens: Ints, capacity: int, block: int = 0) -> 
     number[left] = bins + (len(begin) - len(left))
     count = len(begin) - len(left) + opened
     if count:
-        order = permute(np.arange(count), count, make_key(ALGORITHM, "packs", block)).astype(
-            np.int64
-        )
-        number = order[number]
+        key = make_key(PACKING_ALGORITHM, "packs", block)
+        number = permute(np.arange(count), count, key).astype(np.int64)[number]
     # Sort by pack and, in it, by place: one sort of plain numbers is several times faster than an indirect one.
     bits = len(begin).bit_length()
     sequence = np.sort((number << bits) | np.arange(len(begin))) & ((1 << bits) - 1)
@@ -82,16 +76,14 @@ def best_fit(lengths: Ints, capacity: int) -> tuple[Ints, int]:
     """Best-fit decreasing: the bin of each of `lengths` (int64 [n], 1 ... capacity) as int64 [n], and how many bins."""
     moves, opened = _moves(np.bincount(lengths, minlength=capacity + 1), capacity)
     first, bins, each = np.array(moves, dtype=np.int64).reshape(-1, 3).T
-    # The moves take the pieces from the longest to the shortest; each gives its bins `each` pieces, one bin after another.
+    # The moves take the pieces from the longest to the shortest. Each fills one bin after another with
+    # `each` pieces.
     taken = bins * each
     number = np.arange(len(lengths)) - np.repeat(np.cumsum(taken) - taken, taken)
-    sort_key = (capacity - lengths).astype(
-        np.uint16 if capacity < 1 << 16 else np.int64
-    )  # 16 bits: a radix sort
+    kind = np.uint16 if capacity < 1 << 16 else np.int64  # numpy sorts 16 bits by radix
+    longest_first = np.argsort((capacity - lengths).astype(kind), kind="stable")
     out = np.empty(len(lengths), dtype=np.int64)
-    out[np.argsort(sort_key, kind="stable")] = np.repeat(first, taken) + number // np.repeat(
-        each, taken
-    )
+    out[longest_first] = np.repeat(first, taken) + number // np.repeat(each, taken)
     return out, opened
 
 

@@ -17,7 +17,6 @@ What is written here has one sequence a document, byte for byte as Megatron-Core
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
@@ -36,12 +35,10 @@ from megacode.files import inside, replace_file, write_json
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-_DTYPE_NAMES = {6: "float64", 7: "float32"}
-_CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
+_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+_CODES = {np.dtype(kind): code for code, kind in _DTYPES.items()}
 CHUNK = 1 << 20
 """Documents, sequences or tokens looked at together."""
-_SHARD = re.compile(r"-\d{5,}")
 
 
 def with_ending(prefix: Path, ending: str) -> Path:
@@ -76,51 +73,12 @@ class Shard:
     def idx_path(self) -> Path:
         return with_ending(self.prefix, ".idx")
 
-    @cached_property
-    def _offsets(self) -> NDArray[np.int64]:
-        """Byte offset of each sequence, int64 [sequences], mapped from the index."""
-        return np.memmap(
-            self.idx_path, "<i8", "r", _HEADER.size + 4 * self.sequences, (self.sequences,)
-        )
-
-    @cached_property
-    def _boundaries(self) -> NDArray[np.int64]:
-        """First sequence of each document and the end, int64 [boundaries]."""
-        return np.memmap(
-            self.idx_path, "<i8", "r", _HEADER.size + 12 * self.sequences, (self.boundaries,)
-        )
-
-    def document_at(self, token: int) -> tuple[int, int, int]:
-        """(document, its first token, tokens in it) of the document that holds token number `token` of this shard."""
-        sequence = (
-            int(np.searchsorted(self._offsets, token * self.dtype.itemsize, side="right")) - 1
-        )
-        document = int(np.searchsorted(self._boundaries, sequence, side="right")) - 1
-        first, after = (int(i) for i in self._boundaries[document : document + 2])
-        start = int(self._offsets[first]) // self.dtype.itemsize
-        end = (
-            int(self._offsets[after]) // self.dtype.itemsize
-            if after < self.sequences
-            else self.tokens
-        )
-        return document, start, end - start
-
-    def spans(self, first: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """First token and length of documents [first, stop): int64 each, in O(stop - first)."""
-        sequences = np.asarray(self._boundaries[first : stop + 1])
-        edges = np.full(len(sequences), self.tokens, dtype=np.int64)
-        inside = sequences < self.sequences
-        edges[inside] = self._offsets[sequences[inside]] // self.dtype.itemsize
-        return edges[:-1], np.diff(edges)
-
     @property
     def documents(self) -> int:
         return max(0, self.boundaries - 1)
 
-    # --------------------------------------------------------------------- parts of the index, for datasets of any size
-
     def _mapped(self, kind: str, offset: int, start: int, stop: int) -> NDArray[Any]:
-        """Part of the .idx; unmapped with the array, so that what was read does not stay in memory."""
+        """Part of the .idx. It is unmapped with the array, so that what was read does not stay in memory."""
         if stop <= start:
             return np.zeros(0, dtype=kind)
         offset += _HEADER.size + start * np.dtype(kind).itemsize
@@ -138,41 +96,57 @@ class Shard:
         """Document boundaries [start, stop): document d is the sequences from boundary d to boundary d + 1."""
         return self._mapped("<i8", 12 * self.sequences, start, stop)
 
+    @cached_property
+    def _whole_index(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """All sequence offsets and document boundaries, for searches."""
+        return (
+            self.sequence_offsets(0, self.sequences),
+            self.document_boundaries(0, self.boundaries),
+        )
+
+    def document_at(self, token: int) -> tuple[int, int, int]:
+        """(document, its first token, tokens in it) of the document that holds token number `token` of this shard."""
+        offsets, boundaries = self._whole_index
+        sequence = int(np.searchsorted(offsets, token * self.dtype.itemsize, side="right")) - 1
+        document = int(np.searchsorted(boundaries, sequence, side="right")) - 1
+        first, after = (int(boundary) for boundary in boundaries[document : document + 2])
+        start = int(offsets[first]) // self.dtype.itemsize
+        if after == self.sequences:
+            return document, start, self.tokens - start
+        return document, start, int(offsets[after]) // self.dtype.itemsize - start
+
     def token_edges(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Where documents [start, stop) begin, in tokens, and where the last one ends: int64 [stop - start + 1]."""
+        """Where documents [start, stop) begin, in tokens, and where the last one ends: int64 [stop - start + 1].
+
+        UserError if the index is damaged.
+        """
         sequences = np.asarray(self.document_boundaries(start, stop + 1))
-        if sequences.min() < 0 or sequences.max() > self.sequences:
-            raise UserError(f"{self.idx_path} is damaged; `megacode inspect --verify` says where")
-        edges = np.full(len(sequences), self.tokens, dtype=np.int64)
-        inside = sequences < self.sequences
-        if inside.any():
-            low, high = int(sequences[inside].min()), int(sequences[inside].max())
-            edges[inside] = (
-                self.sequence_offsets(low, high + 1)[sequences[inside] - low] // self.dtype.itemsize
-            )
+        low, high = int(sequences.min()), int(sequences.max())
+        if low < 0 or high > self.sequences:
+            raise self._damaged()
+        offsets = self.sequence_offsets(low, min(high + 1, self.sequences))
+        edges = np.append(offsets // self.dtype.itemsize, self.tokens)[sequences - low]
         if (edges[1:] < edges[:-1]).any() or edges[0] < 0 or edges[-1] > self.tokens:
-            raise UserError(f"{self.idx_path} is damaged; `megacode inspect --verify` says where")
+            raise self._damaged()
         return edges
 
     def document_lengths(self) -> Iterator[NDArray[Any]]:
         """Tokens of each document in order, some at a time. UserError if the index is damaged."""
-        documents = self.documents
-        size = max(1, min(CHUNK, CHUNK * documents // max(self.sequences, 1)))
-        for start, stop in chunks(documents, size):
+        size = max(1, min(CHUNK, CHUNK * self.documents // max(self.sequences, 1)))
+        for start, stop in chunks(self.documents, size):
             sequences = self.document_boundaries(start, stop + 1)
-            if (
-                (np.diff(sequences) == 1).all()
-                and sequences[0] >= 0
-                and sequences[-1] <= self.sequences
-            ):
-                lengths: NDArray[Any] = self.sequence_lengths(int(sequences[0]), int(sequences[-1]))
+            first, last = int(sequences[0]), int(sequences[-1])
+            lengths: NDArray[Any]
+            if (np.diff(sequences) == 1).all() and first >= 0 and last <= self.sequences:
+                lengths = self.sequence_lengths(first, last)
             else:
                 lengths = np.diff(self.token_edges(start, stop))
             if lengths.min() < 0:
-                raise UserError(
-                    f"{self.idx_path} is damaged; `megacode inspect --verify` says where"
-                )
+                raise self._damaged()
             yield lengths
+
+    def _damaged(self) -> UserError:
+        return UserError(f"{self.idx_path} is damaged; `megacode inspect --verify` says where")
 
 
 def open_shard(prefix: Path, label: str = "dataset") -> Shard:
@@ -190,7 +164,8 @@ def open_shard(prefix: Path, label: str = "dataset") -> Shard:
         header = file.read(_HEADER.size)
         if header[:9] != _MAGIC:
             raise UserError(
-                f"{label}: {idx} is not the index of a Megatron-Core IndexedDataset (MMIDIDX); tokenize the source"
+                f"{label}: {idx} is not the index of a Megatron-Core IndexedDataset (MMIDIDX); "
+                "tokenize the source"
             )
         if len(header) < _HEADER.size:
             raise UserError(f"{label}: {idx} is cut short; tokenize the source again")
@@ -199,19 +174,19 @@ def open_shard(prefix: Path, label: str = "dataset") -> Shard:
             raise UserError(
                 f"{label}: {idx} has format version {version}; only version 1 can be read"
             )
-        if code not in _DTYPES:
-            found = _DTYPE_NAMES.get(code, f"unknown (code {code})")
+        dtype = np.dtype(_DTYPES.get(code, "V1"))
+        if dtype.kind not in "iu":
+            found = dtype.name if code in _DTYPES else f"unknown (code {code})"
             raise UserError(f"{label}: {idx} holds numbers of type {found}; tokens are integers")
+        size = os.fstat(file.fileno()).st_size
+        expected = _HEADER.size + 12 * sequences + 8 * boundaries
         # Multimodal datasets append one byte a sequence, which text does not need.
-        size, expected = (
-            os.fstat(file.fileno()).st_size,
-            _HEADER.size + 12 * sequences + 8 * boundaries,
-        )
         if size not in (expected, expected + sequences):
             raise UserError(
-                f"{label}: {idx} has {size:,} bytes where its header says {expected:,}; tokenize the source again"
+                f"{label}: {idx} has {size:,} bytes where its header says {expected:,}; "
+                "tokenize the source again"
             )
-        dtype, end = np.dtype(_DTYPES[code]).newbyteorder("<"), 0
+        end = 0
         if sequences:
             file.seek(_HEADER.size + 4 * (sequences - 1))
             (length,) = struct.unpack("<i", file.read(4))
@@ -221,8 +196,8 @@ def open_shard(prefix: Path, label: str = "dataset") -> Shard:
     there = data.stat().st_size
     if there != end:
         raise UserError(
-            f"{label}: {data} has {there:,} bytes where its index says {end:,}: one of the two is from another run or "
-            "cut short; tokenize the source again"
+            f"{label}: {data} has {there:,} bytes where its index says {end:,}: one of the two is from "
+            "another run or cut short; tokenize the source again"
         )
     return Shard(prefix, dtype, end // dtype.itemsize, sequences, boundaries)
 
@@ -235,21 +210,18 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
-def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype[Any]) -> None:
+def write_index(path: Path, lengths: NDArray[np.int32], dtype: np.dtype[Any]) -> None:
     """The .idx of documents of `lengths` tokens (int32 [n]), whole or not at all. Holds no second array of n."""
     with replace_file(path) as file:
         file.write(_HEADER.pack(_MAGIC, 1, _CODES[np.dtype(dtype)], len(lengths), len(lengths) + 1))
         lengths.astype("<i4", copy=False).tofile(file)
         offset = 0
-        for start in range(0, len(lengths), CHUNK):
-            ends = (
-                np.cumsum(lengths[start : start + CHUNK], dtype=np.int64) * dtype.itemsize + offset
-            )
-            file.write(struct.pack("<q", offset))
-            ends[:-1].astype("<i8", copy=False).tofile(file)
+        for start, stop in chunks(len(lengths)):
+            ends = offset + dtype.itemsize * np.cumsum(lengths[start:stop], dtype=np.int64)
+            np.append(offset, ends[:-1]).astype("<i8", copy=False).tofile(file)
             offset = int(ends[-1])
-        for start in range(0, len(lengths) + 1, CHUNK):
-            np.arange(start, min(start + CHUNK, len(lengths) + 1), dtype="<i8").tofile(file)
+        for start, stop in chunks(len(lengths) + 1):
+            np.arange(start, stop, dtype="<i8").tofile(file)
 
 
 # ------------------------------------------------------------------------------------------ datasets and manifests
@@ -265,20 +237,16 @@ def files_of(prefix: Path) -> list[Path]:
 
 def shards_beside(prefix: Path) -> list[Path]:
     """Prefixes PREFIX-00000 ... that have tokens, listed by a manifest or not."""
-    found = (
-        path.with_suffix("")
-        for path in prefix.parent.glob(f"{glob.escape(prefix.name)}-[0-9]*.bin")
-    )
-    return sorted(shard for shard in found if _SHARD.fullmatch(shard.name[len(prefix.name) :]))
+    numbered = re.compile(re.escape(prefix.name) + r"-\d{5,}")
+    found = (path.with_suffix("") for path in prefix.parent.glob("*.bin"))
+    return sorted(shard for shard in found if numbered.fullmatch(shard.name))
 
 
 def remove_dataset(prefix: Path) -> None:
-    """Take a dataset with all its shards away, never leaving an index without its data or a manifest without its
-    dataset."""
-    shards = shards_beside(prefix)
-    with_ending(prefix, ".json").unlink(missing_ok=True)
-    for path in (path for one in (prefix, *shards) for path in files_of(one)):
-        path.unlink(missing_ok=True)
+    """Remove a dataset with all its shards, the manifest first: what has a manifest is complete."""
+    for one in (prefix, *shards_beside(prefix)):
+        for path in files_of(one):
+            path.unlink(missing_ok=True)
 
 
 def listed_shards(prefix: Path) -> list[Path]:
@@ -292,12 +260,11 @@ def listed_shards(prefix: Path) -> list[Path]:
         names = list(json.loads(path.read_text(encoding="utf-8")).get("shards", []))
     except (OSError, ValueError, AttributeError, TypeError):
         return []
+    shards = [inside(prefix.parent, name, f"{path}, `shards`") for name in names]
     for name in names:
-        for ending in ("", ".bin", ".idx"):
-            inside(
-                prefix.parent, name + ending if isinstance(name, str) else name, f"{path}, `shards`"
-            )
-    return [prefix.parent / name for name in names]
+        for ending in (".bin", ".idx"):
+            inside(prefix.parent, name + ending, f"{path}, `shards`")
+    return shards
 
 
 def is_complete(prefix: Path) -> bool:

@@ -5,15 +5,14 @@ Little-endian:
 
     for each block of documents: int64 [pieces] first tokens, int32 [pieces] lengths, uint32 [packs + 1] first pieces
     int64 [blocks, 3]            of each block: its byte offset, packs, pieces
-    JSON                         `Identity`, and documents, tokens and documents that were cut
+    JSON                         `_identity`, and documents, tokens and documents that were cut
     uint64, uint64, 8 bytes      blocks, bytes of JSON, "MEGAPACK"
 
-Written whole or not at all, and only used where its `Identity` is that of the shard at hand: else it is made again.
+Written whole or not at all, and only used where its identity is that of the shard at hand: else it is made again.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -30,11 +29,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megacode.data.best_fit import ALGORITHM, BLOCK, Packs, pack_documents
+from megacode.data.best_fit import BLOCK, pack_documents
 from megacode.data.indexed import Shard
 from megacode.errors import UserError
 from megacode.files import replace_file
 from megacode.lock import take
+from megacode.plan.windows import PACKING_ALGORITHM
 
 _TRAILER = struct.Struct("<QQ8s")
 _MAGIC = b"MEGAPACK"
@@ -42,54 +42,30 @@ _MANY = 5_000_000
 """Documents that take seconds, which a line on stderr explains."""
 
 
-@dataclass(frozen=True)
-class Identity:
-    """Everything that a shard's packs depend on."""
-
-    sequence_length: int
-    algorithm: int
-    block: int
-    index_bytes: int
-    index_time: int
-    """Modification time of the .idx in nanoseconds."""
-    index_digest: str
-    """Of 16 stretches of the .idx, the header among them: another tokenization is another index, even of the same size."""
-
-    @classmethod
-    def of(cls, shard: Shard, sequence_length: int) -> Identity:
-        status, digest = os.stat(shard.idx_path), hashlib.blake2b(digest_size=16)
-        with open(shard.idx_path, "rb") as file:
-            for at in np.linspace(0, max(status.st_size - 1024, 0), 16).astype(int).tolist():
-                file.seek(at)
-                digest.update(file.read(1024))
-        return cls(
-            sequence_length,
-            ALGORITHM,
-            BLOCK,
-            status.st_size,
-            status.st_mtime_ns,
-            digest.hexdigest(),
-        )
-
-
 @dataclass(frozen=True, eq=False)
 class PackIndex:
     """An open index.
 
     Attributes:
-        packs, documents, tokens: how many.
-        cut: documents longer than a pack.
         table: int64 [blocks, 3], as in the file.
-        ends: packs up to the end of each block, int64 [blocks].
+        documents, tokens: how many.
+        cut: documents longer than a pack.
     """
 
     path: Path
-    packs: int
+    table: NDArray[np.int64]
     documents: int
     tokens: int
     cut: int
-    table: NDArray[np.int64]
-    ends: NDArray[np.int64]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Packs up to the end of each block."""
+        return self.table[:, 1].cumsum().tolist()
+
+    @property
+    def packs(self) -> int:
+        return self.ends[-1] if self.ends else 0
 
     @cached_property
     def _map(self) -> NDArray[np.uint8]:
@@ -99,9 +75,9 @@ class PackIndex:
         """First token (in the shard) and length of each piece of a pack, in the shard's order. O(pieces)."""
         if not 0 <= pack < self.packs:
             raise IndexError(f"{self.path}: pack {pack} is outside [0, {self.packs})")
-        block = int(np.searchsorted(self.ends, pack, side="right"))
+        block = bisect_right(self.ends, pack)
         offset, packs, pieces = self.table[block].tolist()
-        row = pack - (int(self.ends[block]) - packs)
+        row = pack - (self.ends[block] - packs)
         lengths, firsts = offset + 8 * pieces, offset + 12 * pieces
         first, stop = self._map[firsts + 4 * row :][:8].view("<u4").tolist()
         starts = self._map[offset + 8 * first : offset + 8 * stop].view("<i8")
@@ -112,9 +88,10 @@ class PackIndex:
 def open_pack_index(shard: Shard, sequence_length: int, cache: Path | None = None) -> PackIndex:
     """The index of a shard's packs of `sequence_length` + 1 tokens; made first where there is none that fits.
 
-    Of several processes that ask for it at once, one makes it and the others wait. UserError if it cannot be written.
+    Of several processes that ask for it at once, one makes it and the others wait. UserError if it cannot be
+    written.
     """
-    path, identity = index_path(shard, sequence_length, cache), Identity.of(shard, sequence_length)
+    path, identity = index_path(shard, sequence_length, cache), _identity(shard, sequence_length)
     try:
         if found := _read(path, identity):
             return found
@@ -125,21 +102,17 @@ def open_pack_index(shard: Shard, sequence_length: int, cache: Path | None = Non
             if found := _read(path, identity):  # made while this process waited
                 return found
             if shard.documents > _MANY:
-                print(
-                    f"packing {shard.documents:,} documents of {shard.prefix} into {path}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                line = f"packing {shard.documents:,} documents of {shard.prefix} into {path}"
+                print(line, file=sys.stderr, flush=True)
             with replace_file(path) as file:
-                for part in _contents(shard, identity):
-                    file.write(part)
+                file.writelines(_contents(shard, identity))
         found = _read(path, identity)
     except OSError as error:
         raise UserError(
-            f"data.packing: cannot write the pack index {path} ({error.strerror or error}); set `data.pack_cache` to a "
-            "folder that can be written and that every node sees"
+            f"data.packing: cannot write the pack index {path} ({error.strerror or error}); set "
+            "`data.pack_cache` to a folder that can be written and that every node sees"
         ) from error
-    if found is None or identity != Identity.of(shard, sequence_length):
+    if found is None or identity != _identity(shard, sequence_length):
         raise UserError(
             f"{shard.idx_path}: changed while it was packed; start again when it is finished"
         )
@@ -150,42 +123,54 @@ def index_path(shard: Shard, sequence_length: int, cache: Path | None) -> Path:
     """Beside the shard, or in the folder `cache` under a name of its own."""
     name = shard.prefix.name
     if cache is not None:
-        name += (
-            "-" + hashlib.blake2b(str(shard.prefix.absolute()).encode(), digest_size=4).hexdigest()
-        )
+        folder = str(shard.prefix.absolute()).encode()
+        name += "-" + hashlib.blake2b(folder, digest_size=4).hexdigest()
     return (cache or shard.prefix.parent) / f"{name}.pack-{sequence_length}"
 
 
-def _contents(shard: Shard, identity: Identity) -> Iterator[bytes]:
-    """The file, block by block: what is held at a time is one block."""
+def _identity(shard: Shard, sequence_length: int) -> dict[str, int | str]:
+    """Everything that a shard's packs depend on.
+
+    `index_digest` is of 16 stretches of the .idx, the header among them: another tokenization is another
+    index, even of the same size.
+    """
+    status, digest = os.stat(shard.idx_path), hashlib.blake2b(digest_size=16)
+    with open(shard.idx_path, "rb") as file:
+        for at in np.linspace(0, max(status.st_size - 1024, 0), 16).astype(int).tolist():
+            file.seek(at)
+            digest.update(file.read(1024))
+    return {
+        "sequence_length": sequence_length,
+        "algorithm": PACKING_ALGORITHM,
+        "block": BLOCK,
+        "index_bytes": status.st_size,
+        "index_time": status.st_mtime_ns,
+        "index_digest": digest.hexdigest(),
+    }
+
+
+def _contents(shard: Shard, identity: dict[str, int | str]) -> Iterator[bytes]:
+    """The parts of the file. One block is held at a time."""
+    capacity = int(identity["sequence_length"]) + 1
     table, offset, tokens, cut = [], 0, 0, 0
-    for packs, total, longer in pack_blocks(shard, identity.sequence_length):
+    for number, first in enumerate(range(0, shard.documents, BLOCK)):
+        edges = shard.token_edges(first, min(first + BLOCK, shard.documents))
+        lengths = np.diff(edges)
+        packs = pack_documents(edges[:-1], lengths, capacity, number)
         parts = (packs.start.astype("<i8"), packs.tokens.astype("<i4"), packs.first.astype("<u4"))
         raw = b"".join(part.tobytes() for part in parts)
-        yield raw + bytes(-len(raw) % 8)
+        raw += bytes(-len(raw) % 8)
+        yield raw
         table.append((offset, len(packs), len(packs.start)))
-        offset, tokens, cut = offset + len(raw) + -len(raw) % 8, tokens + total, cut + longer
-    facts = {
-        **dataclasses.asdict(identity),
-        "documents": shard.documents,
-        "tokens": tokens,
-        "cut": cut,
-    }
+        offset, tokens = offset + len(raw), tokens + int(edges[-1] - edges[0])
+        cut += int((lengths > capacity).sum())
+    facts = {**identity, "documents": shard.documents, "tokens": tokens, "cut": cut}
     text = json.dumps(facts).encode()
-    yield (
-        np.array(table, dtype="<i8").tobytes() + text + _TRAILER.pack(len(table), len(text), _MAGIC)
-    )
+    yield np.array(table, dtype="<i8").tobytes() + text
+    yield _TRAILER.pack(len(table), len(text), _MAGIC)
 
 
-def pack_blocks(shard: Shard, sequence_length: int) -> Iterator[tuple[Packs, int, int]]:
-    """Packs of each block of documents, its tokens, and how many of its documents are longer than a pack."""
-    for number, first in enumerate(range(0, shard.documents, BLOCK)):
-        start, tokens = shard.spans(first, min(first + BLOCK, shard.documents))
-        packs = pack_documents(start, tokens, sequence_length + 1, number)
-        yield packs, int(tokens.sum()), int((tokens > sequence_length + 1).sum())
-
-
-def _read(path: Path, identity: Identity) -> PackIndex | None:
+def _read(path: Path, identity: dict[str, int | str]) -> PackIndex | None:
     """The index if it is there, whole, and of this identity."""
     try:
         with open(path, "rb") as file:
@@ -199,11 +184,8 @@ def _read(path: Path, identity: Identity) -> PackIndex | None:
             facts = json.loads(file.read(length))
     except (FileNotFoundError, NotADirectoryError, ValueError, struct.error):
         return None
-    if any(facts.get(key) != value for key, value in dataclasses.asdict(identity).items()):
-        return None
-    ends = np.cumsum(table[:, 1])
-    packs = int(ends[-1]) if len(ends) else 0
-    return PackIndex(path, packs, facts["documents"], facts["tokens"], facts["cut"], table, ends)
+    counts = {key: facts.pop(key, None) for key in ("documents", "tokens", "cut")}
+    return PackIndex(path, table, **counts) if facts == identity else None
 
 
 @dataclass(frozen=True, eq=False)

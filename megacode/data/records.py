@@ -26,24 +26,21 @@ from megacode.files import inside
 class InputRecords:
     """Of one dataset. `records`: int64 [documents, 2], mapped; `files`: paths as the tool was given them."""
 
-    prefix: Path
+    path: Path
     records: NDArray[np.int64]
     files: tuple[str, ...]
 
     def origin(self, document: int) -> tuple[str, int]:
         """(input file, record in it) of a document. UserError if the tables do not have it."""
-        if document >= len(self.records):
-            raise UserError(
-                f"{with_ending(self.prefix, '.records.npy')}: has {len(self.records):,} documents and number {document:,} "
-                "was asked for; it is of another dataset: tokenize the source again, or remove the file"
-            )
-        file, record = (int(number) for number in self.records[document])
-        if not 0 <= file < len(self.files):
-            raise UserError(
-                f"{with_ending(self.prefix, '.records.npy')}: names input file {file:,} of {len(self.files):,}; it is of "
-                "another dataset: tokenize the source again, or remove the file"
-            )
-        return self.files[file], record
+        wrong = f"has {len(self.records):,} documents and number {document:,} was asked for"
+        if document < len(self.records):
+            file, record = self.records[document].tolist()
+            if 0 <= file < len(self.files):
+                return self.files[file], record
+            wrong = f"names input file {file:,} of {len(self.files):,}"
+        raise UserError(
+            f"{self.path}: {wrong}; it is of another dataset: tokenize the source again, or remove the file"
+        )
 
 
 def read_records(prefix: Path) -> InputRecords | None:
@@ -55,11 +52,11 @@ def read_records(prefix: Path) -> InputRecords | None:
         records = np.load(path, mmap_mode="r", allow_pickle=False)
         if records.ndim != 2 or records.shape[1] != 2 or records.dtype.kind != "i":
             raise ValueError(f"an array of {records.dtype} {records.shape}")
-        return InputRecords(prefix, records, input_files(prefix))
+        return InputRecords(path, records, input_files(prefix))
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise UserError(
-            f"{path}: cannot be read together with the dataset's manifest ({error}); tokenize the source again, or remove "
-            "the file"
+            f"{path}: cannot be read together with the dataset's manifest ({error}); tokenize the source "
+            "again, or remove the file"
         ) from error
 
 
@@ -69,23 +66,22 @@ def input_files(prefix: Path) -> tuple[str, ...]:
     Raises:
         UserError: a name in the manifest leads out of its folder.
     """
-    manifest = _manifest(prefix)
+    path, manifest = _manifest(prefix)
     if "dataset" in manifest:
-        prefix = inside(
-            prefix.parent, manifest["dataset"], f"{with_ending(prefix, '.json')}, `dataset`"
-        )
-        manifest = _manifest(prefix)
+        path, manifest = _manifest(inside(path.parent, manifest["dataset"], f"{path}, `dataset`"))
     if "input files table" in manifest:
-        where = f"{with_ending(prefix, '.json')}, `input files table`"
-        return _table(inside(prefix.parent, manifest["input files table"], where))
+        where = f"{path}, `input files table`"
+        return _table(inside(path.parent, manifest["input files table"], where))
     return tuple(str(file["path"]) for file in manifest["input files"])
 
 
-def _manifest(prefix: Path) -> dict[str, Any]:
-    return dict(json.loads(with_ending(prefix, ".json").read_text(encoding="utf-8")))
+def _manifest(prefix: Path) -> tuple[Path, dict[str, Any]]:
+    path = with_ending(prefix, ".json")
+    return path, json.loads(path.read_text(encoding="utf-8"))
 
 
 @lru_cache(maxsize=4)
 def _table(path: Path) -> tuple[str, ...]:
+    """First column of a table: shards of one dataset share it, and it may be large."""
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     return tuple(line.split("\t")[0] for line in lines if line)

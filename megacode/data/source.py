@@ -151,7 +151,7 @@ class TokenSource:
 
     def _pread(self, number: int, out: NDArray[Any], first: int) -> None:
         """Fill `out` from token `first` of a shard on."""
-        path, buffer, got = self.shards[number].bin_path, memoryview(out.view(np.uint8)), 0
+        path, buffer, got = self.shards[number].bin_path, out.view(np.uint8).data, 0
         try:
             file, offset = self._file(number), first * out.itemsize
             while got < len(buffer) and (more := os.preadv(file, [buffer[got:]], offset + got)):

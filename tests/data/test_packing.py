@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacode.data import best_fit as packing
 from megacode.data import pack_index
 from megacode.data.best_fit import best_fit, pack_documents
 from megacode.data.indexed import Shard, open_shard
 from megacode.data.pack_index import PackIndex, index_path, open_pack_index
 from megacode.errors import UserError
+from megacode.plan.windows import PACKING_ALGORITHM
 from tests.data.conftest import numbered, write_shard
 
 LENGTHS = st.lists(st.integers(0, 70), max_size=150)
@@ -123,11 +123,10 @@ def test_an_index_holds_every_token_once_block_by_block(shard: Shard) -> None:
         and index.tokens == shard.tokens
         and index.documents == 1000
     )
-    _, tokens = shard.spans(0, 1000)
-    assert index.cut == int((tokens > 33).sum())
-    edges = [shard.spans(first, min(first + 64, 1000))[0][0] for first in range(0, 1000, 64)]
+    edges = shard.token_edges(0, 1000)
+    assert index.cut == int((np.diff(edges) > 33).sum())
     blocks = [
-        np.searchsorted(edges, [start for start, _ in pack], side="right")
+        np.searchsorted(edges[:-1:64], [start for start, _ in pack], side="right")
         for pack in contents(index)
     ]
     assert all(len(set(block)) == 1 for block in blocks)
@@ -142,7 +141,7 @@ def test_an_index_is_made_once_and_again_when_anything_it_depends_on_changes(
     path = index_path(shard, 32, None)
     first, made = contents(open_pack_index(shard, 32)), os.stat(path).st_ino
     assert contents(open_pack_index(shard, 32)) == first and os.stat(path).st_ino == made
-    monkeypatch.setattr(pack_index, "ALGORITHM", packing.ALGORITHM + 1)
+    monkeypatch.setattr(pack_index, "PACKING_ALGORITHM", PACKING_ALGORITHM + 1)
     assert contents(open_pack_index(shard, 32)) == first and os.stat(path).st_ino != made
     write_shard(shard.prefix, numbered(1000, document=20), 200_000)
     changed = open_shard(shard.prefix)

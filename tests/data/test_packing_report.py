@@ -64,7 +64,7 @@ def test_padding_and_cuts_of_best_fit_are_those_of_its_packs(recipe: Recipe) -> 
     assert one.padding == pytest.approx(
         1 - source.tokens / (plan.phases[0].streams[0].windows * (LENGTH + 1))
     )
-    sizes = np.concatenate([shard.spans(0, shard.documents)[1] for shard in source.shards])
+    sizes = np.concatenate([next(shard.document_lengths()) for shard in source.shards])
     assert one.cut["best_fit"] == pytest.approx((sizes > LENGTH + 1).sum() / (sizes > 0).sum())
     assert measured(recipe).padding == one.padding
 
@@ -85,9 +85,8 @@ def test_what_document_level_fim_leaves_alone_is_counted(
     assert measured(recipe).giant is None
     monkeypatch.setattr(losses_module, "MAX_WINDOWS", 1)
     phase = recipe.phases[0].model_copy(update={"fim_rate": 0.5, "fim_level": "document"})
-    sizes = np.concatenate(
-        [s.spans(0, s.documents)[1] for s in open_source("s", recipe.sources["s"].paths).shards]
-    )
+    source = open_source("s", recipe.sources["s"].paths)
+    sizes = np.concatenate([next(shard.document_lengths()) for shard in source.shards])
     found = measured(recipe.model_copy(update={"phases": [phase]})).giant
     assert found == pytest.approx(sizes[sizes > LENGTH].sum() / sizes.sum())
 

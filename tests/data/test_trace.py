@@ -89,13 +89,10 @@ def test_the_documents_it_names_hold_the_tokens_of_the_batch(
             for part in sample["documents"]:
                 shard = next(s for s in source.shards if str(s.prefix) == part["shard"])
                 before = sum(s.tokens for s in source.shards[: source.shards.index(shard)])
-                start, tokens = shard.spans(part["document"], part["document"] + 1)
-                assert part["document_tokens"] == int(tokens[0]) and 0 <= part["first"] < part[
-                    "end"
-                ] <= int(tokens[0])
-                part_ids = source.read(
-                    np.array([before + int(start[0]) + part["first"]]), part["end"] - part["first"]
-                )[0]
+                number, first, end = part["document"], part["first"], part["end"]
+                start, stop = shard.token_edges(number, number + 1).tolist()
+                assert part["document_tokens"] == stop - start and 0 <= first < end <= stop - start
+                part_ids = source.read(np.array([before + start + first]), end - first)[0]
                 ids += part_ids.tolist()
                 assert tokenizer.decode(part_ids, control=True).startswith(
                     part["text"].rstrip("\ufffd")

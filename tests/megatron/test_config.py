@@ -22,6 +22,7 @@ CASES: dict[str, tuple[str, Hardware, int, list[str]]] = {
     "crystal-7b cpu": ("crystal-7b", Hardware(), 1, ["parallel={pipeline: 1}"]),
     "no apex": ("crystal-7b", ENGINE_ONLY, 1, ["parallel={pipeline: 1}"]),
     "pipelined": ("crystal-7b", H100, 2, ["parallel={pipeline: 4, virtual_pipeline: 2, tensor: 2, sequence: true}"]),
+    "two stages": ("crystal-7b", H100, 2, ["parallel={pipeline: 2, virtual_pipeline: 2, overlap: {pipeline: false}}"]),
     "delayed": ("crystal-7b", H200, 2, ["precision=fp8"]),
     "tensorwise": ("crystal-7b", H200, 2, [
         "precision={compute: fp8, fp8_recipe: tensorwise, bf16_first_layers: 1, bf16_last_layers: 2}"]),
@@ -140,6 +141,8 @@ DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
              sequence_parallel=True, batch_p2p_comm=False, overlap_p2p_comm=True, tp_comm_overlap=True),
         dict(align_param_gather=True), {},
     ),
+    # The stage before is also the one behind: a batched exchange would swap messages.
+    "two stages": (dict(batch_p2p_comm=False), dict(align_param_gather=True), {}),
     "recomputed": (dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=3), ALONE, GATHERED),
     "selective": (dict(recompute_granularity="selective"), ALONE, GATHERED),
     "graphs": (dict(cuda_graph_impl="local", use_te_rng_tracker=True), ALONE, GATHERED),

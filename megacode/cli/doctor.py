@@ -1,7 +1,6 @@
 """The verb `doctor`: what is installed here, what each missing piece would give, and how to get it.
 
-Every look is isolated (packages are imported in processes of their own, `megacode.packages`); nothing that is wrong
-with the machine makes this verb fail.
+Packages that often break are imported in processes of their own: one can raise, crash or hang.
 """
 
 from __future__ import annotations
@@ -14,342 +13,217 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from typing import Any
 
-from megacode.packages import PACKAGES, Package, Probe, clause, probe
+from packaging.requirements import Requirement
+from packaging.version import Version
+from rich.table import Table
+from rich.text import Text
+
+from megacode.corpus.workers import available_cores
+from megacode.errors import UserError
+from megacode.plan.hardware import Hardware, fp8_refusal
+from megacode.terminal import print_table, table_console
 
 EXAMPLE = """examples:
   megacode doctor
   srun --nodes 1 megacode doctor        # a compute node may have what a login node lacks
   megacode doctor --json
 
-A mark says how it stands: ok, ? (works, with a remark), - (missing, optional), ! (needed)."""
+Marks: ok; ? works, with a remark; - an optional piece is missing or broken; ! a needed one is."""
 
-State = Literal["ok", "remark", "missing", "needed"]
-_MARKS: dict[State, tuple[str, str]] = {
-    "ok": ("ok", "green"),
-    "remark": ("?", "yellow"),
-    "missing": ("-", "dim"),
-    "needed": ("!", "bold red"),
+_MARKS = {"ok": "green", "?": "yellow", "-": "dim", "!": "bold red"}
+_TORCH = """
+import torch
+d = torch.distributed
+facts.update(cuda=torch.version.cuda, nccl=d.is_nccl_available(), gloo=d.is_gloo_available())
+if facts["nccl"] and torch.cuda.is_available():
+    facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+facts["devices"] = [(d.name, d.total_memory, (d.major, d.minor)) for d in devices]
+"""
+_ENGINE = """
+import transformer_engine.pytorch
+from transformer_engine.pytorch.optimizers import FusedAdam
+facts["version"] = getattr(transformer_engine, "__version__", "0")
+"""
+_IMPORTS = {
+    "torch": _TORCH,
+    "megatron-core": "from megatron.core.models.gpt import GPTModel",
+    "transformer-engine": _ENGINE,
+    "apex": "from apex.optimizers import FusedAdam",
+}
+"""Python that imports what is used of a package, and may put JSON-able values into `facts`."""
+_GIVES = {
+    "": "a part of megacode",
+    "huggingface": "running what was exported",
+    "tiktoken": "tiktoken vocabularies",
+    "harness": "megacode evaluate --harness",
+    "cuda": "on CUDA: fused layers, flash attention, FP8, context parallel, FusedAdam",
+    "apex": "on CUDA: FusedAdam without Transformer Engine, fused gradient accumulation",
+}
+"""By the extra of megacode's that a distribution belongs to."""
+_GET = {
+    "torch": "pip install torch; on a GPU machine the build for its CUDA (pytorch.org, Get Started)",
+    "transformer-engine": "on CUDA: pip install --no-build-isolation 'transformer-engine[pytorch]'",
+    "apex": "build NVIDIA's (docs/install.md); `pip install apex` is another package",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the answer."""
+    """One line of the answer.
 
-    group: str
+    Attributes:
+        mark: a key of _MARKS.
+        gives, get: what the piece is for and how to get it, shown where it is not fine.
+        facts: what the process that imported it has to say.
+    """
+
     name: str
-    state: State
+    mark: str
     found: str
     gives: str = ""
-    """What it is for; shown where it is missing or wrong."""
     get: str = ""
-    """How to get it, or what to do."""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def works(self) -> bool:
+        return self.mark in ("ok", "?")
 
 
-# --------------------------------------------------------------------------------------------------------- findings
-
-
-def examine() -> tuple[list[Finding], dict[str, str]]:
-    """All findings, and what training would use here. Never raises."""
-    with ThreadPoolExecutor(max_workers=max(1, min(4, _cores()))) as pool:
-        probes = dict(zip((p.name for p in PACKAGES), pool.map(probe, PACKAGES), strict=True))
-    torch_facts = probes["torch"].facts
-    findings = []
-    for look in (_python, _processors, _memory, _disk):
-        findings.append(_isolated("Machine", look))
-    findings.append(_isolated("Machine", lambda: _gpu(torch_facts)))
-    findings += [_package(package, probes[package.name], torch_facts) for package in PACKAGES]
-    findings.append(_isolated("Cluster", lambda: _backend(torch_facts, "nccl")))
-    findings.append(_isolated("Cluster", lambda: _backend(torch_facts, "gloo")))
-    findings.append(_isolated("Cluster", _slurm))
-    return findings, training_would_use(probes)
-
-
-def _isolated(group: str, look: Callable[[], Finding]) -> Finding:
+def examine() -> dict[str, Finding]:
+    """What is here, by name."""
     try:
-        return look()
-    except Exception as error:  # whatever is wrong with this machine, the other answers still stand
-        return Finding(
-            group, look.__name__.strip("_<>"), "remark", clause(f"could not be looked at: {error}")
-        )
+        required = [Requirement(text) for text in metadata.requires("megacode") or ()]
+    except metadata.PackageNotFoundError:
+        raise UserError("megacode is not installed: `pip install -e .` in its folder") from None
+    required = [one for one in required if extra_of(one) != "test"]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        packages = {one.name: one for one in pool.map(look, [*required, Requirement("apex")])}
+    torch = packages["torch"]
+    others = [
+        Finding("Python", "ok", f"{platform.python_version()} in {sys.prefix}"),
+        Finding("cores", "ok", f"{available_cores()} usable ({platform.machine()})"),
+        gpu(torch),
+        communication(torch),
+        slurm(),
+    ]
+    return {one.name: one for one in others} | packages
 
 
-def _package(package: Package, result: Probe, torch_facts: dict[str, Any]) -> Finding:
-    if result.absent:
-        state: State = "needed" if package.needed else "missing"
-        return Finding(
-            package.group, package.name, state, "not installed", package.gives, package.get
-        )
-    found = result.facts.get("version") or result.version or "installed"
-    if package.module == "apex" and result.error:
-        found = f"a package named apex is there ({result.version or 'version unknown'}), without FusedAdam: not NVIDIA's"
-        return Finding(package.group, package.name, "missing", found, package.gives, package.get)
-    if result.error:
-        state = "needed" if package.needed else "remark"
-        return Finding(
-            package.group,
-            package.name,
-            state,
-            f"{found}, broken: {result.error}",
-            package.gives,
-            package.get,
-        )
-    remark = (
-        _version_remark(package.name, str(found))
-        if package.name != "torch"
-        else _torch_remark(torch_facts)
-    )
-    return Finding(package.group, package.name, "remark" if remark else "ok", str(found), remark)
+def extra_of(requirement: Requirement) -> str:
+    """The extra of megacode's that a requirement belongs to; Apex, which is in none, is its own."""
+    match = re.search(r"extra == .(\w+)", str(requirement.marker or ""))
+    return match[1] if match else requirement.name if requirement.name == "apex" else ""
 
 
-def _version_remark(name: str, version: str) -> str:
-    """A remark where the installed version is outside of what is known to work together."""
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if len(numbers) < 2:
-        return ""
-    if name == "megatron-core" and numbers < (0, 16):
-        return "megacode needs 0.16 or later"
-    if name == "Transformer Engine" and not (2, 10) <= numbers <= (2, 12):
-        return "2.10 to 2.12 pair with megatron-core 0.16"
-    return ""
+def look(requirement: Requirement, seconds: float = 120.0) -> Finding:
+    """Which version of a distribution is here, and whether it imports within `seconds`.
 
-
-def _torch_remark(facts: dict[str, Any]) -> str:
-    if facts.get("build") is None and _driver():
-        return "the build without CUDA, though there is an NVIDIA driver: install the one for its CUDA version (pytorch.org)"
-    if facts.get("build") and not facts.get("devices"):
-        return f"built for CUDA {facts['build']}, and no device is visible here"
-    return ""
-
-
-def _python() -> Finding:
-    version = platform.python_version()
-    old = sys.version_info < (3, 10)
-    where = "a virtual environment" if sys.prefix != sys.base_prefix else "no virtual environment"
-    return Finding(
-        "Machine",
-        "Python",
-        "needed" if old else "ok",
-        f"{version}, {where}",
-        "3.10 or later" if old else "",
-    )
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
+    On a cold network file system torch takes half a minute.
+    """
+    name, extra = requirement.name, extra_of(requirement)
+    facts, error = run_python(_IMPORTS[name], seconds) if name in _IMPORTS else ({}, "")
+    version: str | None
     try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on this system
-        return os.cpu_count() or 1
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:  # built in place, as in some containers, or missing
+        version = facts.get("version")
+    mark, found = ("-" if extra else "!"), version or "not installed"
+    if version and error:
+        found += f", broken: {error}"
+    elif version and not requirement.specifier.contains(version, prereleases=True):
+        mark, found = "?", f"{version}, and {requirement.specifier} is known to work"
+    elif version:
+        mark = "ok"
+    get = _GET.get(name, f"pip install '{f'megacode[{extra}]' if extra else requirement}'")
+    return Finding(name, mark, found, _GIVES[extra], get, facts)
 
 
-def _processors() -> Finding:
-    usable, total = _cores(), os.cpu_count() or 1
-    found = f"{usable}" if usable == total else f"{usable} of {total} usable by this process"
-    return Finding("Machine", "cores", "ok", f"{found} ({platform.machine()})")
-
-
-def _memory() -> Finding:
-    facts = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        facts[name] = int(rest.split()[0]) * 1024
-    total, free = facts["MemTotal"], facts["MemAvailable"]
-    limit = _memory_limit()
-    found = f"{free / 1e9:.0f} of {total / 1e9:.0f} GB free"
-    if limit and limit < total:
-        found += f", limited to {limit / 1e9:.0f} GB here (cgroup)"
-    return Finding("Machine", "memory", "ok", found)
-
-
-def _memory_limit() -> int | None:
-    """Bytes that a container or a job may use, if a cgroup says so."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            return int(Path(path).read_text())
-        except (OSError, ValueError):  # none there, or "max"
-            continue
-    return None
-
-
-def _disk() -> Finding:
-    usage = shutil.disk_usage(Path.cwd())
-    free = usage.free / 1e9
-    found = f"{free:,.0f} of {usage.total / 1e9:,.0f} GB free in {Path.cwd()}"
-    scale = "a checkpoint takes about 14 bytes a parameter (bf16 and Adam's state in fp32): 100 GB for 7 B parameters"
-    return Finding(
-        "Machine", "disk", "remark" if free < 10 else "ok", found, scale if free < 10 else ""
-    )
-
-
-def _driver() -> str | None:
-    """The NVIDIA driver's version, as nvidia-smi or the kernel tells it."""
-    if shutil.which("nvidia-smi"):
-        try:
-            command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-            if done.returncode == 0 and done.stdout.strip():
-                return done.stdout.split()[0]
-        except (OSError, subprocess.SubprocessError):
-            pass
+def run_python(script: str, seconds: float) -> tuple[dict[str, Any], str]:
+    """What a script puts into `facts`, and one line that says why it failed, if it did."""
+    # Without the working directory on the path: a folder there may have a package's name.
+    begin = "import json, sys\nsys.path = [p for p in sys.path if p]\nfacts = {}\n"
+    command = [sys.executable, "-W", "ignore", "-c", f"{begin}{script}\nprint(json.dumps(facts))"]
     try:
-        words = Path("/proc/driver/nvidia/version").read_text().split()
-        return next(word for word in words if word[0].isdigit() and "." in word)
-    except (OSError, StopIteration):
-        return None
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        return dict(json.loads(done.stdout.splitlines()[-1])), ""
+    except subprocess.TimeoutExpired:
+        return {}, f"its import did not end within {seconds:.0f} s"
+    except (IndexError, ValueError):
+        # The last `SomeError: ...` of the traceback; its message may have more lines.
+        lines = done.stderr.splitlines() or [f"its import ended with code {done.returncode}"]
+        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+        return {}, textwrap.shorten((errors or lines)[-1], 110, placeholder=" …")
 
 
-def _gpu(torch_facts: dict[str, Any]) -> Finding:
-    from megacode.plan.devices import device_peak
-
-    driver, devices = _driver(), torch_facts.get("devices") or []
-    if not devices:
-        gives = (
-            "training at full speed, bf16 and FP8; without one everything runs on the CPU, slowly"
-        )
-        found = f"driver {driver}, and torch sees no device" if driver else "none"
-        get = (
-            "see torch below, and CUDA_VISIBLE_DEVICES"
-            if driver
-            else "a machine with an NVIDIA GPU"
-        )
-        return Finding("Machine", "GPU", "remark" if driver else "missing", found, gives, get)
-    first = devices[0]
-    same = all(device["name"] == first["name"] for device in devices)
-    names = first["name"] if same else ", ".join(device["name"] for device in devices)
-    peak = device_peak(first["name"])
-    found = f"{len(devices)} × {names}, {first['memory'] / 1e9:.0f} GB each" if same else names
-    found += f", CUDA {torch_facts.get('build')}, driver {driver or 'unknown'}, compute capability {first['capability']}"
-    if peak and peak.bf16:
-        found += f", dense peak {peak.bf16:,.0f} TFLOP/s in bf16" + (
-            f" and {peak.fp8:,.0f} in FP8" if peak.fp8 else ""
-        )
-    return Finding("Machine", "GPU", "ok", found)
+def gpu(torch: Finding) -> Finding:
+    gives = "training at full speed, bf16 and FP8; without one all runs on the CPU, slowly"
+    if devices := torch.facts.get("devices"):
+        name, memory, _ = devices[0]
+        found = f"{len(devices)} × {name}, {memory / 1e9:.0f} GB, CUDA {torch.facts['cuda']}"
+        return Finding("GPU", "ok", found, gives)
+    if not shutil.which("nvidia-smi"):
+        return Finding("GPU", "-", "none", gives, "a machine with an NVIDIA GPU")
+    get = "torch's build for CUDA (pytorch.org); CUDA_VISIBLE_DEVICES may hide devices"
+    return Finding("GPU", "?", "nvidia-smi is here, and torch sees no device", gives, get)
 
 
-def _backend(torch_facts: dict[str, Any], name: str) -> Finding:
-    label = {"nccl": "NCCL", "gloo": "gloo"}[name]
-    if torch_facts.get(name):
-        return Finding("Cluster", label, "ok", torch_facts.get(f"{name}_version", "in torch"))
-    gives = {
-        "nccl": "communication among GPUs",
-        "gloo": "communication among processes on CPUs, and stop signals",
-    }[name]
-    if not torch_facts:
-        return Finding("Cluster", label, "missing", "unknown, for torch does not import", gives)
-    get = {
-        "nccl": "it comes with torch's CUDA builds on Linux",
-        "gloo": "install one of torch's official builds",
-    }[name]
-    return Finding(
-        "Cluster",
-        label,
-        "missing" if name == "nccl" else "needed",
-        "not in this build of torch",
-        gives,
-        get,
-    )
+def communication(torch: Finding) -> Finding:
+    nccl, gloo = torch.facts.get("nccl"), torch.facts.get("gloo")
+    found = " and ".join([*([f"NCCL {nccl}"] if nccl else []), *(["gloo"] if gloo else [])])
+    gives = "NCCL: among GPUs; gloo: among processes on CPUs, and stop signals"
+    get = "torch's official builds have gloo, its CUDA builds on Linux also NCCL"
+    mark = "!" if not gloo else "ok" if nccl else "-"
+    return Finding("communication", mark, found or "none", gives, get)
 
 
-def _slurm() -> Finding:
+def slurm() -> Finding:
     gives = "runs over many machines, queued and requeued (torchrun needs no Slurm)"
     if not shutil.which("sbatch"):
-        return Finding(
-            "Cluster",
-            "Slurm",
-            "missing",
-            "no sbatch on the path",
-            gives,
-            "a cluster's login node has it",
-        )
-    version = "installed"
-    try:
-        done = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, timeout=20)
-        version = done.stdout.strip() or version
-    except (OSError, subprocess.SubprocessError):
-        return Finding(
-            "Cluster",
-            "Slurm",
-            "remark",
-            "sbatch is there and does not answer",
-            gives,
-            "ask the cluster's support",
-        )
+        return Finding("Slurm", "-", "no sbatch on the path", gives, "a cluster's login node")
     job = os.environ.get("SLURM_JOB_ID")
-    if not job:
-        return Finding("Cluster", "Slurm", "ok", f"{version}; not inside a job")
-    shape = {
-        "nodes": "SLURM_JOB_NUM_NODES",
-        "tasks": "SLURM_NTASKS",
-        "GPUs a node": "SLURM_GPUS_ON_NODE",
-    }
-    known = ", ".join(
-        f"{os.environ[variable]} {what}"
-        for what, variable in shape.items()
-        if variable in os.environ
-    )
-    return Finding("Cluster", "Slurm", "ok", f"{version}; job {job}{', ' + known if known else ''}")
+    return Finding("Slurm", "ok", f"inside job {job}" if job else "sbatch; not inside a job", gives)
 
 
-def training_would_use(probes: dict[str, Probe]) -> dict[str, str]:
-    """Device, layers, Adam and communication that a run on this machine gets, by the rules of the training code."""
-    torch_probe = probes["torch"]
-    if (
-        torch_probe.absent
-        or torch_probe.error
-        or probes["megatron-core"].absent
-        or probes["megatron-core"].error
-    ):
+def training_would_use(found: dict[str, Finding]) -> dict[str, str]:
+    """What a run on this machine computes with, by the rules of `megacode.megatron`."""
+    if not (found["torch"].works and found["megatron-core"].works):
         return {"training": "not possible before torch and megatron-core import"}
-    usable = {name: not p.absent and not p.error for name, p in probes.items()}
-    devices = torch_probe.facts.get("devices") or []
-    engine = bool(devices) and usable["Transformer Engine"]
-    # Megatron-Core takes the first Adam that imports, also on a machine without CUDA.
-    adam = next(
-        (
-            f"FusedAdam of {name}"
-            for name in ("Transformer Engine", "Apex (NVIDIA's)")
-            if usable[name]
-        ),
-        "torch's AdamW",
-    )
-    precisions = ["fp32", "bf16", *(_fp8_recipes(probes) if engine else [])]
+    facts = found["torch"].facts
+    if not facts["devices"]:
+        return {
+            "device": f"CPU, {available_cores()} cores",
+            "communication": "gloo",
+            "layers": "Megatron-Core's local ones",
+            "Adam": "torch's AdamW",
+            "precision": "fp32, bf16",
+        }
+    device, _, capability = facts["devices"][0]
+    engine = found["transformer-engine"]
+    adams = {"Transformer Engine": engine, "Apex": found["apex"]}
+    adam = next((f"FusedAdam of {name}" for name, one in adams.items() if one.works), None)
+    version = release(engine.found) if engine.works else None
+    hardware = Hardware(device, tuple(capability), release(facts["cuda"]), version)
+    kinds = ("delayed", "tensorwise", "blockwise", "mxfp8")
+    fp8 = [f"fp8 ({kind})" for kind in kinds if fp8_refusal(kind, hardware) is None]
     return {
-        "device": f"{len(devices)} × {devices[0]['name']}" if devices else f"CPU, {_cores()} cores",
-        "communication": "NCCL" if devices else "gloo",
-        "layers": "Transformer Engine's" if engine else "Megatron-Core's local ones",
-        "Adam": adam,
-        "precision": ", ".join(precisions),
+        "device": f"{len(facts['devices'])} × {device}",
+        "communication": "NCCL",
+        "layers": "Transformer Engine's" if engine.works else "Megatron-Core's local ones",
+        "Adam": adam or "torch's AdamW",
+        "precision": ", ".join(["fp32", "bf16", *fp8]),
     }
 
 
-def _fp8_recipes(probes: dict[str, Probe]) -> list[str]:
-    """FP8 recipes that the first device can train by."""
-    from megacode.plan.hardware import Hardware, fp8_refusal
-
-    facts = probes["torch"].facts
-    first = facts["devices"][0]
-    hardware = Hardware(
-        first["name"], _numbers(first["capability"]), _numbers(facts.get("build")),
-        _numbers(probes["Transformer Engine"].version) or (2, 10),
-    )  # fmt: skip
-    kinds = ("delayed", "tensorwise", "blockwise", "mxfp8")
-    return [f"fp8 ({kind})" for kind in kinds if fp8_refusal(kind, hardware) is None]
-
-
-def _numbers(version: str | None) -> Any:
+def release(version: str | None) -> tuple[int, ...] | None:
     """`12.9` -> (12, 9)."""
-    match = re.match(r"\d+(\.\d+)*", version or "")
-    return tuple(map(int, match[0].split("."))) if match else None
-
-
-# ----------------------------------------------------------------------------------------------------------- verb
+    return Version(version.split(",")[0]).release if version else None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -357,44 +231,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    findings, use = examine()
+    found = examine()
+    use = training_would_use(found)
     if args.json:
-        print(
-            json.dumps(
-                {"findings": [asdict(finding) for finding in findings], "training": use}, indent=1
-            )
-        )
-    else:
-        show(findings, use)
-    return 0
-
-
-def show(findings: list[Finding], use: dict[str, str]) -> None:
-    """Print the findings by group, and what training would use."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from megacode.terminal import print_table, table_console
-
-    console = table_console()
+        findings = [asdict(finding) for finding in found.values()]
+        print(json.dumps({"findings": findings, "training": use}, indent=1))
+        return 0
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(no_wrap=True, width=2)
-    table.add_column(no_wrap=True)
-    table.add_column()
-    group = ""
-    for finding in findings:
-        if finding.group != group:
-            table.add_row(*(["", "", ""] if group else []))
-            table.add_row("", Text(finding.group, style="bold"), "")
-            group = finding.group
-        mark, style = _MARKS[finding.state]
-        table.add_row(Text(mark, style=style), finding.name, Text(finding.found))
-        if finding.gives:
-            table.add_row("", "", Text(finding.gives, style="dim"))
-        if finding.get:
-            table.add_row("", "", Text(f"get it: {finding.get}", style="dim"))
-    table.add_row("", "", "")
-    table.add_row("", Text("Training here would use", style="bold"), "")
+    for no_wrap in (True, True, False):
+        table.add_column(no_wrap=no_wrap)
+    for finding in found.values():
+        mark = Text(finding.mark, _MARKS[finding.mark])
+        table.add_row(mark, finding.name, Text(finding.found))
+        if finding.mark != "ok":
+            table.add_row("", "", Text(f"gives: {finding.gives}\nget it: {finding.get}", "dim"))
+    table.add_row("", Text("\nTraining here would use", "bold"), "")
     for name, value in use.items():
         table.add_row("", name, value)
-    print_table(console, table)
+    print_table(table_console(), table)
+    return 0

@@ -1,4 +1,4 @@
-"""Peaks are dense ones, unknown devices have none, and plan, MFU and doctor read one table."""
+"""Peaks are dense ones, unknown devices have none, and plan and MFU read one table."""
 
 from __future__ import annotations
 

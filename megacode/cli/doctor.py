@@ -68,7 +68,7 @@ _GIVES = {
 }
 """By the extra of megacode's that a distribution belongs to."""
 _GET = {
-    "torch": "pip install torch; on a GPU machine the build for its CUDA (pytorch.org, Get Started)",
+    "torch": "pip install torch; with a GPU the build for its CUDA (pytorch.org, Get Started)",
     "transformer-engine": "on CUDA: pip install --no-build-isolation 'transformer-engine[pytorch]'",
     "apex": "build NVIDIA's (docs/install.md); `pip install apex` is another package",
 }

@@ -1,14 +1,19 @@
-"""The verb `evaluate`: validation loss of a checkpoint, by source and domain; or tasks of lm-evaluation-harness."""
+"""The verb `evaluate`: a checkpoint's validation loss, or tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from megacode.recipe.schema import Recipe
+from rich.table import Table
+
+from megacode.cli.arguments import at_least
+from megacode.errors import UserError
+from megacode.recipe.schema import Recipe
+from megacode.terminal import print_table, table_console
 
 EXAMPLE = """examples:
   megacode evaluate runs/crystal-tiny
@@ -18,56 +23,29 @@ EXAMPLE = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        help="run folder or checkpoint folder; with --harness a Hugging Face folder, too",
+    add = parser.add_argument
+    add(
+        "checkpoint", type=Path, help="run or checkpoint; with --harness a Hugging Face folder, too"
     )
-    parser.add_argument("--samples", type=int, help="sequences per source (default: the recipe's)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument(
-        "--harness",
-        metavar="TASKS",
-        help="tasks of lm-evaluation-harness, with commas between them",
-    )
-    parser.add_argument(
-        "--harness-tasks",
-        type=Path,
-        metavar="FOLDER",
-        help="further tasks as YAML files; no network",
-    )
-    parser.add_argument(
-        "--shots", type=int, metavar="N", help="examples before each question (default: the task's)"
-    )
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="questions of each task (default: all)"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        default=8,
-        help="texts in a forward pass (default: 8)",
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="with --harness: run the Python files of a Hugging Face folder",
-    )
+    add("--samples", type=at_least(1), help="sequences per source (default: the recipe's)")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    add("--harness", metavar="TASKS", help="tasks of lm-evaluation-harness, split by commas")
+    add("--harness-tasks", type=Path, metavar="FOLDER", help="more tasks, as YAML; no network")
+    add("--shots", type=at_least(0), metavar="N", help="examples before each question (the task's)")
+    add("--limit", type=at_least(1), metavar="N", help="questions of each task (all)")
+    add("--batch-size", type=at_least(1), metavar="N", default=8, help="texts in a forward pass")
+    add("--trust-remote-code", action="store_true", help="run the folder's own Python files")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.harness is not None:
         return _run_harness(args)
-    from megacode.errors import UserError
-    from megacode.megatron.inference import open_for_inference
-
     if args.trust_remote_code:
         raise UserError(
             "--trust-remote-code: is for --harness on a Hugging Face folder; leave it out"
         )
-    if args.samples is not None and args.samples < 1:
-        raise UserError(f"--samples: expected 1 or more, not {args.samples}")
+    from megacode.megatron.inference import open_for_inference
+
     recipe, tokenizer, model = open_for_inference(args.checkpoint)
 
     from megacode.data.planning import plan_with_data
@@ -76,59 +54,52 @@ def run(args: argparse.Namespace) -> int:
     from megacode.run.checkpoints import find_checkpoint, read_info
 
     if args.samples:
-        each = {"samples": args.samples}
-        recipe = recipe.model_copy(
-            update={
-                "evaluation": recipe.evaluation.model_copy(update=each),
-                "sources": {
-                    k: v.model_copy(update={"validation_samples": None})
-                    for k, v in recipe.sources.items()
-                },
-            }
-        )
+        recipe = _with_samples(recipe, args.samples)
     checkpoint = find_checkpoint(args.checkpoint)
     plan = plan_with_data(recipe, checkpoint / "recipe.yaml")
     world = current_world()
     validation = Validation.open(plan, world, tokenizer)
     if validation is None:
         raise UserError(
-            f"{args.checkpoint}: its recipe gives no source a `validation` set; there is nothing to evaluate on"
+            f"{args.checkpoint}: its recipe gives no source a `validation` set; "
+            "there is nothing to evaluate on"
         )
-    info = read_info(checkpoint)
-    losses = validate(validation, [model], plan, int(info["step"]), world)
+    step = int(read_info(checkpoint)["step"])
+    losses = validate(validation, [model], plan, step, world)
     domains = by_domain(recipe, losses)
     shutdown()
     if args.json:
-        print(
-            json.dumps(
-                {
-                    "step": info["step"],
-                    "loss_by_source": {name: loss for name, (loss, _) in losses.items()},
-                    "tokens_by_source": {name: tokens for name, (_, tokens) in losses.items()},
-                    "loss_by_domain": domains,
-                }
-            )
-        )
-        return 0
-    _print_table(recipe, info, losses, domains)
+        found = {
+            "step": step,
+            "loss_by_source": {name: loss for name, (loss, _) in losses.items()},
+            "tokens_by_source": {name: tokens for name, (_, tokens) in losses.items()},
+            "loss_by_domain": domains,
+        }
+        print(json.dumps(found))
+    else:
+        table = _table(recipe, losses, domains)
+        table.title = f"{recipe.name}, step {step:,}: validation"
+        print_table(table_console(), table)
     return 0
 
 
+def _with_samples(recipe: Recipe, samples: int) -> Recipe:
+    """The recipe with this number of validation samples for each source."""
+    evaluation = recipe.evaluation.model_copy(update={"samples": samples})
+    sources = {
+        name: source.model_copy(update={"validation_samples": None})
+        for name, source in recipe.sources.items()
+    }
+    return recipe.model_copy(update={"evaluation": evaluation, "sources": sources})
+
+
 def _run_harness(args: argparse.Namespace) -> int:
-    from megacode.errors import UserError
     from megacode.evaluate.harness import TaskSettings, print_results, run_tasks
     from megacode.megatron.distributed import shutdown
 
     tasks = [name.strip() for name in args.harness.split(",") if name.strip()]
     if not tasks:
         raise UserError("--harness: names no task; give at least one, such as --harness arc_easy")
-    for option, value, least in (
-        ("shots", args.shots, 0),
-        ("limit", args.limit, 1),
-        ("batch-size", args.batch_size, 1),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"--{option}: expected {least} or more, not {value}")
     settings = TaskSettings(
         tasks, args.harness_tasks, args.shots, args.limit, args.batch_size, args.trust_remote_code
     )
@@ -143,32 +114,18 @@ def _run_harness(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_table(
-    recipe: Recipe,
-    info: dict[str, Any],
-    losses: dict[str, tuple[float, int]],
-    domains: dict[str, float],
-) -> None:
-    import math
-
-    from rich.table import Table
-
-    from megacode.terminal import print_table, table_console
-
-    table = Table(title=f"{recipe.name}, step {info['step']:,}: validation", title_justify="left")
-    table.add_column("source")
-    table.add_column("domain")
+def _table(
+    recipe: Recipe, losses: Mapping[str, tuple[float, int]], domains: Mapping[str, float]
+) -> Table:
+    table = Table("source", "domain", title_justify="left")
     for head in ("tokens", "loss (nats/token)", "perplexity"):
         table.add_column(head, justify="right")
-    for name, (loss, tokens) in losses.items():
-        table.add_row(
-            name,
-            recipe.sources[name].domain,
-            f"{tokens:,}",
-            f"{loss:.4f}",
-            f"{math.exp(min(loss, 700)):,.2f}",
-        )
-    table.add_section()
-    for domain, loss in domains.items():
-        table.add_row("all", domain, "", f"{loss:.4f}", f"{math.exp(min(loss, 700)):,.2f}")
-    print_table(table_console(), table)
+    rows = [
+        (name, recipe.sources[name].domain, f"{n:,}", loss) for name, (loss, n) in losses.items()
+    ]
+    totals = [("all", domain, "", loss) for domain, loss in domains.items()]
+    for part in (rows, totals):
+        for *words, loss in part:
+            table.add_row(*words, f"{loss:.4f}", f"{math.exp(min(loss, 700)):,.2f}")
+        table.add_section()
+    return table

@@ -6,39 +6,33 @@ import argparse
 import shlex
 from pathlib import Path
 
+from megacode.cli.arguments import add_overrides
 from megacode.recipe.load import load_recipe
 from megacode.run.fork import fork
 
 EXAMPLE = """examples:
   megacode fork runs/crystal-tiny --at 370 --set phases.phase3.mixture.domains.code.fim_rate=0.9
-  megacode fork runs/crystal-tiny --at 300 --set phases.phase2.learning_rate.peak=0.001 --to runs/lower-rate
+  megacode fork runs/crystal-tiny --at 300 --to runs/lower-rate \\
+    --set phases.phase2.learning_rate.peak=0.001
 
-The phase that holds the step is split there. What is changed of its mixture, learning rate or batch size begins anew at
-the split (a schedule with its first step, warm-up included); what is not changed goes on where it stood. A longer run needs
-no fork: lengthen the recipe and train on in the same folder."""
+The phase that holds the step is split there; --set changes keys from that step on. What is changed
+of its mixture, learning rate or batch size begins anew at the split (a schedule with its first
+step, warm-up included); what is not changed goes on where it stood. A longer run needs no fork:
+lengthen the recipe and train on in the same folder."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument(
-        "--at", type=int, required=True, metavar="STEP", help="finished steps that both runs share"
-    )
-    parser.add_argument(
-        "--to", type=Path, metavar="NEWRUN", help="new run folder (default: RUN-at-STEP)"
-    )
-    parser.add_argument(
-        "--recipe", type=Path, help="recipe of the new run (default: the run's own)"
-    )
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-        help="change a key of the recipe from that step on, e.g. --set phases.phase2.fim_rate=0.5",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("run", type=Path, help="run folder")
+    add("--at", type=int, required=True, metavar="STEP", help="finished steps that both runs share")
+    add("--to", type=Path, metavar="NEWRUN", help="new run folder (RUN-at-STEP)")
+    add("--recipe", type=Path, help="recipe of the new run (the run's own)")
+    add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     new = args.to or args.run.with_name(f"{args.run.name}-at-{args.at}")
-    lines = fork(args.run, args.at, new, args.recipe, args.overrides)
-    print("\n".join(lines))
+    print("\n".join(fork(args.run, args.at, new, args.recipe, args.overrides)))
     recipe, folder = shlex.quote(str(new / "recipe.yaml")), shlex.quote(str(new))
     parallel = load_recipe(new / "recipe.yaml").parallel
     ranks = parallel.tensor * parallel.pipeline * parallel.context

@@ -18,36 +18,32 @@ EXAMPLE = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folder", type=Path, help="a Hugging Face model: config.json and its weights"
-    )
-    parser.add_argument(
-        "output", type=Path, help="checkpoint folder to make, for a recipe's `initialize_from`"
-    )
+    add = parser.add_argument
+    add("folder", type=Path, help="a Hugging Face model: config.json and its weights")
+    add("output", type=Path, help="checkpoint folder to make, for a recipe's `initialize_from`")
 
 
 def run(args: argparse.Namespace) -> int:
     from megacode.convert.importing import Found, import_model
     from megacode.terminal import progress_bar
 
-    if args.output.exists():
-        raise UserError(f"{args.output}: already there; choose another folder, or remove it")
+    output = args.output
+    if output.exists():
+        raise UserError(f"{output}: already there; choose another folder, or remove it")
     found = Found.open(args.folder)
     total = sum(path.stat().st_size for path in set(found.weights.files.values()))
     tokenizer, note = _tokenizer(args.folder, found.vocab_size)
     with progress_bar(f"{args.folder.name} ({found.family.name})", total) as on_bytes:
-        recipe = import_model(found, args.output, tokenizer, on_bytes)
-    print(
-        f"{args.output}: a checkpoint of {recipe.name}, {found.family.architecture}, vocabulary {found.vocab_size:,}"
-    )
-    print(
-        f"A recipe goes on from it with `extends: {args.output / 'recipe.yaml'}` and `initialize_from: {args.output}`."
-    )
-    length = found.config.get("max_position_embeddings")
-    if found.model.context_length and length and found.model.context_length < length:
+        recipe = import_model(found, output, tokenizer, on_bytes)
+    family = found.family.architecture
+    print(f"{output}: a checkpoint of {recipe.name}, {family}, vocabulary {found.vocab_size:,}")
+    extends, initialize = f"`extends: {output / 'recipe.yaml'}`", f"`initialize_from: {output}`"
+    print(f"A recipe goes on from it with {extends} and {initialize}.")
+    window, length = found.model.context_length, found.config.get("max_position_embeddings")
+    if window and length and window < length:
         print(
-            f"note: it attends within a window of {found.model.context_length:,} tokens, and Megatron-Core's layers here to "
-            f"everything before: context_length is {found.model.context_length:,} instead of {length:,}, where both are the same"
+            f"note: its attention has a window of {window:,} tokens, and Megatron-Core's here has "
+            f"none: context_length is {window:,} instead of {length:,}, where both are the same"
         )
     for line in filter(None, (found.note, note)):
         print(f"note: {line}")
@@ -60,9 +56,7 @@ def _tokenizer(folder: Path, vocab_size: int) -> tuple[TokenizerSection | None, 
     from megacode.recipe.schema import TokenizerSection
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return (
-            None,
-            f"{folder}: has no tokenizer.json or tokenizer.model; give the recipe's `tokenizer.path` yourself",
-        )
+        absent = f"{folder}: has no tokenizer.json or tokenizer.model"
+        return None, f"{absent}; give the recipe's `tokenizer.path` yourself"
     found = read_tokenizer(folder.resolve(), vocab_size)
     return TokenizerSection(**found.section), found.note

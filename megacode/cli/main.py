@@ -1,12 +1,12 @@
-"""`megacode VERB ...`: each verb imports its room only when it is used, so `megacode plan` never waits for torch."""
+"""`megacode VERB ...` imports the module of that verb only: `megacode plan` needs no torch."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 
+from megacode.cli.arguments import HelpFormatter, Parser
 from megacode.errors import UserError
 from megacode.version import __version__
 
@@ -28,8 +28,8 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 
 
-def _parser(verb: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(verb: str | None) -> Parser:
+    parser = Parser(
         prog="megacode",
         description="Train code-and-language models on Megatron-Core from one recipe file.",
         epilog="example: megacode plan recipes/crystal-tiny.yaml",
@@ -43,7 +43,7 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
             help=help_line,
             description=help_line[0].upper() + help_line[1:] + ".",
             epilog=getattr(module, "EXAMPLE", None),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
         )
         if module:
             module.add_arguments(sub)
@@ -52,17 +52,23 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Exit code 0, or 2 after a sentence about what the user should change."""
+    """Run one verb.
+
+    Returns:
+        The exit code: 0, 2 after a sentence about a mistake of the user, or the verb's own.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     verb = next((a for a in arguments if not a.startswith("-")), None)
-    args = _parser(verb if verb in VERBS else None).parse_args(arguments)
+    verb = verb if verb in VERBS else None
+    program = f"megacode {verb}" if verb else "megacode"
     try:
+        args = _parser(verb).parse_args(arguments)
         return int(args.entry(args) or 0)
     except UserError as error:
-        print(f"megacode {args.verb}: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
-        print(f"megacode {args.verb}: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130

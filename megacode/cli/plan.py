@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megacode.cli.arguments import add_overrides, at_least, fraction
 from megacode.errors import UserError
 from megacode.plan.devices import DEVICES
 from megacode.plan.plan import Plan
@@ -27,65 +28,35 @@ EXAMPLE = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, help="recipe file")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="change a key, such as phases.phase1.steps=100 (may be given several times)",
-    )
-    parser.add_argument("--gpus", type=_positive, metavar="N", help="devices, for memory and time")
-    parser.add_argument(
-        "--mfu", type=_fraction, default=0.45, help="share of the device's peak (default: 0.45)"
-    )
-    parser.add_argument(
-        "--device",
-        choices=sorted(DEVICES),
-        default="h100",
-        metavar="NAME",
-        help="h100 (default), a100, b200 ...",
-    )
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="also draw shares, rate and batch size (.png, .svg)",
-    )
-    parser.add_argument(
-        "--price", type=_price, metavar="X", help="of a device hour, for the whole run's"
-    )
-    parser.add_argument("--checkpoints", action="store_true", help="list every checkpoint")
-    parser.add_argument(
-        "--suggest",
-        action="store_true",
-        help="propose parallel layouts for --gpus and --device, fastest first",
-    )
-    parser.add_argument(
-        "--gpus-per-node",
-        type=_positive,
-        default=8,
-        metavar="N",
-        help="for --suggest: devices that NVLink joins (8)",
-    )
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON instead")
+    add = parser.add_argument
+    add("recipe", type=Path, help="recipe file")
+    add_overrides(parser)
+    add("--gpus", type=at_least(1), metavar="N", help="devices, for memory and time")
+    add("--mfu", type=fraction, default=0.45, help="share of the device's peak")
+    devices = "a100, h100, b200 ..."
+    add("--device", choices=sorted(DEVICES), default="h100", metavar="NAME", help=devices)
+    add("--plot", type=Path, metavar="FILE", help="also draw shares, rate, batch size (.png, .svg)")
+    add("--price", type=at_least(0, float), metavar="X", help="of a device hour; tells the run's")
+    add("--checkpoints", action="store_true", help="list every checkpoint")
+    add("--suggest", action="store_true", help="propose parallel layouts for --gpus, fastest first")
+    add("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="joined by NVLink")
+    add("--json", action="store_true", help="print the plan as JSON instead")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan; 0, or a UserError."""
     from megacode.data.packing_report import packing_losses
     from megacode.data.planning import plan_with_data
     from megacode.data.tokenizer_check import unknown_makers
     from megacode.plan.summary import plan_as_dict, vocabulary
-    from megacode.report.plan_costs import print_costs
+    from megacode.report.plan_costs import Machine, print_costs
     from megacode.report.plan_packing import packing_table
     from megacode.report.plan_tables import print_plan
 
     recipe = load_recipe(args.recipe, args.overrides)
     vocab_size = vocabulary(recipe)
+    machine = Machine(args.gpus, args.device, args.mfu, args.price)
     if args.suggest:
-        return _suggest(recipe, vocab_size, args)
+        return _suggest(recipe, vocab_size, machine, args)
     if args.gpus:
         check_layout(recipe, args.gpus, args.recipe)
     plan = plan_with_data(recipe, args.recipe)
@@ -98,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     console = table_console()
     print_plan(plan, vocab_size, console)
-    print_costs(plan, vocab_size, _machine(args), console, args.checkpoints)
+    print_costs(plan, vocab_size, machine, console, args.checkpoints)
     if table := packing_table(plan, losses):
         print_table(console, table)
     if note := unknown_makers(recipe):
@@ -108,13 +79,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _machine(args: argparse.Namespace) -> Machine:
-    from megacode.report.plan_costs import Machine
-
-    return Machine(args.gpus, args.device, args.mfu, args.price)
-
-
-def _suggest(recipe: Recipe, vocab_size: int | None, args: argparse.Namespace) -> int:
+def _suggest(
+    recipe: Recipe, vocab_size: int | None, machine: Machine, args: argparse.Namespace
+) -> int:
     from megacode.plan.suggest import suggest
     from megacode.report.plan_costs import print_suggestions
 
@@ -122,18 +89,13 @@ def _suggest(recipe: Recipe, vocab_size: int | None, args: argparse.Namespace) -
         raise UserError("--suggest: give the number of devices, --gpus N")
     if vocab_size is None:
         raise UserError(
-            f"{args.recipe}: model.vocab_size: --suggest needs it where the tokenizer is not there; add the key"
+            f"{args.recipe}: model.vocab_size: --suggest needs it where the tokenizer is not there;"
+            " add the key"
         )
-    machine = _machine(args)
     proposals = suggest(recipe, vocab_size, args.gpus, machine.peak, args.gpus_per_node)
     if args.json:
         rows = [
-            {
-                "settings": p.settings(),
-                "data": p.data,
-                "memory": p.memory.total,
-                "seconds": p.seconds,
-            }
+            dict(settings=p.settings(), data=p.data, memory=p.memory.total, seconds=p.seconds)
             for p in proposals
         ]
         print(json.dumps(rows, indent=1))
@@ -154,24 +116,3 @@ def _draw(plan: Plan, path: Path) -> None:
         raise UserError(
             f"--plot {path}: cannot be drawn ({error}); give FILE.png in a folder that is there"
         ) from error
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("expected 1 or more")
-    return number
-
-
-def _price(text: str) -> float:
-    number = float(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("expected 0 or more")
-    return number
-
-
-def _fraction(text: str) -> float:
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError("expected a number above 0 and at most 1")
-    return number

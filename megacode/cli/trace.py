@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megacode.cli.arguments import add_overrides
 from megacode.errors import UserError
 
-if TYPE_CHECKING:
-    from megacode.data.trace import Trace
-
 EXAMPLE = """examples:
-  megacode trace runs/crystal-tiny --step 240               # the documents of the batch, and where they come from
+  megacode trace runs/crystal-tiny --step 240               # the batch's documents and their files
   megacode trace runs/crystal-tiny --step 240 --text        # with the beginning of each
-  megacode trace runs/crystal-tiny --step 240 --sample 3    # one sequence in full, after fill-in-the-middle
+  megacode trace runs/crystal-tiny --step 240 --sample 3    # one sequence as it was trained on
   megacode trace runs/crystal-tiny --step 240 --check       # is it the batch that was trained on?
   megacode trace recipes/crystal-tiny.yaml --step 1 --json  # before the run, from the recipe alone
 
@@ -23,40 +25,20 @@ Steps are numbered as in metrics.jsonl, from 1; sequences within the batch from 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "run_or_recipe", type=Path, metavar="RUN_OR_RECIPE", help="a run's folder, or a recipe file"
-    )
-    parser.add_argument(
-        "--step", type=int, required=True, metavar="N", help="step of the run, 1 for the first"
-    )
-    parser.add_argument(
-        "--text", action="store_true", help="show the first characters of each document"
-    )
-    parser.add_argument(
-        "--sample",
-        type=int,
-        metavar="K",
-        help="show sequence K of the batch in full, as trained on",
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="compare the batch with what the run's metrics.jsonl says",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a key of the recipe",
-    )
+    add = parser.add_argument
+    name = "RUN_OR_RECIPE"
+    add("run_or_recipe", type=Path, metavar=name, help="a run's folder, or a recipe file")
+    add("--step", type=int, required=True, metavar="N", help="step of the run, 1 for the first")
+    add("--text", action="store_true", help="show the first characters of each document")
+    add("--sample", type=int, metavar="K", help="show sequence K of the batch, as trained on")
+    add("--check", action="store_true", help="compare the batch with the run's metrics.jsonl")
+    add("--json", action="store_true", help="print JSON instead")
+    add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the documents of a step; 0, or 1 where --check finds another batch. UserError for mistakes."""
-    from megacode.data.trace import as_dict, open_trace
+    """Print the documents of a step; 0, or 1 where --check finds another batch."""
+    from megacode.data.trace import as_dict, open_trace, recorded_digest
 
     trace = open_trace(args.run_or_recipe, args.step, tuple(args.overrides))
     facts: dict[str, Any] = {
@@ -65,12 +47,17 @@ def run(args: argparse.Namespace) -> int:
         "sequence_length": trace.phase.sequence_length,
     }
     if args.check:
-        facts |= _checked(trace, args.run_or_recipe, args.step)
+        recorded = recorded_digest(args.run_or_recipe, args.step)
+        if recorded is None:
+            raise UserError(
+                f"--check: {args.run_or_recipe / 'metrics.jsonl'} has no step {args.step}; "
+                "give the folder of a run that trained it"
+            )
+        digest = trace.digest()
+        facts |= {"batch": digest, "recorded": recorded, "equal": digest == recorded}
     if args.sample is not None:
         facts["content"] = trace.sample(args.sample)
-        chosen = trace.mixture.describe(trace.step, [args.sample])
-    else:
-        chosen = trace.samples()
+    chosen = trace.samples() if args.sample is None else trace.samples()[args.sample :][:1]
     facts["samples"] = [as_dict(trace, origin, args.text) for origin in chosen]
     if args.json:
         print(json.dumps(facts, indent=1))
@@ -79,75 +66,40 @@ def run(args: argparse.Namespace) -> int:
     return 1 if facts.get("equal") is False else 0
 
 
-def _checked(trace: Trace, run: Path, step: int) -> dict[str, Any]:
-    from megacode.data.trace import recorded_digest
-
-    recorded = recorded_digest(run, step)
-    if recorded is None:
-        raise UserError(
-            f"--check: {run / 'metrics.jsonl'} has no step {step}; give the folder of a run that trained it"
-        )
-    digest = trace.digest()
-    return {"batch": digest, "recorded": recorded, "equal": digest == recorded}
-
-
 def _show(facts: dict[str, Any], with_text: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     console = Console(highlight=False, soft_wrap=True)
-    samples = facts["samples"]
-    console.print(
-        f"step {facts['step']:,}, {facts['phase']}: {len(samples):,} sequence{'s' if len(samples) != 1 else ''} of "
-        f"{facts['sequence_length']:,} tokens"
-    )
+    samples, length = facts["samples"], facts["sequence_length"]
+    sequences = f"{len(samples):,} sequence{'s' * (len(samples) != 1)} of {length:,} tokens"
+    console.print(f"step {facts['step']:,}, {facts['phase']}: {sequences}")
     if "equal" in facts:
-        said = (
-            "the batch that the run recorded"
-            if facts["equal"]
-            else f"NOT the run's batch {facts['recorded']}"
-        )
+        other = f"NOT the run's batch {facts['recorded']}"
+        said = "the batch that the run recorded" if facts["equal"] else other
         console.print(f"digest {facts['batch']}: {said}")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for head in (
-        "sample",
-        "source",
-        "epoch",
-        "document",
-        "tokens",
-        "from",
-        *(["text"] if with_text else []),
-    ):
-        table.add_column(
-            head, no_wrap=True, justify="right" if head in ("sample", "epoch") else "left"
-        )
+    heads = ("sample", "source", "epoch", "document", "tokens", "from", *["text"] * with_text)
+    for head in heads:
+        number = head in ("sample", "epoch")
+        table.add_column(head, no_wrap=True, justify="right" if number else "left")
     for sample in samples:
-        for number, part in enumerate(sample["documents"]):
-            first = number == 0
+        about = [str(sample["sample"]), sample["stream"], str(sample["epoch"])]
+        for part in sample["documents"]:
+            document = f"{Path(part['shard']).name}:{part['document']}"
+            tokens = f"{part['first']:,}-{part['end'] - 1:,} of {part['document_tokens']:,}"
             origin = "" if part["file"] is None else f"{part['file']}:{part['record']}"
-            table.add_row(
-                str(sample["sample"]) if first else "",
-                Text(sample["stream"] if first else ""),
-                str(sample["epoch"]) if first else "",
-                Text(f"{Path(part['shard']).name}:{part['document']}"),
-                f"{part['first']:,}-{part['end'] - 1:,} of {part['document_tokens']:,}",
-                Text(printable(origin)),
-                *([Text(printable(part["text"])[:80])] if with_text else []),
-            )
-    wide = Console(highlight=False, width=10_000)  # a terminal wraps lines, a pipe keeps them whole
+            row = [*about, document, tokens, printable(origin)]
+            row += [printable(part["text"])[:80]] if with_text else []
+            table.add_row(*map(Text, row))
+            about = ["", "", ""]
+    # As wide as its content: a terminal wraps lines, a pipe keeps them whole.
+    wide = Console(highlight=False, width=10_000)
     Console(highlight=False, width=wide.measure(table).maximum).print(table)
     if content := facts.get("content"):
-        counted = sum(content["loss_mask"])
-        console.print(
-            f"\n{counted:,} of {len(content['loss_mask']):,} labels count in the loss; as trained on:\n"
-        )
-        shown = (
-            content["text"]
-            if content["text"] is not None
-            else " ".join(map(str, content["tokens"]))
-        )
-        console.print(Text("\n".join(printable(line, "\t") for line in shown.split("\n"))))
+        mask, text = content["loss_mask"], content["text"]
+        if text is None:
+            text = " ".join(map(str, content["tokens"]))
+        counted = f"{sum(mask):,} of {len(mask):,} labels count in the loss; as trained on:"
+        console.print(f"\n{counted}\n")
+        console.print(Text(printable(text, "\t\n")))
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -177,7 +177,7 @@ def test_no_documents_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     megatron(tmp_path / "none", [])
     assert main(["inspect", str(tmp_path / "none")]) == 0
     assert main(["inspect", str(tmp_path / "none"), "--verify", "--vocab-size", "5"]) == 0
-    assert "documents   0" in capsys.readouterr().out
+    assert "tokens 0 " in " ".join(capsys.readouterr().out.split())
 
 
 # -------------------------------------------------------------------------------------------------------- documents
@@ -207,8 +207,8 @@ def test_documents_are_shown_decoded(
     ]
     assert main(["inspect", str(prefix), "--documents", "40", "--limit", "20"]) == 0
     out = capsys.readouterr().out
-    assert TEXTS[40][:20] in out
-    assert f"{len(TEXTS[40]) + 4 - 20} of {len(TEXTS[40]) + 4} characters left out" in out
+    assert TEXTS[40][:20] in out and TEXTS[40][:21] not in out
+    assert "[the rest is left out (--limit 20)]" in out
 
 
 def test_a_document_cannot_steer_the_terminal(
@@ -241,11 +241,11 @@ def test_documents_as_ids(
     ]
     assert main(["inspect", str(whole), "--documents", "7", "--tokens", "--limit", "9"]) == 0
     out = capsys.readouterr().out
-    shown = [int(token) for token in out.splitlines()[1].split()]
+    shown = [int(token) for token in out.splitlines()[2].split()]
     assert (
         shown == expected[: len(shown)] and len(" ".join(map(str, expected[: len(shown) + 1]))) > 9
     )
-    assert f"{len(expected) - len(shown)} of {len(expected)} ids left out" in out
+    assert "[the rest is left out (--limit 9)]" in out
 
 
 def test_another_tokenizer_is_not_taken_for_the_one_of_the_dataset(
@@ -283,8 +283,9 @@ def test_the_summary(
     assert main(["inspect", str(whole), "--plot", str(tmp_path / "a.png")]) == 0
     out = " ".join(capsys.readouterr().out.split())
     for expected in (
-        "version 1, uint16",
-        "4.00 bytes of text",
+        "format version 1",
+        "token type uint16",
+        "bytes per token 4 ",
         "corpus/a.jsonl",
         "digest a9a9535427350cad",
         "eod true",
@@ -322,8 +323,8 @@ def test_mistakes_are_sentences(
 ) -> None:
     for arguments, expected in (
         ([str(tmp_path / "nothing")], "nothing: no dataset there (nothing.bin and nothing.idx)"),
-        ([str(whole), "--limit", "0"], "--limit 0"),
-        ([str(whole), "--vocab-size", "0"], "--vocab-size 0"),
+        ([str(whole), "--limit", "0"], "--limit: expected 1 or more, not 0"),
+        ([str(whole), "--vocab-size", "0"], "--vocab-size: expected 1 or more, not 0"),
         ([str(whole), "--added-tokens", "crystal"], "go with --tokenizer"),
         ([str(whole), "--plot", str(tmp_path / "a.docx")], "cannot be drawn"),
     ):

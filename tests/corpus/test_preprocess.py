@@ -24,7 +24,8 @@ import pytest
 import sentencepiece
 import xxhash
 
-from megacode.cli.preprocess import add_arguments, parse_share, run
+from megacode.cli.arguments import Parser, share
+from megacode.cli.preprocess import add_arguments, run
 from megacode.corpus.inputs import find_inputs
 from megacode.corpus.preprocess import Request, Result, preprocess
 from megacode.corpus.preprocess.counts import Group
@@ -299,7 +300,7 @@ def test_bad_records_are_set_aside_and_the_good_ones_are_all_there(
 
 
 def arguments(*args: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_arguments(parser)
     return parser.parse_args(args)
 
@@ -327,10 +328,10 @@ def test_too_many_bad_records_end_the_command_after_the_good_ones_are_written(
 
 
 def test_shares() -> None:
-    assert (parse_share("0.1%"), parse_share("0.5"), parse_share("0")) == (0.001, 0.5, 0.0)
+    assert (share("0.1%"), share("0.5"), share("0")) == (0.001, 0.5, 0.0)
     for wrong in ("5", "-1%", "lots", "200%"):
-        with pytest.raises(UserError, match="--max-bad"):
-            parse_share(wrong)
+        with pytest.raises(UserError, match="--max-bad: "):
+            arguments("in", "--tokenizer", "t", "--output", "o", f"--max-bad={wrong}")
 
 
 # ------------------------------------------------------------------------------------------------- resuming, repeating
@@ -577,8 +578,8 @@ def test_mistakes_are_sentences(model: Path, corpus: Path, tmp_path: Path) -> No
     assert (tmp_path / "data.json").read_text() == '{"text": "mine"}\n'
     common = (str(corpus), "--tokenizer", str(model), "--output", str(tmp_path / "out"))
     for more, expected in (
-        (("--validation", "1.5"), "--validation 1.5"),
-        (("--workers", "0"), "--workers 0"),
+        (("--validation", "1.5"), "--validation: expected a share.*, not 1.5"),
+        (("--workers", "0"), "--workers: expected 1 or more, not 0"),
     ):
         with pytest.raises(UserError, match=expected):
             run(arguments(*common, *more))

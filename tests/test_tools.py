@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -190,3 +191,17 @@ def test_a_failed_set_up_shows_why_and_starts_nothing(checkout: Path) -> None:
             and "BuildBackendWarning" in done.stderr
         )
     assert '"python"' not in calls.read_text()
+
+
+def test_files_that_the_docs_name_are_there() -> None:
+    """Paths of the checkout in README, CONTRIBUTING and docs/, and the targets of their links."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    folders = "megacode|tests|bench|tools|recipes|slurm|docs"
+    for page in pages:
+        text = page.read_text()
+        named = re.findall(rf"`((?:{folders})/[\w./-]+\.(?:py|yaml|md|sh|txt))`", text)
+        links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if ":" not in link]
+        named = [name for name in named if not re.search("[A-Z]{3}", name)]  # placeholders
+        missing = [name for name in named if not (ROOT / name).is_file()]
+        missing += [link for link in links if not (page.parent / link).exists()]
+        assert not missing, f"{page.name} names {missing}"

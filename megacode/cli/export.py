@@ -86,18 +86,14 @@ def _replaced(output: Path) -> Iterator[None]:
 
 
 def _run_all(args: argparse.Namespace, wanted: Wanted) -> int:
-    from megacode.convert.revisions import PATTERN, Outcome, export_all
+    from megacode.convert.revisions import PATTERN, export_all
 
     told: set[str] = set()
-
-    def tell(outcome: Outcome) -> None:
-        revision = outcome.revision
-        print(f"{args.output / revision.name}: step {revision.step:,}, {outcome.state}")
-        for note in outcome.notes:
+    pattern = args.name_pattern or PATTERN
+    for done in export_all(args.checkpoint, args.output, wanted, pattern, args.overwrite):
+        print(f"{args.output / done.name}: step {done.step:,}, {done.state}")
+        for note in done.notes:
             if note not in told:
                 print(f"note: {note}")
             told.add(note)
-
-    pattern = args.name_pattern or PATTERN
-    export_all(args.checkpoint, args.output, wanted, pattern, args.overwrite, tell=tell)
     return 0

@@ -53,10 +53,8 @@ def run(args: argparse.Namespace) -> int:
 def _tokenizer(folder: Path, vocab_size: int) -> tuple[TokenizerSection | None, str | None]:
     """The folder's tokenizer for the recipe, and what the user should know about it."""
     from megacode.convert.tokenizer_files import read_tokenizer
-    from megacode.recipe.schema import TokenizerSection
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         absent = f"{folder}: has no tokenizer.json or tokenizer.model"
         return None, f"{absent}; give the recipe's `tokenizer.path` yourself"
-    found = read_tokenizer(folder.resolve(), vocab_size)
-    return TokenizerSection(**found.section), found.note
+    return read_tokenizer(folder.resolve(), vocab_size)

@@ -1,8 +1,8 @@
-"""What comes in with a Hugging Face model and goes out again with an export of it, or of a run that began from its weights.
+"""What comes in with a Hugging Face model and goes out again with an export of it, or of a run from it.
 
-What is said of the weights travels with them, as `imported` in every checkpoint's megacode.json: ids of special tokens (a model
-may end on several) and the defaults of generation. What belongs to the tokenizer stays beside its file: chat templates, the
-SentencePiece model, the longest input.
+What is said of the weights travels with them, as `imported` in every checkpoint's megacode.json:
+ids of special tokens (a model may end on several) and the defaults of generation. What belongs to
+the tokenizer stays beside its file: chat templates, the SentencePiece model, the longest input.
 """
 
 from __future__ import annotations
@@ -51,14 +51,13 @@ def imported_facts(
     path, generation = folder / GENERATION, {}
     if path.is_file():
         try:
-            found = json.loads(inside(folder, GENERATION, str(folder)).read_text(encoding="utf-8"))
-            generation = {
-                key: value for key, value in dict(found).items() if key not in _ABOUT_THE_FILE
-            }
+            text = inside(folder, GENERATION, str(folder)).read_text(encoding="utf-8")
+            found = dict(json.loads(text)).items()
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 f"{path}: cannot be read ({error}); download the file again, or remove it"
             ) from None
+        generation = {key: value for key, value in found if key not in _ABOUT_THE_FILE}
     return {
         "ids": {key: config[key] for key in IDS if config.get(key) is not None},
         "generation": generation,
@@ -76,32 +75,24 @@ def outgoing(
         own: `IDS` as the recipe's tokenizer has them.
         tokenizer: the recipe's, where it can be read.
     """
-    given = {key: value for key, value in own.items() if value is not None}
-    if not imported:
-        return Outgoing(dict(own), {"_from_model_config": True, **given})
-    ids, generation = dict(imported["ids"]), dict(imported["generation"])
-    note = None
-    if imported["tokenizer"] and tokenizer and imported["tokenizer"] != _digest(tokenizer):
-        foreign = {
-            key: ids.pop(key, None) or generation.get(key)
-            for key in IDS
-            if key in ids or key in generation
-        }
-        generation = {
-            key: value for key, value in generation.items() if not key.endswith("_token_id")
-        }
-        listed = ", ".join(f"{key} {value}" for key, value in foreign.items())
-        note = (
-            f"{tokenizer.path} is not the tokenizer that the model was imported with, so the special token ids from there "
-            f"are not kept ({listed}); the export has this tokenizer's"
-        )
+    ids, generation, note = {}, {}, None
+    if imported:
+        ids, generation = dict(imported["ids"]), dict(imported["generation"])
+        if imported["tokenizer"] and tokenizer and imported["tokenizer"] != _digest(tokenizer):
+            foreign = generation | ids
+            listed = ", ".join(f"{key} {foreign[key]}" for key in IDS if key in foreign)
+            note = (
+                f"{tokenizer.path} is not the tokenizer that the model was imported with, so the "
+                f"special token ids from there are not kept ({listed}); the export has this "
+                "tokenizer's"
+            )
+            ids = {}
+            generation = {k: v for k, v in generation.items() if not k.endswith("_token_id")}
     ids = {**own, **ids}
-    defaults = {key: value for key, value in ids.items() if value is not None}
-    return Outgoing(
-        ids,
-        {**defaults, **generation} if generation else {"_from_model_config": True, **defaults},
-        note,
-    )
+    known = {key: value for key, value in ids.items() if value is not None}
+    if generation:
+        return Outgoing(ids, {**known, **generation}, note)
+    return Outgoing(ids, {"_from_model_config": True, **known}, note)
 
 
 def tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -122,19 +113,18 @@ def copy_companions(tokenizer: Tokenizer, folder: Path) -> None:
         UserError: one of them is a link that leads elsewhere.
     """
     place = tokenizer.path.parent
-    names = {"tokenizer.model": "tokenizer.model", "chat_template.jinja": "chat_template.jinja"}
+    names = ["tokenizer.model", "chat_template.jinja"]
     if tokenizer.kind == "sentencepiece":
-        names = {tokenizer.path.name: "tokenizer.model"}
+        # Named by the recipe, wherever it leads.
+        shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+        names = []
     if tokenizer.kind == "huggingface":
         templates = (place / "additional_chat_templates").glob("*.jinja")
-        names |= {str(path.relative_to(place)): str(path.relative_to(place)) for path in templates}
-    for name, copy in names.items():
+        names += [str(path.relative_to(place)) for path in templates]
+    for name in names:
         if (place / name).is_file():
-            (folder / copy).parent.mkdir(exist_ok=True)
-            given = place / name == tokenizer.path  # named by the recipe, wherever it leads
-            shutil.copyfile(
-                tokenizer.path if given else inside(place, name, str(place)), folder / copy
-            )
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(inside(place, name, str(place)), folder / name)
 
 
 def _digest(tokenizer: Tokenizer | None) -> str | None:

@@ -7,8 +7,10 @@ every way of splitting a piece in two becomes a merge, in the order of the piece
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from megacode.errors import UserError
@@ -50,32 +52,32 @@ def _added(name: str, token: int, special: bool) -> dict[str, Any]:
 
 def _post_processor(original: Any, tokenizer: Tokenizer, bos: bool) -> Any:
     """BOS in front of each text, or nothing; of the original only what trims offsets stays."""
-    parts = (
-        [original]
-        if original and original["type"] != "Sequence"
-        else (original or {}).get("processors", [])
-    )
+    parts = [original] if original else []
+    if original and original["type"] == "Sequence":
+        parts = original["processors"]
     kept = [part for part in parts if part["type"] == "ByteLevel"]
     if bos:
         token = tokenizer.bos_id
         name = next(name for name, i in tokenizer.control_tokens.items() if i == token)
         first, second = ({"Sequence": {"id": part, "type_id": i}} for i, part in enumerate("AB"))
         starts = [{"SpecialToken": {"id": name, "type_id": i}} for i in (0, 1)]
-        kept.append(
-            {
-                "type": "TemplateProcessing",
-                "single": [starts[0], first],
-                "pair": [starts[0], first, starts[1], second],
-                "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]}},
-            }
-        )
-    return {"type": "Sequence", "processors": kept} if len(kept) > 1 else kept[0] if kept else None
+        template = {
+            "type": "TemplateProcessing",
+            "single": [starts[0], first],
+            "pair": [starts[0], first, starts[1], second],
+            "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]}},
+        }
+        kept.append(template)
+    if len(kept) > 1:
+        return {"type": "Sequence", "processors": kept}
+    return kept[0] if kept else None
 
 
 def _bpe(
     vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]], **keys: Any
 ) -> dict[str, Any]:
-    # "left right" is read by every version of the library; pairs, needed where a piece holds a blank, by newer ones.
+    # "left right" is read by every version of the library; pairs, needed where a piece holds a
+    # blank, by newer ones.
     pairs: list[Any] = list(merges)
     if not any(" " in left or " " in right for left, right in pairs):
         pairs = [f"{left} {right}" for left, right in pairs]
@@ -96,7 +98,7 @@ def _splits(ordered: Iterable[str], pieces: Mapping[str, Any]) -> Iterable[tuple
                 yield left, right
 
 
-# ------------------------------------------------------------------------------------------------------ sentencepiece
+# ----------------------------------------------------------------------------------- sentencepiece
 
 
 def _from_sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -104,11 +106,11 @@ def _from_sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
 
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(tokenizer.path.read_bytes())
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    path = tokenizer.path
+    trainer, normalizer, path = proto.trainer_spec, proto.normalizer_spec, tokenizer.path
     if trainer.model_type not in (_UNIGRAM, _BPE):
         raise UserError(
-            f"{path}: a word or character model of SentencePiece; only BPE and unigram have a tokenizer.json"
+            f"{path}: a word or character model of SentencePiece; "
+            "only BPE and unigram have a tokenizer.json"
         )
     for wrong, name in (
         (trainer.treat_whitespace_as_suffix, "treat_whitespace_as_suffix"),
@@ -117,80 +119,86 @@ def _from_sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
     ):
         if wrong:
             raise UserError(
-                f"{path}: {name} of SentencePiece cannot be said in a tokenizer.json; export without it"
+                f"{path}: {name} of SentencePiece cannot be said in a tokenizer.json; "
+                "export with --no-tokenizer"
             )
-    unknown = next(i for i, piece in enumerate(proto.pieces) if piece.type == _UNKNOWN)
-    byte_fallback = any(piece.type == _BYTE for piece in proto.pieces)
-    if trainer.model_type == _BPE:
-        vocabulary = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-        scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
-        alone = sorted({character for piece in scores for character in piece} - set(scores))
-        if alone and byte_fallback:
-            raise UserError(
-                f"{path}: the piece of {alone[0]!r} is missing though longer pieces hold it, which a tokenizer.json "
-                "cannot say; train the tokenizer with its characters (`megacode tokenizer train` does)"
-            )
-        ordered = sorted(scores, key=lambda piece: (-scores[piece], vocabulary[piece]))
-        model = _bpe(
-            vocabulary,
-            _splits(ordered, scores),
-            unk_token=proto.pieces[unknown].piece,
-            fuse_unk=True,
-            byte_fallback=byte_fallback,
-            ignore_merges=False,
-        )
-    else:
-        # This model would find control and byte pieces in text by their names; nothing likelier than that is left out.
-        lowest = min(piece.score for piece in proto.pieces if piece.type == _NORMAL) - 1000
-        pieces = [
-            [piece.piece, piece.score if piece.type == _NORMAL else lowest]
-            for piece in proto.pieces
-        ]
-        model = {
-            "type": "Unigram",
-            "unk_id": unknown,
-            "vocab": pieces,
-            "byte_fallback": byte_fallback,
-        }
     steps: list[dict[str, Any]] = []
     if normalizer.precompiled_charsmap:
-        import base64
-
         charsmap = base64.b64encode(normalizer.precompiled_charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if normalizer.remove_extra_whitespaces:
         # At the end SentencePiece also takes away its own mark.
-        steps += [
-            _replace({"Regex": rf"\A +|[ {_SPACE}]+\z"}, ""),
-            _replace({"Regex": " {2,}"}, " "),
-        ]
+        steps.append(_replace({"Regex": rf"\A +|[ {_SPACE}]+\z"}, ""))
+        steps.append(_replace({"Regex": " {2,}"}, " "))
     if normalizer.add_dummy_prefix:
         steps.append({"type": "Prepend", "prepend": _SPACE})
     steps.append(_replace({"String": " "}, _SPACE))
     decoding = [_replace({"String": _SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
     if normalizer.add_dummy_prefix:
         decoding.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    # Looked for in normalised text, unless normalising would put a blank before their names. Those with a blank are
-    # never found: SentencePiece has put its mark in place of each.
+    # User-defined pieces are looked for in normalised text, unless normalising would put a blank
+    # before their names. Those with a blank are never found: SentencePiece has put its mark in
+    # place of each.
     normalized = {"normalized": not normalizer.add_dummy_prefix}
-    user_defined = [
-        (piece.piece, i) for i, piece in enumerate(proto.pieces) if piece.type == _USER_DEFINED
+    found_in_text = [
+        _added(piece.piece, i, special=False) | normalized
+        for i, piece in enumerate(proto.pieces)
+        if piece.type == _USER_DEFINED and " " not in piece.piece
     ]
-    found_in_text = [(name, i) for name, i in user_defined if " " not in name]
     return {
-        "added_tokens": [_added(name, i, special=False) | normalized for name, i in found_in_text],
+        "added_tokens": found_in_text,
         "normalizer": {"type": "Sequence", "normalizers": steps},
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": decoding},
-        "model": model,
+        "model": _unigram_model(proto)
+        if trainer.model_type == _UNIGRAM
+        else _bpe_model(proto, path),
     }
+
+
+def _unigram_model(proto: Any) -> dict[str, Any]:
+    """The `model` of a SentencePiece unigram model."""
+    # tokenizers would find control and byte pieces in text by their names; nothing likelier than
+    # these scores is left out.
+    lowest = min(piece.score for piece in proto.pieces if piece.type == _NORMAL) - 1000
+    pieces = [[p.piece, p.score if p.type == _NORMAL else lowest] for p in proto.pieces]
+    return {
+        "type": "Unigram",
+        "unk_id": next(i for i, piece in enumerate(proto.pieces) if piece.type == _UNKNOWN),
+        "vocab": pieces,
+        "byte_fallback": any(piece.type == _BYTE for piece in proto.pieces),
+    }
+
+
+def _bpe_model(proto: Any, path: Path) -> dict[str, Any]:
+    """The `model` of a SentencePiece BPE model."""
+    vocabulary = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
+    byte_fallback = any(piece.type == _BYTE for piece in proto.pieces)
+    alone = sorted({character for piece in scores for character in piece} - set(scores))
+    if alone and byte_fallback:
+        raise UserError(
+            f"{path}: the piece of {alone[0]!r} is missing though longer pieces hold it, which a "
+            "tokenizer.json cannot say; train the tokenizer with its characters "
+            "(`megacode tokenizer train` does)"
+        )
+    ordered = sorted(scores, key=lambda piece: (-scores[piece], vocabulary[piece]))
+    unknown = next(piece.piece for piece in proto.pieces if piece.type == _UNKNOWN)
+    return _bpe(
+        vocabulary,
+        _splits(ordered, scores),
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=byte_fallback,
+        ignore_merges=False,
+    )
 
 
 def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-# ------------------------------------------------------------------------------------------------------- hugging face
+# ------------------------------------------------------------------------------------ hugging face
 
 
 def _from_huggingface(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -201,20 +209,14 @@ def _from_huggingface(tokenizer: Tokenizer) -> dict[str, Any]:
     return contents
 
 
-# ----------------------------------------------------------------------------------------------------------- tiktoken
+# ---------------------------------------------------------------------------------------- tiktoken
 
 
-def _byte_characters() -> dict[int, str]:
-    """The printable character that stands for each byte in byte-level tokenizers (GPT-2's table)."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + i) for i, byte in enumerate(others)
-    }
+def _byte_characters() -> list[str]:
+    """The printable character for each byte in byte-level tokenizers (GPT-2's table)."""
+    others = iter(range(256, 512))
+    printable = (*range(33, 127), *range(161, 173), *range(174, 256))  # ! to ~, ¡ to ¬, ® to ÿ
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _from_tiktoken(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -224,19 +226,11 @@ def _from_tiktoken(tokenizer: Tokenizer) -> dict[str, Any]:
         "".join(characters[byte] for byte in piece): rank for piece, rank in base.ranks.items()
     }
     ordered = sorted(vocabulary, key=vocabulary.__getitem__)
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": False,
-    }
+    spaces = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    byte_level = {"type": "ByteLevel", **spaces}
     # What the pattern does not match tiktoken leaves out.
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": base.pattern},
-        "behavior": "Removed",
-        "invert": True,
-    }
+    pattern = {"pattern": {"Regex": base.pattern}, "behavior": "Removed", "invert": True}
+    split = {"type": "Split", **pattern}
     return {
         "added_tokens": [],
         "normalizer": None,

@@ -16,7 +16,7 @@ import torch  # noqa: E402
 
 from megacode.cli.main import main  # noqa: E402
 from megacode.convert.export import Wanted  # noqa: E402
-from megacode.convert.revisions import export_all, revisions  # noqa: E402
+from megacode.convert.revisions import export_all, revision_names  # noqa: E402
 from megacode.errors import UserError  # noqa: E402
 from tests.convert.runs import damage_tensors, make_run  # noqa: E402
 from tests.convert.test_families import tensors_of  # noqa: E402
@@ -49,21 +49,22 @@ def out(done: Path, tmp_path: Path) -> Path:
 
 
 def states(run: Path, out: Path, wanted: Wanted = CRYSTAL, **keys: bool) -> list[str]:
-    return [outcome.state for outcome in export_all(run, out, wanted, **keys)]
+    done = sorted(export_all(run, out, wanted, **keys), key=lambda outcome: outcome.step)
+    return [outcome.state for outcome in done]
 
 
 def test_names_count_steps_within_the_phase(run: Path) -> None:
-    assert [revision.name for revision in revisions(run)] == NAMES
-    published = revisions(run, "CrystalCoder_phase{n}_checkpoint_{step:06d}")
-    assert published[2].name == "CrystalCoder_phase2_checkpoint_000002"
-    assert [r.name for r in revisions(run, "{model}-{phase}-{total}")][-1] == "tiny-two-9"
+    assert list(revision_names(run)) == NAMES
+    published = list(revision_names(run, "CrystalCoder_phase{n}_checkpoint_{step:06d}"))
+    assert published[2] == "CrystalCoder_phase2_checkpoint_000002"
+    assert list(revision_names(run, "{model}-{phase}-{total}"))[-1] == "tiny-two-9"
     for pattern, words in {
         "{n}": r"gives 1 twice", "{wrong}": "cannot be filled in", "{n}/{step}": "no name of a folder", "{step:x<": "cannot",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=words):
-            revisions(run, pattern)
+            revision_names(run, pattern)
     (run / "plan.json").rename(run / "plan.aside")  # then the plan is made anew
-    assert [revision.name for revision in revisions(run)] == NAMES
+    assert list(revision_names(run)) == NAMES
     (run / "plan.aside").rename(run / "plan.json")
 
 
@@ -141,14 +142,14 @@ def test_a_failure_leaves_nothing_half_made_and_others_files_alone(
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     damage_tensors(copy / "checkpoints" / "step_00000006")
     with pytest.raises(UserError, match="step_00000006"):
-        export_all(copy, tmp_path / "out", CRYSTAL)
+        list(export_all(copy, tmp_path / "out", CRYSTAL))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == NAMES[:2]
     mine = tmp_path / "mine" / NAMES[0]
     mine.mkdir(parents=True)
     (mine / "thesis.tex").touch()
     for again in (False, True):
         with pytest.raises(UserError, match="is there and is no export"):
-            export_all(run, tmp_path / "mine", CRYSTAL, again=again)
+            list(export_all(run, tmp_path / "mine", CRYSTAL, again=again))
         assert (mine / "thesis.tex").exists()
 
 

@@ -277,26 +277,23 @@ def test_a_tokenizer_larger_than_the_model_is_refused(own_model: Path, tmp_path:
 def test_what_was_written_is_read_as_it_was(own_model: Path, tmp_path: Path, bos: bool) -> None:
     section = schema.TokenizerSection(path=str(own_model), added_tokens="crystal", bos=bos)
     write_tokenizer(section, tmp_path, 732)
-    read = read_tokenizer(tmp_path, 732)
-    assert read.note is None and read.section["bos"] is bos and read.section["eod"] is True
-    again, tokenizer = (
-        load_tokenizer(schema.TokenizerSection(**read.section)),
-        load_tokenizer(section),
-    )
+    read, note = read_tokenizer(tmp_path, 732)
+    assert note is None and read.bos is bos and read.eod
+    again, tokenizer = load_tokenizer(read), load_tokenizer(section)
     assert (again.bos_id, again.eod_id, again.vocab_size) == (1, 2, 732)
     assert again.control_tokens == tokenizer.control_tokens
     assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
     (tmp_path / "tokenizer_config.json").write_text(
         "{}"
     )  # then the file itself says whether BOS comes first
-    assert read_tokenizer(tmp_path, 732).section["bos"] is bos
+    assert read_tokenizer(tmp_path, 732)[0].bos is bos
 
 
 def test_rows_without_a_token_are_named(own_model: Path, tmp_path: Path) -> None:
     write_tokenizer(schema.TokenizerSection(path=str(own_model)), tmp_path, 800)
-    read = read_tokenizer(tmp_path, 800)
-    assert read.note and "has 700 tokens and the model 800 rows; the last 100" in read.note
-    assert load_tokenizer(schema.TokenizerSection(**read.section)).vocab_size == 800
+    read, note = read_tokenizer(tmp_path, 800)
+    assert note and "has 700 tokens and the model 800 rows; the last 100" in note
+    assert load_tokenizer(read).vocab_size == 800
     with pytest.raises(UserError, match=r"has 700 tokens, but config\.json says vocab_size 699"):
         read_tokenizer(tmp_path, 699)
 
@@ -306,8 +303,7 @@ def test_a_llama_folder_with_only_a_sentencepiece_file(own_model: Path, tmp_path
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "LlamaTokenizer"})
     )
-    assert read_tokenizer(tmp_path, 700).section == {
-        "path": str(tmp_path / "tokenizer.model"), "bos": True, "eod": True
-    }  # fmt: skip
+    path = str(tmp_path / "tokenizer.model")
+    assert read_tokenizer(tmp_path, 700)[0] == schema.TokenizerSection(path=path, bos=True)
     with pytest.raises(UserError, match=r"no tokenizer\.json or tokenizer\.model"):
         read_tokenizer(tmp_path.parent, 700)

@@ -1,12 +1,13 @@
 """The model card of an export: what was trained on what, how far, how well, and how to load it.
 
-Everything comes from the checkpoint (its recipe and `megacode.json`) and, where it is at hand, from the run's folder.
+Everything comes from the checkpoint (its recipe and `megacode.json`) and, where it is at hand, from
+the run's folder.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,13 @@ _WINDOW = 100
 
 
 def write_card(
-    folder: Path,
-    recipe: Recipe,
-    checkpoint: Path,
-    run: Path | None,
-    family: str,
-    name: str | None = None,
+    folder: Path, recipe: Recipe, checkpoint: Path, run: Path | None, family: str, name: str = ""
 ) -> None:
     """Write README.md, and loss.png and mixture.png where the run has metrics, into an export.
 
     Args:
         folder: the export; whether it holds a tokenizer and remote code is seen from its files.
-        checkpoint: the checkpoint that was exported; its step bounds what the card tells of the run.
+        checkpoint: the one that was exported; its step bounds what the card tells of the run.
         run: the run's folder; None, or a folder without metrics, leaves training and losses out.
         family: of the export, such as `llama` or `crystalcoder`.
         name: by which the folder will be loaded; default: its own.
@@ -50,11 +46,8 @@ def write_card(
     past = _past(run, step)
     pictures = _pictures(past, folder) if past else []
     tokens = info.get("tokens") or (past.tokens_at(step) if past else None)
-    fim = (
-        recipe.data.fim
-        if any(stream["fim_rate"] for phase in _phases(past) for stream in phase["streams"])
-        else None
-    )
+    streams = [stream for phase in past.phases for stream in phase["streams"]] if past else []
+    domains = {source.domain for source in recipe.sources.values()}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
@@ -62,17 +55,14 @@ def write_card(
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
     text = environment.get_template("card.md.j2").render(
         name=recipe.name,
-        recipe_name=recipe.name,
         description=recipe.description,
         family=family,
-        tags=sorted(
-            {source.domain for source in recipe.sources.values()} & {"code", "text", "math"}
-        ),
+        tags=sorted(domains & {"code", "text", "math"}),
         lead=_lead(recipe, info, tokens),
         model=_model_rows(recipe, info),
         phases=tables.phases(past) if past else None,
         current=info.get("phase"),
-        progress=_progress(past, info, tokens),
+        progress=_progress(past, step, tokens) if past else "",
         step=f"{step:,}",
         window=min(_WINDOW, len(past.train)) if past else 0,
         validated=f"{past.validations[-1]['step']:,}" if past and past.validations else None,
@@ -81,11 +71,11 @@ def write_card(
         folder=name or folder.name,
         remote_code=any(folder.glob("modeling_*.py")),
         tokenizer=(folder / "tokenizer.json").is_file(),
-        fim=fim,
+        fim=recipe.data.fim if any(stream["fim_rate"] for stream in streams) else None,
         version=__version__,
         seed=recipe.seed,
         checkpoint=checkpoint.name,
-        origin=_origin(past),
+        versions=_versions(past) if past else "",
     )
     write_text(folder / "README.md", text)
 
@@ -102,64 +92,53 @@ def _past(run: Path | None, step: int) -> Run | None:
     if not kept.any():
         return None
 
-    def cut(columns: dict[str, Any]) -> dict[str, Any]:
-        return {name: values[kept] for name, values in columns.items()}
+    def cut(found: Any) -> Any:
+        return {key: found[key][kept] for key in found} if isinstance(found, dict) else found[kept]
 
-    train = whole.train
-    series = Series(
-        numbers=cut(train.numbers),
-        phase=train.phase[kept],
-        loss_by_source=cut(train.loss_by_source),
-        loss_by_domain=cut(train.loss_by_domain),
-        ratio_by_domain=cut(train.ratio_by_domain),
-        tokens_by_source=cut(train.tokens_by_source),
-    )
+    train = Series(**{part.name: cut(getattr(whole.train, part.name)) for part in fields(Series)})
     validations = [record for record in whole.validations if record["step"] <= step]
-    return replace(whole, train=series, validations=validations)
-
-
-def _phases(past: Run | None) -> list[dict[str, Any]]:
-    return past.phases if past else []
+    return replace(whole, train=train, validations=validations)
 
 
 def _pictures(past: Run, folder: Path) -> list[tuple[str, str]]:
     """Draw what there is to draw; (file name, title)."""
     hue = palette.hues(past.domains)
-    drawn = [
-        ("loss.png", "Loss by domain over steps", figures.loss_by_domain(past, hue, draw=draw_png)),
-        (
-            "mixture.png",
-            "Share of sequences by domain over steps",
-            figures.mixture(past, hue, draw=draw_png),
-        ),
-    ]
-    for name, _, picture in drawn:
+    titles = {
+        "loss.png": "Loss by domain over steps",
+        "mixture.png": "Share of sequences by domain over steps",
+    }
+    drawn = []
+    for name, draw in (("loss.png", figures.loss_by_domain), ("mixture.png", figures.mixture)):
+        picture = draw(past, hue, draw=draw_png)
         if picture is not None:
             with replace_file(folder / name) as file:
                 file.write(picture)
-    return [(name, title) for name, title, picture in drawn if picture is not None]
+            drawn.append((name, titles[name]))
+    return drawn
 
 
-def _lead(recipe: Recipe, info: dict[str, Any], tokens: float | None) -> str:
+def _parameters(recipe: Recipe, info: dict[str, Any]) -> int | None:
+    """None where nobody says how large the vocabulary is."""
     vocabulary = info.get("vocab_size") or recipe.model.vocab_size
-    parameters = (
-        f"{count(parameter_count(recipe.model, vocabulary, _context(recipe)))} parameters"
-        if vocabulary
-        else ""
-    )
-    seen = f"{count(tokens)} tokens seen" if tokens else ""
-    facts = ", ".join(
-        part for part in (parameters, f"after {int(info['step']):,} steps", seen) if part
-    )
-    return f"A causal language model: {facts}."
+    return parameter_count(recipe.model, vocabulary, _context(recipe)) if vocabulary else None
 
 
 def _context(recipe: Recipe) -> int:
     return recipe.model.context_length or max(phase.sequence_length for phase in recipe.phases)
 
 
+def _lead(recipe: Recipe, info: dict[str, Any], tokens: float | None) -> str:
+    parameters = _parameters(recipe, info)
+    facts = [f"{count(parameters)} parameters"] if parameters else []
+    facts.append(f"after {int(info['step']):,} steps")
+    if tokens:
+        facts.append(f"{count(tokens)} tokens seen")
+    return f"A causal language model: {', '.join(facts)}."
+
+
 def _model_rows(recipe: Recipe, info: dict[str, Any]) -> list[tuple[str, str]]:
-    model = recipe.model
+    """The table of the model's shape: (name, value)."""
+    model, parameters = recipe.model, _parameters(recipe, info)
     vocabulary = info.get("vocab_size") or model.vocab_size
     heads = f"{model.heads}, {model.resolved_head_dim} wide"
     if model.resolved_kv_heads != model.heads:
@@ -169,38 +148,22 @@ def _model_rows(recipe: Recipe, info: dict[str, Any]) -> list[tuple[str, str]]:
         rotated = "all" if model.rotary_fraction == 1 else f"{model.rotary_fraction:.0%}"
         pairs = "neighbouring pairs" if model.rotary_interleaved else "halves"
         positions = f"rotary on {rotated} of each head in {pairs}, base {model.rotary_base:,g}"
-    where = (
-        "every linear layer"
-        if model.linear_bias
-        else "queries, keys and values"
-        if model.qkv_bias
-        else "none"
-    )
+    biases = "queries, keys and values" if model.qkv_bias else "none"
     norm = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[model.normalization]
+    norm += f", epsilon {model.norm_epsilon:g}"
+    shared = "shared by input and output"
     rows = [
-        (
-            "parameters",
-            f"{parameter_count(model, vocabulary, _context(recipe)):,}" if vocabulary else "–",
-        ),
+        ("parameters", f"{parameters:,}" if parameters else "–"),
         ("layers", str(model.layers)),
         ("hidden size", f"{model.hidden_size:,}"),
         ("heads", heads),
         ("feed-forward", f"{model.activation}, {model.resolved_ffn_size:,} wide"),
-        (
-            "norm",
-            f"{norm}, epsilon {model.norm_epsilon:g}"
-            + (", also on queries and keys" if model.qk_norm else ""),
-        ),
-        ("biases", where),
+        ("norm", norm + (", also on queries and keys" if model.qk_norm else "")),
+        ("biases", "every linear layer" if model.linear_bias else biases),
         ("positions", positions),
         ("context", f"{_context(recipe):,} tokens"),
         ("vocabulary", f"{vocabulary:,}" if vocabulary else "–"),
-        (
-            "embeddings",
-            "shared by input and output"
-            if model.tie_embeddings
-            else "separate for input and output",
-        ),
+        ("embeddings", shared if model.tie_embeddings else "separate for input and output"),
     ]
     if model.mup:
         factors = f"embeddings × {model.embedding_scale:g}, logits × {model.logit_scale:g}"
@@ -208,24 +171,16 @@ def _model_rows(recipe: Recipe, info: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _progress(past: Run | None, info: dict[str, Any], tokens: float | None) -> str:
-    if past is None:
-        return ""
+def _progress(past: Run, step: int, tokens: float | None) -> str:
     planned = (past.plan or {}).get("steps")
-    text = f"{int(info['step']):,}" + (f" of {planned:,}" if planned else "") + " steps"
+    text = f"{step:,}" + (f" of {planned:,}" if planned else "") + " steps"
     whole = sum(phase["tokens"] for phase in past.phases)
     if tokens:
         text += f", {count(tokens)}" + (f" of {count(whole)}" if whole else "") + " tokens"
-    sources = ", ".join(
-        f"{name} ({source.domain})"
-        for name, source in past.recipe.sources.items()
-        if _read(past, name)
-    )
+    read = {stream["source"] for phase in past.phases for stream in phase["streams"]}
+    known = past.recipe.sources.items()
+    sources = ", ".join(f"{name} ({source.domain})" for name, source in known if name in read)
     return f"{text}. Sources: {sources}."
-
-
-def _read(past: Run, source: str) -> bool:
-    return any(stream["source"] == source for phase in past.phases for stream in phase["streams"])
 
 
 def _losses(past: Run) -> list[tuple[str, str, str]]:
@@ -236,7 +191,7 @@ def _losses(past: Run) -> list[tuple[str, str, str]]:
         losses = train.loss_by_domain.get(domain, np.array([np.nan]))[-_WINDOW:]
         weights = train.ratio_by_domain.get(domain, np.ones_like(losses))[-_WINDOW:]
         known = np.isfinite(losses) & (weights > 0)
-        mean = float(np.average(losses[known], weights=weights[known])) if known.any() else math.nan
+        mean = float(np.average(losses[known], weights=weights[known])) if known.any() else None
         rows.append((domain, _number(mean), _number(valid.get(domain))))
     return [row for row in rows if row[1:] != ("–", "–")]
 
@@ -245,11 +200,7 @@ def _number(value: float | None) -> str:
     return f"{value:.4f}" if value is not None and math.isfinite(value) else "–"
 
 
-def _origin(past: Run | None) -> list[str]:
-    versions = (past.environment.get("versions") or {}) if past else {}
-    named = [
-        f"{name} {versions[name]}"
-        for name in ("torch", "megatron-core", "transformer-engine")
-        if versions.get(name)
-    ]
-    return [f"Versions: {', '.join(named)}."] if named else []
+def _versions(past: Run) -> str:
+    versions = past.environment.get("versions") or {}
+    names = ("torch", "megatron-core", "transformer-engine")
+    return ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))

@@ -1,8 +1,8 @@
 """A Megatron-Core distributed checkpoint of weights alone, written one tensor at a time.
 
 It is what `initialize_from` starts from. The files are those that torch.distributed.checkpoint
-writes (see `checkpoint_reader`), beside the two small ones of Megatron-Core's format. Every layer is
-one chunk of its stack, so any parallel layout reads what it needs.
+writes (see `checkpoint_reader`), beside the two small ones of Megatron-Core's format. Every layer
+is one chunk of its stack, so any parallel layout reads what it needs.
 """
 
 from __future__ import annotations

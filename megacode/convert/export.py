@@ -56,7 +56,7 @@ class ExportSource:
 
     @classmethod
     def open(cls, path: str | Path) -> ExportSource:
-        """A run's latest checkpoint, or the one given. UserError: there is none, or it is not whole."""
+        """A run's latest checkpoint, or the one given. UserError: there is none that is whole."""
         checkpoint = find_checkpoint(path)
         info = read_info(checkpoint)
         if not (checkpoint / "recipe.yaml").is_file():

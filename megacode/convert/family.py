@@ -36,8 +36,11 @@ KEYS = {
     "attention_dropout": "attention_dropout",
 }
 """The recipe's `model` fields -> config.json's keys, as most families name them."""
-_WHOLE = ("layers", "hidden_size", "heads", "ffn_size", "kv_heads", "head_dim", "context_length")
-_REAL = ("norm_epsilon", "init_std", "dropout", "attention_dropout")
+_NUMBERS: Mapping[str, type[int] | type[float]] = {
+    **dict.fromkeys(("layers", "hidden_size", "heads", "ffn_size", "kv_heads", "head_dim"), int),
+    "context_length": int,
+    **dict.fromkeys(("norm_epsilon", "init_std", "dropout", "attention_dropout"), float),
+}
 _MAY_BE_MISSING = ("kv_heads", "head_dim", "init_std", "dropout", "attention_dropout")
 """The recipe's default means the same."""
 
@@ -92,14 +95,6 @@ def common_keys(model: Model) -> dict[str, Any]:
     }
 
 
-def _no_reasons(model: Model) -> Iterable[str]:
-    return ()
-
-
-def _nothing(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
-
-
 @dataclass(frozen=True)
 class Family:
     """A family.
@@ -132,8 +127,8 @@ class Family:
     only: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     windowed: bool = False
     scaled: bool = False
-    more_reasons: Callable[[Model], Iterable[str]] = _no_reasons
-    more_section: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
+    more_reasons: Callable[[Model], Iterable[str]] = lambda model: ()
+    more_section: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     weights: Weights = field(default_factory=Weights)
     remote_code: tuple[str, ...] = ()
 
@@ -184,23 +179,16 @@ class Family:
             "activation": self._activation(config),
         }
         for name, key in self.keys.items():
-            if name in (*_WHOLE, *_REAL) and not (
-                name in _MAY_BE_MISSING and config.get(key) is None
-            ):
-                section[name] = (int if name in _WHOLE else float)(value(config, key))
+            number = _NUMBERS.get(name)
+            if number and (config.get(key) is not None or name not in _MAY_BE_MISSING):
+                section[name] = number(value(config, key))
         if "kv_heads" in self.keys:
             section.setdefault("kv_heads", section["heads"])
         if "rotary_base" in self.keys:
             section |= rotary_section(config, self.keys, self.defaults)
-        if (
-            self.windowed
-            and config.get("use_sliding_window", True)
-            and config.get("sliding_window")
-        ):
-            # Within the window full attention is the same.
-            section["context_length"] = min(
-                section["context_length"], int(config["sliding_window"])
-            )
+        window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+        if self.windowed and window:  # shorter texts are attended to in full
+            section["context_length"] = min(section["context_length"], int(window))
         return section | self.more_section(config)
 
     def _activation(self, config: Mapping[str, Any]) -> str:

@@ -35,15 +35,13 @@ from megacode.recipe.schema import (
 from megacode.run.checkpoints import INFO
 from megacode.tokenizer.tokenizer import load_tokenizer
 
-_BUFFERS = re.compile(
-    r"(rotary_emb\.inv_freq|attention\.(bias|masked_bias)|attn\.(bias|masked_bias))$"
-)
+_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|(attention|attn)\.(bias|masked_bias))$")
 """Tensors of older files that are no weights."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A Hugging Face folder that can be imported."""
+    """A Hugging Face folder that can be imported; `note` is what the user should know of it."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -52,11 +50,11 @@ class Found:
     vocab_size: int
     weights: HuggingFaceWeights
     note: str | None = None
-    """What the user should know of the weights."""
 
     @classmethod
     def open(cls, folder: Path) -> Found:
-        """UserError: no config.json, another architecture, something that cannot be expressed, weights missing."""
+        """UserError: no config.json, another architecture, something that cannot be expressed, or
+        weights that are not those of config.json."""
         path = folder / "config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -66,26 +64,19 @@ class Found:
             ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error}); download the file again") from error
-        family = by_architecture(
-            config.get("architectures") or [], config.get("model_type", ""), str(path)
-        )
+        architectures, model_type = config.get("architectures") or [], config.get("model_type", "")
+        family = by_architecture(architectures, model_type, str(path))
         try:
-            section = family.model_section(config)
-            model = Model(**section, vocab_size=int(config["vocab_size"]))
+            vocab_size = int(config["vocab_size"])
+            model = Model(**family.model_section(config), vocab_size=vocab_size)
         except UserError as error:
             raise UserError(str(error).replace("config.json", str(path), 1)) from None
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(
                 f"{path}: {str(error).splitlines()[0]}; give a Hugging Face model's whole folder"
             ) from error
-        found = cls(
-            folder,
-            config,
-            family,
-            model,
-            int(config["vocab_size"]),
-            HuggingFaceWeights.open(folder),
-        )._with_own_head()
+        weights = HuggingFaceWeights.open(folder)
+        found = cls(folder, config, family, model, vocab_size, weights)._with_own_head()
         for problem in check_recipe(starting_recipe(found, None, torch.float32)):
             raise UserError(f"{path}: describes a model that cannot be built: {problem}")
         found._check_names()
@@ -95,73 +86,71 @@ class Found:
         return list(self.family.slots(self.model))
 
     def _with_own_head(self) -> Found:
-        """With `tie_embeddings: false` where config.json says tied and the files hold an output layer that is another matrix: as
-        transformers since version 5; older ones drop it."""
+        """With `tie_embeddings: false` where config.json says tied and the files hold an output
+        layer that is another matrix: as transformers since version 5; older ones drop it."""
         if not self.model.tie_embeddings:
             return self
         untied = self.model.model_copy(update={"tie_embeddings": False})
-        by_key = {
-            slot.key: slot.names[0] for slot in self.family.slots(untied) if slot.layer is None
-        }
-        head, embedding = by_key.get(OUTPUT, ""), by_key[EMBEDDING]
+        names = {slot.key: slot.names[0] for slot in self.family.slots(untied)}
+        head, embedding = names[OUTPUT], names[EMBEDDING]
         if not {head, embedding} <= self.weights.files.keys():
             return self
         if torch.equal(self.weights.tensor(head).float(), self.weights.tensor(embedding).float()):
             return self
         note = (
-            f"{head} differs from {embedding}, though config.json says tie_word_embeddings: true; both are imported "
-            "(tie_embeddings: false), as transformers 5 does, and earlier versions would drop the first"
+            f"{head} differs from {embedding}, though config.json says tie_word_embeddings: true; "
+            "both are imported (tie_embeddings: false), as transformers 5 does, and earlier "
+            "versions would drop the first"
         )
         return replace(self, model=untied, note=note)
 
     def _check_names(self) -> None:
         """Every weight has a place and every place a weight, before anything is written."""
+        there = self.weights.files.keys()
         wanted = {name for slot in self.slots() for name in slot.names}
-        missing = sorted(wanted - self.weights.files.keys())
-        if missing:
+        if missing := sorted(wanted - there):
             raise UserError(
-                f"{self.folder}: has no tensor {missing[0]}; its files and its config.json belong to different models"
+                f"{self.folder}: has no tensor {missing[0]}; "
+                "its files and its config.json belong to different models"
             )
         tied = {"lm_head.weight", "embed_out.weight"} if self.model.tie_embeddings else set()
-        left = sorted(
-            n for n in self.weights.files.keys() - wanted - tied if not _BUFFERS.search(n)
-        )
-        if left:
+        if left := sorted(n for n in there - wanted - tied if not _BUFFERS.search(n)):
+            more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
             raise UserError(
-                f"{self.folder}: the tensor {left[0]} has no place in a {self.family.name} model as config.json describes it"
-                + (f" (and {len(left) - 1} more)" if len(left) > 1 else "")
+                f"{self.folder}: the tensor {left[0]} has no place in a {self.family.name} model "
+                f"as config.json describes it{more}"
             )
 
     def tensor(self, slot: Slot) -> torch.Tensor:
-        """The Megatron-Core tensor of a slot, without padding. UserError: a shape is wrong, or a number too large."""
+        """The Megatron-Core tensor of a slot, without padding.
+
+        UserError: a shape is wrong, or a number too large.
+        """
         parts = [self._cast(name) for name in slot.names]
-        empty = torch.empty(
-            shape(self.model, self.vocab_size, slot.key, self.model.context_length or 0),
-            device="meta",
-        )
-        for name, part, wanted in zip(
-            slot.names, parts, slot.form.split(self.model, empty), strict=True
-        ):
-            if part.shape != wanted.shape:
+        size = shape(self.model, self.vocab_size, slot.key, self.model.context_length or 0)
+        wanted = slot.form.split(self.model, torch.empty(size, device="meta"))
+        for name, part, empty in zip(slot.names, parts, wanted, strict=True):
+            if part.shape != empty.shape:
                 raise UserError(
-                    f"{self.folder}: {name} has shape {tuple(part.shape)}, and config.json asks for {tuple(wanted.shape)}; they "
-                    "belong to different models"
+                    f"{self.folder}: {name} has shape {tuple(part.shape)}, and config.json asks "
+                    f"for {tuple(empty.shape)}; they belong to different models"
                 )
         return slot.form.join(self.model, parts)
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The one type of the checkpoint: that of most of the weights' bytes; norms are often kept in another.
+        """The one type of the checkpoint: that of most of the weights' bytes.
 
-        UserError: some have a type that is none of weights to go on with, such as quantized ones.
+        Norms are often kept in another. UserError: some have a type that is none of weights to go
+        on with, such as quantized ones.
         """
         kinds, held = self.weights.kinds(), dict.fromkeys(TYPES, 0)
-        for name in sorted({name for slot in self.slots() for name in slot.names} & kinds.keys()):
+        for name in sorted({name for slot in self.slots() for name in slot.names}):
             kind, count = kinds[name]
             if kind not in TYPES:
                 raise UserError(
-                    f"{self.folder}: {name} is of type {kind}, and only fp32, bf16 and fp16 can be imported; save the "
-                    "model in one of them first"
+                    f"{self.folder}: {name} is of type {kind}, and only fp32, bf16 and fp16 can "
+                    "be imported; save the model in one of them first"
                 )
             held[kind] += count * TYPES[kind].itemsize
         return TYPES[max(held, key=lambda kind: held[kind])]
@@ -171,8 +160,8 @@ class Found:
         tensor = stored.to(self.dtype)
         if overflows(stored, tensor):
             raise UserError(
-                f"{self.folder}: {name} has numbers beyond 65,504, the largest of fp16, which most of its weights are in; "
-                "save the model in bf16 or fp32 first"
+                f"{self.folder}: {name} has numbers beyond 65,504, the largest of fp16, which most "
+                "of its weights are in; save the model in bf16 or fp32 first"
             )
         return tensor
 
@@ -183,10 +172,11 @@ def import_model(
     tokenizer: TokenizerSection | None,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> Recipe:
-    """Write the checkpoint folder, whole or not at all, with a recipe to start from beside the weights.
+    """Write the checkpoint folder, whole or not at all, with a recipe to start from in it.
 
     Returns:
-        that recipe: the model, the tokenizer if there is one, and a phase of continued pre-training to be filled in.
+        that recipe: the model, the tokenizer if there is one, and a phase of continued pre-training
+        to be filled in.
 
     Raises:
         UserError: a weight does not fit, or `out` cannot be written.
@@ -202,10 +192,16 @@ def import_model(
         recipe = starting_recipe(found, tokenizer, found.dtype)
         (temporary / "recipe.yaml").write_text(dump_recipe(recipe))
         info = {
-            "step": 0, "recipe": recipe.name, "phase": None, "tokens": 0, "vocab_size": found.vocab_size,
-            "imported_from": found.folder.name, "family": found.family.name,
-            "imported": imported_facts(found.folder, found.config, loaded), "tokenizer": loaded.facts() if loaded else None,
-        }  # fmt: skip
+            "step": 0,
+            "recipe": recipe.name,
+            "phase": None,
+            "tokens": 0,
+            "vocab_size": found.vocab_size,
+            "imported_from": found.folder.name,
+            "family": found.family.name,
+            "imported": imported_facts(found.folder, found.config, loaded),
+            "tokenizer": loaded.facts() if loaded else None,
+        }
         (temporary / INFO).write_text(json.dumps(info, indent=1))
     return recipe
 
@@ -214,18 +210,20 @@ def starting_recipe(found: Found, tokenizer: TokenizerSection | None, dtype: tor
     """Continued pre-training on a corpus to be named: what one extends."""
     length = min(found.model.context_length or 2048, 4096)
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", found.folder.resolve().name).lstrip("_.-") or "imported"
-    mixture = Mixture.model_validate({"sources": {"corpus": 1.0}})
+    phase = Phase(
+        name="continue",
+        steps=1000,
+        batch_size=64,
+        sequence_length=length,
+        mixture=Mixture.model_validate({"sources": {"corpus": 1.0}}),
+        learning_rate=LearningRate(schedule="cosine", peak=2e-5, final=2e-6, warmup=50),
+    )
     return Recipe(
         name=name,
         description=f"continued pre-training of {name}",
         tokenizer=tokenizer,
         model=found.model,
         sources={"corpus": Source(path="data/corpus", tokens=1_000_000_000)},
-        phases=[
-            Phase(
-                name="continue", steps=1000, batch_size=64, sequence_length=length, mixture=mixture,
-                learning_rate=LearningRate(schedule="cosine", peak=2e-5, final=2e-6, warmup=50),
-            )
-        ],
+        phases=[phase],
         precision=Precision(compute="fp32" if dtype == torch.float32 else "bf16"),
-    )  # fmt: skip
+    )

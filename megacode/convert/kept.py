@@ -1,4 +1,4 @@
-"""What comes in with a Hugging Face model and goes out again with an export of it, or of a run from it.
+"""What comes in with a Hugging Face model and goes out again with an export of it or its runs.
 
 What is said of the weights travels with them, as `imported` in every checkpoint's megacode.json:
 ids of special tokens (a model may end on several) and the defaults of generation. What belongs to
@@ -105,7 +105,7 @@ def tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def copy_companions(tokenizer: Tokenizer, folder: Path) -> None:
-    """Copy chat templates and the SentencePiece model into `folder`, from beside the tokenizer's file.
+    """Copy chat templates and the SentencePiece model from beside the tokenizer's file.
 
     Converters to other formats, such as GGUF, take the scores of pieces from tokenizer.model.
 

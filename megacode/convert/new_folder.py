@@ -13,7 +13,9 @@ from megacode.errors import UserError
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` to write into: it becomes `out` at the end, and is gone where something fails.
+    """A hidden folder beside `out` to write into.
+
+    It becomes `out` at the end, and is removed where something fails.
 
     Raises:
         UserError: it cannot be made, written to or given its name.
@@ -25,9 +27,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         temporary.rename(out)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if (
-            isinstance(error, OSError) and error.errno
-        ):  # libraries raise ones of their own, without a number
+        # Libraries raise an OSError of their own, without a number.
+        if isinstance(error, OSError) and error.errno:
             raise UserError(
                 f"{out}: cannot be written ({error.strerror}); choose another folder"
             ) from error

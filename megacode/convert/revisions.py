@@ -47,7 +47,8 @@ def revision_names(run: Path, pattern: str = PATTERN) -> dict[str, Path]:
 
     Args:
         pattern: Python's format string over `n` (the phase's number from 1), `phase` (its name),
-            `step` (steps within the phase), `total` (steps of the run), `model` (the recipe's name).
+            `step` (steps within the phase), `total` (steps of the run) and `model` (the recipe's
+            name).
 
     Raises:
         UserError: it is no run, has no checkpoints, or the pattern is no pattern or gives one name

@@ -144,7 +144,7 @@ def _fill(buffer: Tensor, group: Group, tensors: Sequence[Tensor]) -> memoryview
 
 
 def _copy(tensor: Tensor, out: Tensor) -> None:
-    """`out.copy_(tensor)`; a transposed matrix in strips that fit the caches, several times faster."""
+    """`out.copy_(tensor)`; a transposed matrix in strips that fit the caches, which is faster."""
     if tensor.ndim == 2 and tensor.stride(0) == 1:
         for begin in range(0, tensor.shape[1], 256):
             out[:, begin : begin + 256].copy_(tensor[:, begin : begin + 256])
@@ -224,7 +224,7 @@ class HuggingFaceWeights:
                 }
 
     def _pickled(self, path: Path) -> dict[str, Tensor]:
-        """What torch.save wrote: mapped, or read whole where it is no zip file (before torch 1.6)."""
+        """What torch.save wrote: mapped, or read whole where it is no zip file (torch < 1.6)."""
         if path not in self._loaded:
             self._loaded.clear()
             self._loaded[path] = torch.load(

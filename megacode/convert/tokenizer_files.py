@@ -1,4 +1,4 @@
-"""Tokenizer files of a Hugging Face folder: written from a recipe's tokenizer, and read into a recipe.
+"""Tokenizer files of a Hugging Face folder: written from a recipe's tokenizer, read into a recipe.
 
 In megacode no text becomes a control token. A Hugging Face tokenizer finds special tokens in text,
 as its users expect; loaded or called with `split_special_tokens=True` it gives megacode's ids for
@@ -34,12 +34,14 @@ SAMPLE: tuple[str, ...] = (
     "  a  b   c  ",
     "\tdef f(x):\n\t\treturn x  # 12345 67.8e-9\n\n\n",
     "\r\nCRLF\r\n\rCR\n\x0b\x0c",
-    "Zero\u200bwidth\u200d\u200cjoiners\ufeff, naïve café, e\u0301, \u1100\u1161, ﬁ, Å \u212b, \u00a0nbsp\u3000wide",
+    "Zero\u200bwidth\u200d\u200cjoiners\ufeff, naïve café, e\u0301, "
+    "\u1100\u1161, ﬁ, Å \u212b, \u00a0nbsp\u3000wide",
     "\u2028\u2029\u0085\u00ad\u061c\u2066",
     "\0a\0",
     "\ufffd\ufffe\uffff",
     "".join(chr(plane << 16 | 0x1234) for plane in range(17)),
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0010ffff \U000e0001 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 العربية 日本語 हिन्दी ไทย ٣٤ Ⅷ ½",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0010ffff \U000e0001 "
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 العربية 日本語 हिन्दी ไทย ٣٤ Ⅷ ½",
     "\u2581\u2581a\u2581",
     "=" * 41 + " " * 67 + "\n" * 13 + "-" * 30 + "a" * 99,
     "<0x0A><0xFF>< s><|x|>",
@@ -150,7 +152,7 @@ def _different(tokenizer: Tokenizer, text: str, expected: list[int], found: list
 
 
 def _sample(tokenizer: Tokenizer) -> Iterator[str]:
-    """`SAMPLE`, the names of control tokens within text, and texts of the vocabulary's own pieces."""
+    """`SAMPLE`, the names of control tokens within text, and texts of the vocabulary's pieces."""
     yield from SAMPLE
     for character in "=-# *_.0a\n\t":  # runs, which can be split in many ways
         for length in (2, 3, 5, 6, 7, 9, 11, 15, 17, 21, 31, 33, 63, 77, 127):

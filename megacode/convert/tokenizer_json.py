@@ -1,8 +1,10 @@
 """The contents of a Hugging Face tokenizer.json that gives the ids of a megacode tokenizer.
 
-Plain data, built without the `tokenizers` library; `tokenizer_files` writes it and proves it with that library.
-SentencePiece (arXiv 1808.06226) and tiktoken merge the pair whose *result* ranks first; a tokenizer.json ranks pairs. So
-every way of splitting a piece in two becomes a merge, in the order of the pieces.
+Plain data, built without the `tokenizers` library; `tokenizer_files` writes it and proves it with
+that library.
+SentencePiece (arXiv 1808.06226) and tiktoken merge the pair whose *result* ranks first; a
+tokenizer.json ranks pairs. So every way of splitting a piece in two becomes a merge, in the order
+of the pieces.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ _UNIGRAM, _BPE = 1, 2
 
 
 def tokenizer_json(tokenizer: Tokenizer, bos: bool) -> dict[str, Any]:
-    """tokenizer.json as data: the vocabulary, every control token as a special added token, BOS in front with `bos`.
+    """tokenizer.json as data: the vocabulary, and control tokens as special added tokens.
+
+    With `bos` each text begins with BOS.
 
     Raises:
         UserError: a kind or a setting that this format cannot say.
@@ -86,10 +90,10 @@ def _bpe(
 
 
 def _splits(ordered: Iterable[str], pieces: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Every split of each piece into two pieces; of one piece those with the longer left half first.
+    """Every split of each piece into two pieces; those with the longer left half first.
 
-    The libraries that are copied take the leftmost of all splits of a piece, which no order of pairs says in every case:
-    what a vocabulary makes of runs is part of the proof.
+    SentencePiece and tiktoken take the leftmost of all splits of a piece, which no order of pairs
+    says in every case: what a vocabulary makes of runs is part of the proof.
     """
     for piece in ordered:
         for cut in range(len(piece) - 1, 0, -1):

@@ -1,7 +1,8 @@
 """CrystalCoder models for Hugging Face transformers (4.40 and later), PyTorch.
 
-Shipped beside the weights and loaded with `trust_remote_code=True`; it imports nothing but torch and transformers.
-Matrices are stored [in, out] (transformers' Conv1D); the columns of `c_attn` are query | key | value.
+Shipped beside the weights and loaded with `trust_remote_code=True`; it imports nothing but torch
+and transformers. Matrices are stored [in, out] (transformers' Conv1D); the columns of `c_attn` are
+query | key | value.
 """
 
 import math
@@ -25,16 +26,17 @@ _TIED_KEYS = _TIED if int(transformers.__version__.split(".")[0]) >= 5 else list
 
 def rotary_table(position_ids, config, head_dim):
     """Cosines and sines, float32 [batch, 1, length, rotary_dim / 2] each."""
-    rotary_dim = config.rotary_dim or head_dim
-    exponents = (
-        torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=position_ids.device) / rotary_dim
-    )
+    size = config.rotary_dim or head_dim
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=position_ids.device) / size
     angles = position_ids[:, None, :, None].float() * (1.0 / config.rotary_base**exponents)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, table):
-    """Rotate the leading dimensions of each head in pairs (0, 1), (2, 3) ...; x is [batch, heads, length, head_dim]."""
+    """Rotate the leading dimensions of each head in pairs (0, 1), (2, 3) ...
+
+    x is [batch, heads, length, head_dim].
+    """
     cos, sin = table
     size = 2 * cos.shape[-1]
     even, odd = x[..., 0:size:2].float(), x[..., 1:size:2].float()
@@ -43,10 +45,13 @@ def rotate(x, table):
 
 
 def causal_mask(attention_mask, past, length, device, explicit):
-    """Which key each query may see, bool [batch or 1, 1, length, past + length]; None where plain causality says it all.
+    """Which key each query may see, bool [batch or 1, 1, length, past + length].
+
+    None where plain causality says it all.
 
     Args:
-        attention_mask: [batch, past + length] with 1 for tokens and 0 for padding, or 4-D: bool, or added to the scores.
+        attention_mask: [batch, past + length] with 1 for tokens and 0 for padding, or 4-D: bool, or
+            added to the scores.
         explicit: give a mask in any case (a cache with more room than tokens).
 
     A query always sees itself: a row of padding without any key would become NaN.
@@ -110,14 +115,9 @@ class CrystalCoderAttention(nn.Module):
             weights = F.dropout(scores.softmax(-1).to(value.dtype), dropout, self.training)
             context = torch.matmul(weights, value)
         else:
+            causal = mask is None and length > 1
             context = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                mask,
-                dropout,
-                is_causal=mask is None and length > 1,
-                scale=self.scale,
+                query, key, value, mask, dropout, causal, scale=self.scale
             )
         context = context.transpose(1, 2).reshape(batch, length, width)
         return self.resid_dropout(self.c_proj(context)), weights
@@ -167,16 +167,14 @@ class CrystalCoderPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"attn\.bias$", r"attn\.masked_bias$"]  # noqa: RUF012
 
     def _init_weights(self, module):
-        """muP: hidden matrices shrink with the root of the width, those before a residual sum also with the depth."""
+        """muP: hidden matrices shrink with the root of the width; those before a residual sum also
+        with the depth."""
         std = self.config.initializer_range
         hidden = std * math.sqrt(self.config.mup_width_scale)
         if isinstance(module, Conv1D):
             residual = getattr(module, "before_residual_sum", False)
-            nn.init.normal_(
-                module.weight,
-                0.0,
-                hidden / math.sqrt(2 * self.config.n_layer) if residual else hidden,
-            )
+            shrunk = hidden / math.sqrt(2 * self.config.n_layer) if residual else hidden
+            nn.init.normal_(module.weight, 0.0, shrunk)
             nn.init.zeros_(module.bias)
         elif isinstance(module, (nn.Embedding, nn.Linear)):
             nn.init.normal_(module.weight, 0.0, std)
@@ -267,7 +265,8 @@ class CrystalCoderModel(CrystalCoderPreTrainedModel):
 
 
 class CrystalCoderLMHeadModel(CrystalCoderPreTrainedModel, GenerationMixin):
-    """The language model: layers, output matrix (tied to the embedding, if the configuration says so), muP's factor."""
+    """The language model: layers, output matrix (tied to the embedding, if the configuration says
+    so), muP's factor."""
 
     _tied_weights_keys = _TIED_KEYS  # type: ignore[assignment]  # a list before transformers 5
 
@@ -306,28 +305,18 @@ class CrystalCoderLMHeadModel(CrystalCoderPreTrainedModel, GenerationMixin):
         num_items_in_batch=None,
         **kwargs,
     ):
-        """Logits [batch, length, vocab] (of the last `logits_to_keep` positions, 0 is all) and, with `labels`, the loss.
+        """Logits [batch, length, vocab] and, with `labels`, the loss.
 
-        The loss is the mean over labels other than -100, or their sum / `num_items_in_batch` where that is given.
+        Logits are of the last `logits_to_keep` positions; 0 is all. The loss is the mean over
+        labels other than -100, or their sum / `num_items_in_batch` where that is given.
         """
-        output = self.transformer(
-            input_ids=input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
-        hidden = output.last_hidden_state
-        kept = (
-            slice(-logits_to_keep, None)
-            if isinstance(logits_to_keep, int) and logits_to_keep
-            else slice(None)
-        )
-        kept = kept if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept]) * self.output_scale
+        inputs = (input_ids, past_key_values, attention_mask, position_ids, inputs_embeds)
+        wanted = (use_cache, output_attentions, output_hidden_states)
+        output = self.transformer(*inputs, *wanted)
+        kept = logits_to_keep
+        if isinstance(kept, int):
+            kept = slice(-kept, None)
+        logits = self.lm_head(output.last_hidden_state[:, kept]) * self.output_scale
         loss = None
         if labels is not None:
             shifted = F.pad(labels[:, 1:], (0, 1), value=-100).to(logits.device)
@@ -357,18 +346,16 @@ class CrystalCoderLMHeadModel(CrystalCoderPreTrainedModel, GenerationMixin):
         use_cache=None,
         **kwargs,
     ):
-        """What the next forward pass needs: only tokens that the cache has not seen, with positions that skip padding."""
+        """What the next forward pass needs: only tokens that the cache has not seen, with positions
+        that skip padding."""
         past = 0
         if past_key_values is not None:
-            known = isinstance(past_key_values, Cache)
-            past = int(
-                past_key_values.get_seq_length() if known else past_key_values[0][0].shape[-2]
-            )
-        inputs = {
-            "past_key_values": past_key_values,
-            "use_cache": use_cache,
-            "attention_mask": attention_mask,
-        }
+            if isinstance(past_key_values, Cache):
+                past = int(past_key_values.get_seq_length())
+            else:
+                past = past_key_values[0][0].shape[-2]
+        inputs = {"past_key_values": past_key_values, "use_cache": use_cache}
+        inputs["attention_mask"] = attention_mask
         if "logits_to_keep" in kwargs:
             inputs["logits_to_keep"] = kwargs["logits_to_keep"]
         if inputs_embeds is not None and past == 0:
@@ -379,9 +366,7 @@ class CrystalCoderLMHeadModel(CrystalCoderPreTrainedModel, GenerationMixin):
             total = input_ids.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1])
             if attention_mask is not None and attention_mask.dim() == 2:
                 total = attention_mask.shape[1]
-            inputs["input_ids"] = (
-                input_ids[:, -(total - past) :] if total > past else input_ids[:, -1:]
-            )
+            inputs["input_ids"] = input_ids[:, -max(total - past, 1) :]
             length = inputs["input_ids"].shape[1]
         if attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     recipe, tokenizer, model = open_for_inference(args.checkpoint)
 
     from megacode.data.planning import plan_with_data
-    from megacode.evaluate.validation import Validation, by_domain, validate
+    from megacode.evaluate.validation import Validation, by_domain
     from megacode.megatron.distributed import current_world, shutdown
     from megacode.run.checkpoints import find_checkpoint, read_info
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             "there is nothing to evaluate on"
         )
     step = int(read_info(checkpoint)["step"])
-    losses = validate(validation, [model], plan, step, world)
+    losses = validation.losses([model], step)
     domains = by_domain(recipe, losses)
     shutdown()
     if args.json:
@@ -94,17 +94,22 @@ def _with_samples(recipe: Recipe, samples: int) -> Recipe:
 
 
 def _run_harness(args: argparse.Namespace) -> int:
-    from megacode.evaluate.harness import TaskSettings, print_results, run_tasks
+    from megacode.evaluate.harness import print_results, run_tasks
     from megacode.megatron.distributed import shutdown
 
     tasks = [name.strip() for name in args.harness.split(",") if name.strip()]
     if not tasks:
         raise UserError("--harness: names no task; give at least one, such as --harness arc_easy")
-    settings = TaskSettings(
-        tasks, args.harness_tasks, args.shots, args.limit, args.batch_size, args.trust_remote_code
-    )
     try:
-        results = run_tasks(args.checkpoint, settings)
+        results = run_tasks(
+            args.checkpoint,
+            tasks,
+            folder=args.harness_tasks,
+            shots=args.shots,
+            limit=args.limit,
+            batch_size=args.batch_size,
+            trust_remote_code=args.trust_remote_code,
+        )
     finally:
         shutdown()
     if args.json:

@@ -89,20 +89,18 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from megacode.evaluate.generate import Sampling, continuation, continue_tokens
+    from megacode.evaluate.generate import Sampling, write_on
     from megacode.megatron.distributed import shutdown
     from megacode.megatron.inference import open_for_inference
 
     recipe, tokenizer, model = open_for_inference(args.checkpoint)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    stop = tokenizer.eod_id if recipe.tokenizer.eod else None
     console = Console(highlight=False, soft_wrap=True)
     try:
         for prompt in prompts_of(args, recipe, tokenizer):
-            written = continue_tokens(
-                model, prompt.tokens, args.tokens, stop, sampling, tokenizer.vocab_size
+            text = write_on(
+                model, recipe, tokenizer, prompt.tokens, args.tokens, sampling, prompt.context
             )
-            text = continuation(tokenizer, prompt.context, list(written))
             if console.is_terminal:
                 before, after = Text(prompt.before, "dim"), Text(prompt.after, "dim")
                 console.print(before + Text(text, "bold") + after)

@@ -15,8 +15,8 @@ from megacode.errors import UserError
 from megacode.launch import STOPPED, Rendezvous, launch
 from megacode.recipe.checks import check_files, check_layout
 from megacode.recipe.load import load_recipe
-from megacode.run.profile_steps import ProfileSteps
 from megacode.signals import blocked, discard_pending
+from megacode.train.profile import ProfileSteps
 
 if TYPE_CHECKING:
     from megacode.plan.plan import Plan
@@ -76,7 +76,7 @@ def _tell(logs: Path | None, error: UserError, rank: int | None) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from megacode.data.planning import plan_with_data
-    from megacode.run.folder import nothing_to_do
+    from megacode.run.history import nothing_to_do
 
     profile = ProfileSteps.parse(args.profile, args.profile_ranks) if args.profile else None
     rank = _rank(args.processes)

@@ -1,4 +1,4 @@
-"""Continue tokens with a model: sampling, fill-in-the-middle prompts, and text from what was written."""
+"""Continue tokens with a model: sampling, fill-in-the-middle prompts, text."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from megacode.megatron.inference import cached_forward
+from megacode.recipe.schema import Recipe
+from megacode.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: greedily at temperature 0, else from the top_k / top_p part of the distribution."""
+    """How the next token is drawn: the likeliest at temperature 0, else from top_k and top_p."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -62,8 +64,27 @@ def continue_tokens(
         tokens = [drawn]
 
 
+def write_on(
+    model: Any,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    limit: int,
+    sampling: Sampling,
+    context: Sequence[int],
+) -> str:
+    """Text of up to `limit` tokens after `prompt`, as it follows the text of `context`."""
+    stop = tokenizer.eod_id if recipe.tokenizer and recipe.tokenizer.eod else None
+    vocab_size = tokenizer.vocab_size
+    written = list(continue_tokens(model, prompt, limit, stop, sampling, vocab_size))
+    return continuation(tokenizer, context, written)
+
+
 def infill_prompt(recipe: Any, tokenizer: Any, prefix: str, suffix: str) -> list[int]:
-    """Fill-in-the-middle prompt in prefix-suffix-middle order (arXiv 2207.14255), with the recipe's control tokens."""
+    """Fill-in-the-middle prompt in prefix-suffix-middle order (arXiv 2207.14255).
+
+    The control tokens are the recipe's.
+    """
     fim = recipe.data.fim
     return [
         *([tokenizer.bos_id] if recipe.tokenizer.bos else []),
@@ -74,7 +95,10 @@ def infill_prompt(recipe: Any, tokenizer: Any, prefix: str, suffix: str) -> list
 
 
 def continuation(tokenizer: Any, context: Sequence[int], written: Sequence[int]) -> str:
-    """Text of `written` where it follows `context`: on its own, tokenizers such as Llama 2's leave its first blank out."""
+    """Text of `written` where it follows `context`.
+
+    Decoded on its own, tokenizers such as Llama 2's leave its first blank out.
+    """
     start, whole = tokenizer.decode(context), tokenizer.decode([*context, *written])
-    # Some show the bytes of a whole character otherwise once a broken one follows.
+    # Some tokenizers decode the bytes of a whole character otherwise if a broken one follows.
     return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(written)

@@ -1,8 +1,8 @@
-"""A checkpoint as a model of EleutherAI's lm-evaluation-harness: imported only where that package is installed.
+"""A checkpoint as a model of EleutherAI's lm-evaluation-harness, where that package is installed.
 
-Its rules are those of the harness' own class for Hugging Face models, so a run and its export get the same numbers:
-BOS in front of a text if the recipe says so, what is too long loses its beginning, answers are greedy unless a task asks
-otherwise.
+Its rules are those of the harness' own class for Hugging Face models, so a run and its export get
+the same numbers: BOS in front of a text if the recipe says so, a text that is too long loses its
+beginning, answers are greedy unless a task asks otherwise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class MegatronLM(TemplateLM):
     """Log-likelihoods and continuations of a Megatron-Core model in this process.
 
     Args:
-        model: in evaluation mode; every rank of a tensor-parallel group calls with the same requests.
+        model: in evaluation mode.
         batch_size: texts in a forward pass.
     """
 
@@ -65,7 +65,7 @@ class MegatronLM(TemplateLM):
         disable_tqdm: bool = False,
         **_: Any,
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy decoding gives it) of each (…, context, continuation)."""
+        """(log-likelihood in nats, whether it is the greedy answer) of each request."""
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         order = sorted(
             range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2])
@@ -84,7 +84,7 @@ class MegatronLM(TemplateLM):
 
     @torch.no_grad()
     def _logits(self, windows: Sequence[list[int]]) -> torch.Tensor:
-        """float32 [windows, longest, vocabulary]; what follows a shorter window is padding that nothing before it sees."""
+        """float32 `[windows, longest, vocab]`; shorter windows are padded at their ends."""
         longest = max(map(len, windows))
         device = next(self.model.parameters()).device
         tokens = torch.tensor(
@@ -126,8 +126,9 @@ class MegatronLM(TemplateLM):
             limit = int(normalize_gen_kwargs(dict(request.args[1]), _MOST_TOKENS)["max_gen_toks"])
             if limit >= self.max_length:
                 raise UserError(
-                    f"--harness {request.task_name}: asks for answers of up to {limit:,} tokens, and the model's context "
-                    f"of {self.max_length:,} has to hold the question, too; give the task a smaller max_gen_toks"
+                    f"--harness {request.task_name}: asks for answers of up to {limit:,} tokens, "
+                    f"and the model's context of {self.max_length:,} has to hold the question too; "
+                    "give the task a smaller max_gen_toks"
                 )
         return [
             self._answer(*request.args)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from megacode.data.batch import Batch
 from megacode.data.loader import validation_batches
 from megacode.data.source import TokenSource, open_source
 from megacode.megatron.distributed import World
@@ -26,8 +26,15 @@ _AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Validation:
-    """Held-out sources by name, which end-of-document token bounds their documents, and the ids they may hold."""
+    """A run's held-out sources by name.
 
+    Attributes:
+        eod: end-of-document token that bounds their documents; None without a tokenizer.
+        vocab_size: ids that they may hold; None: any.
+    """
+
+    plan: Plan
+    world: World
     sources: Mapping[str, TokenSource]
     eod: int | None
     vocab_size: int | None
@@ -42,71 +49,69 @@ class Validation:
         }
         if not sources:
             return None
-        vocab_size = tokenizer.vocab_size if tokenizer else plan.recipe.model.vocab_size
-        return cls(sources, tokenizer.eod_id if tokenizer else None, vocab_size)
+        if tokenizer:
+            return cls(plan, world, sources, tokenizer.eod_id, tokenizer.vocab_size)
+        return cls(plan, world, sources, None, plan.recipe.model.vocab_size)
 
+    @torch.no_grad()
+    def losses(self, model_chunks: Sequence[Any], done: int) -> dict[str, tuple[float, int]]:
+        """Mean loss over unmasked tokens of each source after `done` steps. Collective.
 
-def validate(
-    validation: Validation, model_chunks: Sequence[Any], plan: Plan, done: int, world: World
-) -> dict[str, tuple[float, int]]:
-    """Mean loss over unmasked tokens of each validation source after `done` steps, at the current phase's length. Collective.
+        Sequences are as long as in the current phase.
 
-    Returns:
-        source -> (loss in nats per token, number of tokens), equal on every rank.
-    """
-    recipe = plan.recipe
-    phase = plan.phase_at(max(done - 1, 0))
-    totals = torch.zeros(len(validation.sources), 2, dtype=torch.float64, device=world.device)
-    for chunk in model_chunks:
-        chunk.eval()
-    with torch.no_grad():
-        for index, (name, source) in enumerate(validation.sources.items()):
-            every = validation_batches(
-                source,
-                phase.sequence_length,
-                recipe.sources[name].validation_samples or recipe.evaluation.samples,
-                rank=world.data_rank,
-                world=world.data_size,
-                micro_batch_size=recipe.parallel.micro_batch_size,
-                eod_id=validation.eod,
-                reset_at_eod=phase.reset_at_eod,
-                mask_eod_loss=recipe.data.mask_eod_loss,
-                vocab_size=validation.vocab_size,
-            )
-            # A few at a time, so that a set of any size takes the same memory.
-            while micro_batches := list(
-                itertools.islice(every, recipe.parallel.pipeline * _AT_ONCE)
-            ):
-                if recipe.parallel.virtual_pipeline:
-                    _fill_up(micro_batches, recipe.parallel.pipeline)
-                totals[index] += forward_backward(
-                    model_chunks, micro_batches, 1, recipe, world, forward_only=True
-                )[:, 0]
-    for chunk in model_chunks:
-        chunk.train()
-    if world.tensor_rank:
-        totals.zero_()  # every tensor-parallel rank holds the same sums: one of them speaks
-    torch.distributed.all_reduce(totals)
-    return {
-        name: (float(loss / tokens) if tokens else float("nan"), int(tokens))
-        for name, (loss, tokens) in zip(validation.sources, totals.tolist(), strict=True)
-    }
+        Returns:
+            source -> (loss in nats per token, number of tokens), equal on every rank.
+        """
+        totals = torch.zeros(len(self.sources), 2, dtype=torch.float64, device=self.world.device)
+        for chunk in model_chunks:
+            chunk.eval()
+        for index, name in enumerate(self.sources):
+            totals[index] = self._sums(model_chunks, name, done)
+        for chunk in model_chunks:
+            chunk.train()
+        if self.world.tensor_rank:
+            totals.zero_()  # every tensor-parallel rank holds the same sums: one of them speaks
+        torch.distributed.all_reduce(totals)
+        return {
+            name: (float(loss / tokens) if tokens else float("nan"), int(tokens))
+            for name, (loss, tokens) in zip(self.sources, totals.tolist(), strict=True)
+        }
 
-
-def _fill_up(micro_batches: list[Batch], multiple: int) -> None:
-    """Masked copies of the last micro-batch until their number is a multiple, as interleaved pipelines need it."""
-    blank = dataclasses.replace(
-        micro_batches[-1], loss_mask=np.zeros_like(micro_batches[-1].loss_mask)
-    )
-    micro_batches += [blank] * (-len(micro_batches) % multiple)
+    def _sums(self, model_chunks: Sequence[Any], name: str, done: int) -> Tensor:
+        """This rank's sum of losses and number of tokens of a source: float64 `[2]`."""
+        recipe, world = self.plan.recipe, self.world
+        phase = self.plan.phase_at(max(done - 1, 0))
+        micro_batches = validation_batches(
+            self.sources[name],
+            phase.sequence_length,
+            recipe.sources[name].validation_samples or recipe.evaluation.samples,
+            rank=world.data_rank,
+            world=world.data_size,
+            micro_batch_size=recipe.parallel.micro_batch_size,
+            eod_id=self.eod,
+            reset_at_eod=phase.reset_at_eod,
+            mask_eod_loss=recipe.data.mask_eod_loss,
+            vocab_size=self.vocab_size,
+        )
+        sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        stages = recipe.parallel.pipeline
+        # A few at a time, so that a set of any size takes the same memory.
+        while some := list(itertools.islice(micro_batches, stages * _AT_ONCE)):
+            if recipe.parallel.virtual_pipeline:
+                # Interleaved pipelines take multiples of their stages: the rest is masked whole.
+                masked = np.zeros_like(some[-1].loss_mask)
+                blank = dataclasses.replace(some[-1], loss_mask=masked)
+                some += [blank] * (-len(some) % stages)
+            sums += forward_backward(model_chunks, some, 1, recipe, world, forward_only=True)[:, 0]
+        return sums
 
 
 def by_domain(recipe: Recipe, losses: Mapping[str, tuple[float, int]]) -> dict[str, float]:
     """Token-weighted mean loss of each domain's validation sources."""
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, tuple[float, int]] = {}
     for name, (loss, tokens) in losses.items():
         if tokens:
-            entry = sums.setdefault(recipe.sources[name].domain, [0.0, 0.0])
-            entry[0] += loss * tokens
-            entry[1] += tokens
-    return {domain: loss / tokens for domain, (loss, tokens) in sums.items()}
+            domain = recipe.sources[name].domain
+            total, count = sums.get(domain, (0.0, 0))
+            sums[domain] = total + loss * tokens, count + tokens
+    return {domain: total / count for domain, (total, count) in sums.items()}

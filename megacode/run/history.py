@@ -1,15 +1,14 @@
-"""Whether a checkpoint lies on the way of a run: its past against a recipe's, difference by difference.
+"""What a start of a run goes on from, and whether a checkpoint's past is the past of a recipe.
 
-`megacode.plan.past` compares two recipes and `megacode.plan.fingerprint` what decides the batches; here they meet what a
-checkpoint says of itself (`megacode.json`, `recipe.yaml`), and what follows from it for the run's folder.
+`megacode.plan.past` compares two recipes and `megacode.plan.fingerprint` what decides the batches.
+Here they meet what a checkpoint says of itself (`megacode.json`, `recipe.yaml`).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,120 +18,204 @@ from megacode.plan.past import Change, accepts, changed_function, changed_past, 
 from megacode.plan.plan import Plan
 from megacode.recipe.load import load_recipe
 from megacode.recipe.schema import Recipe
-from megacode.run.checkpoints import complete_checkpoints, find_checkpoint, read_info
+from megacode.run.checkpoints import find_checkpoint, latest_checkpoint, read_info
 from megacode.run.metrics import FILE as METRICS
+from megacode.run.metrics import read_metrics
 from megacode.tokenizer.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a start of a run loads.
+
+    Attributes:
+        step: finished steps; 0 in a new run.
+        checkpoint: a new run loads only its weights (`initialize_from`); None: weights are drawn.
+        info: the checkpoint's megacode.json; empty without one.
+        changes: accepted ones, against the recipe that made the checkpoint.
+        note: why it is not the checkpoint that `latest` names; empty where it is.
+    """
+
+    step: int = 0
+    checkpoint: Path | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    changes: Sequence[Change] = ()
+    note: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """What later checkpoints hand on: accepted changes, and what imported weights came with."""
+        earlier = self.info.get("accepted", []) if self.step else []
+        accepted = [*earlier, *({"step": self.step, **asdict(change)} for change in self.changes)]
+        imported = self.info.get("imported")
+        return {"accepted": accepted, **({"imported": imported} if imported else {})}
+
+
+def find_start(run: Path, plan: Plan, accept: Sequence[str] = ()) -> Start:
+    """The latest checkpoint of a run, or what a new run begins with.
+
+    Args:
+        accept: keys of the recipe whose change the user accepts (`--accept-change`).
+
+    Raises:
+        UserError: the checkpoint's past differs from what this recipe would have done, naming every
+            difference; or the run had checkpoints and has none.
+    """
+    check_accepted(accept)
+    checkpoint, note = latest_checkpoint(run / "checkpoints")
+    if checkpoint is None:
+        _refuse_lost_checkpoints(run)
+        return initial_start(plan.recipe, accept)
+    info = read_info(checkpoint)
+    step = int(info["step"])
+    if step > plan.total_steps:
+        raise UserError(
+            f"{run}: has {step} finished steps and the recipe ends after {plan.total_steps}; "
+            "lengthen the last phase, add one, or choose another --run"
+        )
+    batches, changes = past_changes(checkpoint, info, plan)
+    keys = (*accept, *_accepted_by_fork(run, step))
+    if refused := [*batches, *(change for change in changes if not _is_accepted(change, keys))]:
+        options = "" if batches else _accept_options(changes)
+        remedy = f", go on from here with the change ({options})" if options else ""
+        raise UserError(
+            f"{run}: its first {step} steps were not trained as this recipe says: "
+            f"{shown(refused)}; undo the change{remedy}, or choose another --run (with "
+            "`initialize_from` to start from these weights)"
+        )
+    return Start(step, checkpoint, info, changes, note)
+
+
+def initial_start(recipe: Recipe, accept: Sequence[str] = ()) -> Start:
+    """What a new run begins with: the weights of `initialize_from`, or none.
+
+    Raises:
+        UserError: the weights would compute something else in this recipe's model or tokenizer,
+            naming every difference that is not accepted.
+    """
+    if not recipe.initialize_from:
+        return Start()
+    notes: list[str] = []
+    checkpoint = find_checkpoint(recipe.initialize_from, notes.append)
+    info, before = read_info(checkpoint), _recipe_of(checkpoint)
+    changes = [
+        *changed_function(before, recipe),
+        *(c for c in tokenizer_changes(info, before, recipe) if not _only_grows(c)),
+    ]
+    if refused := [change for change in changes if not _is_accepted(change, accept)]:
+        options = _accept_options(changes)
+        remedy = f", or accept that its weights then compute something else ({options})"
+        raise UserError(
+            f"initialize_from: {checkpoint} was trained as another model: {shown(refused)}; take "
+            f"these from its recipe.yaml{remedy if options else ''}"
+        )
+    return Start(0, checkpoint, info, changes, "".join(notes))
+
+
+def nothing_to_do(
+    run: Path, plan: Plan, phase: str | None = None, accept: Sequence[str] = ()
+) -> str | None:
+    """A line that says so if the run, or its part up to the end of `phase`, is finished.
+
+    Raises:
+        UserError: as `find_start`.
+    """
+    checkpoint, _ = latest_checkpoint(run / "checkpoints")
+    end = plan.phase_end(phase)
+    if checkpoint is None or int(read_info(checkpoint)["step"]) < end:
+        return None
+    find_start(run, plan, accept)
+    if end == plan.total_steps:
+        what = f"{checkpoint} is the end of this run (step {end:,})"
+        return f"nothing to do: {what}; --restart starts over"
+    return f"nothing to do: {phase} ends at step {end:,}, and {checkpoint} is there or further"
 
 
 def past_changes(
     checkpoint: Path, info: Mapping[str, Any], plan: Plan
 ) -> tuple[list[str], list[Change]]:
-    """How the steps before a checkpoint differ from those of a plan: (in their batches, in model, tokenizer and training).
+    """How the steps before a checkpoint differ from those of a plan.
 
-    UserError if the recipe beside the checkpoint cannot be read.
+    Returns:
+        (differences in the batches, changes of model, tokenizer and training).
+
+    Raises:
+        UserError: the checkpoint's recipe cannot be read.
     """
-    step, recipe_file = int(info["step"]), checkpoint / "recipe.yaml"
+    step, before = int(info["step"]), _recipe_of(checkpoint)
     batches = differences(info["facts"], json.loads(json.dumps(fingerprint(plan, step))))
-    if not recipe_file.is_file():
-        raise UserError(
-            f"{recipe_file}: is missing, so the run's past cannot be compared; copy it here from where the run was"
-        )
-    before = load_recipe(recipe_file)
-    return batches, [
-        *changed_past(before, plan, step),
-        *tokenizer_changes(info, before, plan.recipe),
-    ]
-
-
-def acceptable(change: Change) -> bool:
-    return (
-        change.key != "model.vocab_size"
-    )  # rows of embeddings and of Adam's state cannot come or go in a run
-
-
-def is_accepted(change: Change, keys: Iterable[str]) -> bool:
-    return acceptable(change) and accepts(keys, change)
-
-
-def initial_changes(recipe: Recipe, accept: Sequence[str] = ()) -> tuple[Change, ...]:
-    """Accepted changes between the model of `initialize_from` and the recipe's; none without `initialize_from`.
-
-    UserError if its weights would compute something else here, naming every difference that is not accepted.
-    """
-    check_accepted(accept)
-    if not recipe.initialize_from:
-        return ()
-    checkpoint = find_checkpoint(recipe.initialize_from, say=lambda line: None)
-    if not (checkpoint / "recipe.yaml").is_file():
-        raise UserError(
-            f"{checkpoint}: has no recipe.yaml, so its model is not known; copy the one of its run into it"
-        )
-    info, before = read_info(checkpoint), load_recipe(checkpoint / "recipe.yaml")
-    changes = changed_function(before, recipe)
-    changes += [
-        change for change in tokenizer_changes(info, before, recipe) if not only_grows(change)
-    ]
-    if refused := [change for change in changes if not is_accepted(change, accept)]:
-        keys = " ".join(f"--accept-change {change.key}" for change in changes)
-        remedy = f", or accept that its weights then compute something else ({keys})" * all(
-            map(acceptable, changes)
-        )
-        raise UserError(
-            f"initialize_from: {checkpoint} was trained as another model: {'; '.join(map(str, refused[:6]))}"
-            + (f"; and {len(refused) - 6} more" if len(refused) > 6 else "")
-            + f"; take these from its recipe.yaml{remedy}"
-        )
-    return tuple(changes)
-
-
-def came_with_weights(recipe: Recipe, resumed: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What every checkpoint hands on where the run's first weights were imported: `imported`, for exports.
-
-    Args:
-        resumed: megacode.json of the checkpoint that the run goes on from.
-    """
-    info = resumed
-    if info is None and recipe.initialize_from:
-        info = read_info(find_checkpoint(recipe.initialize_from, say=lambda line: None))
-    return {"imported": info["imported"]} if info and info.get("imported") else {}
+    tokenizer = tokenizer_changes(info, before, plan.recipe)
+    return batches, [*changed_past(before, plan, step), *tokenizer]
 
 
 def tokenizer_changes(info: Mapping[str, Any], before: Recipe, now: Recipe) -> list[Change]:
-    """How the tokenizer that a checkpoint was trained with differs from a recipe's, by contents: a file may have moved.
+    """How a checkpoint's tokenizer differs from a recipe's, by contents: a file may have moved.
 
-    Checkpoints that do not tell (`tokenizer` in megacode.json) are compared by the file that their recipe names, if it is still
-    there, else by what the recipe says of it.
+    A checkpoint whose megacode.json has no `tokenizer` is compared by the file that its recipe
+    names if it is still there, else by what the recipe says of it.
     """
     old, new = info.get("tokenizer") or _tokenizer_facts(before), _tokenizer_facts(now)
-    vocabulary = info.get("vocab_size") or before.model.vocab_size
-    pairs: list[tuple[str, Any, Any]] = [
-        (
-            "model.vocab_size",
-            vocabulary,
-            new["vocab_size"] if new else now.model.vocab_size or vocabulary,
-        )
-    ]
+    size = info.get("vocab_size") or before.model.vocab_size
+    sizes = (size, new["vocab_size"] if new else now.model.vocab_size or size)
+    pairs: dict[str, tuple[Any, Any]] = {"model.vocab_size": sizes}
     if old and new:
-        pairs += [
-            ("tokenizer.path", f"contents {old['file'][:12]}", f"contents {new['file'][:12]}"),
-            ("tokenizer.kind", old["kind"], new["kind"]),
-            ("tokenizer.added_tokens", old["added_tokens"], new["added_tokens"]),
-        ]
+        files = (f"contents {old['file'][:12]}", f"contents {new['file'][:12]}")
+        pairs |= {"tokenizer.path": files}
+        pairs |= {f"tokenizer.{key}": (old[key], new[key]) for key in ("kind", "added_tokens")}
     if before.tokenizer and now.tokenizer:
-        keys = ("bos", "eod") if old and new else ("bos", "eod", "added_tokens")
-        pairs += [
-            (f"tokenizer.{key}", getattr(before.tokenizer, key), getattr(now.tokenizer, key))
-            for key in keys
-        ]
+        for key in ("bos", "eod") if old and new else ("bos", "eod", "added_tokens"):
+            pairs[f"tokenizer.{key}"] = getattr(before.tokenizer, key), getattr(now.tokenizer, key)
     elif before.tokenizer or now.tokenizer:
-        pairs += [
-            ("tokenizer", "given" if before.tokenizer else None, "given" if now.tokenizer else None)
-        ]
-    return [Change(key, a, b) for key, a, b in pairs if a != b]
+        pairs["tokenizer"] = ("given", None) if before.tokenizer else (None, "given")
+    return [Change(key, a, b) for key, (a, b) in pairs.items() if a != b]
 
 
-def only_grows(change: Change) -> bool:
-    """Whether a tokenizer only gets more tokens, or a recipe tells more or less of it: no reason not to start from weights."""
+def is_own(checkpoint: Path, plan: Plan, accepted: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a checkpoint's past is this plan's, but for changes that were accepted after it."""
+    try:
+        info = read_info(checkpoint)
+        batches, changes = past_changes(checkpoint, info, plan)
+    except (UserError, KeyError, TypeError):
+        return False  # never remove what cannot be read
+    keys = [change["key"] for change in accepted if change["step"] >= info["step"]]
+    return not batches and all(accepts(keys, change) for change in changes)
+
+
+def shown(differences: Sequence[object]) -> str:
+    """Differences as text of an error, at most six of them."""
+    more = f"; and {len(differences) - 6} more" if len(differences) > 6 else ""
+    return "; ".join(map(str, differences[:6])) + more
+
+
+# ------------------------------------------------------------------------------------------ inside
+
+
+def _recipe_of(checkpoint: Path) -> Recipe:
+    if not (path := checkpoint / "recipe.yaml").is_file():
+        raise UserError(
+            f"{path}: is missing, so the checkpoint cannot be compared with the recipe; copy it "
+            "here from where the run was"
+        )
+    return load_recipe(path)
+
+
+def _acceptable(change: Change) -> bool:
+    """Rows of embeddings and of Adam's state cannot come or go in a run."""
+    return change.key != "model.vocab_size"
+
+
+def _is_accepted(change: Change, keys: Iterable[str]) -> bool:
+    return _acceptable(change) and accepts(keys, change)
+
+
+def _accept_options(changes: Sequence[Change]) -> str:
+    """The command line's options that accept these changes; empty if one cannot be accepted."""
+    if not all(map(_acceptable, changes)):
+        return ""
+    return " ".join(f"--accept-change {change.key}" for change in changes)
+
+
+def _only_grows(change: Change) -> bool:
+    """Whether a tokenizer only gets more tokens, or a recipe says more or less of it."""
     if change.key == "model.vocab_size":
         return change.before is None or change.now >= change.before
     if change.key == "tokenizer.added_tokens" and isinstance(change.before, dict):
@@ -147,33 +230,21 @@ def _tokenizer_facts(recipe: Recipe) -> dict[str, Any] | None:
     return load_tokenizer(recipe.tokenizer).facts()
 
 
-def is_own(checkpoint: Path, plan: Plan, accepted: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a checkpoint lies on this run's way: its past is this plan's, but for changes that were accepted after it."""
-    try:
-        info = read_info(checkpoint)
-        batches, others = past_changes(checkpoint, info, plan)
-    except (UserError, KeyError, TypeError):
-        return False  # what cannot be read is nobody's to remove
-    keys = [change["key"] for change in accepted if change["step"] >= info["step"]]
-    return not batches and all(accepts(keys, change) for change in others)
+def _accepted_by_fork(run: Path, step: int) -> list[str]:
+    """Keys that a fork changes on purpose: accepted where its own steps begin."""
+    path = run / "fork.json"
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return list(facts["accepted"]) if facts.get("step") == step else []
 
 
-def put_other_futures_aside(
-    run: Path, plan: Plan, done: int, accepted: Sequence[Mapping[str, Any]]
-) -> str | None:
-    """Move checkpoints after step `done` that this run would not come to, and a copy of the metrics, to
-    `RUN/checkpoints.before-N`; a line that says so. They are never removed."""
-    later = [path for step, path in complete_checkpoints(run / "checkpoints") if step > done]
-    others = [path for path in later if not is_own(path, plan, accepted)]
-    if not others:
-        return None
-    number = 1
-    while (aside := run / f"checkpoints.before-{number}").exists():
-        number += 1
-    aside.mkdir()
-    if (run / METRICS).is_file():
-        shutil.copy2(run / METRICS, aside / METRICS)
-    for path in others:
-        os.rename(path, aside / path.name)
-    names = ", ".join(path.name for path in others[:5]) + (", ..." if len(others) > 5 else "")
-    return f"checkpoints of another future, put aside in {aside}: {names}"
+def _refuse_lost_checkpoints(run: Path) -> None:
+    """UserError if the metrics tell of checkpoints: a start at step 0 would drop the records."""
+    if not (run / METRICS).is_file():
+        return
+    saved = [r["step"] for r in read_metrics(run) if r.get("event") == "checkpoint"]
+    if saved:
+        raise UserError(
+            f"{run / 'checkpoints'}: is empty, and {METRICS} tells of a checkpoint at step "
+            f"{max(saved):,}; copy it here from where it is, or start over with --restart, which "
+            "puts this run aside"
+        )

@@ -1,10 +1,10 @@
-"""A run's numbers on disk: `metrics.jsonl`, one JSON object a line, and TensorBoard events with the same.
+"""A run's numbers on disk: `metrics.jsonl`, one JSON object a line, and the same for TensorBoard.
 
 docs/metrics.md lists every key. Two promises:
 
-1. A line counts once its newline is written. A killed run leaves at most one torn last line, which
-   reading skips and the next start trims.
-2. After a resume at step n neither file has a record of a later step, so a curve never doubles back.
+1. A line counts once its newline is written. A killed run leaves at most one torn last line,
+   which reading skips and the next start trims.
+2. After a resume at step n neither file has a record of a later step: a curve never doubles back.
 
 A number that is not finite is written as `null`, because JSON has no NaN.
 """
@@ -46,11 +46,11 @@ _TAGS: dict[str, dict[str, str]] = {
     },
     "validation": {"loss/valid/source": "loss_by_source", "loss/valid/domain": "loss_by_domain"},
 }
-"""TensorBoard's tag -> key of the record, by kind; a key that holds an object gives a tag for each name in it."""
+"""TensorBoard's tag -> key of the record, by kind; an object has a tag for each of its names."""
 
 
 def read_metrics(path: str | Path) -> list[Record]:
-    """Every whole record of a metrics file (or of a run folder's), in order. A torn last line is skipped.
+    """Every record of a metrics file (or of a run folder's) in order, without a torn last line.
 
     Raises:
         UserError: there is no such file, or a line before the last one is no record.
@@ -76,7 +76,8 @@ def read_metrics(path: str | Path) -> list[Record]:
             records.append(record)
         elif number < len(lines):
             raise UserError(
-                f"{path}, line {number}: is no record (a JSON object with `kind` and `step`); remove it"
+                f"{path}, line {number}: is no record (a JSON object with `kind` and `step`); "
+                "remove it"
             )
     return records
 
@@ -116,14 +117,17 @@ class MetricsWriter:
         if self._events:
             self._events.writer.flush()
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self.flush()
         self._file.close()
         if self._events:
             self._events.writer.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
@@ -156,9 +160,10 @@ def _finite(value: Any) -> Any:
 
 
 class _EventFile:
-    """TensorBoard's event file, with one event for all scalars of a step: a twentieth of the cost of one for each.
+    """TensorBoard's event file.
 
-    Events of steps after `first_step` that the folder holds are forgotten.
+    All scalars of a step are one event, which costs a twentieth of an event for each. Events of
+    steps after `first_step` that the folder holds are forgotten.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:

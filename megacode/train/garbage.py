@@ -1,8 +1,8 @@
 """Python's garbage collector in step with training.
 
-Left alone it runs whenever enough objects were made, on every rank at another moment, and while one rank looks for cycles the
-others wait for it in the next collective: the more ranks, the more often. So it is held off, and all ranks collect after
-the same steps (as Megatron-LM with `--manual-gc`, and torchtitan).
+Left alone, the collector runs on every rank at another moment, and the other ranks wait for it in
+the next collective. So it is off during training, and all ranks collect after the same steps (as
+Megatron-LM with `--manual-gc`, and torchtitan).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ EVERY = 50  # steps
 
 @contextlib.contextmanager
 def held_off() -> Iterator[None]:
-    """Inside, Python collects only when told; what is there already is not looked through again."""
+    """Inside, Python collects only when told, and never what was there before."""
     was_on = gc.isenabled()
     gc.collect()
     gc.freeze()
@@ -30,6 +30,6 @@ def held_off() -> Iterator[None]:
 
 
 def collect_after(done: int) -> None:
-    """Collect where `done` finished steps make it due."""
+    """Collect if it is due after `done` finished steps."""
     if done % EVERY == 0:
         gc.collect()

@@ -1,7 +1,8 @@
 """`megacode train --profile A:B`: torch's profiler over some steps, into the run folder.
 
-`RUN/profile/steps-A-B/rank-N.json.gz` is a trace for Perfetto (ui.perfetto.dev) or chrome://tracing; `rank-N.txt` beside it
-has the operations that took longest, and every place where the host waited for the device.
+`RUN/profile/steps-A-B/rank-N.json.gz` is a trace for Perfetto (ui.perfetto.dev). `rank-N.txt`
+beside it has the operations that took longest, and every place where the host waited for the
+device. torch is imported late: the command line parses `--profile` before it.
 """
 
 from __future__ import annotations
@@ -9,15 +10,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.autograd.profiler_util import EventList
+from megacode.errors import UserError
 
-from megacode.megatron.distributed import World
-from megacode.run.profile_steps import ProfileSteps
+if TYPE_CHECKING:
+    from megacode.megatron.distributed import World
 
 # What makes a CUDA host wait; `aten::item` and its kin are what asked for it.
 _WAITS = re.compile(r"^cuda(Stream|Device|Event)Synchronize$|^cudaMemcpy$")
@@ -26,97 +26,143 @@ _PYTHON = re.compile(r"\.py\(\d+\)|^<built-in|^nn\.Module")  # the stack, which 
 _ROWS = 40
 
 
-@dataclass
-class Profiler:
-    """Profiles this rank while its steps are among the wanted ones; the loop tells it where each step begins and ends."""
+@dataclass(frozen=True)
+class ProfileSteps:
+    """Steps (counted from 1, both ends included) on some ranks; `ranks` None: all."""
 
-    wanted: ProfileSteps | None
-    folder: Path
-    world: World
-    say: Callable[[str], None] = print
-    _running: Any = field(default=None, repr=False)
-    _began: int = 0
-    _ended: int = 0
+    first: int
+    last: int
+    ranks: frozenset[int] | None = frozenset({0})
+
+    @classmethod
+    def parse(cls, steps: str, ranks: str = "0") -> ProfileSteps:
+        """From `--profile 10:12 --profile-ranks 0,3` (or `all`).
+
+        Raises:
+            UserError: not of that form.
+        """
+        match = re.fullmatch(r"(\d+):(\d+)", steps)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise UserError(
+                f"--profile: expected FIRST:LAST, such as 10:12 (counted from 1), not {steps!r}"
+            )
+        if ranks != "all" and not re.fullmatch(r"\d+(,\d+)*", ranks):
+            raise UserError(f"--profile-ranks: expected ranks such as 0,3 or `all`, not {ranks!r}")
+        among = None if ranks == "all" else frozenset(map(int, ranks.split(",")))
+        return cls(int(match[1]), int(match[2]), among)
+
+    def check(self, done: int, until: int, processes: int) -> None:
+        """Check that a start has these steps and ranks.
+
+        Args:
+            done: finished steps before it.
+            until: finished steps after it.
+
+        Raises:
+            UserError: it has none of the steps, or not all of the ranks.
+        """
+        asked = f"--profile {self.first}:{self.last}"
+        if self.last <= done:
+            raise UserError(
+                f"{asked}: these steps are done, and this start goes on with step {done + 1}; "
+                "choose later ones"
+            )
+        if self.first > until:
+            raise UserError(f"{asked}: this start ends with step {until}; choose earlier ones")
+        if missing := sorted(rank for rank in self.ranks or () if rank >= processes):
+            raise UserError(
+                f"--profile-ranks: there is no rank {missing[0]} among {processes} "
+                f"process{'es' * (processes > 1)}; they count from 0"
+            )
+
+
+class Profiler:
+    """Profiles this rank while its steps are among the wanted ones.
+
+    The loop calls `before` and `after` with every step, counted from 0, and `close` at the end.
+    """
+
+    def __init__(
+        self,
+        wanted: ProfileSteps | None,
+        folder: Path,
+        world: World,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.wanted = wanted
+        if wanted and wanted.ranks is not None and world.rank not in wanted.ranks:
+            self.wanted = None
+        self.folder, self.world, self.say = folder, world, say
+        self._running: Any = None
+        self._first = self._done = 0
 
     def before(self, step: int) -> None:
-        """Step `step` (counted from 0) is about to begin."""
         wanted = self.wanted
-        if wanted is None or self._running or not wanted.first <= step + 1 <= wanted.last:
+        if not wanted or self._running or not wanted.first <= step + 1 <= wanted.last:
             return
-        if wanted.ranks is not None and self.world.rank not in wanted.ranks:
-            return
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if self.world.device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._began = step + 1
-        self._running = torch.profiler.profile(
-            activities=activities, with_stack=True, acc_events=True
+        from torch.profiler import ProfilerActivity, profile
+
+        cuda = [ProfilerActivity.CUDA] if self.world.device.type == "cuda" else []
+        self._first = step + 1
+        self._running = profile(
+            activities=[ProfilerActivity.CPU, *cuda], with_stack=True, acc_events=True
         )
         self._running.__enter__()
 
     def after(self, step: int) -> None:
-        """Step `step` has ended."""
-        self._ended = step + 1
-        if self._running and self.wanted and self._ended >= self.wanted.last:
+        self._done = step + 1
+        if self.wanted and self._done >= self.wanted.last:
             self.close()
 
     def close(self) -> None:
-        """Write what was profiled so far, also where the run ends before the last of the wanted steps; nothing if nothing was."""
+        """Write what was profiled, also where the run ends before the last of the wanted steps."""
         if not self._running:
             return
         running, self._running = self._running, None
         running.__exit__(None, None, None)
-        last = self._ended
-        if last < self._began:  # an error in the first of them
+        first, last, rank = self._first, self._done, self.world.rank
+        if last < first:  # an error in the first of them
             return
-        folder = self.folder / f"steps-{self._began}-{last}"
+        folder = self.folder / f"steps-{first}-{last}"
         folder.mkdir(parents=True, exist_ok=True)
-        running.export_chrome_trace(str(folder / f"rank-{self.world.rank}.json.gz"))
-        text = summary(running, steps=last - self._began + 1, cuda=self.world.device.type == "cuda")
-        (folder / f"rank-{self.world.rank}.txt").write_text(text)
-        if self.world.is_main or (self.wanted and self.wanted.ranks and 0 not in self.wanted.ranks):
-            self.say(f"profile of steps {self._began} to {last}: {folder}")
+        running.export_chrome_trace(str(folder / f"rank-{rank}.json.gz"))
+        text = summary(running, steps=last - first + 1, cuda=self.world.device.type == "cuda")
+        (folder / f"rank-{rank}.txt").write_text(text)
+        self.say(f"profile of steps {first} to {last}: {folder}")
 
 
 def summary(profile: Any, steps: int, cuda: bool) -> str:
     """The longest operations, and where the host waits for the device, as text."""
+    from torch.autograd.profiler_util import EventList
+
     operations = EventList(
         [event for event in profile.key_averages() if not _PYTHON.search(event.key)],
         use_device="cuda" if cuda else None,
     )
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
     table = operations.table(sort_by=order, row_limit=_ROWS, max_name_column_width=80)
-    waits = [
-        f"{event.key}: {event.count / steps:g} a step"
-        for event in operations
-        if _WAITS.match(event.key)
-    ]
-    asked = [f"{count / steps:g} a step: {where}" for where, count in _asked(profile).most_common()]
+    waits = [f"{e.key}: {e.count / steps:g} a step" for e in operations if _WAITS.match(e.key)]
+    # By the innermost frame of Python that is neither torch's nor a stand-in.
+    asked = Counter(
+        next(_frames(event), "torch itself") for event in profile.events() if event.name in _ASKS
+    )
+    kind = "device" if cuda else "CPU"
     lines = [
-        f"Operations by {'device' if cuda else 'CPU'} time of their own, {steps} step{'s' * (steps > 1)}.",
+        f"Operations by {kind} time of their own, {steps} step{'s' * (steps > 1)}.",
         table,
         "",
         "Where the host waits for the device:",
         *(waits or ["no call that waits was seen"]),
         "",
         "Who asked for a number from a tensor (on CUDA the host waits for it):",
-        *(asked or ["nobody"]),
+        *([f"{n / steps:g} a step: {where}" for where, n in asked.most_common()] or ["nobody"]),
         "",
     ]
     return "\n".join(lines)
 
 
-def _asked(profile: Any) -> Counter[str]:
-    """How often a tensor was turned into a number, by the innermost frame of Python that is somebody's own."""
-    found: Counter[str] = Counter()
-    for event in profile.events():
-        if event.name in _ASKS:
-            found[next(_frames(event), "torch itself")] += 1
-    return found
-
-
 def _frames(event: Any) -> Iterator[str]:
-    """Python frames above an event, innermost first, without torch's and the stand-ins of `megatron/cpu.py`."""
+    """Python frames above an event, innermost first, without torch's and `megatron/cpu.py`'s."""
     parent = event
     while parent is not None:
         name = parent.name

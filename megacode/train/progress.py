@@ -1,4 +1,7 @@
-"""One line a person can read: a live bar on a terminal, plain lines elsewhere; all that is said also goes to RUN/log.txt."""
+"""What rank 0 tells people: a live line under a bar on a terminal, plain lines elsewhere.
+
+All of it also goes to RUN/log.txt.
+"""
 
 from __future__ import annotations
 
@@ -6,79 +9,48 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
-from rich.text import Text
 
-from megacode.plan.devices import peak_flops
 from megacode.plan.plan import PhasePlan, Plan
 from megacode.terminal import count
 
 _BAR_WIDTH = 16
 _RECENT = 30
-"""Reports that the time left is computed from: long enough to hold an evaluation or a checkpoint among them."""
-_DROPPED_FIRST = ("memory", "norm", "tflops", "mfu", "rate", "speed")
-"""What a narrow terminal does without, in this order."""
+"""Reports that the time left is computed from: enough to hold evaluations and checkpoints, too."""
+_DROPPED_FIRST = ("memory", "norm", "tflops", "mfu", "rate", "speed", "left")
+"""Parts of the live line that a narrow terminal goes without, in this order."""
 
 
-class _TimeLeft(ProgressColumn):
-    """Counts down between reports, so that long steps do not look like a standstill."""
-
-    def render(self, task: Task) -> Text:
-        end = task.fields["end"]
-        return Text("" if end is None else f"{duration(max(end - time.monotonic(), 0))} left")
-
-
-@dataclass
 class Progress:
-    """What rank 0 says (the other ranks have none). `steps` and `validation` take the records of metrics.jsonl."""
+    """Says and logs what happens in a run that goes on after `first_step` finished steps.
 
-    plan: Plan
-    device: str
-    console: Console
-    log: TextIO
-    bar: Bar | None = None
-    task: TaskID | None = None
-    started: float = field(default_factory=time.monotonic)
-    _first_step: int = 0
-    _seen: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RECENT))
-    _validated: dict[str, float] = field(default_factory=dict)
-    _last: Mapping[str, Any] | None = None
+    Args:
+        console: default: standard output.
+    """
 
-    @classmethod
-    def open(
-        cls, run: Path, plan: Plan, first_step: int, device: str, console: Console | None = None
-    ) -> Progress:
-        """Begin after `first_step` finished steps.
-
-        Args:
-            device: as CUDA names it, or `cpu`.
-            console: where to speak; default: standard output.
-        """
+    def __init__(
+        self, run: Path, plan: Plan, first_step: int, console: Console | None = None
+    ) -> None:
         run.mkdir(parents=True, exist_ok=True)
-        console = console or Console(highlight=False)
-        log = (run / "log.txt").open("a", buffering=1, encoding="utf-8")
-        progress = cls(plan, device, console, log, _first_step=first_step)
-        if console.is_terminal:
-            columns = (
-                BarColumn(bar_width=_BAR_WIDTH),
-                TextColumn("{task.fields[line]}", markup=False),
-                _TimeLeft(),
-            )
-            progress.bar = Bar(*columns, console=console, refresh_per_second=2)
-            line = "waiting for the first step"
-            progress.task = progress.bar.add_task(
-                "", total=plan.total_steps, completed=first_step, line=line, end=None
-            )
-            progress.bar.start()
-        return progress
-
-    # ------------------------------------------------------------------------------------------------- saying
+        self.plan = plan
+        self.console = console or Console(highlight=False)
+        self._log = (run / "log.txt").open("a", buffering=1, encoding="utf-8")
+        self._started, self._first_step, self._done = time.monotonic(), first_step, first_step
+        self._reports: deque[tuple[float, int]] = deque(maxlen=_RECENT)
+        """Seconds by the clock and tokens at each report."""
+        self._validated: dict[str, float] = {}
+        columns = BarColumn(bar_width=_BAR_WIDTH), TextColumn("{task.description}", markup=False)
+        self._bar = Bar(*columns, console=self.console, refresh_per_second=2)
+        self._task = self._bar.add_task(
+            "waiting for the first step", total=plan.total_steps, completed=first_step
+        )
+        if self.console.is_terminal:
+            self._bar.start()
 
     def say(self, text: str) -> None:
         """A line (or several) above the bar, and in the log."""
@@ -91,37 +63,30 @@ class Progress:
 
     def steps(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Take in the records of steps that have just finished; show the last of them."""
-        last = records[-1]
-        if self._last is None and last.get("mfu") is not None:
-            self._say_what_mfu_is()
-        self._last = last
         for record in records:
             if record.get("drift") is not None:
-                self.say(
-                    f"step {record['step']:,}: the loss in FP8 differs from bf16's by {record['drift']:+.3%}"
-                )
-        left = self._seconds_left(records)
-        if self.bar is not None and self.task is not None:
-            line = self.line(last, left=None, width=self.console.width - _BAR_WIDTH - 15)
-            self.bar.update(
-                self.task, completed=last["step"], line=line, end=time.monotonic() + left
-            )
-            self.bar.refresh()
+                drift = f"the loss in FP8 differs from bf16's by {record['drift']:+.3%}"
+                self.say(f"step {record['step']:,}: {drift}")
+        last, left = records[-1], self._seconds_left(records)
+        self._done = last["step"]
         line = self.line(last, left)
-        if self.bar is None:
+        if self.console.is_terminal:
+            short = self.line(last, left, self.console.width - _BAR_WIDTH - 1)
+            self._bar.update(self._task, completed=self._done, description=short)
+            self._bar.refresh()
+        else:
             self.console.print(line, markup=False, soft_wrap=True)
         self._write(line)
 
-    def line(
-        self, record: Mapping[str, Any], left: float | None = None, width: int | None = None
-    ) -> str:
-        """`step 120/300  second  loss 4.213  rate 1.2e-03  norm 0.81  2,310 tok/s  0.052 TFLOP/s/device  2:10 left`
+    def line(self, record: Mapping[str, Any], left: float, width: int | None = None) -> str:
+        """`step 120/300  second  loss 4.213  rate 1.20e-03  norm 0.81  2,310 tok/s  ...  2:10 left`
 
         Args:
-            left: seconds to the end, if it is to be said.
-            width: characters there are; what matters least goes first.
+            left: seconds to the end of the run.
+            width: characters there are; what matters least is left out.
         """
         total = f"{self.plan.total_steps:,}"
+        tflops = record["tflops_per_device"]
         parts = {
             "step": f"step {record['step']:>{len(total)},}/{total}",
             "phase": str(record["phase"]),
@@ -129,14 +94,13 @@ class Progress:
             "rate": f"rate {_number(record['learning_rate'], '.2e')}",
             "norm": f"norm {_number(record['grad_norm'], '.2f')}",
             "speed": f"{record['tokens_per_second']:,.0f} tok/s",
-            "tflops": f"{record['tflops_per_device']:.{3 if record['tflops_per_device'] < 1 else 0}f} TFLOP/s/device",
+            "tflops": f"{tflops:.{3 if tflops < 1 else 0}f} TFLOP/s/device",
         }
         if record.get("mfu") is not None:
             parts["mfu"] = f"MFU {record['mfu']:.1%}"
         if record.get("memory_gb") is not None:
             parts["memory"] = f"{record['memory_gb']:.1f} GB"
-        if left is not None:
-            parts["left"] = f"{duration(left)} left"
+        parts["left"] = f"{duration(left)} left"
         for name in _DROPPED_FIRST:
             if width is None or len("  ".join(parts.values())) <= width:
                 break
@@ -144,116 +108,96 @@ class Progress:
         return "  ".join(parts.values())
 
     def validation(self, record: Mapping[str, Any]) -> None:
-        """Validation losses by source as one small table, with the change since the last time."""
+        """Validation losses by source as a small table, with the change since the last time."""
         sources = self.plan.recipe.sources
-        losses = {name: loss for name, loss in record["loss_by_source"].items() if loss is not None}
-        rows = [("domain", "source", "loss", "change")]
-        for name, loss in sorted(losses.items(), key=lambda item: list(sources).index(item[0])):
-            rows.append(
-                (sources[name].domain, name, _number(loss, ".4f"), self._change(name, loss))
-            )
-        for domain, loss in record["loss_by_domain"].items():
-            if loss is not None and sum(sources[name].domain == domain for name in losses) > 1:
-                rows.append(
-                    (domain, "(all)", _number(loss, ".4f"), self._change(f"{domain}/", loss))
-                )
-        if not any(row[3] for row in rows[1:]):
-            rows = [(*row[:3], "") for row in rows]
-        widths = [max(len(row[n]) for row in rows) for n in range(4)]
-        lines = [
-            f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip()
-            for a, b, c, d in rows
+        by_source = record["loss_by_source"]
+        names = [name for name in sources if by_source.get(name) is not None]
+        rows = [("domain", "source", "loss", "change" if self._validated else "")]
+        rows += [
+            (sources[name].domain, name, *self._change(name, by_source[name])) for name in names
         ]
+        for domain, loss in record["loss_by_domain"].items():
+            if loss is not None and sum(sources[name].domain == domain for name in names) > 1:
+                rows.append((domain, "(all)", *self._change(f"{domain}/", loss)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         samples = f", {record['samples']} sequences a source" if "samples" in record else ""
-        self.say(
-            "\n".join(
-                [f"validation after step {record['step']:,} ({record['phase']}){samples}", *lines]
-            )
-        )
+        lines = [f"validation after step {record['step']:,} ({record['phase']}){samples}"]
+        for domain, source, *numbers in rows:
+            cells = [domain.ljust(widths[0]), source.ljust(widths[1])]
+            cells += [
+                number.rjust(width) for number, width in zip(numbers, widths[2:], strict=True)
+            ]
+            lines.append(f"  {'  '.join(cells)}".rstrip())
+        self.say("\n".join(lines))
 
-    def _change(self, key: str, loss: float) -> str:
+    def _change(self, key: str, loss: float) -> tuple[str, str]:
+        """A loss, and its change since the last time."""
         before, self._validated[key] = self._validated.get(key), loss
-        return "" if before is None else _number(loss - before, "+.4f")
+        return _number(loss, ".4f"), "" if before is None else _number(loss - before, "+.4f")
 
     def finished(self) -> None:
-        """The end of the run: what it came to."""
-        last = self._last
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        text = f"finished: {self.plan.total_steps:,} steps, {count(self.plan.total_tokens)} tokens"
-        if last is not None:
-            here = self.plan.tokens_before(last["step"]) - self.plan.tokens_before(self._first_step)
-            share = (
-                ""
-                if self._first_step == 0
-                else f", {last['step'] - self._first_step:,} of the steps"
+        """Sum up the run at its end."""
+        plan, first, done = self.plan, self._first_step, self._done
+        text = f"finished: {plan.total_steps:,} steps, {count(plan.total_tokens)} tokens"
+        if done > first:
+            seconds = time.monotonic() - self._started
+            speed = (plan.tokens_before(done) - plan.tokens_before(first)) / seconds
+            share = f", {done - first:,} of the steps" if first else ""
+            text += (
+                f"; this start took {duration(seconds)}{share} ({speed:,.0f} tok/s with everything)"
             )
-            text += f"; this start took {duration(seconds)}{share} ({here / seconds:,.0f} tok/s with everything)"
         self.say(text)
 
     def close(self) -> None:
-        """Take the bar away. Safe to call twice."""
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-        self.log.close()
-
-    # ------------------------------------------------------------------------------------------------- inside
+        if self.console.is_terminal:
+            self._bar.stop()
+        self._log.close()
 
     def _write(self, text: str) -> None:
-        if not self.log.closed:
-            self.log.write(
-                f"{time.strftime('%Y-%m-%d %H:%M:%S')}  " + text.replace("\n", f"\n{'':21}") + "\n"
-            )
-
-    def _say_what_mfu_is(self) -> None:
-        precision = self.plan.recipe.precision.compute
-        peak = peak_flops(self.device, precision)
-        if peak:
-            self.say(
-                f"MFU is the share of {peak / 1e12:,.0f} TFLOP/s, the dense {precision} peak of {self.device}; "
-                "causal attention counted in full, recomputation not counted"
-            )
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._log.write(f"{now}  " + text.replace("\n", f"\n{'':21}") + "\n")
 
     def _seconds_left(self, records: Sequence[Mapping[str, Any]]) -> float:
-        """From the tokens of the recent past by the clock, so that evaluations and checkpoints count; the first step of a
-        start, which warms everything up, does not."""
+        """From the tokens of the recent past by the clock, evaluations and checkpoints included.
+
+        The first step of a start, which warms everything up, does not count.
+        """
         now, last = time.monotonic(), records[-1]
-        if not self._seen:
-            self._seen.append(
-                (now - sum(record["seconds"] for record in records[1:]), records[0]["tokens"])
-            )
-        if last["tokens"] > self._seen[-1][1]:
-            self._seen.append((now, last["tokens"]))
-        (start, before), (end, after) = self._seen[0], self._seen[-1]
+        if not self._reports:
+            begun = now - sum(record["seconds"] for record in records[1:])
+            self._reports.append((begun, records[0]["tokens"]))
+        if last["tokens"] > self._reports[-1][1]:
+            self._reports.append((now, last["tokens"]))
+        (start, before), (end, after) = self._reports[0], self._reports[-1]
         rate = (after - before) / (end - start) if end > start else last["tokens_per_second"]
         return (self.plan.total_tokens - last["tokens"]) / rate if rate > 0 else 0.0
 
 
 def phase_line(phase: PhasePlan, phases: int) -> str:
-    """`phase 2 of 3, ramp: steps 61 to 190, batch 16 x 256 tokens, code 5 → 63 %, text 95 → 37 %, FIM 0.9, rate 1.5e-3 ...`"""
-    first, last = phase.weights(phase.first_step), phase.weights(phase.last_step)
-    shares: dict[str, list[float]] = {}
-    for stream, a, b in zip(phase.streams, first.tolist(), last.tolist(), strict=True):
-        ends = shares.setdefault(stream.domain, [0.0, 0.0])
-        ends[0], ends[1] = ends[0] + 100 * a, ends[1] + 100 * b
-    sizes = _move(
-        f"{phase.batch_size(phase.first_step):,}", f"{phase.batch_size(phase.last_step):,}"
-    )
+    """`phase 2 of 3, ramp: steps 61 to 190, batch 16 × 256 tokens, code 5 → 63 % ...`"""
+    first, last = phase.first_step, phase.last_step
+    shares: dict[str, tuple[float, float]] = {}
+    weights = phase.weights(first).tolist(), phase.weights(last).tolist()
+    for stream, low, high in zip(phase.streams, *weights, strict=True):
+        a, b = shares.get(stream.domain, (0.0, 0.0))
+        shares[stream.domain] = a + 100 * low, b + 100 * high
+    sizes = _move(phase.batch_size(first), phase.batch_size(last), ",")
     parts = [
-        f"steps {phase.first_step + 1:,} to {phase.last_step + 1:,}",
+        f"steps {first + 1:,} to {last + 1:,}",
         f"batch {sizes} × {phase.sequence_length:,} tokens",
-        *(f"{name} {_move(f'{a:.3g}', f'{b:.3g}')} %" for name, (a, b) in shares.items()),
+        *(f"{name} {_move(a, b, '.3g')} %" for name, (a, b) in shares.items()),
     ]
     if fim := sorted({stream.fim_rate for stream in phase.streams if stream.fim_rate}):
-        parts.append(f"FIM {_move(f'{fim[0]:g}', f'{fim[-1]:g}')}")
+        parts.append(f"FIM {_move(fim[0], fim[-1], 'g')}")
     parts.append(f"rate up to {phase.rate.peak:g}")
-    if phase.fresh_optimizer and phase.first_step:
+    if phase.fresh_optimizer and first:
         parts.append("optimizer state fresh")
     return f"phase {phase.index + 1} of {phases}, {phase.name}: {', '.join(parts)}"
 
 
-def _move(first: str, last: str) -> str:
-    return first if first == last else f"{first} → {last}"
+def _move(first: float, last: float, form: str) -> str:
+    a, b = format(first, form), format(last, form)
+    return a if a == b else f"{a} → {b}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,217 +1,188 @@
-"""What a run tells while it trains: losses by source gathered over the ranks, one line for people, records for machines.
+"""What a run says while it trains: numbers of finished steps gathered over the ranks, and events.
 
-The device is not asked for numbers every step: sums stay there until `logging.every` steps are gathered in one exchange,
-and what that gave is read a step later, when it has long arrived. So the host never waits for the device to tell of a step.
+Sums of losses stay on the device until `logging.every` steps are gathered in one exchange. Its
+result is read a step later, when it has long arrived, so the host never waits for the device.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from megacode.data.loader import StepBatch
 from megacode.evaluate.validation import by_domain
 from megacode.megatron.distributed import World
 from megacode.plan.devices import peak_flops
 from megacode.plan.estimate import flops_per_token
 from megacode.plan.hardware import Hardware
 from megacode.plan.overlap import OverlapDecision
-from megacode.plan.past import Change
 from megacode.plan.plan import PhasePlan, Plan
 from megacode.run.metrics import MetricsWriter
 from megacode.train.progress import Progress
 
 
 @dataclass(frozen=True)
-class _Pending:
-    """A finished step whose numbers are still on the device."""
+class FinishedStep:
+    """A finished step whose numbers are still on the device.
+
+    Attributes:
+        sums: float64 `[2, streams]`, loss and tokens of this rank by stream.
+        digest: of this rank's tokens.
+        bf16_sums: `sums`, had the step been forward in bf16 (`precision.compare_every`).
+    """
 
     step: int
-    phase: PhasePlan
-    sums: torch.Tensor
-    norm: Any
+    sums: Tensor
+    norm: float | None
     digest: int
     seconds: float
-    reference: torch.Tensor | None = None
-    """The same sums, had the step been forward in bf16 (`precision.compare_every`)."""
+    bf16_sums: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class _Gathered:
-    """Steps whose numbers are on their way to the host."""
-
-    pending: list[_Pending]
-    totals: torch.Tensor
-    """float64 `[steps, 2, 2, streams]`: as trained and as in bf16; sums and counts."""
-    digests: torch.Tensor
-
-
-@dataclass
 class StepReports:
-    """Gathers, writes and shows the numbers of finished steps. Every rank has one; rank 0's speaks and writes."""
+    """Gathers, writes and shows the numbers of finished steps. Every rank has one; rank 0's writes.
 
-    plan: Plan
-    world: World
-    flops: dict[int, float]
-    peak: float | None
-    writer: MetricsWriter | None
-    progress: Progress | None
-    _pending: list[_Pending] = field(default_factory=list)
-    _gathered: _Gathered | None = None
-    _arrived: Any = None
-    """CUDA event after the copy of what is gathered."""
+    A context manager.
+    """
 
-    @classmethod
-    def open(
-        cls, plan: Plan, run: Path, world: World, first_step: int, vocab_size: int
-    ) -> StepReports:
-        recipe = plan.recipe
-        cuda = world.device.type == "cuda"
-        device = torch.cuda.get_device_name() if cuda else "cpu"
-        lengths = {phase.sequence_length for phase in plan.phases}
-        return cls(
-            plan=plan,
-            world=world,
-            flops={length: flops_per_token(recipe.model, vocab_size, length) for length in lengths},
-            peak=peak_flops(
-                device, "fp8" if recipe.precision.compute == "fp8" else recipe.precision.compute
-            ),
-            writer=MetricsWriter(run, recipe.logging.tensorboard, first_step)
-            if world.is_main
-            else None,
-            progress=Progress.open(run, plan, first_step, device) if world.is_main else None,
-            _arrived=torch.cuda.Event() if cuda else None,
-        )
+    def __init__(
+        self, plan: Plan, run: Path, world: World, first_step: int, vocab_size: int
+    ) -> None:
+        self.plan, self.world = plan, world
+        self.cuda = world.device.type == "cuda"
+        self.device = torch.cuda.get_device_name() if self.cuda else "cpu"
+        self.peak = peak_flops(self.device, plan.recipe.precision.compute)
+        self.writer: MetricsWriter | None = None
+        self.progress: Progress | None = None
+        if world.is_main:
+            self.writer = MetricsWriter(run, plan.recipe.logging.tensorboard, first_step)
+            self.progress = Progress(run, plan, first_step)
+        self._flops = {
+            phase.sequence_length: flops_per_token(
+                plan.recipe.model, vocab_size, phase.sequence_length
+            )
+            for phase in plan.phases
+        }
+        self._pending: list[FinishedStep] = []
+        self._gathered: tuple[list[FinishedStep], Tensor, Tensor] | None = None
+        self._arrived = torch.cuda.Event() if self.cuda else None
 
     def __enter__(self) -> StepReports:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        if self.progress:
+    def __exit__(self, *error: object) -> None:
+        if self.progress and self.writer:
             self.progress.close()
-        if self.writer:
-            self.writer.__exit__(*exc)
+            self.writer.close()
 
-    # ------------------------------------------------------------------------------------------------- steps
+    # --------------------------------------------------------------------------------------- steps
 
-    def step(
-        self,
-        step: int,
-        sums: torch.Tensor,
-        norm: Any,
-        batch: StepBatch,
-        seconds: float,
-        reference: torch.Tensor | None = None,
-    ) -> None:
-        """Take in a finished step; gather every `logging.every` steps and at the end of a phase. Collective."""
+    def step(self, finished: FinishedStep) -> None:
+        """Take in a step; gather every `logging.every` steps and at a phase's end. Collective."""
         self._show()
-        phase = self.plan.phase_at(step)
-        self._pending.append(_Pending(step, phase, sums, norm, batch.digest, seconds, reference))
-        if step == phase.last_step:
+        self._pending.append(finished)
+        if finished.step == self.plan.phase_at(finished.step).last_step:
             self.flush()
-        elif (step + 1) % self.plan.recipe.logging.every == 0:
+        elif (finished.step + 1) % self.plan.recipe.logging.every == 0:
             self._gather()
 
     def flush(self) -> None:
-        """Gather what is pending over all ranks; rank 0 writes and shows it, now. Collective."""
+        """Gather what is pending over all ranks; rank 0 writes and shows it now. Collective."""
         self._gather()
         self._show()
 
+    def sync(self) -> None:
+        """`flush`, and sync the disk, so that no checkpoint is ahead of its metrics. Collective."""
+        self.flush()
+        if self.writer:
+            self.writer.flush()
+
     def _gather(self) -> None:
-        """Sum what is pending over all ranks, and send it to the host without waiting for it."""
+        """Sum what is pending over all ranks, and start its copy to the host.
+
+        Totals are float64 `[steps, 2, 2, streams]`: as trained and as in bf16; losses and tokens.
+        """
         self._show()
         if not self._pending:
             return
-        pending, self._pending = self._pending, []
-        totals = torch.stack(
-            [torch.stack([p.sums, p.sums if p.reference is None else p.reference]) for p in pending]
-        )
-        digests = torch.tensor([_signed(p.digest) for p in pending])
-        if self.world.device.type == "cuda":
+        steps, self._pending = self._pending, []
+        both = [(s.sums, s.sums if s.bf16_sums is None else s.bf16_sums) for s in steps]
+        totals = torch.stack([torch.stack(pair) for pair in both])
+        digests = torch.tensor([_signed(s.digest) for s in steps])
+        if self.cuda:
             digests = digests.pin_memory().to(self.world.device, non_blocking=True)
+        # Tensor-parallel ranks hold the same sums, and only the last stage sees the loss.
         if self.world.tensor_rank or not self.world.is_last_stage:
-            totals.zero_()  # tensor-parallel ranks hold the same sums, and only the last stage sees the loss
+            totals.zero_()
+        # One rank speaks for each share of the batch.
         if self.world.tensor_rank or not self.world.is_first_stage or self.world.context_rank:
-            digests.zero_()  # one rank speaks for each share of the batch
+            digests.zero_()
         torch.distributed.all_reduce(totals)
         torch.distributed.all_reduce(digests)
-        self._gathered = _Gathered(pending, totals, digests)
-        if self.writer and self.world.device.type == "cuda":
-            self._gathered = _Gathered(pending, _to_host(totals), _to_host(digests))
+        if self._arrived and self.writer:
+            totals, digests = _to_host(totals), _to_host(digests)
             self._arrived.record()
+        self._gathered = steps, totals, digests
 
     def _show(self) -> None:
         """Write and show what was gathered."""
         gathered, self._gathered = self._gathered, None
         if gathered and self.writer and self.progress:
-            if self.world.device.type == "cuda":
+            if self._arrived:
                 self._arrived.synchronize()
-            numbers = zip(
-                gathered.pending, gathered.totals.tolist(), gathered.digests.tolist(), strict=True
-            )
+            steps, totals, digests = gathered
+            numbers = zip(steps, totals.tolist(), digests.tolist(), strict=True)
             records = [self._record(*one) for one in numbers]
             for record in records:
                 self.writer.write(record)
             self.progress.steps(records)
 
-    def sync(self) -> None:
-        """Gather what is pending and put it on the disk for good, before a checkpoint says that these steps happened: else a
-        machine that dies could leave a checkpoint ahead of its metrics. Collective."""
-        self.flush()
-        if self.writer:
-            self.writer.flush()
-
     def _record(
-        self, pending: _Pending, totals: list[list[list[float]]], digest: int
+        self, one: FinishedStep, totals: list[list[list[float]]], digest: int
     ) -> dict[str, Any]:
-        phase, step = pending.phase, pending.step
+        step, phase = one.step, self.plan.phase_at(one.step)
         (losses, tokens), (bf16, _) = totals
         batch_size = phase.batch_size(step)
         seen = batch_size * phase.sequence_length
-        flops = seen * self.flops[phase.sequence_length] / pending.seconds / self.world.size
+        flops = seen * self._flops[phase.sequence_length] / one.seconds / self.world.size
         sources = [stream.source for stream in phase.streams]
         domains = [stream.domain for stream in phase.streams]
-        counts = phase.counts(step).tolist()
-        memory = (
-            torch.cuda.max_memory_allocated() / 1e9 if self.world.device.type == "cuda" else None
-        )
-        samples, tokens_by_source = self._read(step + 1)
+        counts = _sums(domains, phase.counts(step).tolist())
+        samples, tokens_by_source = self._read_by_source(step + 1)
         compared = {}
-        if pending.reference is not None:
-            compared = {
-                "loss_bf16": _ratio(sum(bf16), sum(tokens)),
-                "drift": _ratio(sum(losses), sum(bf16)) - 1,
-            }
+        if one.bf16_sums is not None:
+            compared["loss_bf16"] = _ratio(sum(bf16), sum(tokens))
+            compared["drift"] = _ratio(sum(losses), sum(bf16)) - 1
         return {
             "kind": "train",
             "step": step + 1,
             "phase": phase.name,
             "loss": _ratio(sum(losses), sum(tokens)),
             **compared,
-            "grad_norm": float("nan") if pending.norm is None else float(pending.norm),
+            "grad_norm": float("nan") if one.norm is None else one.norm,
             "learning_rate": phase.learning_rate(step),
             "batch_size": batch_size,
             "tokens": self.plan.tokens_before(step + 1),
-            "seconds": pending.seconds,
-            "tokens_per_second": seen / pending.seconds,
+            "seconds": one.seconds,
+            "tokens_per_second": seen / one.seconds,
             "tflops_per_device": flops / 1e12,
             "mfu": flops / self.peak if self.peak else None,
-            "memory_gb": memory,
+            "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if self.cuda else None,
             "loss_by_source": _means(sources, losses, tokens),
             "loss_by_domain": _means(domains, losses, tokens),
             "samples_by_source": samples,
-            "ratio_by_domain": {d: n / batch_size for d, n in _sums(domains, counts).items()},
+            "ratio_by_domain": {name: n / batch_size for name, n in counts.items()},
             "batch": f"{digest % 2**64:016x}",
             "tokens_by_source": tokens_by_source,
         }
 
-    def _read(self, done: int) -> tuple[dict[str, int], dict[str, int]]:
+    def _read_by_source(self, done: int) -> tuple[dict[str, int], dict[str, int]]:
         """Samples and tokens of each source in the first `done` steps of the run."""
         samples: Counter[str] = Counter()
         tokens: Counter[str] = Counter()
@@ -223,73 +194,47 @@ class StepReports:
                     tokens[stream.source] += count * phase.sequence_length
         return dict(samples), dict(tokens)
 
-    # ------------------------------------------------------------------------------------------------- events
+    # -------------------------------------------------------------------------------------- events
 
     def say(self, line: str) -> None:
         if self.progress:
             self.progress.say(line)
 
-    def _event(self, step: int, event: str, line: str | None, **more: Any) -> None:
-        if self.writer and self.progress:
-            self.writer.write({"kind": "event", "step": step, "event": event, **more})
-            if line:
-                self.progress.say(line)
+    def event(self, step: int, event: str, line: str = "", **facts: Any) -> None:
+        """Write an event after `step` finished steps; say the line, if there is one."""
+        if self.writer:
+            self.writer.event(step, event, **facts)
+        if line:
+            self.say(line)
 
     def machine(
         self, hardware: Hardware, adam: str, overlaps: Mapping[str, OverlapDecision]
     ) -> None:
-        """What this start computes with: device, layers, Adam, precision, overlap and fusion."""
+        """Say what this start computes with: device, layers, Adam, precision, overlap, fusion."""
         precision = self.plan.recipe.precision
-        computes = (
-            f"fp8 ({precision.fp8_recipe})" if precision.compute == "fp8" else precision.compute
-        )
-        engine = hardware.engine
-        layers = (
-            f"layers of Transformer Engine {'.'.join(map(str, engine))}"
-            if engine
-            else "Megatron-Core's local layers"
-        )
-        on = [one.key.rsplit(".")[-1] for one in overlaps.values() if one.on]
-        self.say(
-            f"{hardware.name}: {layers}, {adam}, {computes}"
-            + (f"; on: {', '.join(on)}" if on else "")
-        )
-
-    def started(self) -> None:
-        recipe, world = self.plan.recipe, self.world
-        self._event(
-            0, "start",
-            f"starting {recipe.name}: {self.plan.total_steps:,} steps, {self.plan.total_tokens:,} tokens, "
-            f"{world.size} process{'es' * (world.size > 1)}",
-            world_size=world.size,
-        )  # fmt: skip
-
-    def initialized(self, checkpoint: Path) -> None:
-        self.started()
-        self._event(0, "initialize", f"weights from {checkpoint}", checkpoint=str(checkpoint))
-
-    def resumed(self, checkpoint: Path, step: int, note: str | None = None) -> None:
-        if note:
-            self.say(note)
-        line = f"continuing from {checkpoint}: step {step:,} of {self.plan.total_steps:,}"
-        self._event(step, "resume", line, checkpoint=str(checkpoint), world_size=self.world.size)
-
-    def accepted(self, done: int, changes: Sequence[Change]) -> None:
-        """Changes of the past with which the run goes on after `done` steps."""
-        for change in changes:
-            # Of the first step that has it: a start again at `done` drops it, and it is written again.
-            self._event(done + 1, "accepted change", f"accepted: {change}", **asdict(change))
+        kind = f"fp8 ({precision.fp8_recipe})" if precision.compute == "fp8" else precision.compute
+        engine = f"layers of Transformer Engine {'.'.join(map(str, hardware.engine or ()))}"
+        layers = engine if hardware.engine else "Megatron-Core's local layers"
+        on = ", ".join(one.key.rsplit(".")[-1] for one in overlaps.values() if one.on)
+        self.say(f"{hardware.name}: {layers}, {adam}, {kind}" + (f"; on: {on}" if on else ""))
+        if self.peak:
+            self.say(
+                f"MFU is the share of {self.peak / 1e12:,.0f} TFLOP/s, the dense "
+                f"{precision.compute} peak of {self.device}; causal attention counted in full, "
+                "recomputation not counted"
+            )
 
     def phase(self, phase: PhasePlan) -> None:
         if self.progress:
             self.progress.phase(phase)
-            # Of its first step, not of the last one before it: a resume at the boundary drops it, and it is written again.
-            self._event(phase.first_step + 1, "phase", None, phase=phase.name)
+        # Of the phase's first step: a resume at the boundary drops it, and it is written again.
+        self.event(phase.first_step + 1, "phase", phase=phase.name)
 
     def checkpoint(self, step: int, path: Path) -> None:
-        self._event(step, "checkpoint", f"checkpoint {path.name}", path=path.name)
+        self.event(step, "checkpoint", f"checkpoint {path.name}", path=path.name)
 
-    def validated(self, done: int, losses: dict[str, tuple[float, int]]) -> None:
+    def validated(self, done: int, losses: Mapping[str, tuple[float, int]]) -> None:
+        """Write and show validation losses: source -> (nats a token, tokens)."""
         if self.writer and self.progress:
             record = {
                 "kind": "validation",
@@ -302,33 +247,27 @@ class StepReports:
             self.writer.write(record)
             self.progress.validation(record)
 
-    def stopped(self, done: int, signal_number: int) -> None:
+    def end(self, done: int, stopped_by: int) -> None:
+        """The end of the run, or of as much as was asked for, or a stop by a signal. Collective."""
         self.flush()
-        self._event(
-            done,
-            "stop",
-            f"stopped by signal {signal_number} after step {done:,}; saved, run again to go on",
-        )
-
-    def paused(self, done: int) -> None:
-        """Trained as far as was asked."""
-        self.flush()
-        phase = self.plan.phase_at(done - 1).name
-        line = f"{phase} is finished: step {done:,} of {self.plan.total_steps:,}"
-        self._event(done, "phase end", line, phase=phase, at=time.time())
-
-    def finished(self) -> None:
-        self.flush()
-        self._event(self.plan.total_steps, "end", None, at=time.time())
-        if self.progress:
-            self.progress.finished()
+        total = self.plan.total_steps
+        if stopped_by:
+            line = f"stopped by signal {stopped_by} after step {done:,}; saved, run again to go on"
+            self.event(done, "stop", line)
+        elif done < total:
+            name = self.plan.phase_at(done - 1).name
+            line = f"{name} is finished: step {done:,} of {total:,}"
+            self.event(done, "phase end", line, phase=name, at=time.time())
+        else:
+            self.event(total, "end", at=time.time())
+            if self.progress:
+                self.progress.finished()
 
 
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+def _to_host(tensor: Tensor) -> Tensor:
     """A copy in pinned memory, under way."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
-        tensor, non_blocking=True
-    )
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def _signed(value: int) -> int:
@@ -340,8 +279,8 @@ def _ratio(total: float, count: float) -> float:
     return total / count if count else float("nan")
 
 
-def _sums(names: list[str], values: list[Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
+def _sums(names: Iterable[str], values: Sequence[float]) -> dict[str, float]:
+    out: dict[str, float] = {}
     for name, value in zip(names, values, strict=True):
         out[name] = out.get(name, 0) + value
     return out
@@ -349,7 +288,5 @@ def _sums(names: list[str], values: list[Any]) -> dict[str, Any]:
 
 def _means(names: list[str], totals: list[float], counts: list[float]) -> dict[str, float]:
     """Mean loss of each name that has tokens in this step."""
-    count = _sums(names, counts)
-    return {
-        name: total / count[name] for name, total in _sums(names, totals).items() if count[name]
-    }
+    total, count = _sums(names, totals), _sums(names, counts)
+    return {name: total[name] / count[name] for name in total if count[name]}

@@ -1,10 +1,10 @@
-"""Signals that ask a run to stop: every rank learns of it after the same step, saves, and leaves."""
+"""Signals that ask a run to stop: all ranks stop after the same step, and save."""
 
 from __future__ import annotations
 
 import signal
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -13,19 +13,20 @@ from torch import Tensor
 from megacode.signals import STOPPING
 
 _ONE_PRESS = 1.0
-"""Seconds in which several SIGINTs are one Ctrl-C: a terminal sends it to every process, and a launcher hands it on."""
+"""Seconds in which several SIGINTs are one Ctrl-C: the terminal sends it to every process, and the
+launcher sends it again."""
 
 
 class StopRequest:
     """Remembers the first stopping signal (SIGTERM, SIGINT, SIGUSR1) that this process received.
 
-    `should_stop()` is collective: after it, all ranks hold the same answer, so they leave the loop after the same step. The
-    exchange is one integer over gloo, whatever the device, so that the device never waits for it; and it goes on during the
-    next step, so that no rank does either, however many there are.
+    `should_stop()` is collective: all ranks get the same answer, so they leave the loop after the
+    same step. The exchange is one integer over gloo, whatever the device, so the device never waits
+    for it. It runs during the next step, so no rank waits either.
     """
 
     def __init__(self) -> None:
-        self.received: int = 0
+        self.received = 0
         self._when = 0.0
         self._group = torch.distributed.new_group(backend="gloo")
         self._alone = torch.distributed.get_world_size() == 1
@@ -35,24 +36,16 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for number in STOPPING:
             self._previous[number] = signal.signal(number, self._remember)
-        signal.pthread_sigmask(
-            signal.SIG_UNBLOCK, STOPPING
-        )  # one may have come while the run started
+        # One may have come while the run started.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        # What was asked for is done: a time limit's warning that comes late must not make a failure of it.
+        # The run is saved: a time limit's warning that comes late must not end it as a failure.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        if (
-            error is None
-        ):  # every rank comes here; after an error others may not, and waiting would be for ever
+        if kind is None:  # after an error other ranks may not come here
             self._finish()
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
@@ -64,8 +57,10 @@ class StopRequest:
         self.received = number
 
     def should_stop(self) -> int:
-        """The largest signal number that any rank had received when `should_stop` was called the time before (of a process alone:
-        by now); 0 if none had."""
+        """The largest signal number that any rank had received at the call before; 0 if none had.
+
+        In a process alone: had received by now.
+        """
         if self._alone:
             return self.received
         answer = self._finish()

@@ -17,7 +17,7 @@ from megacode.convert.tokenizer_files import write_tokenizer  # noqa: E402
 from megacode.errors import UserError  # noqa: E402
 from megacode.recipe import schema  # noqa: E402
 from megacode.recipe.load import load_recipe  # noqa: E402
-from megacode.run.history import came_with_weights  # noqa: E402
+from megacode.run.history import Start, initial_start  # noqa: E402
 from megacode.tokenizer.tokenizer import load_tokenizer  # noqa: E402
 from tests.convert.test_tokenizer_files import byte_level, own_model  # noqa: E402, F401
 
@@ -102,9 +102,10 @@ def test_a_run_hands_on_what_its_first_weights_came_with(tmp_path: Path) -> None
     assert imported["generation"]["temperature"] == 0.6
     recipe = load_recipe(tmp_path / "in" / "recipe.yaml")
     begun = recipe.model_copy(update={"initialize_from": str(tmp_path / "in")})
-    assert came_with_weights(begun, None) == {"imported": imported}
-    assert came_with_weights(begun, {"step": 3, "imported": imported}) == {"imported": imported}
-    assert came_with_weights(begun, {"step": 3}) == {} == came_with_weights(recipe, None)
+    assert initial_start(begun).facts() == {"accepted": [], "imported": imported}
+    resumed = Start(step=3, info={"step": 3, "imported": imported})
+    assert resumed.facts() == {"accepted": [], "imported": imported}
+    assert initial_start(recipe).facts() == {"accepted": []}
 
 
 def test_ids_of_another_tokenizer_are_not_kept_and_said(tmp_path: Path, own_model: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megacode.errors import UserError
-from megacode.run.profile_steps import ProfileSteps
+from megacode.train.profile import ProfileSteps
 from tests.e2e.conftest import megacode, steps_of
 
 OVERLAP = ("--set", "parallel.overlap={grad_reduce: true, param_gather: true}")

@@ -18,10 +18,9 @@ from megacode.run.checkpoints import (
     checkpoint_name,
     find_checkpoint,
     latest_checkpoint,
-    latest_note,
 )
-from megacode.run.folder import checkpoint_to_resume
-from megacode.run.history import initial_changes, is_own, past_changes, put_other_futures_aside
+from megacode.run.folder import put_other_futures_aside
+from megacode.run.history import Start, find_start, initial_start, is_own, past_changes
 from megacode.run.metrics import FILE as METRICS
 from megacode.tokenizer.tokenizer import load_tokenizer
 from tests.good_recipe import GOOD
@@ -81,17 +80,17 @@ def test_without_a_latest_that_fits_a_run_goes_on_from_the_newest_and_says_so(
     latest.unlink()
     if damage is not None:
         latest.write_text(damage)
-    resume = checkpoint_to_resume(run, plan_of(recipe_file, *PLAIN))
-    assert resume and resume.step == 30
-    assert resume.note and "going on from the newest complete one, step_00000030" in resume.note
+    resume = find_start(run, plan_of(recipe_file, *PLAIN))
+    assert resume.step == 30
+    assert "going on from the newest complete one, step_00000030" in resume.note
     assert find_checkpoint(run) == run / "checkpoints/step_00000030"
     assert "the newest complete one" in capsys.readouterr().err
 
 
 def test_an_incomplete_newest_one_is_left_aside(run: Path) -> None:
     (run / "checkpoints/step_00000030" / INFO).unlink()
-    assert latest_checkpoint(run / "checkpoints") == run / "checkpoints/step_00000020"
-    assert "not a complete checkpoint" in (latest_note(run / "checkpoints") or "")
+    path, note = latest_checkpoint(run / "checkpoints")
+    assert path == run / "checkpoints/step_00000020" and "not a complete checkpoint" in note
 
 
 @pytest.mark.parametrize("pointer", [True, False])
@@ -103,7 +102,7 @@ def test_checkpoints_of_which_none_is_complete_are_no_new_run(
     if not pointer:
         (run / "checkpoints/latest").unlink()
     with pytest.raises(UserError, match=r"no complete checkpoint .*--restart"):
-        checkpoint_to_resume(run, plan_of(recipe_file, *PLAIN))
+        find_start(run, plan_of(recipe_file, *PLAIN))
 
 
 def test_a_wish_for_an_earlier_one_that_is_gone_is_no_wish_for_the_newest(
@@ -113,16 +112,16 @@ def test_a_wish_for_an_earlier_one_that_is_gone_is_no_wish_for_the_newest(
     with pytest.raises(
         UserError, match=r"step_00000015.*there are later ones.*step_00000010, step_00000020"
     ):
-        checkpoint_to_resume(run, plan_of(recipe_file, *PLAIN))
+        find_start(run, plan_of(recipe_file, *PLAIN))
 
 
 def test_metrics_that_tell_of_a_checkpoint_are_no_new_run(run: Path, recipe_file: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     (run / METRICS).write_text('{"kind":"event","step":0,"event":"start"}\n')
-    assert checkpoint_to_resume(run, plan_of(recipe_file, *PLAIN)) is None
+    assert find_start(run, plan_of(recipe_file, *PLAIN)) == Start()
     (run / METRICS).write_text('{"kind":"event","step":20,"event":"checkpoint","path":"x"}\n')
     with pytest.raises(UserError, match=r"checkpoint at step 20.*--restart"):
-        checkpoint_to_resume(run, plan_of(recipe_file, *PLAIN))
+        find_start(run, plan_of(recipe_file, *PLAIN))
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -149,16 +148,16 @@ def test_a_changed_past_is_refused_unless_accepted(
         override.partition("=")[0].removesuffix(".peak"),
     )
     with pytest.raises(UserError, match=rf"first 30 steps .*{said}.*--accept-change {key}"):
-        checkpoint_to_resume(run, plan)
-    resume = checkpoint_to_resume(run, plan, [key])
-    assert resume and [change.key.startswith(key) for change in resume.changes] == [True]
+        find_start(run, plan)
+    resume = find_start(run, plan, [key])
+    assert [change.key.startswith(key) for change in resume.changes] == [True]
 
 
 @pytest.mark.parametrize("override", ["seed=8", "model.vocab_size=200", "model.vocab_size=400"])
 def test_what_cannot_be_accepted(override: str, run: Path, recipe_file: Path) -> None:
     plan = plan_of(recipe_file, *PLAIN, override)
     with pytest.raises(UserError, match=f"{override.partition('=')[0]}: ") as told:
-        checkpoint_to_resume(run, plan, ["model"])
+        find_start(run, plan, ["model"])
     assert "--accept-change" not in str(told.value)
 
 
@@ -185,7 +184,7 @@ def test_a_tokenizer_is_known_by_its_contents(run: Path, recipe_file: Path, tmp_
     for info in ({}, {"tokenizer": tokenizer.facts()}):  # as checkpoints were, and as they are
         shutil.rmtree(run)
         checkpoint = save(run, plan, 10, **info)
-        assert checkpoint_to_resume(
+        assert find_start(
             run, plan_of(recipe_file, f"tokenizer.path={tmp_path}/moved.model", *named)
         )
         for override, key in (
@@ -194,22 +193,18 @@ def test_a_tokenizer_is_known_by_its_contents(run: Path, recipe_file: Path, tmp_
         ):  # fmt: skip
             changed = plan_of(recipe_file, f"tokenizer.path={first}", *named, override)
             with pytest.raises(UserError, match=f"{key}: "):
-                checkpoint_to_resume(run, changed)
+                find_start(run, changed)
         # More tokens after the old ones are no other model to start from; another file or order is.
         start = (
             f"initialize_from={checkpoint}",
             f"tokenizer.path={first}",
             "model.vocab_size=null",
         )
-        assert (
-            initial_changes(
-                load_recipe(recipe_file, [*start, "tokenizer.added_tokens=[<x>, <y>, <z>]"])
-            )
-            == ()
-        )
+        more = load_recipe(recipe_file, [*start, "tokenizer.added_tokens=[<x>, <y>, <z>]"])
+        assert not initial_start(more).changes
         for override in (f"tokenizer.path={other}", "tokenizer.added_tokens=[<y>, <x>]"):
             with pytest.raises(UserError, match=override.partition("=")[0]):
-                initial_changes(
+                initial_start(
                     load_recipe(
                         recipe_file, [*start, "tokenizer.added_tokens=[<x>, <y>]", override]
                     )
@@ -222,7 +217,7 @@ def test_weights_start_only_the_model_that_they_are_of(run: Path, recipe_file: P
         recipe_file,
         [*start, "optimizer.beta2=0.9", "seed=9", "model.dropout=0.1", "model.init_std=0.1"],
     )
-    assert initial_changes(same) == ()
+    assert not initial_start(same).changes
     for override in (
         "model.activation=geglu",
         "model.heads=8",
@@ -232,8 +227,8 @@ def test_weights_start_only_the_model_that_they_are_of(run: Path, recipe_file: P
         changed = load_recipe(recipe_file, [*start, override])
         key = override.partition("=")[0]
         with pytest.raises(UserError, match=f"initialize_from: .*{key}: .*--accept-change {key}"):
-            initial_changes(changed)
-        assert next(change.key for change in initial_changes(changed, ["model"])) == key
+            initial_start(changed)
+        assert next(change.key for change in initial_start(changed, ["model"]).changes) == key
 
 
 # ------------------------------------------------------------------------------------------------- other futures
@@ -278,7 +273,7 @@ def test_a_checkpoint_without_its_recipe_is_not_taken_on_trust(
 ) -> None:
     (run / "checkpoints/step_00000030/recipe.yaml").unlink()
     with pytest.raises(UserError, match=r"recipe\.yaml: is missing"):
-        checkpoint_to_resume(run, plan_of(recipe_file, *PLAIN))
+        find_start(run, plan_of(recipe_file, *PLAIN))
     info = json.loads((run / f"checkpoints/step_00000020/{INFO}").read_text())
     assert past_changes(run / "checkpoints/step_00000020", info, plan_of(recipe_file, *PLAIN)) == (
         [],

@@ -62,12 +62,14 @@ def board_steps(run: Path) -> list[int]:
 def steps(reports: Any, plan: Plan, first: int, end: int) -> None:
     import torch
 
-    batch = type("Batch", (), {"digest": 1})()
+    from megacode.train.report_steps import FinishedStep
+
     for step in range(first, end):
         phase = plan.phase_at(step)
         if step == phase.first_step:
             reports.phase(phase)
-        reports.step(step, torch.ones(2, 1, dtype=torch.float64), 1.0, batch, 0.1)
+        sums = torch.ones(2, 1, dtype=torch.float64)
+        reports.step(FinishedStep(step, sums, 1.0, 1, 0.1))
 
 
 def save_in_the_middle(world: Any, folder: str) -> list[tuple[list[int], bool, list[int]]]:
@@ -83,7 +85,7 @@ def save_in_the_middle(world: Any, folder: str) -> list[tuple[list[int], bool, l
     os.fsync = recorded
     plan, run = two_phases(), Path(folder)
     checkpoints: Any = Checkpoints(run, synced)
-    with StepReports.open(plan, run, world, first_step=0, vocab_size=10) as reports:
+    with StepReports(plan, run, world, first_step=0, vocab_size=10) as reports:
         steps(reports, plan, 0, 2)
         bare(plan, world, reports, checkpoints, done=2).save()
     return checkpoints.found
@@ -98,7 +100,7 @@ def bare(
     made: Any = object.__new__(Trainer)
     vars(made).update(
         plan=plan, recipe=plan.recipe, world=world, reports=reports, checkpointer=checkpointer, optimizer=optimizer, done=done,
-        model_chunks=[], validation=None, vocab_size=10, history={},
+        model_chunks=[], validation=None, vocab_size=10, facts={},
     )  # fmt: skip
     return made
 
@@ -118,9 +120,9 @@ def resume_at_the_boundary(world: Any, folder: str) -> None:
         (3, 4),
         (3, 6),
     ):  # killed twice in step 4; the checkpoint is the one of the boundary
-        with StepReports.open(plan, run, world, first_step=first, vocab_size=10) as reports:
+        with StepReports(plan, run, world, first_step=first, vocab_size=10) as reports:
             if first:
-                reports.resumed(run / "checkpoints/step_00000003", first)
+                reports.event(first, "resume")
             steps(reports, plan, first, end)
 
 
@@ -139,18 +141,17 @@ def compared_with_bf16(world: Any, folder: str) -> str:
     """What is said."""
     import torch
 
-    from megacode.train.report_steps import StepReports
+    from megacode.train.report_steps import FinishedStep, StepReports
 
     plan = two_phases()
-    batch: Any = type("Batch", (), {"digest": 1})()
     said = io.StringIO()
     with (
         redirect_stdout(said),
-        StepReports.open(plan, Path(folder), world, first_step=0, vocab_size=10) as reports,
+        StepReports(plan, Path(folder), world, first_step=0, vocab_size=10) as reports,
     ):
         fp8, bf16 = (torch.tensor([[loss], [2.0]], dtype=torch.float64) for loss in (4.04, 4.0))
-        reports.step(0, fp8, 1.0, batch, 0.1, reference=bf16)
-        reports.step(1, fp8, 1.0, batch, 0.1)
+        reports.step(FinishedStep(0, fp8, 1.0, 1, 0.1, bf16))
+        reports.step(FinishedStep(1, fp8, 1.0, 1, 0.1))
         reports.flush()
     return said.getvalue()
 
@@ -169,6 +170,20 @@ def test_a_step_compared_with_bf16_tells_the_drift(tmp_path: Path) -> None:
     assert "step 1: the loss in FP8 differs from bf16's by +1.000%" in said
 
 
+def test_mfu_comes_with_the_peak_and_the_convention() -> None:
+    from megacode.plan.hardware import Hardware
+    from megacode.train.report_steps import StepReports
+
+    said: list[str] = []
+    reports: Any = object.__new__(StepReports)
+    device = "NVIDIA H100 80GB HBM3"
+    vars(reports).update(plan=two_phases(), peak=989.4e12, device=device, say=said.append)
+    reports.machine(Hardware(device), "torch's Adam", {})
+    assert said[0].startswith(f"{device}: Megatron-Core's local layers, torch's Adam, fp32")
+    assert f"989 TFLOP/s, the dense fp32 peak of {device}" in said[1]
+    assert "causal attention counted in full" in said[1]
+
+
 def told_late(world: Any, folder: str) -> list[int]:
     """Records on file after each of four steps, with `logging.every: 2`."""
     from megacode.train.report_steps import StepReports
@@ -178,7 +193,7 @@ def told_late(world: Any, folder: str) -> list[int]:
         update={"logging": plan.recipe.logging.model_copy(update={"every": 2})}
     )
     found = []
-    with StepReports.open(
+    with StepReports(
         dataclasses.replace(plan, recipe=recipe), run, world, first_step=0, vocab_size=10
     ) as reports:
         for step in range(4):
@@ -221,7 +236,7 @@ def diverge(world: Any, folder: str) -> list[str]:
             torch.ones(2, 1, dtype=torch.float64),
             next(norms),
         )
-        with StepReports.open(plan, run, world, first_step=0, vocab_size=10) as reports:
+        with StepReports(plan, run, world, first_step=0, vocab_size=10) as reports:
             try:
                 bare(plan, world, reports, made, adam)._loop(iter([batch] * 6), 6, idle, idle)
             except UserError as error:

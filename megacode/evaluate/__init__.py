@@ -2,5 +2,5 @@
 
 1. `validation` measures loss by source and domain.
 2. `generate` continues tokens.
-3. `harness` runs tasks of lm-evaluation-harness, on Megatron-Core's model through `harness_model`.
+3. `harness` runs tasks of lm-evaluation-harness; `harness_model` is the model that it asks.
 """

@@ -1,6 +1,7 @@
 """A run's folder, without torch.
 
-1. `folder` writes what a run starts from, and says which checkpoint it goes on from.
-2. `checkpoints` knows which there are; `history` compares a checkpoint's past with a recipe.
-3. `metrics` is `metrics.jsonl`; `fork` makes a run that shares another's first steps.
+1. `history` finds what a start goes on from, and compares a checkpoint's past with a recipe.
+2. `folder` takes the lock, writes what a run starts from, and puts other histories aside.
+3. `checkpoints` knows which there are; `metrics` is `metrics.jsonl`.
+4. `fork` makes a run that shares another's first steps.
 """

@@ -1,6 +1,6 @@
 """Recipe and run folder -> a trained model.
 
 1. `trainer.Trainer` is a run that trains: its loop reads like the algorithm.
-2. `report_steps` writes metrics; `progress` is what people see; `profile` looks into chosen steps.
+2. `report_steps` gathers and writes metrics; `progress` tells people; `profile` profiles steps.
 3. `stop` lets every rank stop after the same step; `garbage` keeps Python's collector out of steps.
 """

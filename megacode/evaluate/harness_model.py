@@ -7,7 +7,7 @@ beginning, answers are greedy unless a task asks otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,11 +67,10 @@ class MegatronLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether it is the greedy answer) of each request."""
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        order = sorted(
-            range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2])
-        )
+        lengths = [len(context) + len(answer) for _, context, answer in requests]
+        order = sorted(range(len(requests)), key=lambda i: -lengths[i])
         groups = [order[i : i + self.size] for i in range(0, len(order), self.size)]
-        for group in self._progress(groups, "log-likelihoods", disable_tqdm):
+        for group in track(groups, "log-likelihoods", transient=True, disable=disable_tqdm):
             windows = [(requests[i][1] + requests[i][2])[-(self.max_length + 1) :] for i in group]
             logits = self._logits([window[:-1] for window in windows])
             for i, window, row in zip(group, windows, logits, strict=True):
@@ -111,16 +110,16 @@ class MegatronLM(TemplateLM):
                 windows.append((None, list(context), list(continuation)))
                 owners.append(owner)
         sums = [0.0] * len(requests)
-        for owner, (loss, _) in zip(
-            owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
-        ):
-            sums[owner] += loss
+        scores = self._loglikelihood_tokens(windows, disable_tqdm)
+        for owner, (score, _) in zip(owners, scores, strict=True):
+            sums[owner] += score
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first stop text or end-of-document token.
 
-        UserError: a task asks for so many tokens that no question fits in front of them.
+        Raises:
+            UserError: a task asks for so many tokens that no question fits in front of them.
         """
         for request in requests:
             limit = int(normalize_gen_kwargs(dict(request.args[1]), _MOST_TOKENS)["max_gen_toks"])
@@ -130,10 +129,8 @@ class MegatronLM(TemplateLM):
                     f"and the model's context of {self.max_length:,} has to hold the question too; "
                     "give the task a smaller max_gen_toks"
                 )
-        return [
-            self._answer(*request.args)
-            for request in self._progress(requests, "answers", disable_tqdm)
-        ]
+        shown = track(requests, "answers", transient=True, disable=disable_tqdm)
+        return [self._answer(*request.args) for request in shown]
 
     def _answer(self, context: str, asked: dict[str, Any]) -> str:
         asked = normalize_gen_kwargs(dict(asked), _MOST_TOKENS)
@@ -156,6 +153,3 @@ class MegatronLM(TemplateLM):
         for stop in stops:
             text = text.split(stop, maxsplit=1)[0]
         return text
-
-    def _progress(self, items: Sequence[Any], what: str, hidden: bool) -> Iterable[Any]:
-        return track(items, description=what, transient=True, disable=hidden)

@@ -26,18 +26,12 @@ _AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Validation:
-    """A run's held-out sources by name.
-
-    Attributes:
-        eod: end-of-document token that bounds their documents; None without a tokenizer.
-        vocab_size: ids that they may hold; None: any.
-    """
+    """A run's held-out sources by name."""
 
     plan: Plan
     world: World
+    tokenizer: Tokenizer | None
     sources: Mapping[str, TokenSource]
-    eod: int | None
-    vocab_size: int | None
 
     @classmethod
     def open(cls, plan: Plan, world: World, tokenizer: Tokenizer | None) -> Validation | None:
@@ -47,11 +41,7 @@ class Validation:
             for name, source in plan.recipe.sources.items()
             if source.validation_paths
         }
-        if not sources:
-            return None
-        if tokenizer:
-            return cls(plan, world, sources, tokenizer.eod_id, tokenizer.vocab_size)
-        return cls(plan, world, sources, None, plan.recipe.model.vocab_size)
+        return cls(plan, world, tokenizer, sources) if sources else None
 
     @torch.no_grad()
     def losses(self, model_chunks: Sequence[Any], done: int) -> dict[str, tuple[float, int]]:
@@ -79,7 +69,7 @@ class Validation:
 
     def _sums(self, model_chunks: Sequence[Any], name: str, done: int) -> Tensor:
         """This rank's sum of losses and number of tokens of a source: float64 `[2]`."""
-        recipe, world = self.plan.recipe, self.world
+        recipe, world, tokenizer = self.plan.recipe, self.world, self.tokenizer
         phase = self.plan.phase_at(max(done - 1, 0))
         micro_batches = validation_batches(
             self.sources[name],
@@ -88,10 +78,10 @@ class Validation:
             rank=world.data_rank,
             world=world.data_size,
             micro_batch_size=recipe.parallel.micro_batch_size,
-            eod_id=self.eod,
+            eod_id=tokenizer.eod_id if tokenizer else None,
             reset_at_eod=phase.reset_at_eod,
             mask_eod_loss=recipe.data.mask_eod_loss,
-            vocab_size=self.vocab_size,
+            vocab_size=tokenizer.vocab_size if tokenizer else recipe.model.vocab_size,
         )
         sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         stages = recipe.parallel.pipeline

@@ -16,6 +16,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def read_metrics(path: str | Path) -> list[Record]:
     return records
 
 
-class MetricsWriter:
+class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     """Appends records to a run's metrics. A context manager; only rank 0 has one.
 
     Args:
@@ -122,9 +123,6 @@ class MetricsWriter:
         self._file.close()
         if self._events:
             self._events.writer.close()
-
-    def __enter__(self) -> MetricsWriter:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class FinishedStep:
     bf16_sums: Tensor | None = None
 
 
-class StepReports:
+class StepReports(AbstractContextManager["StepReports"]):
     """Gathers, writes and shows the numbers of finished steps. Every rank has one; rank 0's writes.
 
     A context manager.
@@ -72,9 +73,6 @@ class StepReports:
         self._pending: list[FinishedStep] = []
         self._gathered: tuple[list[FinishedStep], Tensor, Tensor] | None = None
         self._arrived = torch.cuda.Event() if self.cuda else None
-
-    def __enter__(self) -> StepReports:
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self.progress and self.writer:

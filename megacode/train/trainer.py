@@ -10,7 +10,7 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -103,11 +103,9 @@ class Trainer:
         recipe, plan, run = self.recipe, self.plan, self.run
         launch = read_launch()
         check_layout(recipe, launch.world_size)
-        may_write: Callable[[], None] = _anyone
-        if launch.rank == 0:
-            may_write = stack.enter_context(lock_run(run)).check
-            if self._restart and (aside := start_over(run)):
-                print(f"starting over; the earlier run is kept as {aside}", flush=True)
+        lock = stack.enter_context(lock_run(run)) if launch.rank == 0 else None
+        if lock and self._restart and (aside := start_over(run)):
+            print(f"starting over; the earlier run is kept as {aside}", flush=True)
         self.world = world = initialize(
             recipe.parallel, recipe.seed, launch, bool(recipe.fusion.cuda_graphs)
         )
@@ -146,7 +144,7 @@ class Trainer:
             recipe.checkpoints,
             kept=plan.kept_checkpoints(),
             announce=self.reports.checkpoint,
-            may_write=may_write,
+            may_write=lock.check if lock else lambda: None,
             is_own=lambda checkpoint: is_own(checkpoint, plan, accepted),
         )
         self.validation = Validation.open(plan, world, self.tokenizer)
@@ -390,10 +388,6 @@ def _divergence(folder: Path, phase: str, done: int, norm: float) -> str:
         f"there and saves nothing more; {remedy} (`megacode trace {run} --step {done}` shows what "
         "the step read)"
     )
-
-
-def _anyone() -> None:
-    """May write: ranks other than the first write no names."""
 
 
 def _leave(kind: type[BaseException] | None, *_: Any) -> None:

@@ -57,10 +57,6 @@ class Progress:
         self.console.print(text, markup=False, soft_wrap=True)
         self._write(text)
 
-    def phase(self, phase: PhasePlan) -> None:
-        """Announce a phase that begins."""
-        self.say(phase_line(phase, len(self.plan.phases)))
-
     def steps(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Take in the records of steps that have just finished; show the last of them."""
         for record in records:

@@ -25,7 +25,7 @@ from megacode.plan.hardware import Hardware
 from megacode.plan.overlap import OverlapDecision
 from megacode.plan.plan import PhasePlan, Plan
 from megacode.run.metrics import MetricsWriter
-from megacode.train.progress import Progress
+from megacode.train.progress import Progress, phase_line
 
 
 @dataclass(frozen=True)
@@ -223,10 +223,9 @@ class StepReports(AbstractContextManager["StepReports"]):
             )
 
     def phase(self, phase: PhasePlan) -> None:
-        if self.progress:
-            self.progress.phase(phase)
         # Of the phase's first step: a resume at the boundary drops it, and it is written again.
-        self.event(phase.first_step + 1, "phase", phase=phase.name)
+        line = phase_line(phase, len(self.plan.phases))
+        self.event(phase.first_step + 1, "phase", line, phase=phase.name)
 
     def checkpoint(self, step: int, path: Path) -> None:
         self.event(step, "checkpoint", f"checkpoint {path.name}", path=path.name)

@@ -357,8 +357,8 @@ class Trainer:
             fill_new_rows(global_parameter_names(list(self.model_chunks)), old, new)
             self.reports.say(
                 f"{checkpoint} has {old:,} tokens, the tokenizer {new:,}: rows of the "
-                f"{new - old:,} new ones start as the mean of the others, in the embedding and in the "
-                "output layer"
+                f"{new - old:,} new ones start as the mean of the others, in the embedding and in "
+                "the output layer"
             )
         self.optimizer.reload_model_params()
 

@@ -1,5 +1,6 @@
 """The main job from nothing.
 
-1. `corpora` gathers what every Python installation carries (`docstrings` is its prose) and tokenizes it.
-2. `run` trains the recipe, writes samples and the report.
+1. `corpora` gathers code and text that every Python installation carries (`docstrings` finds its
+   prose) and tokenizes both.
+2. `__main__` trains the recipe, writes samples and the report.
 """

@@ -1,8 +1,9 @@
-"""Two real corpora that every Python installation carries, and everything the tiny recipes need made from them.
+"""Two real corpora that every Python installation carries, and the tiny recipes' data.
 
-Code: sources of the standard library and of installed packages. Text: the language reference (pydoc_data.topics), the
-descriptions of installed packages, and the prose of docstrings, from files that are not in the code corpus as far as
-there are enough. Both are the same for the same installation: files in the order of their paths or of a hash of them.
+Code: sources of the standard library and of installed packages. Text: the language reference
+(pydoc_data.topics), the descriptions of installed packages, and the prose of docstrings, first from
+files that are not in the code corpus. The same installation gives the same corpora: files are taken
+in the order of their paths or of a hash of them.
 """
 
 from __future__ import annotations
@@ -12,23 +13,21 @@ import json
 import os
 import platform
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from megacode.corpus.preprocess import Request
 from megacode.corpus.workers import available_cores
-from megacode.errors import UserError
 from megacode.files import replace_file, write_json
-from megacode.quickstart.docstrings import docstring_prose, package_description, paragraphs
+from megacode.quickstart.docstrings import docstring_prose, paragraphs
 from megacode.recipe import schema
 from megacode.report.preprocessing import preprocess_visibly
-from megacode.terminal import print_table
+from megacode.terminal import print_table, progress_bar, table_of
 from megacode.tokenizer.training import train_tokenizer
 
 GATHERING = 1
@@ -42,89 +41,71 @@ _SKIPPED_FOLDERS = {
 
 
 @dataclass
-class _Gathered:
-    """Documents written so far; what repeats is left out."""
+class _Corpus:
+    """Documents gathered so far; what repeats is left out."""
 
-    path: Path
-    limit: int
+    limit: float
     """Bytes of text."""
-    size: int = 0
-    by_origin: dict[str, list[int]] = field(default_factory=dict)
-    """Origin -> [documents, bytes]."""
-    seen: set[bytes] = field(default_factory=set)
+    documents: Counter[str] = field(default_factory=Counter)
+    """By origin; `sizes` are their bytes of text."""
+    sizes: Counter[str] = field(default_factory=Counter)
+    seen: set[str] = field(default_factory=set)
 
     @property
     def full(self) -> bool:
-        return self.size >= self.limit
+        return self.sizes.total() >= self.limit
 
-    def new(self, text: str) -> bool:
+    def is_new(self, text: str) -> bool:
         """Whether this text (a document, a paragraph) is the first of its kind."""
-        key = hashlib.blake2b(text.encode(errors="replace"), digest_size=12).digest()
-        return not (key in self.seen or self.seen.add(key))  # type: ignore[func-returns-value]
+        before = len(self.seen)
+        self.seen.add(text)
+        return len(self.seen) > before
 
-    def line(self, origin: str, name: str, text: str) -> bytes:
+    def line(self, origin: str, path: str, text: str) -> bytes:
         """The JSONL line of a document, which now counts."""
-        size = len(text.encode(errors="replace"))
-        counts = self.by_origin.setdefault(origin, [0, 0])
-        counts[0] += 1
-        counts[1] += size
-        self.size += size
-        return (json.dumps({"text": text, "origin": origin, "path": name}) + "\n").encode()
+        self.documents[origin] += 1
+        self.sizes[origin] += len(text.encode(errors="replace"))
+        return (json.dumps({"text": text, "origin": origin, "path": path}) + "\n").encode()
 
 
 def gather(
     folder: Path, code_mb: float = 12.0, text_mb: float = 6.0, console: Console | None = None
 ) -> dict[str, Path]:
-    """Write `folder/code.jsonl` and `folder/text.jsonl` (`text`, `origin`, `path`), at most that many MB each.
+    """Write `folder/code.jsonl` and `folder/text.jsonl`, about that many MB of text each.
 
-    Corpora of that size that are there are kept, also when packages have been installed since. Returns the two files.
+    A line is an object with `text`, `origin` and `path`. Corpora that were gathered with the same
+    settings are kept, even if packages have been installed since.
+
+    Returns:
+        The two files, by `code` and `text`.
     """
     console = console or Console()
     files = {"code": folder / "code.jsonl", "text": folder / "text.jsonl"}
-    wanted = {
+    settings = {
         "gathering": GATHERING,
         "code_mb": code_mb,
         "text_mb": text_mb,
         "python": platform.python_version(),
     }
-    done = _read_json(folder / "gathered.json")
-    if (
-        done
-        and done.get("settings") == wanted
-        and all(_size(files[k]) == done["sizes"].get(k) for k in files)
-    ):
-        console.print(f"{folder}: kept; gathered before from Python {wanted['python']}")
+    note = folder / "gathered.json"
+    if note.exists() and _read_json(note) == {"settings": settings, "sizes": _sizes(files)}:
+        console.print(f"{folder}: kept; gathered before from Python {settings['python']}")
         return files
-    code = _Gathered(files["code"], int(code_mb * 1e6))
-    text = _Gathered(files["text"], int(text_mb * 1e6))
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f} of {task.total:.0f} MB"),
-        TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip
-    with bar:
-        chosen: set[Path] = set()
-        for corpus, name, documents in (
-            (code, "gathering code", _code(code, chosen)),
-            (text, "gathering text", _text(text, chosen)),
+    code, text, in_code = _Corpus(code_mb * 1e6), _Corpus(text_mb * 1e6), set[Path]()
+    table = table_of("", "corpus", "from", "documents", "MB", left=2)
+    for name, corpus, lines in (
+        ("code", code, _code(code, in_code)),
+        ("text", text, _text(text, in_code)),
+    ):
+        with (
+            replace_file(files[name]) as out,
+            progress_bar(f"gathering {name}", int(corpus.limit)) as advance,
         ):
-            task = bar.add_task(name, total=corpus.limit / 1e6)
-            with replace_file(corpus.path) as out:
-                for line in documents:
-                    out.write(line)
-                    bar.update(task, completed=min(corpus.size, corpus.limit) / 1e6)
-            bar.update(task, total=corpus.size / 1e6)
-    write_json(
-        folder / "gathered.json",
-        {"settings": wanted, "sizes": {k: _size(p) for k, p in files.items()}},
-    )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("corpus", "from"):
-        table.add_column(heading)
-    for heading in ("documents", "MB"):
-        table.add_column(heading, justify="right")
-    for name, corpus in (("code", code), ("text", text)):
-        for origin, (count, size) in corpus.by_origin.items():
-            table.add_row(name, origin, f"{count:,}", f"{size / 1e6:.1f}")
+            for line in lines:
+                advance(out.write(line))
+        for origin, documents in corpus.documents.items():
+            table.add_row(name, origin, f"{documents:,}", f"{corpus.sizes[origin] / 1e6:.1f}")
+    write_json(note, {"settings": settings, "sizes": _sizes(files)})
     print_table(console, table)
     return files
 
@@ -132,25 +113,27 @@ def gather(
 def prepare(
     folder: Path, vocab_size: int = 8000, workers: int | None = None, console: Console | None = None
 ) -> dict[str, Path]:
-    """Everything that the tiny recipes read, in `folder`: corpora gathered, a tokenizer trained, both tokenized.
+    """Make everything that the tiny recipes read: corpora, a tokenizer, datasets.
 
-    `python/{train,valid}` and `docs/{train,valid}` (dataset prefixes), `tokenizer.model`, `gathered/`. BOS and EOD
-    around each document, 2 % held out. What is there and was made the same way is kept, and it says so.
+    Makes `gathered/`, `tokenizer.model` and the dataset prefixes `python/{train,valid}` and
+    `docs/{train,valid}` in `folder`: BOS and EOD around each document, 2 % held out for validation.
+    What was made before in the same way is kept.
+
+    Returns:
+        Path of the `tokenizer`, and folders of `code` and `text`.
     """
     console = console or Console()
     corpora = gather(folder / "gathered", console=console)
-    model = folder / "tokenizer.model"
-    wanted = {
-        "vocab_size": vocab_size,
-        "corpora": {k: _sha256(path) for k, path in corpora.items()},
-    }
-    note = folder / "tokenizer.made-from.json"
-    if model.exists() and _read_json(note) == wanted:
+    model, note = folder / "tokenizer.model", folder / "tokenizer.made-from.json"
+    digests = {k: hashlib.sha256(path.read_bytes()).hexdigest() for k, path in corpora.items()}
+    wanted = {"vocab_size": vocab_size, "corpora": digests}
+    if model.exists() and note.exists() and _read_json(note) == wanted:
         console.print(f"{model}: kept; trained before on these corpora")
     else:
         note.unlink(missing_ok=True)
         with console.status("training the tokenizer"):
-            train_tokenizer(_texts(corpora.values()), model, vocab_size)
+            lines = (line for path in corpora.values() for line in path.read_bytes().splitlines())
+            train_tokenizer((json.loads(line)["text"] for line in lines), model, vocab_size)
         write_json(note, wanted)
         console.print(f"{model}: trained, {vocab_size:,} pieces")
     section = schema.TokenizerSection(path=str(model), added_tokens="crystal", bos=True, eod=True)
@@ -164,44 +147,46 @@ def prepare(
             validation_output=output / "valid",
             overwrite=True,
         )
-        preprocess_visibly(
-            request, workers or available_cores(), console, title=f"tokenizing {name}"
-        )
+        cores = workers or available_cores()
+        preprocess_visibly(request, cores, console, title=f"tokenizing {name}")
     return {"tokenizer": model, **outputs}
 
 
-# -------------------------------------------------------------------------------------------------------------- code
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _code(corpus: _Gathered, chosen: set[Path]) -> Iterator[bytes]:
-    """Sources: the standard library by path, then packages by hash of path, so that a few MB come from all of them."""
+def _sizes(files: dict[str, Path]) -> dict[str, int]:
+    return {name: path.stat().st_size for name, path in files.items() if path.exists()}
+
+
+def _code(corpus: _Corpus, in_code: set[Path]) -> Iterator[bytes]:
+    """JSONL lines of source files; adds their paths to `in_code`."""
     for origin, root, paths in _sources():
         for path in paths:
             if corpus.full:
                 return
             text = _read(path, 400, 120_000)
-            if text is not None and _like_code(text) and corpus.new(text):
-                chosen.add(path)
+            if text is not None and _like_code(text) and corpus.is_new(text):
+                in_code.add(path)
                 yield corpus.line(origin, path.relative_to(root).as_posix(), text)
 
 
 def _sources() -> Iterator[tuple[str, Path, list[Path]]]:
+    """(origin, root, Python files): the standard library by path, then packages by hash of path, so
+    that a few MB come from all of them."""
     standard = Path(sysconfig.get_paths()["stdlib"])
     yield "standard library", standard, list(_python_files(standard))
     for packages in _package_folders():
         found = _python_files(packages)
-        yield (
-            "installed packages",
-            packages,
-            sorted(found, key=lambda p: _path_hash(p.relative_to(packages))),
-        )
+        by_hash = sorted(found, key=lambda path: _path_hash(path.relative_to(packages)))
+        yield "installed packages", packages, by_hash
 
 
 def _package_folders() -> list[Path]:
     paths = sysconfig.get_paths()
-    return [
-        Path(p) for p in dict.fromkeys((paths["purelib"], paths["platlib"])) if os.path.isdir(p)
-    ]
+    folders = dict.fromkeys((paths["purelib"], paths["platlib"]))
+    return [Path(folder) for folder in folders if os.path.isdir(folder)]
 
 
 def _python_files(root: Path) -> Iterator[Path]:
@@ -227,25 +212,21 @@ def _read(path: Path, smallest: int, largest: int) -> str | None:
 
 
 def _like_code(text: str) -> bool:
-    """The usual filters against data written as code (StarCoder, arXiv 2305.06161, section 3): mean line up to 100
-    characters, longest up to 1000, at least a quarter of all characters letters."""
+    """Filters against data written as code (StarCoder, arXiv 2305.06161, section 3).
+
+    Mean line up to 100 characters, longest up to 1000, at least a quarter of characters letters.
+    """
     lines = text.splitlines()
-    letters = sum(map(str.isalpha, text))
-    return (
-        max(map(len, lines), default=0) <= 1000
-        and len(text) <= 100 * len(lines)
-        and 4 * letters >= len(text)
-    )
+    if max(map(len, lines), default=0) > 1000 or len(text) > 100 * len(lines):
+        return False
+    return 4 * sum(map(str.isalpha, text)) >= len(text)
 
 
-# -------------------------------------------------------------------------------------------------------------- text
-
-
-def _text(corpus: _Gathered, in_code: set[Path]) -> Iterator[bytes]:
+def _text(corpus: _Corpus, in_code: set[Path]) -> Iterator[bytes]:
     for origin, name, kept in _prose(in_code):
         if corpus.full:
             return
-        text = "\n\n".join(paragraph for paragraph in kept if corpus.new(paragraph))
+        text = "\n\n".join(paragraph for paragraph in kept if corpus.is_new(paragraph))
         if len(text) >= 300:
             yield corpus.line(origin, name, text + "\n")
 
@@ -260,36 +241,10 @@ def _prose(in_code: set[Path]) -> Iterator[tuple[str, str, list[str]]]:
         for path in sorted(folder.glob("*.dist-info/METADATA")):
             metadata = _read(path, 0, 1_000_000)
             if metadata is not None:
-                yield "package descriptions", path.parent.name, package_description(metadata)
+                _, _, body = metadata.partition("\n\n")  # after the headers
+                yield "package descriptions", path.parent.name, paragraphs(body)
     everything = [(root, path) for _, root, paths in _sources() for path in paths]
     for root, path in sorted(everything, key=lambda pair: pair[1] in in_code):
         source = _read(path, 2_000, 400_000)
         if source is not None:
             yield "docstrings", path.relative_to(root).as_posix(), docstring_prose(source)
-
-
-# ------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _texts(files: Iterable[Path]) -> Iterator[str]:
-    for path in files:
-        with open(path, encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)["text"]
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    except ValueError:
-        raise UserError(f"{path}: not JSON; delete it to make it anew") from None
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else -1
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

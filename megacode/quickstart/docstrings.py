@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import re
 import textwrap
 import warnings
@@ -17,16 +16,14 @@ _ENDS = (".", "!", "?", ":", ")", '"', "`", "'")
 
 
 def paragraphs(text: str) -> list[str]:
-    """The prose among the paragraphs of a page: whole sentences, not code, tables, headings or lists of parameters.
+    """The paragraphs of a page that are prose: not code, tables, headings, lists of parameters.
 
     A paragraph keeps its line breaks and loses its common indentation.
     """
     blocks = re.split(r"\n[ \t]*\n", _HEADING.sub("", text.replace("\r\n", "\n")))
-    return [
-        block
-        for block in (textwrap.dedent(b.strip("\n")).rstrip() for b in blocks)
-        if _is_prose(block)
-    ]
+    return list(
+        filter(_is_prose, (textwrap.dedent(block.strip("\n")).rstrip() for block in blocks))
+    )
 
 
 def _is_prose(block: str) -> bool:
@@ -40,7 +37,10 @@ def _is_prose(block: str) -> bool:
 
 
 def docstring_prose(source: str) -> list[str]:
-    """Prose of the docstrings of a Python file, in their order; [] for a file that has little or does not parse."""
+    """Prose paragraphs of the docstrings of a Python file, in their order.
+
+    Returns [] for a file that has little prose or does not parse.
+    """
     # Parsing is slow (about 5 MB/s): only where quotes promise at least a seventh of the file.
     quoted = sum(map(len, _TRIPLE_QUOTED.findall(source)))
     if quoted < 1000 or 7 * quoted < len(source):
@@ -53,9 +53,10 @@ def docstring_prose(source: str) -> list[str]:
         return []
     found: list[str] = []
     for node in _with_docstrings(tree):
-        docstring = ast.get_docstring(node, clean=False)
-        if docstring:
-            found += _unindented(inspect.cleandoc(docstring))
+        blocks = re.split(r"\n[ \t]*\n", ast.get_docstring(node) or "")
+        # At the docstring's own margin: indented paragraphs are code or belong to a parameter.
+        margin = [block for block in blocks if not block.startswith((" ", "\t"))]
+        found += paragraphs("\n\n".join(margin))
     return found
 
 
@@ -69,17 +70,3 @@ def _with_docstrings(node: _Documented) -> list[_Documented]:
         if isinstance(child, _Documented):
             found += _with_docstrings(child)
     return found
-
-
-def _unindented(docstring: str) -> list[str]:
-    """Prose paragraphs that stand at the docstring's own margin: indented ones are code or belong to a parameter."""
-    margin = [
-        block for block in re.split(r"\n[ \t]*\n", docstring) if not block.startswith((" ", "\t"))
-    ]
-    return paragraphs("\n\n".join(margin))
-
-
-def package_description(metadata: str) -> list[str]:
-    """Prose of a package's description: the body of its METADATA, after the headers."""
-    _, _, body = metadata.partition("\n\n")
-    return paragraphs(body)

@@ -22,7 +22,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from megacode.cli.main import VERBS
-from megacode.quickstart import run as quickstart
+from megacode.quickstart import __main__ as quickstart
 from tests.documented import PAGES, ROOT, Command, in_prose, of_help, of_page
 
 SMALLER = {

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from megacode.data import indexed
 from megacode.quickstart.corpora import gather, prepare
-from megacode.quickstart.docstrings import docstring_prose, package_description, paragraphs
+from megacode.quickstart.docstrings import docstring_prose, paragraphs
 from megacode.recipe import schema
 from megacode.tokenizer.tokenizer import load_tokenizer
 
@@ -157,9 +157,3 @@ class C{i}:
     assert len(found) == 10
     assert docstring_prose("x = 1\n" * 1000) == []
     assert docstring_prose(source + "\nnot python (") == []
-
-
-def test_a_package_description_is_what_follows_the_headers() -> None:
-    assert package_description(
-        f"Name: x\nSummary: {PROSE}\n\n# Title\n\n{PROSE}\n\n```\ncode\n```\n"
-    ) == [PROSE]

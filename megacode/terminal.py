@@ -68,13 +68,20 @@ def duration(days: float) -> str:
         return f"{days:,.1f} days"
     if days * 24 >= 2:
         return f"{days * 24:.1f} hours"
-    return f"{days * 1440:.1f} minutes"
+    if days * 1440 >= 2:
+        return f"{days * 1440:.1f} minutes"
+    return f"{days * 86400:.1f} seconds"
 
 
 def table_of(title: str, *columns: str, left: int = 1, prose: bool = False) -> Table:
     """A table whose first `left` columns are words; with `prose` the last of these may take several lines."""
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, header_style="dim"
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        header_style="dim",
     )
     table.show_header = any(columns)
     for number, column in enumerate(columns):

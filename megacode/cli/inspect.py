@@ -22,9 +22,9 @@ from megacode.cli.arguments import add_tokenizer, at_least, tokenizer_section, w
 from megacode.cli.trace import printable
 from megacode.corpus import inspect
 from megacode.data.indexed import with_ending
+from megacode.data.lengths import log_edges, merged
 from megacode.data.records import input_files
 from megacode.errors import UserError
-from megacode.report.document_lengths import log_edges, merged, plot_lengths
 from megacode.terminal import print_table, progress_bar, table_console
 from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -100,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
                 _print_summary(console, facts, histogram)
         entries.append(entry)
     if args.plot:
+        from megacode.report.document_lengths import plot_lengths  # matplotlib
+
         plot_lengths(histograms, args.plot)
         if not args.json:
             console.print(f"drawn: {args.plot}")

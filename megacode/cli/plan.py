@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megacode.cli.arguments import add_overrides, at_least, fraction
 from megacode.errors import UserError
 from megacode.plan.devices import DEVICES
-from megacode.plan.plan import Plan
 from megacode.recipe.checks import check_layout
 from megacode.recipe.load import load_recipe
 from megacode.recipe.schema import Recipe
@@ -49,8 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from megacode.data.tokenizer_check import unknown_makers
     from megacode.plan.summary import plan_as_dict, vocabulary
     from megacode.report.plan_costs import Machine, print_costs
-    from megacode.report.plan_packing import packing_table
-    from megacode.report.plan_tables import print_plan
+    from megacode.report.plan_tables import packing_table, print_plan
 
     recipe = load_recipe(args.recipe, args.overrides)
     vocab_size = vocabulary(recipe)
@@ -61,15 +58,17 @@ def run(args: argparse.Namespace) -> int:
         check_layout(recipe, args.gpus, args.recipe)
     plan = plan_with_data(recipe, args.recipe)
     if args.plot:
-        _draw(plan, args.plot)
+        from megacode.report.plan_plot import plot_plan  # matplotlib
+
+        plot_plan(plan, args.plot)
     losses = packing_losses(plan)
     if args.json:
         packing = [dataclasses.asdict(one) for one in losses]
         print(json.dumps({**plan_as_dict(plan, vocab_size), "packing": packing}, indent=1))
         return 0
     console = table_console()
-    print_plan(plan, vocab_size, console)
-    print_costs(plan, vocab_size, machine, console, args.checkpoints)
+    print_plan(plan, vocab_size, console, args.checkpoints)
+    print_costs(plan, vocab_size, machine, console)
     if table := packing_table(plan, losses):
         print_table(console, table)
     if note := unknown_makers(recipe):
@@ -102,17 +101,3 @@ def _suggest(
     else:
         print_suggestions(proposals, machine, str(args.recipe), args.overrides, table_console())
     return 0
-
-
-def _draw(plan: Plan, path: Path) -> None:
-    from megacode.report.plan_plot import plot_plan
-
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        plot_plan(plan, temporary)
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"--plot {path}: cannot be drawn ({error}); give FILE.png in a folder that is there"
-        ) from error

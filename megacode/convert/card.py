@@ -7,7 +7,6 @@ the run's folder.
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ import jinja2
 import numpy as np
 
 from megacode.errors import UserError
-from megacode.files import replace_file, write_text
+from megacode.files import write_text
 from megacode.plan.estimate import parameter_count
 from megacode.recipe.schema import Recipe
 from megacode.report import figures, palette, tables
-from megacode.report.drawing import draw_png
-from megacode.report.run_data import Run, Series, read_run
+from megacode.report.drawing import save
+from megacode.report.run_data import Run, read_run
 from megacode.run.checkpoints import read_info
 from megacode.terminal import count
 from megacode.version import __version__
@@ -45,7 +44,7 @@ def write_card(
     step = int(info["step"])
     past = _past(run, step)
     pictures = _pictures(past, folder) if past else []
-    tokens = info.get("tokens") or (past.tokens_at(step) if past else None)
+    tokens = info.get("tokens") or (float(past.at(step, "tokens")) if past else None)
     streams = [stream for phase in past.phases for stream in phase["streams"]] if past else []
     domains = {source.domain for source in recipe.sources.values()}
     environment = jinja2.Environment(
@@ -75,46 +74,30 @@ def write_card(
         version=__version__,
         seed=recipe.seed,
         checkpoint=checkpoint.name,
-        versions=_versions(past) if past else "",
+        versions=", ".join(tables.versions(past)) if past else "",
     )
     write_text(folder / "README.md", text)
 
 
 def _past(run: Path | None, step: int) -> Run | None:
     """The run up to `step` finished steps; None where there is nothing to tell."""
-    if run is None:
-        return None
     try:
-        whole = read_run(run)
+        return read_run(run, until=step) if run else None
     except UserError:  # a checkpoint that was moved away from its run is still a model
         return None
-    kept = whole.train["step"] <= step
-    if not kept.any():
-        return None
-
-    def cut(found: Any) -> Any:
-        return {key: found[key][kept] for key in found} if isinstance(found, dict) else found[kept]
-
-    train = Series(**{part.name: cut(getattr(whole.train, part.name)) for part in fields(Series)})
-    validations = [record for record in whole.validations if record["step"] <= step]
-    return replace(whole, train=train, validations=validations)
 
 
 def _pictures(past: Run, folder: Path) -> list[tuple[str, str]]:
     """Draw what there is to draw; (file name, title)."""
-    hue = palette.hues(past.domains)
-    titles = {
-        "loss.png": "Loss by domain over steps",
-        "mixture.png": "Share of sequences by domain over steps",
-    }
-    drawn = []
-    for name, draw in (("loss.png", figures.loss_by_domain), ("mixture.png", figures.mixture)):
-        picture = draw(past, hue, draw=draw_png)
-        if picture is not None:
-            with replace_file(folder / name) as file:
-                file.write(picture)
-            drawn.append((name, titles[name]))
-    return drawn
+    colours = palette.domain_colours(past.domains)
+    drawn = [
+        ("loss.png", "Loss by domain over steps", figures.loss_by_domain(past, colours)),
+        ("mixture.png", "Share of sequences by domain over steps", figures.mixture(past, colours)),
+    ]
+    for name, _, figure in drawn:
+        if figure is not None:
+            save(figure, folder / name)
+    return [(name, title) for name, title, figure in drawn if figure is not None]
 
 
 def _parameters(recipe: Recipe, info: dict[str, Any]) -> int | None:
@@ -172,7 +155,7 @@ def _model_rows(recipe: Recipe, info: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _progress(past: Run, step: int, tokens: float | None) -> str:
-    planned = (past.plan or {}).get("steps")
+    planned = past.plan.get("steps")
     text = f"{step:,}" + (f" of {planned:,}" if planned else "") + " steps"
     whole = sum(phase["tokens"] for phase in past.phases)
     if tokens:
@@ -186,7 +169,7 @@ def _progress(past: Run, step: int, tokens: float | None) -> str:
 def _losses(past: Run) -> list[tuple[str, str, str]]:
     """(domain, training loss, validation loss) at the end."""
     train, rows = past.train, []
-    valid = (past.validations[-1].get("loss_by_domain") or {}) if past.validations else {}
+    valid = past.last_validation()
     for domain in past.domains:
         losses = train.loss_by_domain.get(domain, np.array([np.nan]))[-_WINDOW:]
         weights = train.ratio_by_domain.get(domain, np.ones_like(losses))[-_WINDOW:]
@@ -198,9 +181,3 @@ def _losses(past: Run) -> list[tuple[str, str, str]]:
 
 def _number(value: float | None) -> str:
     return f"{value:.4f}" if value is not None and math.isfinite(value) else "–"
-
-
-def _versions(past: Run) -> str:
-    versions = past.environment.get("versions") or {}
-    names = ("torch", "megatron-core", "transformer-engine")
-    return ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))

@@ -1,6 +1,8 @@
 """A plan or a run folder -> tables, plots, one HTML page.
 
-1. `plan_tables`, `plan_costs`, `plan_packing`, `plan_plot` show a plan.
-2. `run_data` reads a run's metrics; `curves`, `tables`, `figures`, `comparison` make of them what `page` puts on one page.
-3. `drawing`, `palette`, `document_lengths` draw; `preprocessing` shows how a corpus is tokenized.
+1. `plan_tables`, `plan_costs` and `plan_plot` show a plan.
+2. `run_data` reads a run's folder. `tables`, `figures` and `comparison` (of several runs) make its
+   tables and plots; `page` puts them on one HTML page.
+3. `drawing` has the plots' style, axes and files, `curves` their lines, `palette` all colours.
+4. `preprocessing` shows how a corpus is tokenized, `document_lengths` plots its documents.
 """

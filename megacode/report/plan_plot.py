@@ -1,93 +1,69 @@
-"""A plan as a picture."""
+"""A plan as a plot."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from megacode.plan.plan import Plan
-from megacode.report.palette import css, hues
+from megacode.plan.summary import plan_summary
+from megacode.report.drawing import count_axis, new_figure, number_axis, save, styled
+from megacode.report.figures import planned_shares
+from megacode.report.palette import FAINT, GRID, INK, domain_colours
 from megacode.terminal import count
 
 
 def plot_plan(plan: Plan, path: Path) -> None:
-    """Share of each domain, learning rate, batch size and checkpoints over the run (format by the file's ending).
+    """Draw shares of the domains, learning rate, batch size and checkpoints over the run's steps.
 
-    Above, what the model reads and how often it sees it anew; the upper axis counts tokens.
+    Raises:
+        UserError: the file cannot be written; its ending is the format.
     """
-    from matplotlib.figure import Figure  # no pyplot: no global state, and half the import
-    from matplotlib.ticker import FuncFormatter
+    save(_plan_figure(plan), path)
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    top, middle, bottom, saved = figure.subplots(4, 1, sharex=True, height_ratios=[4, 3, 1, 0.5])
-    domains = list(
-        dict.fromkeys(stream.domain for phase in plan.phases for stream in phase.streams)
-    )
-    schemes = css()["light"]
-    colours = [schemes[f"hue{hue}"] for hue in hues(domains).values()]
-    total = plan.total_steps
-    for phase in plan.phases:
-        steps = np.unique(
-            np.linspace(phase.first_step, phase.last_step, min(phase.steps, 600)).astype(np.int64)
-        )
-        weights = phase.weights_at(steps)
-        edges = np.append(steps, phase.last_step + 1)
-        bands = [
-            sum(
-                (weights[:, n] for n, s in enumerate(phase.streams) if s.domain == domain),
-                np.zeros(len(steps)),
-            )
-            for domain in domains
-        ]
-        bands = [np.append(band, band[-1]) for band in bands]
-        top.stackplot(
-            edges,
-            bands,
-            colors=colours,
-            labels=domains if phase.index == 0 else (),
-            alpha=0.85,
-            step="post",
-        )
-        middle.plot(
-            steps, [phase.learning_rate(int(step)) for step in steps], color="black", linewidth=1.2
-        )
-        sizes = phase.quota.batch.at(steps - phase.first_step)
-        bottom.plot(
-            edges, np.append(sizes, sizes[-1]), color="black", linewidth=1.2, drawstyle="steps-post"
-        )
-        for axes in (top, middle, bottom, saved):
-            axes.axvline(phase.first_step, color="grey", linewidth=0.6, linestyle=":")
-        fim = {s.fim_rate for s in phase.streams if s.fim_rate}
-        note = f", FIM {', '.join(f'{rate:g}' for rate in sorted(fim))}" if fim else ""
-        if phase.steps / total > 0.04:
-            top.text(
-                phase.first_step + phase.steps / 2, 0.5, f"{phase.name}\n{count(phase.tokens)} tokens{note}", fontsize=9,
-                color="white", ha="center", va="center", rotation=90 if phase.steps / total < 0.15 else 0,
-            )  # fmt: skip
-    saves, kept = plan.checkpoints(), plan.kept_checkpoints()
-    saved.vlines([s for s in saves if s not in kept], 0, 1, color="grey", linewidth=0.5)
-    saved.vlines(sorted(kept), 0, 1, color="black", linewidth=0.8)
-    saved.set(ylim=(0, 1), yticks=[], xlabel="step")
-    saved.set_ylabel(f"{len(saves)} saves", rotation=0, ha="right", va="center")
-    top.set(ylabel="share of sequences", ylim=(0, 1), xlim=(0, total))
-    figure.legend(
-        *top.get_legend_handles_labels(), loc="outside upper right", ncols=len(domains), fontsize=9
-    )
-    middle.set(ylabel="learning rate")
-    middle.set_ylim(bottom=0)
-    middle.grid(alpha=0.3)
-    bottom.set(ylabel="batch")
-    bottom.set_ylim(bottom=0)
-    for axes in (bottom, saved):
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-    tokens = top.secondary_xaxis("top")
-    ticks = [tick for tick in saved.get_xticks() if 0 <= tick <= total]
-    tokens.set_xticks(
-        ticks,
-        [f"{count(plan.tokens_before(int(tick)))}" if tick else "0" for tick in ticks],
-        fontsize=8,
-    )
-    tokens.set_xlabel("tokens", fontsize=9)
+
+@styled
+def _plan_figure(plan: Plan) -> Figure:
+    figure = new_figure(11, 7, f"Plan of {plan.recipe.name}")
+    panels = figure.subplots(4, 1, sharex=True, height_ratios=[4, 3, 1, 0.5])
+    mixture, rates, batches, saves = panels
+    summary, total = plan_summary(plan), plan.total_steps
+    domains = [stream["domain"] for phase in summary["phases"] for stream in phase["streams"]]
+    colours = domain_colours(domains)
+    areas = {"labels": list(colours), "colors": list(colours.values()), "alpha": 0.4}
+    for phase in summary["phases"]:
+        curves, width = phase["curves"], phase["steps"] / total
+        mixture.stackplot(*planned_shares(phase, list(colours)), linewidth=0, **areas)
+        areas["labels"] = ()
+        rates.plot(curves["steps"], curves["learning_rate"], color=INK)
+        batches.plot(curves["steps"], curves["batch_size"], color=INK, drawstyle="steps-post")
+        for axes in panels:
+            axes.axvline(phase["first_step"], color=GRID, linewidth=1)
+        fim = sorted({f"{s['fim_rate']:g}" for s in phase["streams"] if s["fim_rate"]})
+        note = f", FIM {', '.join(fim)}" if fim else ""
+        if width > 0.04:
+            middle = phase["first_step"] + phase["steps"] / 2
+            text = f"{phase['name']}\n{count(phase['tokens'])} tokens{note}"
+            turned = 90 if width < 0.15 else 0
+            mixture.text(middle, 0.5, text, ha="center", va="center", rotation=turned)
+    kept = plan.kept_checkpoints()
+    others = [step for step in plan.checkpoints() if step not in kept]
+    saves.vlines(others, 0, 1, color=FAINT, linewidth=0.5)
+    saves.vlines(sorted(kept), 0, 1, color=INK, linewidth=0.8)
+    saves.set(xlim=(0, total), ylim=(0, 1), yticks=[])
+    saves.set_ylabel(f"{len(plan.checkpoints())} saves", rotation=0, ha="right", va="center")
+    count_axis(saves, "steps", 8)
+    mixture.set(ylabel="share of sequences", ylim=(0, 1))
+    mixture.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    rates.set(ylabel="learning rate", ylim=(0, None))
+    number_axis(rates)
+    batches.set(ylabel="batch size", ylim=(0, None))
+    ticks = [tick for tick in saves.get_xticks() if 0 <= tick <= total]
+    tokens = mixture.secondary_xaxis("top")
+    tokens.set_xticks(ticks, [count(plan.tokens_before(int(tick))) for tick in ticks])
+    tokens.set_xlabel("tokens")
+    figure.legend(loc="outside upper right", ncols=len(colours))
     figure.suptitle(plan.recipe.name, x=0.08, ha="left", fontweight="bold")
-    figure.savefig(path, dpi=130)
+    return figure

@@ -1,152 +1,146 @@
-"""A plan as tables for people."""
+"""A plan as tables: the model, the phases and what they read, checkpoints, what packing loses."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megacode.data.packing_report import PackingLosses
 from megacode.plan import estimate
+from megacode.plan.memory import checkpoint_bytes
 from megacode.plan.plan import PhasePlan, Plan
 from megacode.plan.summary import domain_shares
-from megacode.terminal import count, print_table, table_of
-
-# ---------------------------------------------------------------------------------------------------------- tables
+from megacode.terminal import count, gigabytes, print_table, table_of
 
 
-def print_plan(plan: Plan, vocab_size: int | None, console: Console) -> None:
-    """The whole run as tables; what it costs is in `show_costs`.
+def print_plan(
+    plan: Plan, vocab_size: int | None, console: Console, every_checkpoint: bool = False
+) -> None:
+    """The whole run as tables; `plan_costs.print_costs` shows what it costs.
 
     Args:
-        vocab_size: None where neither the recipe nor a tokenizer says: then what depends on it is left out.
+        vocab_size: None if neither the recipe nor a tokenizer says; what depends on it is left out.
+        every_checkpoint: a line for each checkpoint instead of one for each phase.
     """
     recipe = plan.recipe
     console.print(Text(recipe.name, style="bold"), Text(recipe.description, style="dim"))
-    console.print(
-        f"{plan.total_steps:,} steps · {count(plan.total_tokens)} tokens · {len(plan.phases)} phase"
-        f"{'s' if len(plan.phases) > 1 else ''} · seed {recipe.seed}\n"
-    )
+    phases = f"{len(plan.phases)} phase{'s' * (len(plan.phases) > 1)}"
+    tokens = f"{count(plan.total_tokens)} tokens"
+    console.print(f"{plan.total_steps:,} steps · {tokens} · {phases} · seed {recipe.seed}\n")
     print_table(console, _model_table(plan, vocab_size))
     print_table(console, _phase_table(plan))
     for phase in plan.phases:
         print_table(console, _stream_table(phase))
+    print_table(console, _checkpoint_table(plan, vocab_size, every_checkpoint))
 
 
 def _model_table(plan: Plan, vocab_size: int | None) -> Table:
-    model = plan.recipe.model
+    model, parallel = plan.recipe.model, plan.recipe.parallel
     table = table_of("Model", "", "", left=2, prose=True)
-    kv = (
-        f" ({model.kv_heads} for keys and values)"
-        if model.kv_heads not in (None, model.heads)
-        else ""
-    )
+    shared = model.kv_heads not in (None, model.heads)
+    kv = f" ({model.kv_heads} for keys and values)" if shared else ""
     heads = f"{model.heads} heads{kv} of {model.resolved_head_dim}"
     table.add_row("shape", f"{model.layers} layers x {model.hidden_size}, {heads}")
     table.add_row("feed-forward", f"{model.resolved_ffn_size}, {model.activation}")
     length = max(phase.sequence_length for phase in plan.phases)
     if vocab_size is None:
-        table.add_row(
-            "vocabulary",
-            "not known: the tokenizer is not there yet, and model.vocab_size does not say",
-        )
-        bare = estimate.parameter_count(
-            model.model_copy(update={"tie_embeddings": True}), 0, length
-        )
+        unknown = "the tokenizer is not there yet, and model.vocab_size does not say"
+        table.add_row("vocabulary", f"not known: {unknown}")
+        tied = model.model_copy(update={"tie_embeddings": True})
+        bare = estimate.parameter_count(tied, 0, length)
         table.add_row("parameters", f"{bare:,} without embeddings")
     else:
-        table.add_row("vocabulary", f"{vocab_size:,}{', tied' if model.tie_embeddings else ''}")
+        table.add_row("vocabulary", f"{vocab_size:,}{', tied' * model.tie_embeddings}")
         table.add_row("parameters", f"{estimate.parameter_count(model, vocab_size, length):,}")
     if model.mup:
         table.add_row(
             "muP",
-            f"width {model.hidden_size} from {model.mup.base_hidden_size}: matrices at {model.width_ratio:g} of the rate and "
-            f"std {model.hidden_init_std:.6g} (residual {model.residual_init_std:.6g}), embeddings x {model.embedding_scale:g}, "
+            f"width {model.hidden_size} from {model.mup.base_hidden_size}: "
+            f"matrices at {model.width_ratio:g} of the rate and std {model.hidden_init_std:.6g} "
+            f"(residual {model.residual_init_std:.6g}), embeddings x {model.embedding_scale:g}, "
             f"logits x {model.logit_scale:g}, scores x {model.resolved_softmax_scale:.4g}",
         )
-    parallel = plan.recipe.parallel
     table.add_row(
         "layout",
-        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}, micro-batch "
-        f"{parallel.micro_batch_size}, {plan.recipe.precision.compute}",
+        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}, "
+        f"micro-batch {parallel.micro_batch_size}, {plan.recipe.precision.compute}",
     )
     if model.megatron:
-        table.add_row(
-            "",
-            f"model.megatron ({', '.join(model.megatron)}) is not part of the counts and estimates",
-        )
+        keys = ", ".join(model.megatron)
+        table.add_row("", f"model.megatron ({keys}) is not part of the counts and estimates")
     return table
 
 
 def _phase_table(plan: Plan) -> Table:
-    columns = (
-        "phase",
-        "steps",
-        "from step",
-        "tokens",
-        "batch",
-        "length",
-        "warm-up",
-        "rate: first, peak, last",
-        "schedule",
-        "Adam",
-    )
-    table = table_of("Phases", *columns)
+    columns = ("phase", "steps", "from step", "tokens", "batch", "length", "warm-up")
+    rate = "rate: first, peak, last"
+    table = table_of("Phases", *columns, rate, "schedule", "Adam")
     for phase in plan.phases:
-        first, last = phase.batch_size(phase.first_step), phase.batch_size(phase.last_step)
-        rates = (
-            phase.learning_rate(phase.first_step),
-            phase.rate.peak,
-            phase.learning_rate(phase.last_step),
-        )
+        ends = (phase.first_step, phase.last_step)
+        sizes = dict.fromkeys(f"{phase.batch_size(step):,}" for step in ends)
+        first, last = map(phase.learning_rate, ends)
+        adam = "fresh" if phase.fresh_optimizer else "kept"
         table.add_row(
             phase.name,
             f"{phase.steps:,}",
             f"{phase.first_step:,}",
             count(phase.tokens),
-            f"{first:,}" if first == last else f"{first:,} → {last:,}",
+            " → ".join(sizes),
             f"{phase.sequence_length:,}",
             f"{phase.rate.warmup:,}",
-            ", ".join(f"{rate:.4g}" for rate in rates),
+            f"{first:.4g}, {phase.rate.peak:.4g}, {last:.4g}",
             phase.rate.schedule,
-            "fresh" if phase.fresh_optimizer and phase.index else "kept" if phase.index else "",
+            adam if phase.index else "",
         )
     return table
 
 
 def _stream_table(phase: PhasePlan) -> Table:
-    given, total = given_weights(phase)
-    table = table_of(
-        f"{phase.name}: what it reads",
-        *("source", "domain", "weight", "share", "samples", "tokens", "epochs", "so far", "FIM"),
-        left=2,
+    """Weights as the recipe gives them, shares of samples, and how often each source is read.
+
+    Weights are not normalised; inside domains they are the domain's ratio times the share within.
+    """
+    columns = (
+        "source",
+        "domain",
+        "weight",
+        "share",
+        "samples",
+        "tokens",
+        "epochs",
+        "so far",
+        "FIM",
     )
+    table = table_of(f"{phase.name}: what it reads", *columns, left=2)
     shares = phase.weights_at(np.array([phase.first_step, phase.last_step]))
+    ends = [0, phase.steps - 1] if phase.quota.weights.settled else [0]
+    given = phase.quota.weights.at(np.array(ends))
     for number, stream in enumerate(phase.streams):
         first, last = shares[:, number]
+        steady = abs(first - last) < 5e-7
+        by_document = " document" * (stream.fim_level == "document")
         table.add_row(
             stream.label,
             stream.domain,
-            given[number],
-            _percent(first)
-            if abs(first - last) < 5e-7
-            else f"{_percent(first)} → {_percent(last)}",
+            " → ".join(f"{weight:.4g}" for weight in given[:, number]),
+            _percent(first) if steady else f"{_percent(first)} → {_percent(last)}",
             f"{stream.samples:,}",
             count(stream.tokens),
             f"{stream.epochs:.3g}",
             Text(f"{stream.epochs_after:.3g}", style="yellow" if stream.epochs_after > 4 else ""),
-            f"{stream.fim_rate:g}{' document' * (stream.fim_level == 'document')}"
-            if stream.fim_rate
-            else "",
+            f"{stream.fim_rate:g}{by_document}" if stream.fim_rate else "",
         )
     table.add_section()
-    table.add_row(
-        "sum", "", total, _percent(1.0), f"{phase.samples:,}", count(phase.tokens), style="dim"
-    )
+    total = " → ".join(f"{weight:.6g}" for weight in given.sum(axis=1))
+    sums = (total, _percent(1.0), f"{phase.samples:,}", count(phase.tokens))
+    table.add_row("sum", "", *sums, style="dim")
     domains = domain_shares(phase)
     if len(domains) > 1:
         table.caption = " · ".join(f"{name} {_percent(share)}" for name, share in domains.items())
-        table.caption_justify = "left"
     return table
 
 
@@ -154,16 +148,53 @@ def _percent(share: float) -> str:
     return f"{100 * share:.4g} %"
 
 
-def given_weights(phase: PhasePlan) -> tuple[list[str], str]:
-    """Each stream's weight as the recipe gives it (before normalisation), and the sum, at the phase's first step.
+def _checkpoint_table(plan: Plan, vocab_size: int | None, every: bool) -> Table:
+    saves, kept = plan.checkpoints(), plan.kept_checkpoints()
+    size = checkpoint_bytes(plan.recipe, vocab_size) if vocab_size is not None else None
+    each = gigabytes(size) if size else "not known"
+    last = plan.recipe.checkpoints.keep_last
+    if every:
+        columns = ("name", "phase", "step of it", "tokens", "size", "kept")
+        table = table_of("Checkpoints", *columns, left=2)
+        for step in saves:
+            phase = plan.phase_at(step - 1)
+            place = (f"{step - phase.first_step:,}", count(plan.tokens_before(step)))
+            fate = "for good" if step in kept else f"among the last {last}"
+            table.add_row(f"step_{step:08d}", phase.name, *place, each, fate)
+    else:
+        columns = ("phase", "saves", "kept for good", "first", "last", "size of each")
+        table = table_of("Checkpoints", *columns)
+        for phase in plan.phases:
+            own = [step for step in saves if plan.phase_at(step - 1) is phase]
+            numbers = (f"{len(own):,}", f"{len(kept.intersection(own)):,}")
+            ends = (f"step_{own[0]:08d}", f"step_{own[-1]:08d}", each) if own else ("", "", "")
+            table.add_row(phase.name, *numbers, *ends)
+    most = len(kept) + min(last, len(saves) - len(kept))
+    disk = f", {gigabytes(size * most)} on disk at the end" if size else ""
+    fates = f"{len(kept):,} kept for good and the last {last} of the others"
+    table.caption = f"{len(saves):,} saves; {fates}{disk}"
+    return table
 
-    Inside domains: the ratio of the domain times the share within it.
-    """
-    weights = phase.quota.weights
-    first = weights.at(np.zeros(1, dtype=np.int64))[0]
-    if weights.settled:
-        last = weights.at(np.array([phase.steps - 1]))[0]
-        return [
-            f"{a:.4g} → {b:.4g}" for a, b in zip(first, last, strict=True)
-        ], f"{first.sum():.6g} → {last.sum():.6g}"
-    return [f"{weight:.4g}" for weight in first], f"{first.sum():.6g}"
+
+def packing_table(plan: Plan, losses: Sequence[PackingLosses]) -> Table | None:
+    """Both ways of packing for every source and length; None if nothing is known or estimated."""
+    estimated = sorted({s.source for phase in plan.phases for s in phase.streams if s.estimated})
+    if not losses and not estimated:
+        return None
+    columns = ("source", "length", "documents", "concatenate: cut", "lost")
+    table = table_of("Packing", *columns, "best_fit: cut", "padding", "chosen")
+    table.columns[-1].justify = "left"
+    for one in losses:
+        measured = f" ({one.measured:,} measured)" if one.measured < one.documents else ""
+        shares = (one.cut["concatenate"], one.lost, one.cut["best_fit"], one.padding)
+        table.add_row(
+            one.source,
+            f"{one.sequence_length:,}",
+            f"{one.documents:,}{measured}",
+            *(f"{100 * share:.3g} %" for share in shares),
+            one.packing,
+        )
+    if estimated:
+        how = "estimated from `tokens` as if full; counted once the data is there"
+        table.caption = f"packs of {', '.join(estimated)}: {how}"
+    return table

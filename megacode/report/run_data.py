@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from megacode.errors import UserError
 from megacode.plan.summary import plan_summary
@@ -20,14 +20,14 @@ from megacode.run.metrics import FILE, Record, read_metrics
 Floats = NDArray[np.float64]
 
 _NUMBERS = (
-    "step", "tokens", "loss", "grad_norm", "learning_rate", "batch_size", "seconds", "tokens_per_second", "tflops_per_device",
-    "mfu", "memory_gb", "drift",
-)  # fmt: skip
+    *("step", "tokens", "loss", "grad_norm", "learning_rate", "batch_size", "seconds"),
+    *("tokens_per_second", "tflops_per_device", "mfu", "memory_gb", "drift"),
+)
 
 
 @dataclass(frozen=True)
 class Series:
-    """Training records as arrays of one length; NaN where a record has no such number.
+    """Training records, one a step, as arrays of one length; NaN where a record has no such number.
 
     `tokens_by_source` is cumulative; `phase` has the phase's name of every record.
     """
@@ -50,69 +50,93 @@ class Series:
 
     def phase_slices(self) -> list[slice]:
         """Stretches of records in one phase, in order."""
-        if not len(self):
-            return []
         changes = (np.flatnonzero(self.phase[1:] != self.phase[:-1]) + 1).tolist()
         return [slice(a, b) for a, b in zip([0, *changes], [*changes, len(self)], strict=True)]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder."""
+    """One run folder, with at least one finished step.
 
-    folder: Path
+    Attributes:
+        label: the folder's name; its path where several runs have one name.
+        recipe_text: the recipe as resolved, YAML.
+        plan: as `plan.json` has it; {} where it is missing and the corpora are not at hand.
+        domains: those that the run reads or validates, in the recipe's order.
+    """
+
     label: str
     recipe: Recipe
     recipe_text: str
-    plan: dict[str, Any] | None
+    plan: dict[str, Any]
     train: Series
     validations: list[Record]
     events: list[Record]
     environment: dict[str, Any]
-    samples: str | None
-    domains: tuple[str, ...] = field(default=())
+    samples: str
+    domains: tuple[str, ...]
 
     @property
     def phases(self) -> list[dict[str, Any]]:
         """The plan's phases; empty without a plan."""
-        return list(self.plan["phases"]) if self.plan else []
+        return list(self.plan.get("phases", []))
 
     @property
     def steps_done(self) -> int:
-        return int(self.train["step"][-1]) if len(self.train) else 0
+        return int(self.train["step"][-1])
 
-    def tokens_at(self, step: float) -> float:
-        """Tokens seen after `step` finished steps, as measured (interpolated between records)."""
-        return float(np.interp(step, [0.0, *self.train["step"]], [0.0, *self.train["tokens"]]))
+    def at(self, steps: ArrayLike, number: str) -> Floats:
+        """`step` or `tokens` after so many finished steps, interpolated between records."""
+        known, values = (np.append(0.0, self.train[name]) for name in ("step", number))
+        return np.asarray(np.interp(np.asarray(steps), known, values), dtype=np.float64)
+
+    def bands(self, number: str) -> list[tuple[str, float, float]]:
+        """(phase, start, end) over finished steps or tokens (`number`: `step` or `tokens`)."""
+        at, phase = np.append(0.0, self.train[number]), self.train.phase
+        return [(str(phase[p.start]), at[p.start], at[p.stop]) for p in self.train.phase_slices()]
+
+    def validation(self, group: str, name: str) -> tuple[Floats, Floats]:
+        """(steps, losses) of a source (`group`: `loss_by_source`) or domain (`loss_by_domain`)."""
+        losses = {record["step"]: record.get(group, {}).get(name) for record in self.validations}
+        known = {step: loss for step, loss in losses.items() if loss is not None}
+        return np.array(list(known), np.float64), np.array(list(known.values()), np.float64)
+
+    def last_validation(self) -> dict[str, float]:
+        """Domain -> loss in the last validation, where it is a number."""
+        losses = self.validations[-1]["loss_by_domain"] if self.validations else {}
+        return {d: losses[d] for d in self.domains if losses.get(d) is not None}
 
 
-def read_run(folder: Path) -> Run:
-    """Read a run folder.
+def read_run(folder: Path, until: int | None = None) -> Run:
+    """Read a run folder, without records after step `until`.
 
     Raises:
         UserError: it is no run folder, or it has not trained a step yet.
     """
     recipe_path = folder / "recipe.yaml"
-    if not folder.is_dir() or not recipe_path.exists():
-        missing = "there is no such folder" if not folder.is_dir() else "has no recipe.yaml"
+    if not recipe_path.exists():
+        missing = "has no recipe.yaml" if folder.is_dir() else "there is no such folder"
         raise UserError(f"{folder}: {missing}; give a run's folder, such as runs/crystal-tiny")
-    records = read_metrics(folder / FILE)
-    train = [record for record in records if record["kind"] == "train"]
-    if not train:
+    kinds: dict[str, list[Record]] = {"train": [], "validation": [], "event": []}
+    for record in read_metrics(folder / FILE):
+        if until is None or record["step"] <= until:
+            kinds.setdefault(record["kind"], []).append(record)
+    if not kinds["train"]:
         raise UserError(f"{folder / FILE}: has no finished step yet; a report needs at least one")
     recipe = load_recipe(recipe_path)
     plan = _read_plan(folder, recipe)
+    train = _series(kinds["train"])
+    environment, samples = folder / "environment.json", folder / "samples.txt"
     return Run(
-        folder=folder,
         label=folder.resolve().name,
         recipe=recipe,
         recipe_text=recipe_path.read_text(encoding="utf-8"),
         plan=plan,
-        train=_series(train),
-        validations=[record for record in records if record["kind"] == "validation"],
-        events=[record for record in records if record["kind"] == "event"],
-        environment=_read_json(folder / "environment.json") or {},
-        samples=(_read_text(folder / "samples.txt") or "").strip("\n") or None,
+        train=train,
+        validations=kinds["validation"],
+        events=kinds["event"],
+        environment=json.loads(environment.read_text()) if environment.exists() else {},
+        samples=samples.read_text(errors="replace").strip("\n") if samples.exists() else "",
         domains=_domains(recipe, plan, train),
     )
 
@@ -120,81 +144,45 @@ def read_run(folder: Path) -> Run:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Several runs, with labels that differ."""
     runs = [read_run(folder) for folder in folders]
-    labels = [run.label for run in runs]
-    if len(set(labels)) < len(labels):
-        return [_relabelled(run, str(folder)) for run, folder in zip(runs, folders, strict=True)]
-    return runs
+    if len({run.label for run in runs}) == len(runs):
+        return runs
+    return [replace(run, label=str(folder)) for run, folder in zip(runs, folders, strict=True)]
 
 
-def _relabelled(run: Run, label: str) -> Run:
-    return replace(run, label=label)
-
-
-def _read_plan(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """The plan as the run's start wrote it (the data may have changed or gone since); made anew where that is missing."""
-    plan = _read_json(folder / "plan.json")
-    if plan and plan.get("phases") and all("curves" in phase for phase in plan["phases"]):
-        return plan
+def _read_plan(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """The plan that the run's start wrote; made anew if it is missing, {} without corpora."""
+    path = folder / "plan.json"
+    if path.exists():
+        return dict(json.loads(path.read_text()))
     from megacode.data.planning import plan_with_data
 
     try:
         return plan_summary(plan_with_data(recipe))
-    except UserError:
-        return None  # the corpora are elsewhere: a report without planned curves is still a report
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    text = _read_text(path)
-    try:
-        data = json.loads(text) if text else None
-    except ValueError:
-        return None
-    return data if isinstance(data, dict) else None
-
-
-def _read_text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
+    except UserError:  # without the corpora: a report without planned curves
+        return {}
 
 
 def _series(records: list[Record]) -> Series:
+    def column(values: list[Any]) -> Floats:
+        return np.array(values, dtype=np.float64)  # None becomes NaN
+
+    def columns(key: str, absent: float = np.nan) -> dict[str, Floats]:
+        names = dict.fromkeys(name for record in records for name in record.get(key, {}))
+        return {n: column([r.get(key, {}).get(n, absent) for r in records]) for n in names}
+
     return Series(
-        numbers={name: _array([r.get(name) for r in records]) for name in _NUMBERS},
-        phase=np.array([str(r.get("phase", "")) for r in records]),
-        loss_by_source=_columns(records, "loss_by_source"),
-        loss_by_domain=_columns(records, "loss_by_domain"),
-        ratio_by_domain=_columns(records, "ratio_by_domain", absent=0.0),
-        tokens_by_source=_columns(records, "tokens_by_source", absent=0.0),
+        numbers={name: column([r.get(name) for r in records]) for name in _NUMBERS},
+        phase=np.array([record["phase"] for record in records]),
+        loss_by_source=columns("loss_by_source"),
+        loss_by_domain=columns("loss_by_domain"),
+        ratio_by_domain=columns("ratio_by_domain", 0.0),
+        tokens_by_source=columns("tokens_by_source", 0.0),
     )
 
 
-def _array(values: list[Any]) -> Floats:
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
-
-
-def _columns(records: list[Record], key: str, absent: float = np.nan) -> dict[str, Floats]:
-    names = dict.fromkeys(name for record in records for name in record.get(key) or {})
-    return {
-        name: _array(
-            [
-                absent if (value := (record.get(key) or {}).get(name)) is None else value
-                for record in records
-            ]
-        )
-        for name in names
-    }
-
-
-def _domains(recipe: Recipe, plan: dict[str, Any] | None, train: list[Record]) -> tuple[str, ...]:
-    """Domains in the recipe's order of sources: those that the run reads or validates."""
-    read = {
-        stream["domain"]
-        for phase in (plan or {"phases": []})["phases"]
-        for stream in phase["streams"]
-    }
-    read |= {name for record in train for name in record.get("loss_by_domain") or {}}
-    read |= {source.domain for source in recipe.sources.values() if source.validation}
-    ordered = dict.fromkeys(source.domain for source in recipe.sources.values())
-    return tuple(name for name in ordered if name in read)
+def _domains(recipe: Recipe, plan: dict[str, Any], train: Series) -> tuple[str, ...]:
+    streams = [stream for phase in plan.get("phases", []) for stream in phase["streams"]]
+    read = {stream["domain"] for stream in streams} | set(train.loss_by_domain)
+    sources = recipe.sources.values()
+    read |= {source.domain for source in sources if source.validation}
+    return tuple(dict.fromkeys(source.domain for source in sources if source.domain in read))

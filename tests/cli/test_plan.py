@@ -66,7 +66,7 @@ def test_the_picture_is_drawn(tmp_path, capsys):
     assert (tmp_path / "plan.png").stat().st_size > 5000
     assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
     with pytest.raises(UserError, match="cannot be drawn"):
-        run(ROOT / "recipes/crystal-tiny.yaml", "--plot", tmp_path / "nowhere/plan.png")
+        run(ROOT / "recipes/crystal-tiny.yaml", "--plot", tmp_path / "plan.png/inside.png")
 
 
 def test_ranks_that_do_not_fit_are_refused():

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     folder = args.run or Path("runs") / recipe.name
 
     console.rule("1  Corpora and tokenizer")
-    prepare(DATA)
+    prepare(DATA, console)
     console.rule("2  Training")
     options = ["--processes", str(args.processes), *(["--restart"] if args.restart else [])]
     options += [part for change in changes for part in ("--set", change)]

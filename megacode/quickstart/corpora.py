@@ -69,7 +69,7 @@ class _Corpus:
 
 
 def gather(
-    folder: Path, code_mb: float = 12.0, text_mb: float = 6.0, console: Console | None = None
+    folder: Path, console: Console, code_mb: float = 12.0, text_mb: float = 6.0
 ) -> dict[str, Path]:
     """Write `folder/code.jsonl` and `folder/text.jsonl`, about that many MB of text each.
 
@@ -79,17 +79,12 @@ def gather(
     Returns:
         The two files, by `code` and `text`.
     """
-    console = console or Console()
     files = {"code": folder / "code.jsonl", "text": folder / "text.jsonl"}
-    settings = {
-        "gathering": GATHERING,
-        "code_mb": code_mb,
-        "text_mb": text_mb,
-        "python": platform.python_version(),
-    }
+    python = platform.python_version()
+    settings = dict(gathering=GATHERING, code_mb=code_mb, text_mb=text_mb, python=python)
     note = folder / "gathered.json"
     if note.exists() and _read_json(note) == {"settings": settings, "sizes": _sizes(files)}:
-        console.print(f"{folder}: kept; gathered before from Python {settings['python']}")
+        console.print(f"{folder}: kept; gathered before from Python {python}")
         return files
     code, text, in_code = _Corpus(code_mb * 1e6), _Corpus(text_mb * 1e6), set[Path]()
     table = table_of("", "corpus", "from", "documents", "MB", left=2)
@@ -111,7 +106,7 @@ def gather(
 
 
 def prepare(
-    folder: Path, vocab_size: int = 8000, workers: int | None = None, console: Console | None = None
+    folder: Path, console: Console, vocab_size: int = 8000, workers: int | None = None
 ) -> dict[str, Path]:
     """Make everything that the tiny recipes read: corpora, a tokenizer, datasets.
 
@@ -122,8 +117,7 @@ def prepare(
     Returns:
         Path of the `tokenizer`, and folders of `code` and `text`.
     """
-    console = console or Console()
-    corpora = gather(folder / "gathered", console=console)
+    corpora = gather(folder / "gathered", console)
     model, note = folder / "tokenizer.model", folder / "tokenizer.made-from.json"
     digests = {k: hashlib.sha256(path.read_bytes()).hexdigest() for k, path in corpora.items()}
     wanted = {"vocab_size": vocab_size, "corpora": digests}
@@ -161,7 +155,7 @@ def _sizes(files: dict[str, Path]) -> dict[str, int]:
 
 
 def _code(corpus: _Corpus, in_code: set[Path]) -> Iterator[bytes]:
-    """JSONL lines of source files; adds their paths to `in_code`."""
+    """JSONL lines of source files, whose paths it adds to `in_code`."""
     for origin, root, paths in _sources():
         for path in paths:
             if corpus.full:

@@ -213,7 +213,8 @@ def test_a_mistake_is_one_sentence(
         with pytest.raises(UserError, match=said):
             read_run(folder)
     assert main(["report", str(fake_run), "--output", str(tmp_path)]) == 2
-    assert main(["report", str(fake_run), "--output", str(tmp_path / "no" / "x.html")]) == 2
+    inside_a_file = tmp_path / "empty" / "metrics.jsonl" / "x.html"
+    assert main(["report", str(fake_run), "--output", str(inside_a_file)]) == 2
     assert "Traceback" not in capsys.readouterr().err
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacode.data.permute import make_key, permute
-from megacode.plan.windows import PACKING_ALGORITHM
+from megacode.plan.streams import PACKING_ALGORITHM
 
 BLOCK = 1 << 18
 """Documents packed together. Another number is another algorithm."""

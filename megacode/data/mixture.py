@@ -24,7 +24,8 @@ from numpy.typing import ArrayLike, NDArray
 from megacode.data.permute import make_key, permute, uniform_bits
 from megacode.data.source import DocumentPart, TokenSource, open_sources
 from megacode.errors import UserError
-from megacode.plan.plan import PhasePlan, Plan, StreamPlan
+from megacode.plan.plan import PhasePlan, Plan
+from megacode.plan.streams import StreamPlan
 
 Int64s = NDArray[np.int64]
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from megacode.data.best_fit import pack_documents
 from megacode.data.fim_document import MAX_WINDOWS
 from megacode.data.source import TokenSource, has_data, open_source
-from megacode.plan.plan import Plan, StreamPlan
+from megacode.plan.plan import Plan
+from megacode.plan.streams import StreamPlan
 from megacode.recipe.schema import Packing
 
 MEASURED = 1 << 18

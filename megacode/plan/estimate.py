@@ -1,6 +1,8 @@
-"""What a run computes: parameters, FLOPs, time. Plain arithmetic on the recipe's keys; memory and disk are in `memory`.
+"""What a run computes: parameters, FLOPs, time. Plain arithmetic on the recipe's keys; memory and
+disk are in `memory`.
 
-Fields passed through in `model.megatron` (experts, multi-token prediction, another attention) are not part of it.
+Fields passed through in `model.megatron` (experts, multi-token prediction, another attention) are
+not part of it.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from megacode.recipe.schema import Model
 
 
 def parameter_parts(model: Model, vocab_size: int, context_length: int = 0) -> dict[str, int]:
-    """Parameters by part, without padding: embedding, positions (learned ones), attention, feed-forward, norms,
-    output."""
+    """Parameters by part, without padding: embedding, positions (learned ones), attention,
+    feed-forward, norms, output."""
     hidden, heads, dim, inner = (
         model.hidden_size,
         model.heads,
@@ -49,9 +51,10 @@ def parameter_count(model: Model, vocab_size: int, context_length: int = 0) -> i
 def flops_per_token(model: Model, vocab_size: int, sequence_length: int) -> float:
     """FLOPs of forward and backward for one token, as in PaLM's appendix B (arXiv 2204.02311).
 
-    6 for every weight of a matrix multiplication (with the output layer, without the embedding's look-up, biases and
-    norms), plus 12 x layers x heads x head_dim x sequence_length for the attention scores and their sums: causal
-    attention counts in full, though half of it is masked. Recomputation is not counted.
+    6 for every weight of a matrix multiplication (with the output layer, without the embedding's
+    look-up, biases and norms), plus 12 x layers x heads x head_dim x sequence_length for the
+    attention scores and their sums: causal attention counts in full, though half of it is masked.
+    Recomputation is not counted.
     """
     hidden, dim = model.hidden_size, model.resolved_head_dim
     attention = 2 * hidden * dim * (model.heads + model.resolved_kv_heads)

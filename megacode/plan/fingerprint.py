@@ -1,7 +1,8 @@
 """Which facts decide the batches of a run's first steps, and how two runs differ in them.
 
-A resumed run compares the facts of the steps that were already taken: making the run longer, adding phases, or another
-number of ranks leaves them equal; anything that would have changed a batch is named.
+A resumed run compares the facts of the steps that were already taken: making the run longer, adding
+phases, or another number of ranks leaves them equal; anything that would have changed a batch is
+named.
 """
 
 from __future__ import annotations
@@ -13,19 +14,18 @@ import numpy as np
 
 from megacode.plan.plan import PhasePlan, Plan
 from megacode.plan.quota import CHUNK
-from megacode.plan.windows import PACKING_ALGORITHM
+from megacode.plan.streams import PACKING_ALGORITHM
 
 
 def fingerprint(plan: Plan, step: int) -> dict[str, Any]:
-    """What decides the batches of all steps before `step`, as plain data (JSON round trip leaves it equal).
+    """What decides the batches of all steps before `step`, as plain data (JSON round trip leaves it
+    equal).
 
     Paths and names of phases are not in it: a corpus may move, and a phase may be renamed.
     """
     data = plan.recipe.data
     phases = [
-        _phase(phase, min(step, phase.first_step + phase.steps))
-        for phase in plan.phases
-        if phase.first_step < step
+        _phase(phase, min(step, phase.end)) for phase in plan.phases if phase.first_step < step
     ]
     fim = any(stream["fim_rate"] for phase in phases for stream in phase["streams"].values())
     return {
@@ -81,8 +81,8 @@ def _digest(phase: PhasePlan, stop: int) -> str:
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """Each fact that differs: `phases.1.streams.python.fim_rate: 0.9 before, 0.3 now`. Empty: the batches are the
-    same."""
+    """Each fact that differs: `phases.1.streams.python.fim_rate: 0.9 before, 0.3 now`. Empty: the
+    batches are the same."""
     old, new = _numbered(old), _numbered(new)
     if not isinstance(old, dict) or not isinstance(new, dict):
         return [] if old == new else [f"{key}: {_shown(old)} before, {_shown(new)} now"]

@@ -1,6 +1,8 @@
-"""What a configuration depends on besides the recipe: a process's device and the libraries that can use it.
+"""What a configuration depends on besides the recipe: a process's device and the libraries that can
+use it.
 
-`megacode.megatron.hardware.detect` fills it in for this process; a plan fills it in for a device of the table. No torch here.
+`megacode.megatron.hardware.detect` fills it in for this process; a plan fills it in for a device of
+the table. No torch here.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class Hardware:
 
 
 def assumed(device: str) -> Hardware:
-    """A device of `megacode.plan.devices.DEVICES` with everything that NVIDIA's containers install."""
+    """A device of `megacode.plan.devices.DEVICES` with everything that NVIDIA's
+    containers install."""
     capability = DEVICES[device][1].capability
     if (
         capability is None
@@ -52,8 +55,9 @@ def assumed(device: str) -> Hardware:
 def fp8_refusal(recipe_name: str, hardware: Hardware) -> str | None:
     """Why this hardware cannot train in FP8 by a recipe of Transformer Engine; None if it can.
 
-    The rules are those of Transformer Engine's own support checks (`check_fp8_support`, `check_mxfp8_support`,
-    `check_fp8_block_scaling_support`, 2.12) and of Megatron-Core's `get_fp8_recipe` (0.16).
+    The rules are those of Transformer Engine's own support checks (`check_fp8_support`,
+    `check_mxfp8_support`, `check_fp8_block_scaling_support`, 2.12) and of Megatron-Core's
+    `get_fp8_recipe` (0.16).
     """
     have, engine, oldest = hardware.capability, hardware.engine, _OLDEST_ENGINE[recipe_name]
     if have is None:
@@ -65,8 +69,8 @@ def fp8_refusal(recipe_name: str, hardware: Hardware) -> str | None:
         return "this machine has no Transformer Engine"
     if engine < oldest:
         return (
-            f"fp8_recipe {recipe_name} came with Transformer Engine {_dotted(oldest)}, and this machine "
-            f"has {_dotted(engine)}"
+            f"fp8_recipe {recipe_name} came with Transformer Engine {_dotted(oldest)}, and this "
+            f"machine has {_dotted(engine)}"
         )
     if recipe_name == "blockwise" and have < (9, 0):
         return f"{said}, and fp8_recipe blockwise needs 9.0 (Hopper) or later"

@@ -1,7 +1,9 @@
-"""What a run holds: bytes on each rank's device, and on disk. Plain arithmetic on the recipe's keys.
+"""What a run holds: bytes on each rank's device, and on disk. Plain arithmetic on the recipe's
+keys.
 
-Compared with the highest allocation that torch reported on one H200 (docs/planning.md): within 2 %. What a device needs
-beside that, for the CUDA context, NCCL and what the allocator cannot use, is the `usable` share in `devices`.
+Compared with the highest allocation that torch reported on one H200 (docs/planning.md): within 2 %.
+What a device needs beside that, for the CUDA context, NCCL and what the allocator cannot use, is
+the `usable` share in `devices`.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 
 from megacode.plan.estimate import parameter_parts
 from megacode.plan.plan import Plan
-from megacode.recipe.schema import Model, Recipe
+from megacode.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,9 @@ def memory_per_rank(
     recipe: Recipe, vocab_size: int, world_size: int, flash_attention: bool = True
 ) -> Memory:
     """Memory of the fullest pipeline stage's ranks; see `stage_memory`."""
-    candidates = sorted({0, recipe.parallel.pipeline - 1})
-    return max(
-        (
-            stage_memory(recipe, vocab_size, world_size, stage, flash_attention)
-            for stage in candidates
-        ),
-        key=lambda memory: memory.total,
-    )
+    ends = sorted({0, recipe.parallel.pipeline - 1})
+    stages = [stage_memory(recipe, vocab_size, world_size, end, flash_attention) for end in ends]
+    return max(stages, key=lambda memory: memory.total)
 
 
 def stage_memory(
@@ -49,29 +46,23 @@ def stage_memory(
 ) -> Memory:
     """Memory of the ranks of one pipeline stage.
 
-    Weights take 2 bytes (4 in fp32), gradients 4, Adam 8 and another 4 for the master copy of 16-bit weights (less with
-    Megatron-Core's precision-aware optimizer); the distributed optimizer divides Adam's share over the data (x context)
-    parallel ranks. FP8 keeps two more bytes of every
-    matrix, itself and its transpose; with `fp8_params` only these. Activations follow Korthikanti et al. (arXiv 2205.05198),
-    with this model's own widths instead of 4h; 1F1B keeps as many micro-batches as stages follow. Sizes are those stored,
-    padding included.
+    Weights take 2 bytes (4 in fp32), gradients 4, Adam 8 and another 4 for the master copy of
+    16-bit weights (less with Megatron-Core's precision-aware optimizer); the distributed optimizer
+    divides Adam's share over the data (x context) parallel ranks. FP8 keeps two more bytes of every
+    matrix, itself and its transpose; with `fp8_params` only these. Activations follow Korthikanti
+    et al. (arXiv 2205.05198), with this model's own widths instead of 4h; 1F1B keeps as many
+    micro-batches as stages follow. Sizes are those stored, padding included.
 
     Args:
-        flash_attention: the scores are never stored (Transformer Engine on CUDA); else they are, unless recomputed.
+        flash_attention: the scores are never stored (Transformer Engine on CUDA); else they are,
+            unless recomputed.
     """
-    parallel, precision = recipe.parallel, recipe.precision
-    model = recipe.model.model_copy(
-        update={"ffn_size": recipe.model.stored_ffn_size(parallel.tensor)}
-    )
-    vocab_size = model.stored(vocab_size, parallel.tensor)
-    stages = parallel.pipeline
-    length = max(phase.sequence_length for phase in recipe.phases)
-    parts = parameter_parts(model, vocab_size, length)
+    parallel, precision, stages = recipe.parallel, recipe.precision, recipe.parallel.pipeline
+    parts = _stored_parts(recipe, vocab_size)
     last = stage == stages - 1
-    edge = (parts["embedding"] + parts["positions"] if stage == 0 else 0) + (
-        parts["output"] if last else 0
-    )
-    if last and stages > 1 and model.tie_embeddings:
+    edge = parts["output"] if last else 0
+    edge += parts["embedding"] + parts["positions"] if stage == 0 else 0
+    if last and stages > 1 and recipe.model.tie_embeddings:
         edge += parts["embedding"]  # the tied matrix stands on both ends
     matrices = (parts["attention"] + parts["feed-forward"]) / stages / parallel.tensor
     parameters = round(matrices + edge / parallel.tensor + parts["norms"] / stages)
@@ -87,15 +78,27 @@ def stage_memory(
         weights=weights,
         gradients=parameters * 4.0,
         optimizer=parameters * adam,
-        activations=_activations(recipe, model, vocab_size, length, stage, flash_attention),
+        activations=_activations(recipe, vocab_size, stage, flash_attention),
     )
+
+
+def _stored_parts(recipe: Recipe, vocab_size: int) -> dict[str, int]:
+    """Parameters by part as they are stored, padding included."""
+    model, tensor = recipe.model, recipe.parallel.tensor
+    padded = model.model_copy(update={"ffn_size": model.stored_ffn_size(tensor)})
+    return parameter_parts(padded, model.stored(vocab_size, tensor), _longest(recipe))
+
+
+def _longest(recipe: Recipe) -> int:
+    return max(phase.sequence_length for phase in recipe.phases)
 
 
 def _adam_bytes(recipe: Recipe) -> float:
     """Moments and master copy of a weight.
 
-    Megatron-Core's precision-aware optimizer keeps the moments in the types given to it. Of an fp32 master copy it keeps only
-    the 16 bits that the bf16 weight lacks. This loses nothing; FP8's tensorwise and finer scales do not allow it.
+    Megatron-Core's precision-aware optimizer keeps the moments in the types given to it. Of an fp32
+    master copy it keeps only the 16 bits that the bf16 weight lacks. This loses nothing; FP8's
+    tensorwise and finer scales do not allow it.
     """
     if recipe.precision.compute == "fp32":
         return 8.0
@@ -110,23 +113,22 @@ def _adam_bytes(recipe: Recipe) -> float:
     return moments + (2.0 if master == 4.0 and shared and remainders else master)
 
 
-def _activations(
-    recipe: Recipe, model: Model, vocab_size: int, length: int, stage: int, flash: bool
-) -> float:
-    """Bytes that one rank of a stage keeps between forward and backward, at the run's longest sequences."""
-    parallel = recipe.parallel
+def _activations(recipe: Recipe, vocab_size: int, stage: int, flash: bool) -> float:
+    """Bytes that one rank of a stage keeps between forward and backward, at the run's
+    longest sequences."""
+    model, parallel, length = recipe.model, recipe.parallel, _longest(recipe)
     width = 4 if recipe.precision.compute == "fp32" else 2
     product = 1 if recipe.precision.compute == "fp8" else width  # inputs of matrix products
     tensor, stages = parallel.tensor, parallel.pipeline
     tokens = length / parallel.context * parallel.micro_batch_size
     whole = tensor if parallel.sequence else 1  # what is not split by tensor parallelism alone
-    hidden, dim, inner = model.hidden_size, model.resolved_head_dim, model.resolved_ffn_size
-    # Per token and layer: inputs of two norms, of QKV and of the feed-forward; two dropout masks of a byte.
+    hidden, dim, inner = model.hidden_size, model.resolved_head_dim, model.stored_ffn_size(tensor)
+    # Per token and layer: inputs of two norms, of QKV and of the feed-forward; two dropout masks of
+    # a byte.
     layer = (2 * hidden * (width + product) + (2 * hidden if model.dropout else 0)) / whole
     # Then q, k, v, and the inputs of the attention's and the feed-forward's output.
-    layer += (
-        ((model.heads + 2 * model.resolved_kv_heads) * width + model.heads * product) * dim / tensor
-    )
+    heads, kv_heads = model.heads, model.resolved_kv_heads
+    layer += ((heads + 2 * kv_heads) * width + heads * product) * dim / tensor
     layer += inner * ((2 if model.gated else 1) * width + product) / tensor
     scores = 0.0 if flash else model.heads * length / parallel.context * (2 * width + 1) / tensor
     granularity = parallel.recompute.granularity
@@ -135,45 +137,40 @@ def _activations(
     layers = model.layers / stages
     if granularity == "full":
         kept = hidden * width / whole
-        every = parallel.recompute.layers
+        every, whole_layer = parallel.recompute.layers, layer + scores
         if parallel.recompute.method == "uniform":
-            per_stage = layers / every * kept + every * (layer + scores)
+            per_stage = layers / every * kept + every * whole_layer
         else:
             recomputed = min(every, layers)
-            per_stage = (
-                recomputed * kept + (layers - recomputed) * (layer + scores) + layer + scores
-            )
+            per_stage = recomputed * kept + (layers - recomputed) * whole_layer + whole_layer
     else:
         per_stage = layers * layer
     in_flight = float(stages - stage)
     if parallel.virtual_pipeline:
         in_flight += (stages - 1) / parallel.virtual_pipeline  # section 4.2.3 of the paper
     total = per_stage * tokens * in_flight
-    if stage == stages - 1:
-        total += (
-            tokens * vocab_size * (4 + width) / tensor
-        )  # logits, and their fp32 copy for the loss
+    if stage == stages - 1:  # logits, and their fp32 copy for the loss
+        total += tokens * model.stored(vocab_size, tensor) * (4 + width) / tensor
     return total
 
 
-# ------------------------------------------------------------------------------------------------------------- on disk
+# ------------------------------------------------------------------------------------------ on disk
 
 
 def checkpoint_bytes(recipe: Recipe, vocab_size: int) -> int:
-    """Size of one checkpoint: weights as trained, fp32 master weights and two moments of every stored parameter.
+    """Size of one checkpoint: weights as trained, fp32 master weights and two moments of every
+    stored parameter.
 
     Megatron-Core's reshardable format holds master weights also where they are the weights (fp32).
     """
-    tensor = recipe.parallel.tensor
-    model = recipe.model.model_copy(update={"ffn_size": recipe.model.stored_ffn_size(tensor)})
-    length = max(phase.sequence_length for phase in recipe.phases)
-    stored = sum(parameter_parts(model, model.stored(vocab_size, tensor), length).values())
+    stored = sum(_stored_parts(recipe, vocab_size).values())
     return stored * (12 + (4 if recipe.precision.compute == "fp32" else 2))
 
 
 def gathered_bytes(recipe: Recipe, parameters: int, world_size: int) -> float:
-    """Host memory that every process takes while Megatron-Core gathers a checkpoint: fp32 master weights and two moments of all
-    its `parameters`, and its own share of them once more. Without the distributed optimizer nothing is gathered."""
+    """Host memory that every process takes while Megatron-Core gathers a checkpoint: fp32 master
+    weights and two moments of all its `parameters`, and its own share of them once more. Without
+    the distributed optimizer nothing is gathered."""
     if not recipe.parallel.distributed_optimizer:
         return 0.0
     data = max(world_size // (recipe.parallel.tensor * recipe.parallel.pipeline), 1)
@@ -181,5 +178,6 @@ def gathered_bytes(recipe: Recipe, parameters: int, world_size: int) -> float:
 
 
 def corpus_bytes(plan: Plan, vocab_size: int) -> int:
-    """Tokens of every source that a phase reads, in Megatron-Core's type for the vocabulary; without their indexes."""
+    """Tokens of every source that a phase reads, in Megatron-Core's type for the vocabulary;
+    without their indexes."""
     return sum(plan.token_counts.values()) * (2 if vocab_size < 65500 else 4)

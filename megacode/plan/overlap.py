@@ -1,7 +1,8 @@
 """Overlap and fusion: which of Megatron-Core's are on for a recipe on given hardware, and why.
 
-Everything is on where it is valid; a key set to `false` turns one off, and `true` where it cannot be is a mistake with a
-sentence. The decisions are made here once, without torch, so that a plan shows what a run will do.
+Everything is on where it is valid; a key set to `false` turns one off, and `true` where it cannot
+be is a mistake with a sentence. The decisions are made here once, without torch, so that a plan
+shows what a run will do.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from megacode.errors import UserError
 from megacode.plan.hardware import Hardware
 from megacode.recipe.schema import Recipe
 
-# Verdicts: on; off unless the recipe asks for it; without effect; a mistake if the recipe asks for it.
+# Verdicts: on; off unless the recipe asks for it; without effect; a mistake if the recipe asks for
+# it.
 _ON, _ASK, _MOOT, _NO = "on", "only if asked", "moot", "impossible"
 _Rules = list[tuple[bool, str, str]]
 _NO_ENGINE = "it needs Transformer Engine on a CUDA device"
@@ -167,7 +169,8 @@ def _fusions(recipe: Recipe, hardware: Hardware) -> dict[str, _Rules]:
             (
                 resets,
                 _NO,
-                "a recorded graph has one shape, and data.reset_at_eod packs documents of any number",
+                "a recorded graph has one shape, and data.reset_at_eod packs documents of any "
+                "number",
             ),
             (
                 dropout,
@@ -177,7 +180,8 @@ def _fusions(recipe: Recipe, hardware: Hardware) -> dict[str, _Rules]:
             (
                 True,
                 _ASK,
-                "they help where a layer's kernels are shorter than their launches, and take memory",
+                "they help where a layer's kernels are shorter than their launches, and take "
+                "memory",
             ),
         ],
     }

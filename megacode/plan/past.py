@@ -7,7 +7,8 @@ Each key of a recipe has one of four kinds (`kind_of`):
 * *training*: decides how weights were updated, or which weights the run began with.
 * *free*: may change between two starts of a run (`FREE`).
 
-A run goes on only where no fact of its past has changed. What lies in the future (later phases, later rates) is free.
+A run goes on only where no fact of its past has changed. What lies in the future (later phases,
+later rates) is free.
 """
 
 from __future__ import annotations
@@ -61,10 +62,13 @@ _FREE = {
         optimizer.megatron.barrier_* optimizer.megatron.config_logger_dir
     """,
     "limits that only refuse": "phases.*.mixture.*.max_epochs",
-    "what the vocabulary and the longest sequence are compared by": "model.vocab_size model.context_length",
+    "what the vocabulary and the longest sequence are compared by": """
+        model.vocab_size model.context_length
+    """,
 }
 FREE = {why: tuple(keys.split()) for why, keys in _FREE.items()}
-"""Keys that may change in a run that has begun, by why; shell patterns, each with all that is below it."""
+"""Keys that may change in a run that has begun, by why; shell patterns, each with all
+that is below it."""
 
 _PAST: dict[Kind, str] = {
     "training": """
@@ -89,7 +93,8 @@ _KINDS: dict[Kind, tuple[str, ...]] = {
 
 
 def kind_of(key: str) -> Kind | None:
-    """The kind of a dotted key of a recipe (names and numbers of entries as they are, or `*`); None if it has none."""
+    """The kind of a dotted key of a recipe (names and numbers of entries as they are, or `*`); None
+    if it has none."""
     for kind, patterns in _KINDS.items():
         if any(fnmatchcase(key, one) or fnmatchcase(key, one + ".*") for one in patterns):
             return kind
@@ -98,7 +103,8 @@ def kind_of(key: str) -> Kind | None:
 
 @dataclass(frozen=True)
 class Change:
-    """A fact of the past that two recipes have differently. `key` is the recipe's; phases by name."""
+    """A fact of the past that two recipes have differently. `key` is the recipe's;
+    phases by name."""
 
     key: str
     before: Any
@@ -124,9 +130,11 @@ def _shown(value: Any) -> str:
 
 
 def changed_past(before: Recipe, now: Plan, step: int) -> list[Change]:
-    """Facts of function and training, in the first `step` steps, that the recipe of `now` has otherwise than `before`.
+    """Facts of function and training, in the first `step` steps, that the recipe of `now` has
+    otherwise than `before`.
 
-    The batches are `fingerprint`'s to compare, and are taken to be equal here: phases have the same borders up to `step`.
+    The batches are `fingerprint`'s to compare, and are taken to be equal here: phases have the same
+    borders up to `step`.
     """
     changes = _flat_changes(before, now.recipe, ("function", "training"))
     changes += _origin(before, now.recipe)
@@ -141,19 +149,22 @@ def changed_past(before: Recipe, now: Plan, step: int) -> list[Change]:
 
 
 def changed_function(before: Recipe, now: Recipe) -> list[Change]:
-    """Where a model with the weights of one recipe would compute something else under the other. Tokenizers are not compared."""
+    """Where a model with the weights of one recipe would compute something else under the other.
+    Tokenizers are not compared."""
     return _flat_changes(before, now, ("function",))
 
 
 def accepts(keys: Iterable[str], change: Change) -> bool:
-    """Whether one of `keys` names what changed: its key, a section above it, or a key of a schedule that changed."""
+    """Whether one of `keys` names what changed: its key, a section above it, or a key of a schedule
+    that changed."""
     return any(
         f"{change.key}.".startswith(f"{key}.") or key.startswith(f"{change.key}.") for key in keys
     )
 
 
 def check_accepted(keys: Iterable[str]) -> None:
-    """UserError for a key of `--accept-change` that no recipe has, or whose change cannot be accepted."""
+    """UserError for a key of `--accept-change` that no recipe has, or whose change
+    cannot be accepted."""
     known = [key.replace("NAME", "*") for key in all_keys()]
     for key in keys:
         passed_on = key.rpartition(".")[0] in ("model.megatron", "optimizer.megatron")
@@ -164,8 +175,8 @@ def check_accepted(keys: Iterable[str]) -> None:
             why = "may change freely; leave it out"
         elif kind_of(key) in (None, "data"):
             why = (
-                "decides which data the past steps read, and that cannot be changed after them; start "
-                "from the weights with `initialize_from`, or fork the run (`megacode fork`)"
+                "decides which data the past steps read, and that cannot be changed after them; "
+                "start from the weights with `initialize_from`, or fork the run (`megacode fork`)"
             )
         else:
             continue
@@ -182,8 +193,8 @@ def _flat_changes(before: Recipe, now: Recipe, kinds: tuple[Kind, ...]) -> list[
 
 
 def _facts(recipe: Recipe) -> dict[str, Any]:
-    """Dotted key -> value of the sections that hold for the whole run, with defaults worked out, without what has no
-    effect."""
+    """Dotted key -> value of the sections that hold for the whole run, with defaults worked out,
+    without what has no effect."""
     model, precision = recipe.model, recipe.precision.model_dump()
     facts = model.model_dump() | {
         "kv_heads": model.resolved_kv_heads,
@@ -232,8 +243,8 @@ def _rates(key: str, old: Phase, new: Phase, steps: int, first_step: int) -> Ite
             note = f" in step {first_step + step + 1:,}"
             if rate == new_rate:
                 note += (
-                    " (it decays over the phase's own steps: state `decay_steps` as it was, or add a "
-                    "phase)"
+                    " (it decays over the phase's own steps: state `decay_steps` as it was, or "
+                    "add a phase)"
                 )
             yield Change(f"{key}.learning_rate", before, now, note)
             return

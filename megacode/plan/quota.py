@@ -1,31 +1,35 @@
 """How many samples of each stream every step takes: exact, and for any step at once.
 
-**What holds.** Let w[t, s] be the normalised weight of stream s in step t, B[t] the batch size, and C[t, s] the sum of
-B[u] w[u, s] over the steps u <= t: the share that s is due. The counts N[t, s] of samples taken after step t are whole
-numbers with
+**What holds.** Let w[t, s] be the normalised weight of stream s in step t, B[t] the batch size, and
+C[t, s] the sum of B[u] w[u, s] over the steps u <= t: the share that s is due. The counts N[t, s]
+of samples taken after step t are whole numbers with
 
 * |N[t, s] - C[t, s]| < 1: every stream is within one sample of its share after every step;
 * sum over s of N[t, s] = sum over u <= t of B[u]: every step is full;
 * N never falls.
 
-**Why it can be done.** Sample k of stream s becomes available in the first step where C > k - 1 and is due in the first
-step where C >= k. The shares themselves are a (fractional) schedule that takes every sample between the two, so a whole
-one exists, and taking what is due first finds it (this is the chairman assignment problem: Tijdeman, Discrete
-Mathematics 32, 1980; level schedules: Steiner and Yeomans, Management Science 39, 1993). Among samples that are due in
-the same step, the one that is furthest along (the largest fraction of C) is taken first, then the lower stream.
+**Why it can be done.** Sample k of stream s becomes available in the first step where C > k - 1 and
+is due in the first step where C >= k. The shares themselves are a (fractional) schedule that takes
+every sample between the two, so a whole one exists, and taking what is due first finds it (this is
+the chairman assignment problem: Tijdeman, Discrete Mathematics 32, 1980; level schedules: Steiner
+and Yeomans, Management Science 39, 1993). Among samples that are due in the same step, the one that
+is furthest along (the largest fraction of C) is taken first, then the lower stream.
 
-**What it costs.** Where every stream gets at least one sample's worth in every step, all pending samples are due in the
-next step, so N is the floor of C plus one for the largest fractions: a formula, and with constant weights C is one too.
-Elsewhere (a share below 1/B) steps depend on earlier ones; they are computed in chunks when first asked for, 3 to 10
-microseconds each, and the state between chunks is kept.
+**What it costs.** Where every stream gets at least one sample's worth in every step, all pending
+samples are due in the next step, so N is the floor of C plus one for the largest fractions: a
+formula, and with constant weights C is one too. Elsewhere (a share below 1/B) steps depend on
+earlier ones; they are computed in chunks when first asked for, 3 to 10 microseconds each, and the
+state between chunks is kept.
 
-**Exactness.** Weights become whole numbers of 2^-40 whose sum is exactly 2^40; C is held as a whole part and a fraction
-in 2^-40. Nothing is rounded after that, and nothing looks at the phase's length or at later phases.
+**Exactness.** Weights become whole numbers of 2^-40 whose sum is exactly 2^40; C is held as a whole
+part and a fraction in 2^-40. Nothing is rounded after that, and nothing looks at the phase's length
+or at later phases.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -42,15 +46,14 @@ Table = tuple[Ints, Ints]
 
 
 def normalise(weights: Floats) -> Ints:
-    """Weights [steps, streams] as whole numbers of 2^-40 whose rows sum to exactly 2^40, by largest remainder.
+    """Weights [steps, streams] as whole numbers of 2^-40 whose rows sum to exactly 2^40, by largest
+    remainder.
 
     A stream of weight zero stays at zero. Every row needs a positive sum.
     """
     total = np.zeros(len(weights))
-    for column in range(
-        weights.shape[1]
-    ):  # in order: a library's sum may group its terms by the processor
-        total = total + weights[:, column]
+    for column in weights.T:  # in order: numpy's sum may group terms by the processor
+        total = total + column
     scaled = weights / total[:, None] * ONE
     whole = np.floor(scaled).astype(np.int64)
     remainder = np.where(weights > 0, scaled - whole, -1.0)
@@ -58,17 +61,18 @@ def normalise(weights: Floats) -> Ints:
 
 
 def _largest(keys: Floats | Ints, how_many: Ints) -> Ints:
-    """1 at the `how_many` largest keys of each row (the lower column first among equals), 0 elsewhere."""
+    """1 at the `how_many` largest keys of each row (the lower column first among
+    equals), 0 elsewhere."""
     order = np.argsort(-keys, axis=1, kind="stable")
+    chosen = np.arange(keys.shape[1]) < how_many[:, None]
     out = np.zeros(keys.shape, dtype=np.int64)
-    np.put_along_axis(
-        out, order, (np.arange(keys.shape[1]) < how_many[:, None]).astype(np.int64), axis=1
-    )
+    np.put_along_axis(out, order, chosen.astype(np.int64), axis=1)
     return out
 
 
 def multiply(samples: Ints, shares: Ints) -> Table:
-    """samples x shares / 2^40 as (whole part, fraction in 2^-40), without overflow for samples below 2^42."""
+    """samples x shares / 2^40 as (whole part, fraction in 2^-40), without overflow for samples
+    below 2^42."""
     mask = (1 << _HALF) - 1
     high, low = samples >> _HALF, samples & mask
     share_high, share_low = shares >> _HALF, shares & mask
@@ -79,20 +83,38 @@ def multiply(samples: Ints, shares: Ints) -> Table:
 
 @dataclass(frozen=True, eq=False)
 class Quota:
-    """Counts per stream over the steps of one phase (0 for its first), for as many steps as one asks for."""
+    """Counts per stream over the steps of one phase (0 for its first), for as many steps as one
+    asks for.
 
-    weights: Weights
-    batch: BatchSizes
-    _anchors: dict[int, Table] = field(default_factory=dict, repr=False, compare=False)
-    _tables: dict[int, Table] = field(default_factory=dict, repr=False, compare=False)
-    _counts: dict[int, Ints] = field(default_factory=dict, repr=False, compare=False)
-    _ahead: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
-    _is_free: dict[int, bool] = field(default_factory=dict, repr=False, compare=False)
-    _final: list[Ints] = field(default_factory=list, repr=False, compare=False)
+    Attributes:
+        schedule: weights of the phase, or of the longer phase that it is a piece of.
+        stairs: batch sizes of that phase.
+        first: its step at which this phase begins. Samples taken before are not counted; what was
+            due before is.
+    """
+
+    schedule: Weights
+    stairs: BatchSizes
+    first: int = 0
+    _anchors: dict[int, Table] = field(default_factory=dict, repr=False)
+    _tables: dict[int, Table] = field(default_factory=dict, repr=False)
+    _counts: dict[int, Ints] = field(default_factory=dict, repr=False)
+    _ahead: dict[int, int] = field(default_factory=dict, repr=False)
+    _is_free: dict[int, bool] = field(default_factory=dict, repr=False)
 
     @property
     def streams(self) -> int:
-        return len(self.weights.inner)
+        return len(self.schedule.inner)
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Of this phase's steps."""
+        return replace(self.schedule, first=self.schedule.first + self.first)
+
+    @cached_property
+    def batch(self) -> BatchSizes:
+        """Of this phase's steps."""
+        return self.stairs.after(self.first)
 
     def shares(self, steps: Ints) -> Ints:
         """Normalised weights at `steps`: int64 [len(steps), streams], rows sum to 2^40."""
@@ -100,41 +122,51 @@ class Quota:
 
     def before(self, step: int) -> Ints:
         """int64 [streams]: samples of each stream in all steps before `step`."""
-        if step <= 0:
-            return np.zeros(self.streams, dtype=np.int64)
-        chunk = (step - 1) // CHUNK
-        if self._free(chunk):
-            if chunk * CHUNK >= self._tail:
-                return _round(*self._closed(np.array([step])))[0]
-            whole, fraction = self._table(chunk)
-            row = slice(step - chunk * CHUNK, step - chunk * CHUNK + 1)
-            return _round(whole[row], fraction[row])[0]
-        return self._chunk_counts(chunk)[step - chunk * CHUNK].copy()
+        return self._taken(step + self.first) - self._taken(self.first)
 
     def range(self, start: int, stop: int) -> Ints:
         """int64 [stop - start + 1, streams]: `before` of start, start + 1 ... stop."""
-        parts = [self.before(start)[None]]
-        for chunk in range(start // CHUNK, -(-stop // CHUNK)):
-            first, last = max(start, chunk * CHUNK), min(stop, (chunk + 1) * CHUNK)
-            parts.append(
-                self._chunk_counts(chunk)[first - chunk * CHUNK + 1 : last - chunk * CHUNK + 1]
-            )
-        return np.concatenate(parts)
+        begin, end = start + self.first, stop + self.first
+        parts = [self._taken(begin)[None]]
+        for chunk in range(begin // CHUNK, -(-end // CHUNK)):
+            zero = chunk * CHUNK
+            rows = slice(max(begin - zero, 0) + 1, min(end - zero, CHUNK) + 1)
+            parts.append(self._chunk_counts(chunk)[rows])
+        return np.concatenate(parts) - self._taken(self.first)
 
-    # ------------------------------------------------------------------------------------ C, the cumulative shares
+    # From here on, steps are those of `schedule` and `stairs`.
 
-    @property
+    def _taken(self, step: int) -> Ints:
+        """N before `step`: int64 [streams]."""
+        if step <= 0:
+            return np.zeros(self.streams, dtype=np.int64)
+        chunk = (step - 1) // CHUNK
+        if not self._free(chunk):
+            return self._chunk_counts(chunk)[step - chunk * CHUNK].copy()
+        if chunk * CHUNK >= self._tail:
+            return _round(*self._closed(np.array([step])))[0]
+        whole, fraction = self._table(chunk)
+        row = slice(step - chunk * CHUNK, step - chunk * CHUNK + 1)
+        return _round(whole[row], fraction[row])[0]
+
+    def _shares(self, steps: Ints) -> Ints:
+        return normalise(self.schedule.at(steps))
+
+    # --------------------------------------------------------------------- C, the cumulative shares
+
+    @cached_property
     def _tail(self) -> int:
-        """First chunk boundary at or after which the weights no longer move; there C has a formula."""
-        return -(-self.weights.settled // CHUNK) * CHUNK
+        """First chunk boundary at or after which the weights no longer move; there C
+        has a formula."""
+        return -(-self.schedule.settled // CHUNK) * CHUNK
 
+    @cached_property
     def _final_shares(self) -> Ints:
-        if not self._final:
-            self._final.append(self.shares(np.array([self._tail]))[0])
-        return self._final[0]
+        return self._shares(np.array([self._tail]))[0]
 
     def _anchor(self, chunk: int) -> Table:
-        """C before the first step of a chunk (at most the tail's), as (whole, fraction), int64 [streams] each."""
+        """C before the first step of a chunk (at most the tail's), as (whole, fraction), int64
+        [streams] each."""
         if chunk == 0:
             zero = np.zeros(self.streams, dtype=np.int64)
             return zero, zero
@@ -148,9 +180,9 @@ class Quota:
 
     def _moving(self, chunk: int) -> Table:
         """C after 0 ... CHUNK steps of a chunk before the tail, summed up from the anchor."""
-        first_whole, first_fraction = self._anchors[chunk] if chunk else self._anchor(0)
-        steps = np.arange(chunk * CHUNK, (chunk + 1) * CHUNK, dtype=np.int64)
-        whole, fraction = multiply(self.batch.at(steps)[:, None], self.shares(steps))
+        first_whole, first_fraction = self._anchor(chunk)
+        steps = _steps(chunk)[:-1]
+        whole, fraction = multiply(self.stairs.at(steps)[:, None], self._shares(steps))
         whole = np.cumsum(np.concatenate([first_whole[None], whole]), axis=0)
         fraction = np.cumsum(np.concatenate([first_fraction[None], fraction]), axis=0)
         return whole + (fraction >> BITS), fraction & (ONE - 1)
@@ -158,52 +190,48 @@ class Quota:
     def _closed(self, steps: Ints) -> Table:
         """C before each of `steps`, all at or after the tail."""
         whole, fraction = self._anchor(self._tail // CHUNK)
-        samples = self.batch.before(steps) - self.batch.before(np.array([self._tail]))
-        more_whole, more_fraction = multiply(samples[:, None], self._final_shares())
+        samples = self.stairs.before(steps) - self.stairs.before(np.array([self._tail]))
+        more_whole, more_fraction = multiply(samples[:, None], self._final_shares)
         fraction = fraction + more_fraction
         return whole + more_whole + (fraction >> BITS), fraction & (ONE - 1)
 
     def _table(self, chunk: int) -> Table:
-        """C after 0 ... CHUNK steps of a chunk: (whole, fraction), int64 [CHUNK + 1, streams] each."""
+        """C after 0 ... CHUNK steps of a chunk: (whole, fraction), int64 [CHUNK + 1,
+        streams] each."""
         table = self._tables.get(chunk)
         if table is None:
-            if chunk * CHUNK >= self._tail:
-                table = self._closed(
-                    np.arange(chunk * CHUNK, (chunk + 1) * CHUNK + 1, dtype=np.int64)
-                )
-            else:
-                self._anchor(chunk)
-                table = self._moving(chunk)
+            is_tail = chunk * CHUNK >= self._tail
+            table = self._closed(_steps(chunk)) if is_tail else self._moving(chunk)
             _keep(self._tables, chunk, table)
         return table
 
-    # ---------------------------------------------------------------------------------------- N, the counts
+    # -------------------------------------------------------------------------------- N, the counts
 
     def _free(self, chunk: int) -> bool:
-        """Whether no step of the chunk depends on an earlier one: every stream gets at least a sample's worth in each
-        step (and in the one after the chunk), or has had nothing and gets nothing."""
+        """Whether no step of the chunk depends on an earlier one: every stream gets at least a
+        sample's worth in each step (and in the one after the chunk), or has had nothing and gets
+        nothing."""
         if chunk not in self._is_free:
             first = chunk * CHUNK
             if first >= self._tail:
-                shares = self._final_shares()[None]
+                shares = self._final_shares[None]
                 fraction = self._anchor(self._tail // CHUNK)[1]
                 steps = np.array([first])
             else:
-                steps = np.arange(first, first + CHUNK + 1, dtype=np.int64)
-                shares, fraction = self.shares(steps), self._anchor(chunk)[1]
-            enough = (self.batch.at(steps)[:, None] * shares >= ONE).all(axis=0)
+                steps = _steps(chunk)
+                shares, fraction = self._shares(steps), self._anchor(chunk)[1]
+            enough = (self.stairs.at(steps)[:, None] * shares >= ONE).all(axis=0)
             absent = (shares == 0).all(axis=0) & (fraction == 0)
             self._is_free[chunk] = bool((enough | absent).all())
         return self._is_free[chunk]
 
     def _chunk_counts(self, chunk: int) -> Ints:
-        """N after 0 ... CHUNK steps of a chunk: int64 [CHUNK + 1, streams]. In a free chunk row 0 is not meaningful."""
+        """N after 0 ... CHUNK steps of a chunk: int64 [CHUNK + 1, streams]. In a free chunk row 0
+        is not meaningful."""
         counts = self._counts.get(chunk)
         if counts is None:
-            whole, fraction = self._table(chunk)
-            counts = (
-                _round(whole, fraction) if self._free(chunk) else self._walk(chunk, whole, fraction)
-            )
+            table = self._table(chunk)
+            counts = _round(*table) if self._free(chunk) else self._walk(chunk, *table)
             _keep(self._counts, chunk, counts)
         return counts
 
@@ -248,25 +276,23 @@ class Quota:
         return whole + _from_bits(states, self.streams)
 
     def _due(self, chunk: int, whole: Ints, fraction: Ints) -> Ints:
-        """Step count at which each stream's next sample is due, after each step of a chunk: int64 [CHUNK, streams]."""
+        """Step count at which each stream's next sample is due, after each step of a chunk: int64
+        [CHUNK, streams]."""
         if chunk * CHUNK >= self._tail:
-            now = self.batch.before(
-                np.arange(chunk * CHUNK + 1, (chunk + 1) * CHUNK + 1, dtype=np.int64)
-            )
-            return self._due_by_formula(now[:, None], fraction[1:], self._final_shares())
-        numbers = np.arange(chunk * CHUNK + 1, (chunk + 1) * CHUNK + 1, dtype=np.int64)[:, None]
-        arrives = np.where(whole[1:] > whole[:-1], numbers, _NEVER)
+            now = self.stairs.before(_steps(chunk)[1:])
+            return self._due_by_formula(now[:, None], fraction[1:], self._final_shares)
+        arrives = np.where(whole[1:] > whole[:-1], _steps(chunk)[1:, None], _NEVER)
         later = np.minimum.accumulate(arrives[::-1], axis=0)[::-1]
         beyond = self._due_beyond(chunk, whole[-1] + 1)
         return np.minimum(np.concatenate([later[1:], np.full((1, self.streams), _NEVER)]), beyond)
 
     def _due_by_formula(self, samples: Ints, fraction: Ints, shares: Ints) -> Ints:
         missing = -((fraction - ONE) // np.maximum(shares, 1))
-        return np.where(shares > 0, self.batch.steps_for(samples + missing), _NEVER)
+        return np.where(shares > 0, self.stairs.steps_for(samples + missing), _NEVER)
 
     def _due_beyond(self, chunk: int, wanted: Ints) -> Ints:
-        """First step count after a chunk at which C reaches `wanted` (one per stream), while the weights move or
-        later."""
+        """First step count after a chunk at which C reaches `wanted` (one per stream), while the
+        weights move or later."""
         due = np.full(self.streams, -1, dtype=np.int64)
         last = self._tail // CHUNK
         for number in range(chunk + 1, last):
@@ -279,49 +305,22 @@ class Quota:
                     )
             if (due >= 0).all():
                 return due
-        start = self.batch.before(np.array([self._tail]))
-        formula = self._due_by_formula(start, self._anchor(last)[1], self._final_shares())
+        start = self.stairs.before(np.array([self._tail]))
+        formula = self._due_by_formula(start, self._anchor(last)[1], self._final_shares)
         return np.where(due < 0, formula, due)
 
 
-@dataclass(frozen=True, eq=False)
-class QuotaFrom:
-    """A quota from its step `first` on, as that of a piece of a phase: what was taken before is not counted, what was due
-    before is."""
-
-    whole: Quota
-    first: int
-
-    @property
-    def weights(self) -> Weights:
-        return replace(self.whole.weights, first=self.whole.weights.first + self.first)
-
-    @property
-    def batch(self) -> BatchSizes:
-        return self.whole.batch.after(self.first)
-
-    def shares(self, steps: Ints) -> Ints:
-        return self.whole.shares(steps + self.first)
-
-    def before(self, step: int) -> Ints:
-        return self.whole.before(step + self.first) - self.whole.before(self.first)
-
-    def range(self, start: int, stop: int) -> Ints:
-        return self.whole.range(start + self.first, stop + self.first) - self.whole.before(
-            self.first
-        )
-
-
-def phase_quota(
-    weights: Weights, batch: BatchSizes, mixture_first: int, batch_first: int
-) -> Quota | QuotaFrom:
-    """The quota of a phase whose mixture and batch size began that many steps before it: its counts began with the later
-    of the two."""
+def phase_quota(weights: Weights, batch: BatchSizes, mixture_first: int, batch_first: int) -> Quota:
+    """The quota of a phase whose mixture and batch size began that many steps before it; its counts
+    began with the later of the two."""
     counted = min(mixture_first, batch_first)
-    whole = Quota(
-        replace(weights, first=mixture_first - counted), batch.after(batch_first - counted)
-    )
-    return QuotaFrom(whole, counted) if counted else whole
+    schedule = replace(weights, first=mixture_first - counted)
+    return Quota(schedule, batch.after(batch_first - counted), counted)
+
+
+def _steps(chunk: int) -> Ints:
+    """The chunk's steps and the one after it: int64 [CHUNK + 1]."""
+    return np.arange(chunk * CHUNK, (chunk + 1) * CHUNK + 1, dtype=np.int64)
 
 
 def _round(whole: Ints, fraction: Ints) -> Ints:
@@ -344,7 +343,8 @@ def _from_bits(numbers: list[int], columns: int) -> Ints:
 
 
 def _keep(cache: dict, key: int, value: object) -> None:
-    """Remember a chunk and forget the oldest. Harmless when a loader's thread does the same at the same time."""
+    """Remember a chunk and forget the oldest. Harmless when a loader's thread does the same at the
+    same time."""
     cache[key] = value
     for old in list(cache)[:-_KEPT_TABLES]:
         cache.pop(old, None)

@@ -1,19 +1,20 @@
 """Which parallel layouts fit a number of devices, fastest first, by a model of a step's time.
 
-The model is simple, and its assumptions are printed with the proposals (`ASSUMPTIONS`): it is for choosing what to try first,
-not for promising a rate. Time of a step on one rank =
+The model is simple, and its assumptions are printed with the proposals (`ASSUMPTIONS`): it is for
+choosing what to try first, not for promising a rate. Time of a step on one rank =
 
-    matrix products at a share of the peak, with recomputed forwards, and small ones slower
-  + tensor-parallel exchange, which nothing hides           (Megatron-LM, arXiv 2104.04473: 8 all-reduce halves a layer)
-  + the pipeline's bubble, (stages - 1) / (micro-batches x chunks) of the above   (the same paper, section 2.2)
-  + what backward cannot hide of the gradients' exchange, and forward of the parameters' gathering
-  + the optimizer's pass over its share of the state
+    matrix products at a share of the peak, with recomputed forwards, and small ones slower +
+  tensor-parallel exchange, which nothing hides           (Megatron-LM, arXiv 2104.04473: 8
+  all-reduce halves a layer) + the pipeline's bubble, (stages - 1) / (micro-batches x chunks) of the
+  above   (the same paper, section 2.2) + what backward cannot hide of the gradients' exchange, and
+  forward of the parameters' gathering + the optimizer's pass over its share of the state
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from megacode.errors import UserError
 from megacode.plan.devices import Peak
@@ -26,23 +27,26 @@ from megacode.recipe.schema import Parallel, Recipe, Recompute
 BEST = 8
 """How many are proposed."""
 _MFU = 0.56
-"""Share of the dense 16-bit peak that a rank reaches on its own: measured on one H200 (docs/results/gpu-nvidia-h200.md)."""
+"""Share of the dense 16-bit peak that a rank reaches on its own: measured on one H200
+(docs/results/gpu-nvidia-h200.md)."""
 _FP8 = 1.4
 """Rate of FP8 against bf16, measured there too."""
 _NODE = 300e9
 _NETWORK = 45e9
 _MEMORY_RATE = 2e12
 ASSUMPTIONS = (
-    f"a rank alone at {_MFU:.0%} of the dense 16-bit peak ({_FP8} times that with FP8), 3 % slower for each halving by tensor "
-    f"parallelism and 4 % for a micro-batch of under 4,096 tokens; {_NODE / 1e9:.0f} GB/s to a neighbour within a node, "
-    f"{_NETWORK / 1e9:.0f} GB/s between nodes a device (one 400 Gbit/s port); tensor-parallel exchange not hidden; gradients "
-    "reduced behind the last backward, parameters gathered behind the first forward"
+    f"a rank alone at {_MFU:.0%} of the dense 16-bit peak ({_FP8} times that with FP8), 3 % slower "
+    "for each halving by tensor parallelism and 4 % for a micro-batch of under 4,096 tokens; "
+    f"{_NODE / 1e9:.0f} GB/s to a neighbour within a node, {_NETWORK / 1e9:.0f} GB/s between nodes "
+    "a device (one 400 Gbit/s port); tensor-parallel exchange not hidden; gradients reduced "
+    "behind the last backward, parameters gathered behind the first forward"
 )
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A layout that fits, with what the model expects of it at the recipe's largest batch and longest sequences."""
+    """A layout that fits, with what the model expects of it at the recipe's largest batch and
+    longest sequences."""
 
     parallel: Parallel
     data: int
@@ -56,91 +60,90 @@ class Proposal:
     """By the standard count of FLOPs, against the dense 16-bit peak."""
 
     def settings(self) -> list[str]:
-        """What to give to `--set`, keys that differ from the schema's defaults or must be turned off."""
+        """What to give to `--set`."""
         p, r = self.parallel, self.parallel.recompute
-        out = [f"parallel.tensor={p.tensor}", f"parallel.pipeline={p.pipeline}"]
-        out.append(f"parallel.virtual_pipeline={p.virtual_pipeline or 'null'}")
-        out += [
+        full = f"{{granularity: {r.granularity}, method: {r.method}, layers: {r.layers}}}"
+        return [
+            f"parallel.tensor={p.tensor}",
+            f"parallel.pipeline={p.pipeline}",
+            f"parallel.virtual_pipeline={p.virtual_pipeline or 'null'}",
             f"parallel.sequence={str(p.sequence).lower()}",
             f"parallel.micro_batch_size={p.micro_batch_size}",
+            f"parallel.recompute={'none' if r.granularity == 'none' else full}",
         ]
-        if r.granularity == "none":
-            out.append("parallel.recompute=none")
-        else:
-            out.append(
-                f"parallel.recompute={{granularity: {r.granularity}, method: {r.method}, layers: {r.layers}}}"
-            )
-        return out
 
 
 def suggest(
     recipe: Recipe, vocab_size: int, devices: int, peak: Peak, devices_per_node: int = 8
 ) -> list[Proposal]:
-    """Layouts for `devices` that the recipe's checks accept and that fit the device's usable memory, fastest first.
+    """Layouts for `devices` that the recipe's checks accept and that fit the device's usable
+    memory, fastest first.
 
     Context parallelism stays as the recipe has it.
 
     Raises:
         UserError: nothing fits; the sentence names the layout that comes nearest.
     """
-    found, nearest = [], None
+    found: list[Proposal] = []
+    too_large: list[tuple[float, Parallel]] = []
     for parallel in _layouts(recipe, devices, devices_per_node):
         candidate = recipe.model_copy(update={"parallel": parallel})
         memory = memory_per_rank(candidate, vocab_size, devices)
         if memory.total > peak.usable:
-            nearest = min(
-                filter(None, (nearest, (memory.total, parallel))), key=lambda pair: pair[0]
-            )
-            continue
-        found.append(_expected(candidate, vocab_size, devices, peak, devices_per_node, memory))
+            too_large.append((memory.total, parallel))
+        else:
+            found.append(_expected(candidate, vocab_size, devices, peak, devices_per_node, memory))
     # Of equals the simplest: fewer stages, less tensor parallelism, no recomputation.
     found.sort(
         key=lambda p: (round(p.seconds, 6), p.parallel.pipeline, p.parallel.tensor, p.memory.total)
     )
-    proposals = [p for p in _one_a_shape(found) if _accepted(recipe, p.parallel, devices)][:BEST]
-    if proposals:
-        return proposals
-    if nearest is None:
+    shapes: dict[tuple[int, int, int], Proposal] = {}  # the fastest of each, to show choices
+    for proposal in found:
+        p = proposal.parallel
+        shapes.setdefault((p.tensor, p.pipeline, p.micro_batch_size), proposal)
+    accepted = [p for p in shapes.values() if _accepted(recipe, p.parallel, devices)]
+    if accepted:
+        return accepted[:BEST]
+    if not too_large:
         raise UserError(
-            f"--suggest: no tensor x pipeline layout divides {devices} devices, the model's heads and layers, and every batch "
-            "size of the recipe; try another --gpus, or a batch size with more divisors"
+            f"--suggest: no tensor x pipeline layout divides {devices} devices, the model's heads "
+            "and layers, and every batch size of the recipe; try another --gpus, or a batch size "
+            "with more divisors"
         )
-    total, parallel = nearest
+    total, parallel = min(too_large, key=lambda pair: pair[0])
     raise UserError(
-        f"--suggest: nothing fits {devices} devices of {peak.usable / 2**30:.0f} usable GiB; the nearest, tensor "
-        f"{parallel.tensor} x pipeline {parallel.pipeline} with recomputation, takes {total / 2**30:.0f} GiB a rank; give more "
-        "devices or larger ones, or shorten the sequences"
+        f"--suggest: nothing fits {devices} devices of {peak.usable / 2**30:.0f} usable GiB; the "
+        f"nearest, tensor {parallel.tensor} x pipeline {parallel.pipeline} with recomputation, "
+        f"takes {total / 2**30:.0f} GiB a rank; give more devices or larger ones, or shorten the "
+        "sequences"
     )
 
 
 def _layouts(recipe: Recipe, devices: int, devices_per_node: int) -> Iterator[Parallel]:
     """Every layout worth looking at whose batches divide."""
-    model, context = recipe.model, recipe.parallel.context
-    largest = [
-        size for phase in recipe.phases for size in BatchSizes.of(phase.batch_size).sizes.tolist()
-    ]
+    model, given = recipe.model, recipe.parallel
+    batches = [s for p in recipe.phases for s in BatchSizes.of(p.batch_size).sizes.tolist()]
     tensors = [t for t in (1, 2, 4, 8, 16) if t <= devices_per_node and model.heads % t == 0]
-    stages = [p for p in range(1, model.layers + 1) if model.layers % p == 0 and p <= 64]
-    for tensor in tensors:
-        for pipeline in stages:
-            ranks = tensor * pipeline * context
-            if devices % ranks:
+    stages = [p for p in range(1, min(model.layers, 64) + 1) if model.layers % p == 0]
+    for tensor, pipeline, micro in product(tensors, stages, (1, 2, 4, 8)):
+        ranks, per_stage = tensor * pipeline * given.context, model.layers // pipeline
+        share = micro * devices // ranks  # sequences of all ranks' micro-batches
+        if devices % ranks or any(size % share for size in batches):
+            continue
+        for virtual in (None, *(v for v in (2, 4, 8) if pipeline > 1 and per_stage % v == 0)):
+            if virtual and any(size // share % pipeline for size in batches):
                 continue
-            data, per_stage = devices // ranks, model.layers // pipeline
-            chunks = [None, *(v for v in (2, 4, 8) if pipeline > 1 and per_stage % v == 0)]
-            for micro in (1, 2, 4, 8):
-                if any(size % (micro * data) for size in largest):
-                    continue
-                for virtual in chunks:
-                    if virtual and any(size // (micro * data) % pipeline for size in largest):
-                        continue
-                    for recompute in _recomputations(per_stage // (virtual or 1)):
-                        yield recipe.parallel.model_copy(
-                            update={
-                                "tensor": tensor, "pipeline": pipeline, "virtual_pipeline": virtual, "sequence": tensor > 1,
-                                "micro_batch_size": micro, "recompute": recompute, "distributed_optimizer": True,
-                            }
-                        )  # fmt: skip
+            for recompute in _recomputations(per_stage // (virtual or 1)):
+                layout = {
+                    "tensor": tensor,
+                    "pipeline": pipeline,
+                    "virtual_pipeline": virtual,
+                    "sequence": tensor > 1,
+                    "micro_batch_size": micro,
+                    "recompute": recompute,
+                    "distributed_optimizer": True,
+                }
+                yield given.model_copy(update=layout)
 
 
 def _recomputations(layers: int) -> Iterator[Recompute]:
@@ -165,13 +168,8 @@ def _expected(
 
     rate = peak.sixteen_bit * 1e12 * _MFU * (_FP8 if recipe.precision.compute == "fp8" else 1.0)
     rate *= 0.97 ** (tensor.bit_length() - 1) * (0.96 if tokens < 4096 else 1.0)
-    compute = (
-        flops
-        * tokens
-        / (tensor * stages)
-        / rate
-        * (1 + _recomputed(parallel, model.layers // stages) / 3)
-    )
+    repeated = 1 + _recomputed(parallel, model.layers // stages) / 3
+    compute = flops * tokens / (tensor * stages) / rate * repeated
     exchange = 0.0
     if tensor > 1:
         layer = 8 * (tensor - 1) / tensor * tokens * model.hidden_size * 2
@@ -183,20 +181,12 @@ def _expected(
 
     link = _NODE if devices <= per_node else _NETWORK
     share = (data - 1) / data / link
-    step += max(0.0, memory.parameters * 4 * share - each * 2 / 3) + max(
-        0.0, memory.parameters * 2 * share - each / 3
-    )
+    reduced, gathered = memory.parameters * 4 * share, memory.parameters * 2 * share
+    step += max(0.0, reduced - each * 2 / 3) + max(0.0, gathered - each / 3)
     step += (memory.optimizer * 2 + memory.parameters * 6 / data) / _MEMORY_RATE
     per_device = batch * length / step / devices
-    return Proposal(
-        parallel,
-        data,
-        micro_batches,
-        memory,
-        step,
-        per_device,
-        per_device * flops / (peak.sixteen_bit * 1e12),
-    )
+    mfu = per_device * flops / (peak.sixteen_bit * 1e12)
+    return Proposal(parallel, data, micro_batches, memory, step, per_device, mfu)
 
 
 def _recomputed(parallel: Parallel, layers: int) -> float:
@@ -207,17 +197,6 @@ def _recomputed(parallel: Parallel, layers: int) -> float:
     if recompute.method == "uniform":
         return 1.0
     return min(1.0, recompute.layers * (parallel.virtual_pipeline or 1) / layers)
-
-
-def _one_a_shape(found: list[Proposal]) -> Iterator[Proposal]:
-    """Of each tensor x pipeline x micro-batch the fastest only, so that the list shows choices and not variants."""
-    seen = set()
-    for proposal in found:
-        p = proposal.parallel
-        key = (p.tensor, p.pipeline, p.micro_batch_size)
-        if key not in seen:
-            seen.add(key)
-            yield proposal
 
 
 def _accepted(recipe: Recipe, parallel: Parallel, devices: int) -> bool:

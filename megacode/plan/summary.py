@@ -1,4 +1,5 @@
-"""A run's plan as plain data: what `megacode plan --json` prints, and the curves that the report draws."""
+"""A run's plan as plain data: what `megacode plan --json` prints, and the curves that
+the report draws."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from megacode.errors import UserError
 from megacode.plan import estimate
-from megacode.plan.plan import PhasePlan, Plan, StreamPlan
+from megacode.plan.plan import PhasePlan, Plan
+from megacode.plan.streams import StreamPlan
 from megacode.recipe.schema import Recipe
 
 POINTS = 200
@@ -17,11 +19,13 @@ POINTS = 200
 
 
 def plan_summary(plan: Plan, vocab_size: int | None = None) -> dict[str, Any]:
-    """`plan_as_dict` with, in every phase, `curves`: `steps` (the run's, from 0, at most `POINTS`, first and last among them) and
-    at these `learning_rate`, `batch_size` and `shares` (one list a stream, in the order of `streams`).
+    """`plan_as_dict` with, in every phase, `curves`: `steps` (the run's, from 0, at most `POINTS`,
+    first and last among them) and at these `learning_rate`, `batch_size` and `shares` (one list a
+    stream, in the order of `streams`).
 
     Args:
-        vocab_size: for the model's parameter count and the run's FLOPs; default: the tokenizer's, where that is at hand.
+        vocab_size: for the model's parameter count and the run's FLOPs; default: the tokenizer's,
+            where that is at hand.
     """
     if vocab_size is None:
         try:
@@ -35,16 +39,11 @@ def plan_summary(plan: Plan, vocab_size: int | None = None) -> dict[str, Any]:
 
 
 def _curves(phase: PhasePlan) -> dict[str, Any]:
-    steps = np.unique(
-        np.linspace(phase.first_step, phase.last_step, min(phase.steps, POINTS))
-        .round()
-        .astype(np.int64)
-    )
+    points = np.linspace(phase.first_step, phase.last_step, min(phase.steps, POINTS)).round()
+    steps = share_steps = np.unique(points.astype(np.int64))
     shares = phase.weights_at(steps)
     if (shares == shares[0]).all():  # a constant mixture needs no more than its ends
         share_steps, shares = steps[[0, -1]], shares[[0, -1]]
-    else:
-        share_steps = steps
     return {
         "steps": steps.tolist(),
         "learning_rate": [float(f"{phase.learning_rate(int(step)):.6g}") for step in steps],
@@ -55,7 +54,8 @@ def _curves(phase: PhasePlan) -> dict[str, Any]:
 
 
 def vocabulary(recipe: Recipe) -> int | None:
-    """Size of the vocabulary: `model.vocab_size`, else the tokenizer's where it is on disk, else None."""
+    """Size of the vocabulary: `model.vocab_size`, else the tokenizer's where it is on
+    disk, else None."""
     if recipe.model.vocab_size:
         return recipe.model.vocab_size
     if recipe.tokenizer and Path(recipe.tokenizer.path).exists():
@@ -86,56 +86,38 @@ def plan_as_dict(plan: Plan, vocab_size: int | None = None) -> dict[str, Any]:
 
 
 def _phase_as_dict(phase: PhasePlan) -> dict[str, Any]:
-    ends = phase.weights_at(np.array([phase.first_step, phase.last_step]))
+    first, last = phase.first_step, phase.last_step
+    rates = [phase.learning_rate(first), phase.rate.peak, phase.learning_rate(last)]
+    shares = phase.weights_at(np.array([first, last])).T.tolist()
+    streams = zip(phase.streams, shares, strict=True)
     return {
-        "name": phase.name,
-        "first_step": phase.first_step,
-        "steps": phase.steps,
-        "samples": phase.samples,
-        "tokens": phase.tokens,
-        "sequence_length": phase.sequence_length,
-        "batch_size": [phase.batch_size(phase.first_step), phase.batch_size(phase.last_step)],
-        "learning_rate": [
-            phase.learning_rate(phase.first_step),
-            phase.rate.peak,
-            phase.learning_rate(phase.last_step),
-        ],
-        "fresh_optimizer": phase.fresh_optimizer,
-        "reset_at_eod": phase.reset_at_eod,
+        **_attributes(phase, "name first_step steps samples tokens sequence_length"),
+        "batch_size": [phase.batch_size(first), phase.batch_size(last)],
+        "learning_rate": rates,
+        **_attributes(phase, "fresh_optimizer reset_at_eod"),
         "domains": domain_shares(phase),
-        "streams": [
-            _stream_as_dict(stream, *ends[:, n].tolist()) for n, stream in enumerate(phase.streams)
-        ],
+        "streams": [_stream_as_dict(stream, share) for stream, share in streams],
     }
 
 
-def _stream_as_dict(stream: StreamPlan, first: float, last: float) -> dict[str, Any]:
+def _stream_as_dict(stream: StreamPlan, share: list[float]) -> dict[str, Any]:
     return {
-        "source": stream.source,
-        "label": stream.label,
-        "domain": stream.domain,
+        **_attributes(stream, "source label domain"),
         "subset": [stream.low, stream.high],
-        "share": [first, last],
-        "fim_rate": stream.fim_rate,
-        "fim_level": stream.fim_level,
-        "packing": stream.packing,
-        "estimated": stream.estimated,
-        "samples": stream.samples,
-        "tokens": stream.tokens,
-        "epochs": stream.epochs,
-        "epochs_after": stream.epochs_after,
-        "cursor": stream.cursor,
-        "window": stream.window,
-        "first_window": stream.first_window,
-        "windows": stream.windows,
+        "share": share,
+        **_attributes(stream, "fim_rate fim_level packing estimated samples tokens epochs"),
+        **_attributes(stream, "epochs_after cursor window first_window windows"),
     }
+
+
+def _attributes(part: PhasePlan | StreamPlan, names: str) -> dict[str, Any]:
+    return {name: getattr(part, name) for name in names.split()}
 
 
 def domain_shares(phase: PhasePlan) -> dict[str, float]:
     """Share of the phase's samples by domain."""
     shares: dict[str, float] = {}
     for stream in phase.streams:
-        shares[stream.domain] = shares.get(stream.domain, 0.0) + stream.samples / max(
-            phase.samples, 1
-        )
+        share = stream.samples / max(phase.samples, 1)
+        shares[stream.domain] = shares.get(stream.domain, 0.0) + share
     return shares

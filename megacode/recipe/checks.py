@@ -1,7 +1,9 @@
-"""Checks across keys. A problem is a sentence that begins with its key (phases by name) and ends with a remedy.
+"""Checks across keys. A problem is a sentence that begins with its key (phases by name) and ends
+with a remedy.
 
-Checks of one key alone stand in the schema. Where a rule is Megatron-Core's, it is the one of its TransformerConfig,
-ModelParallelConfig or schedules (0.16). Nothing here imports torch or Megatron-Core.
+Checks of one key alone stand in the schema. Where a rule is Megatron-Core's, it is the one of its
+TransformerConfig, ModelParallelConfig or schedules (0.16). Nothing here imports torch or
+Megatron-Core.
 """
 
 from __future__ import annotations
@@ -48,9 +50,10 @@ def check_layout(recipe: Recipe, world_size: int, path: Path | None = None) -> N
     if world_size % needed:
         ranks = f"{world_size} rank{'s' if world_size != 1 else ''}"
         problems.append(
-            f"parallel: {ranks} cannot hold tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
-            f"context {parallel.context} = {needed} ranks a replica; start a multiple of {needed} "
-            f"(`megacode train --processes {needed}`, torchrun, srun) or change these keys"
+            f"parallel: {ranks} cannot hold tensor {parallel.tensor} x pipeline "
+            f"{parallel.pipeline} x context {parallel.context} = {needed} ranks a replica; start a "
+            f"multiple of {needed} (`megacode train --processes {needed}`, torchrun, srun) or "
+            "change these keys"
         )
     else:
         problems += [_batch_size(recipe, phase, world_size // needed) for phase in recipe.phases]
@@ -58,7 +61,8 @@ def check_layout(recipe: Recipe, world_size: int, path: Path | None = None) -> N
 
 
 def check_files(recipe: Recipe, path: Path | None = None) -> None:
-    """Refuse a recipe whose sources, validation sets, tokenizer or initial checkpoint are not on disk.
+    """Refuse a recipe whose sources, validation sets, tokenizer or initial checkpoint are not on
+    disk.
 
     Raises:
         UserError: a line for each missing file.
@@ -81,8 +85,8 @@ def check_files(recipe: Recipe, path: Path | None = None) -> None:
         problems.append(f"tokenizer.path: there is no {recipe.tokenizer.path}; correct the path")
     if recipe.initialize_from and not Path(recipe.initialize_from).is_dir():
         problems.append(
-            f"initialize_from: there is no folder {recipe.initialize_from}; give a checkpoint folder, "
-            "or take the key out to start from fresh weights"
+            f"initialize_from: there is no folder {recipe.initialize_from}; give a checkpoint "
+            "folder, or take the key out to start from fresh weights"
         )
     _raise(problems, path)
 
@@ -106,38 +110,39 @@ def _model(recipe: Recipe) -> Iterator[str]:
     model = recipe.model
     if model.head_dim is None and model.hidden_size % model.heads:
         yield (
-            f"model.heads: {model.heads} does not divide hidden_size {model.hidden_size}; change one "
-            "of them or set head_dim"
+            f"model.heads: {model.heads} does not divide hidden_size {model.hidden_size}; change "
+            "one of them or set head_dim"
         )
         return
     if model.heads % model.resolved_kv_heads:
         yield (
-            f"model.kv_heads: {model.kv_heads} does not divide heads {model.heads}; use a divisor of it"
+            f"model.kv_heads: {model.kv_heads} does not divide heads {model.heads}; use a divisor "
+            "of it"
         )
     if model.position_embedding == "rotary":
         rotated = int(model.resolved_head_dim * model.rotary_fraction)
         if rotated % 2 or rotated == 0:
             yield (
-                f"model.rotary_fraction: rotates {rotated} of {model.resolved_head_dim} dimensions of a "
-                "head, and they go in pairs; change it or head_dim"
+                f"model.rotary_fraction: rotates {rotated} of {model.resolved_head_dim} dimensions "
+                "of a head, and they go in pairs; change it or head_dim"
             )
     else:
         for key in ("rotary_interleaved", "rotary_fraction", "rotary_scaling"):
             if getattr(model, key) != type(model).model_fields[key].default:
                 yield (
-                    f"model.{key}: has no effect with position_embedding {model.position_embedding!r}; "
-                    "take it out or use 'rotary'"
+                    f"model.{key}: has no effect with position_embedding "
+                    f"{model.position_embedding!r}; take it out or use 'rotary'"
                 )
     for phase in recipe.phases:
         if model.context_length and phase.sequence_length > model.context_length:
             yield (
                 f"phases.{phase.name}.sequence_length: {phase.sequence_length} is longer than "
-                f"model.context_length {model.context_length}; raise the latter or shorten the phase's "
-                "sequences"
+                f"model.context_length {model.context_length}; raise the latter or shorten the "
+                "phase's sequences"
             )
 
 
-# ----------------------------------------------------------------------------------------- layout
+# ------------------------------------------------------------------------------------------- layout
 
 
 def _parallel(recipe: Recipe) -> Iterator[str]:
@@ -165,12 +170,13 @@ def _parallel(recipe: Recipe) -> Iterator[str]:
         )
     if virtual and pipeline == 1:
         yield (
-            "parallel.virtual_pipeline: needs parallel.pipeline of 2 or more; raise pipeline or take "
-            "the key out"
+            "parallel.virtual_pipeline: needs parallel.pipeline of 2 or more; raise pipeline or "
+            "take the key out"
         )
     if parallel.sequence and tensor == 1:
         yield (
-            "parallel.sequence: needs parallel.tensor of 2 or more; set `sequence: false` or raise tensor"
+            "parallel.sequence: needs parallel.tensor of 2 or more; set `sequence: false` or "
+            "raise tensor"
         )
     recompute, layers = parallel.recompute, model.layers // chunks
     if recompute.granularity == "full" and recompute.layers > layers:
@@ -181,8 +187,8 @@ def _parallel(recipe: Recipe) -> Iterator[str]:
     for phase in recipe.phases:
         if parallel.context > 1 and recipe.resets(phase):
             yield (
-                f"phases.{phase.name}.reset_at_eod: parallel.context {parallel.context} would cut a "
-                "sequence across its documents; set one of the two otherwise"
+                f"phases.{phase.name}.reset_at_eod: parallel.context {parallel.context} would cut "
+                "a sequence across its documents; set one of the two otherwise"
             )
         parts = (
             {f"parallel.tensor {tensor} (sequence parallel)": tensor} if parallel.sequence else {}
@@ -192,13 +198,14 @@ def _parallel(recipe: Recipe) -> Iterator[str]:
         pieces = math.prod(parts.values())
         if phase.sequence_length % pieces:
             yield (
-                f"phases.{phase.name}.sequence_length: {phase.sequence_length} cannot be split over "
-                f"{' x '.join(parts)}; use a multiple of {pieces}"
+                f"phases.{phase.name}.sequence_length: {phase.sequence_length} cannot be split "
+                f"over {' x '.join(parts)}; use a multiple of {pieces}"
             )
 
 
 def _batch_size(recipe: Recipe, phase: Phase, data: int) -> str | None:
-    """The first of a phase's batch sizes that `data` data-parallel ranks cannot share, as a problem."""
+    """The first of a phase's batch sizes that `data` data-parallel ranks cannot share,
+    as a problem."""
     parallel = recipe.parallel
     micro = parallel.micro_batch_size * data
     for size in BatchSizes.of(phase.batch_size).sizes.tolist():
@@ -206,8 +213,8 @@ def _batch_size(recipe: Recipe, phase: Phase, data: int) -> str | None:
         start = f"phases.{phase.name}.batch_size: {size}{stair}"
         if size % micro:
             return (
-                f"{start} is no multiple of parallel.micro_batch_size {parallel.micro_batch_size} x "
-                f"{data} data-parallel rank{'s' if data != 1 else ''} = {micro}; use "
+                f"{start} is no multiple of parallel.micro_batch_size {parallel.micro_batch_size} "
+                f"x {data} data-parallel rank{'s' if data != 1 else ''} = {micro}; use "
                 f"{max(size // micro, 1) * micro} or another micro_batch_size"
             )
         if parallel.virtual_pipeline and size // micro % parallel.pipeline:
@@ -219,7 +226,7 @@ def _batch_size(recipe: Recipe, phase: Phase, data: int) -> str | None:
     return None
 
 
-# -------------------------------------------------------------------------------------- precision
+# ---------------------------------------------------------------------------------------- precision
 
 
 def _precision(recipe: Recipe) -> Iterator[str]:
@@ -231,7 +238,8 @@ def _precision(recipe: Recipe) -> Iterator[str]:
         return
     if precision.fp8_params and not parallel.distributed_optimizer:
         yield (
-            "precision.fp8_params: needs parallel.distributed_optimizer: true; change one of the two"
+            "precision.fp8_params: needs parallel.distributed_optimizer: true; change one of the "
+            "two"
         )
     tensor, side = parallel.tensor, 32 if precision.fp8_recipe == "mxfp8" else 16
     sizes = (
@@ -246,8 +254,8 @@ def _precision(recipe: Recipe) -> Iterator[str]:
     for start, size, remedy in sizes:
         if size % side:
             yield (
-                f"model.{start}gives FP8 matrices a side of {size:g} on each tensor-parallel rank, and "
-                f"they need multiples of {side}; {remedy} or use `precision: bf16`"
+                f"model.{start}gives FP8 matrices a side of {size:g} on each tensor-parallel rank, "
+                f"and they need multiples of {side}; {remedy} or use `precision: bf16`"
             )
     pieces = parallel.context * (tensor if parallel.sequence else 1)
     for phase in recipe.phases:
@@ -255,8 +263,8 @@ def _precision(recipe: Recipe) -> Iterator[str]:
         if rows % side:
             yield (
                 f"phases.{phase.name}.sequence_length: gives FP8 matrices {rows:g} rows (sequence "
-                f"length x micro-batch on each rank), and they need multiples of {side}; change it, or "
-                "use `precision: bf16`"
+                f"length x micro-batch on each rank), and they need multiples of {side}; change "
+                "it, or use `precision: bf16`"
             )
     first, last = precision.bf16_first_layers, precision.bf16_last_layers
     if (first or last) and precision.fp8_recipe == "delayed":
@@ -271,7 +279,7 @@ def _precision(recipe: Recipe) -> Iterator[str]:
         )
 
 
-# -------------------------------------------------------------------------------- sources and phases
+# ------------------------------------------------------------------------------- sources and phases
 
 
 def _packing(recipe: Recipe) -> Iterator[str]:
@@ -279,12 +287,13 @@ def _packing(recipe: Recipe) -> Iterator[str]:
     for name in packed:
         if recipe.sources[name].window:
             yield (
-                f"sources.{name}.window: has no effect with `packing: best_fit`, which shuffles packs; "
-                "take it out, or set `packing: concatenate`"
+                f"sources.{name}.window: has no effect with `packing: best_fit`, which shuffles "
+                "packs; take it out, or set `packing: concatenate`"
             )
     if recipe.data.pack_cache and not packed:
         yield (
-            "data.pack_cache: has no effect without `packing: best_fit`; take it out, or pack a source"
+            "data.pack_cache: has no effect without `packing: best_fit`; take it out, or pack a "
+            "source"
         )
 
 
@@ -292,7 +301,10 @@ def _phase(recipe: Recipe, phase: Phase) -> Iterator[str]:
     key, rate = f"phases.{phase.name}", phase.learning_rate
     if (phase.steps is None) == (phase.tokens is None):
         both = "both" if phase.steps else "neither"
-        yield f"{key}: has {both} of `steps` and `tokens`; give exactly one to say how long the phase is"
+        yield (
+            f"{key}: has {both} of `steps` and `tokens`; give exactly one to say how long the phase "
+            "is"
+        )
     largest = int(BatchSizes.of(phase.batch_size).sizes[-1])
     if largest > _MOST_SEQUENCES:
         yield (
@@ -338,15 +350,16 @@ def _domain(recipe: Recipe, key: str, domain: str, part: MixtureDomain) -> Itera
         return
     if not part.sources:
         yield (
-            f"{key}.sources: is empty; name sources, or take the key out to read all of the domain's"
+            f"{key}.sources: is empty; name sources, or take the key out to read all of the "
+            "domain's"
         )
     for name in part.sources:
         if name not in recipe.sources:
             yield _unknown(recipe, f"{key}.sources", name)
         elif (other := recipe.sources[name].domain) != domain:
             yield (
-                f"{key}.sources.{name}: has domain {other!r}, not {domain!r}; list it under its own "
-                f"domain or change sources.{name}.domain"
+                f"{key}.sources.{name}: has domain {other!r}, not {domain!r}; list it under its "
+                f"own domain or change sources.{name}.domain"
             )
     if len({entry.weight is None for entry in part.sources.values()}) > 1:
         yield (
@@ -356,7 +369,8 @@ def _domain(recipe: Recipe, key: str, domain: str, part: MixtureDomain) -> Itera
 
 
 def _weights(recipe: Recipe, phase: Phase) -> Iterator[str]:
-    """Weights that leave a step, or a domain in a step, without any source; FIM without a tokenizer."""
+    """Weights that leave a step, or a domain in a step, without any source; FIM without
+    a tokenizer."""
     key, entries, steps = (
         f"phases.{phase.name}.mixture",
         mixture_entries(recipe, phase),
@@ -365,7 +379,8 @@ def _weights(recipe: Recipe, phase: Phase) -> Iterator[str]:
     first, length = phase.placed("mixture", steps or 1 << 40)
     weights = mixture_weights(phase, entries, dict.fromkeys(recipe.sources, 1), length)
     weights = replace(weights, first=first)
-    # Between these steps every schedule is constant or positive: a sum of zero shows at one of them.
+    # Between these steps every schedule is constant or positive: a sum of zero shows at one of
+    # them.
     corners = _corners(weights, steps or 1 << 40)
     empty = weights.at(corners).sum(axis=1) <= 0
     if empty.any():
@@ -379,14 +394,14 @@ def _weights(recipe: Recipe, phase: Phase) -> Iterator[str]:
         alone = replace(weights, ratios=(1.0,), inner=inside)
         if (alone.at(corners).sum(axis=1) <= 0).any():
             yield (
-                f"{key}.domains.{domain}: the weights of its sources are all zero in some step; give "
-                "one of them more than zero"
+                f"{key}.domains.{domain}: the weights of its sources are all zero in some step; "
+                "give one of them more than zero"
             )
     fim = next((entry for entry in entries if entry.fim_rate > 0), None)
     if fim and recipe.tokenizer is None:
         yield (
-            f"{fim.key}.fim_rate: {fim.fim_rate:g} needs `tokenizer:`, whose fill-in-the-middle tokens "
-            "it uses; add it, or set the rate to 0"
+            f"{fim.key}.fim_rate: {fim.fim_rate:g} needs `tokenizer:`, whose fill-in-the-middle "
+            "tokens it uses; add it, or set the rate to 0"
         )
 
 

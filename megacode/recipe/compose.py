@@ -1,12 +1,16 @@
-"""One tree from several: `extends`, `--set` overrides, and the rules by which one recipe changes another.
+"""One tree from several: `extends`, `--set` overrides, and the rules by which one recipe changes
+another.
 
-Mappings merge key by key; anything else, and `KEY: !replace {...}`, replaces what was there. Besides:
+Mappings merge key by key; anything else, and `KEY: !replace {...}`, replaces what was there.
+Besides:
 
-* Phases are held by name. `phases` may be a mapping in a recipe that extends another: `NAME: {...}` changes a phase,
-  `NAME: null` drops it, `+: [...]` adds phases at the end. A list replaces all phases.
+* Phases are held by name. `phases` may be a mapping in a recipe that extends another: `NAME: {...}`
+  changes a phase, `NAME: null` drops it, `+: [...]` adds phases at the end. A list replaces all
+  phases.
 * `null` takes a key back to its default.
 * Short forms merge with long ones: `c4: 0.3` over `c4: {fim_rate: 0.5}` sets its weight.
-* Keys that exclude each other replace each other: `tokens` and `steps`, `domains` and `sources`, two schedules.
+* Keys that exclude each other replace each other: `tokens` and `steps`, `domains` and `sources`,
+  two schedules.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ _EXCLUSIVE = {"steps": "tokens", "tokens": "steps", "sources": "domains", "domai
 
 
 def compose(path: Path, overrides: Sequence[str]) -> Tree:
-    """The tree of a recipe with what it extends and its overrides; `phases` by name, paths absolute."""
+    """The tree of a recipe with what it extends and its overrides; `phases` by name,
+    paths absolute."""
     tree = _read(path, ())
     for override in overrides:
         tree = _merge(tree, _override(tree, override), ())
@@ -73,7 +78,8 @@ def _override(tree: Tree, text: str) -> Tree:
 
 
 def split_key(node: Any, parts: Sequence[str]) -> list[str]:
-    """Parts of a dotted key as keys of a tree; names may have dots, so the longest that is there is taken."""
+    """Parts of a dotted key as keys of a tree; names may have dots, so the longest that
+    is there is taken."""
     if not parts:
         return []
     known: Mapping[str, Any] = node if isinstance(node, Tree) else {}
@@ -105,7 +111,7 @@ def _with_absolute_paths(tree: Tree, folder: Path) -> Tree:
     return tree
 
 
-# ---------------------------------------------------------------------------------------- merging
+# ------------------------------------------------------------------------------------------ merging
 
 
 def _merge(base: Any, over: Any, path: tuple[str, ...]) -> Any:
@@ -142,8 +148,8 @@ def _merge_phases(base: Tree | None, over: Any, place: str) -> Any:
         return over
     if base is None:
         raise UserError(
-            f"{place}: phases: expected a list (`- name: ...`); a mapping by name changes phases of a "
-            "recipe named by `extends:`"
+            f"{place}: phases: expected a list (`- name: ...`); a mapping by name changes phases "
+            "of a recipe named by `extends:`"
         )
     phases, names, added = dict(base), list(base), []
     for key, phase in over.items():

@@ -1,4 +1,5 @@
-"""A YAML file (and what it extends, and `--set` overrides) -> Recipe, or sentences that say what is wrong and where.
+"""A YAML file (and what it extends, and `--set` overrides) -> Recipe, or sentences that say what is
+wrong and where.
 
 `megacode.recipe.compose` has the rules of merging, `megacode.recipe.yaml_tree` the dialect of YAML.
 """
@@ -21,11 +22,13 @@ from megacode.recipe.yaml_tree import Tree, describe, dump_yaml
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a file, checked.
 
-    Relative paths in it (sources, validation, tokenizer, pack_cache, initialize_from) come back absolute, resolved
-    against the file they were written in; those in an override against the working directory.
+    Relative paths in it (sources, validation, tokenizer, pack_cache, initialize_from) come back
+    absolute, resolved against the file they were written in; those in an override against the
+    working directory.
 
     Args:
-        overrides: `KEY=VALUE` each, the value in YAML; phases by name or number (`phases.phase1.steps=100`).
+        overrides: `KEY=VALUE` each, the value in YAML; phases by name or number
+            (`phases.phase1.steps=100`).
 
     Raises:
         UserError: every mistake found, a line each.
@@ -65,7 +68,7 @@ def _place(tree: Tree, problem: str) -> str:
     return place
 
 
-# -------------------------------------------------------------------- pydantic's errors as sentences
+# ------------------------------------------------------------------- pydantic's errors as sentences
 
 _Error = dict[str, Any]
 _PLAIN = {
@@ -126,7 +129,8 @@ def _sentence(keys: tuple[str, ...], errors: list[_Error]) -> str:
     value, start = error["value"], f"{error['place']}: {'.'.join(keys) or 'the recipe'}: "
     if error["type"] == "missing":
         parent = ".".join(keys[:-1])
-        return f"{start}is missing; add `{keys[-1]}:` {'under ' + parent if parent else 'to the recipe'}"
+        where = f"under {parent}" if parent else "to the recipe"
+        return f"{start}is missing; add `{keys[-1]}:` {where}"
     if error["type"] == "extra_forbidden":
         return f"{start}unknown key{_suggestion(keys)}"
     if error["type"] == "value_error":
@@ -152,7 +156,8 @@ def _remedy(value: Any, place: str) -> str:
 
 
 def _suggestion(keys: tuple[str, ...]) -> str:
-    """What an unknown key was probably meant to be: a key beside it, else the same key elsewhere in the schema."""
+    """What an unknown key was probably meant to be: a key beside it, else the same key elsewhere in
+    the schema."""
     hint = did_you_mean(keys[-1], [k for one in sections_at(keys[:-1]) for k in one.model_fields])
     elsewhere = [dotted for dotted in all_keys() if dotted.rsplit(".", 1)[-1] == keys[-1]]
     return f"; there is `{elsewhere[0]}`" if elsewhere and "did you mean" not in hint else hint

@@ -1,7 +1,9 @@
-"""Fields of Megatron-Core's own configurations that a recipe passes through, checked without importing Megatron-Core.
+"""Fields of Megatron-Core's own configurations that a recipe passes through, checked without
+importing Megatron-Core.
 
-`megatron_fields.json` holds names and types; `tools/megatron-fields` prints it from one version and a test keeps it true.
-Where another version is installed, Megatron-Core judges names that the table does not have, when a run starts.
+`megatron_fields.json` holds names and types; `tools/megatron-fields` prints it from one version and
+a test keeps it true. Where another version is installed, Megatron-Core judges names that the table
+does not have, when a run starts.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ _SET_BY = {
     "fusion.activation": "bias_activation_fusion",
     "fusion.bias_dropout": "bias_dropout_fusion",
     "fusion.gradient_accumulation": "gradient_accumulation_fusion",
-    "fusion.cuda_graphs": "cuda_graph_impl enable_cuda_graph external_cuda_graph use_te_rng_tracker",
+    "fusion.cuda_graphs": """
+        cuda_graph_impl enable_cuda_graph external_cuda_graph use_te_rng_tracker
+    """,
     "phases.NAME.learning_rate.peak": "lr",
     "phases.NAME.learning_rate.final": "min_lr",
     "optimizer.weight_decay": "weight_decay",
@@ -85,27 +89,29 @@ GOVERNED = {field: key for key, fields in _SET_BY.items() for field in fields.sp
 """Field: the recipe key to use instead."""
 
 _LAYERS = """
-    num_moe_experts moe_* *moe_expert_parallel* expert_*_parallel_size ep_overlap_* multi_latent_attention qk_l2_norm
-    experimental_attention_variant dsa_* linear_attention_* linear_*_dim linear_num_* mtp_* heterogeneous_* hetereogenous_*
-    is_hybrid_model mamba_* use_mamba_* mrope_* use_kitchen* kitchen_* use_te_activation_func
+    num_moe_experts moe_* *moe_expert_parallel* expert_*_parallel_size ep_overlap_*
+    multi_latent_attention qk_l2_norm experimental_attention_variant dsa_* linear_attention_*
+    linear_*_dim linear_num_* mtp_* heterogeneous_* hetereogenous_* is_hybrid_model mamba_*
+    use_mamba_* mrope_* use_kitchen* kitchen_* use_te_activation_func
     use_fused_weighted_squared_relu transformer_impl
 """
 REFUSED = {
     **dict.fromkeys(
         _LAYERS.split(),
-        "belongs to layers of another kind than megacode's, which are dense with standard attention",
+        "belongs to layers of another kind than megacode's, which are dense with standard "
+        "attention",
     ),
     "optimizer": "rates, groups and checkpoints here are AdamW's, the only optimizer",
     "num_distributed_optimizer_instances": "needs groups of ranks that megacode does not make",
     "use_*_fsdp": "needs another wrapper than DistributedDataParallel, which is megacode's",
 }
-"""Shell patterns of fields that Megatron-Core would ignore, or fail at later, because megacode does not build
-what they are for: why."""
+"""Shell patterns of fields that Megatron-Core would ignore, or fail at later, because megacode does
+not build what they are for: why."""
 
 
 def check_pass_through(recipe: Recipe) -> Iterator[str]:
-    """A problem for every field that Megatron-Core does not have, that another key sets, that would have no
-    effect, or whose type is wrong."""
+    """A problem for every field that Megatron-Core does not have, that another key sets, that would
+    have no effect, or whose type is wrong."""
     sections = (
         ("model.megatron", recipe.model.megatron, "TransformerConfig"),
         ("optimizer.megatron", recipe.optimizer.megatron, "OptimizerConfig"),
@@ -142,8 +148,8 @@ def _table() -> dict[str, Any]:
 
 
 def fields_of(kind: str) -> dict[str, dict[str, Any]]:
-    """Fields of one of Megatron-Core's dataclasses by name: `declared` type, what it `accepts` (null:
-    Megatron-Core judges), `choices`, `nullable`."""
+    """Fields of one of Megatron-Core's dataclasses by name: `declared` type, what it `accepts`
+    (null: Megatron-Core judges), `choices`, `nullable`."""
     return dict(_table()[kind])
 
 
@@ -165,5 +171,5 @@ def _type_problem(field: Mapping[str, Any], value: Any) -> str | None:
     if value in choices or kind in accepts or (kind == "int" and "float" in accepts):
         return None
     wanted = " or ".join([*map(repr, choices), *accepts])
-    declared = field["declared"]
-    return f"expected {wanted} (Megatron-Core declares {declared}), not {describe(value)}; change the value"
+    wanted = f"{wanted} (Megatron-Core declares {field['declared']})"
+    return f"expected {wanted}, not {describe(value)}; change the value"

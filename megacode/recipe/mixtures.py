@@ -1,7 +1,7 @@
 """Which streams a phase reads, and by what weights.
 
-A *stream* is a source or a part of one (`subset`): the unit that has a cursor, so that a later phase goes on where an
-earlier one stopped.
+A *stream* is a source or a part of one (`subset`): the unit that has a cursor, so that a later
+phase goes on where an earlier one stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Entry:
 
 
 def mixture_entries(recipe: Recipe, phase: Phase) -> list[Entry]:
-    """The streams of a phase, in the recipe's order. Names of sources must be known (`megacode.recipe.checks`)."""
+    """The streams of a phase, in the recipe's order. Names of sources must be known
+    (`megacode.recipe.checks`)."""
     entries: list[Entry] = []
 
     def add(
@@ -74,7 +75,8 @@ def mixture_weights(
     """Weights of a phase's streams over its `steps`.
 
     Args:
-        tokens: of every source; inside a domain a source without a weight gets its (subset's) number of tokens.
+        tokens: of every source; inside a domain a source without a weight gets its (subset's)
+            number of tokens.
     """
     if phase.mixture.domains:
         ratios = tuple(part.ratio for part in phase.mixture.domains.values())

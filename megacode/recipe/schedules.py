@@ -1,7 +1,8 @@
 """Numbers that move with the step: mixture weights, batch sizes, learning rates.
 
-Everything is plain IEEE arithmetic on numbers (no library cosine where a mixture depends on it), so that two machines
-agree to the last bit. `steps` are int64 arrays of steps of a phase, 0 for its first.
+Everything is plain IEEE arithmetic on numbers (no library cosine where a mixture depends on it), so
+that two machines agree to the last bit. `steps` are int64 arrays of steps of a phase, 0 for its
+first.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ _SINE = [(-1) ** k / math.factorial(2 * k + 1) for k in range(12)]
 def half_cosine(x: Floats) -> Floats:
     """(1 - cos(pi x)) / 2 for x in [0, 1], from 0 to 1; error below 1e-15.
 
-    A Taylor series of nothing but additions and multiplications: library cosines differ in the last bit between
-    processors, and every rank must agree on how many samples of a source a step takes.
+    A Taylor series of nothing but additions and multiplications: library cosines differ in the last
+    bit between processors, and every rank must agree on how many samples of a source a step takes.
     """
     angle = math.pi * (x - 0.5)
     square = angle * angle
@@ -37,8 +38,8 @@ def half_cosine(x: Floats) -> Floats:
 def schedule_values(schedule: float | Schedule, steps: Ints, over: int) -> Floats:
     """Value of a weight at each of `steps`, float64.
 
-    The first of the `over` steps has `start`, the last of them `end` (so a rise and a fall of one length take the same
-    total), and every later step keeps the last value.
+    The first of the `over` steps has `start`, the last of them `end` (so a rise and a fall of one
+    length take the same total), and every later step keeps the last value.
     """
     if not isinstance(schedule, Schedule):
         return np.full(steps.shape, float(schedule))
@@ -54,10 +55,11 @@ def schedule_values(schedule: float | Schedule, steps: Ints, over: int) -> Float
 
 @dataclass(frozen=True)
 class Weights:
-    """Shares of a phase's streams before normalisation: ratio of the stream's group times its weight within the group.
+    """Shares of a phase's streams before normalisation: ratio of the stream's group times its
+    weight within the group.
 
-    A mixture of `sources` has one group per stream, with the stream's weight as ratio; a mixture of `domains` has one
-    group per domain.
+    A mixture of `sources` has one group per stream, with the stream's weight as ratio; a mixture of
+    `domains` has one group per domain.
 
     Attributes:
         ratios: one per group.
@@ -122,7 +124,8 @@ class BatchSizes:
             number = np.arange(stairs + 1, dtype=np.int64)
             starts = -(-number * batch_size.over // stairs)
             sizes = batch_size.start + number * batch_size.increment
-            # Where there are more stairs than steps, several begin at one step and the highest of them holds.
+            # Where there are more stairs than steps, several begin at one step and the highest of
+            # them holds.
             last = np.append(starts[1:] != starts[:-1], True)
             starts, sizes = starts[last], sizes[last]
         else:
@@ -157,8 +160,8 @@ def _totals(starts: Ints, sizes: Ints) -> Ints:
 def learning_rate(rate: LearningRate, step: int, steps: int) -> float:
     """Rate at `step` (0 for the phase's first) of a phase of `steps`, as `LearningRate` says.
 
-    `linear` and `cosine` go from peak to final; `wsd` is warm-up, stable, decay (arXiv 2404.06395); `inverse-sqrt`
-    never goes below `final`.
+    `linear` and `cosine` go from peak to final; `wsd` is warm-up, stable, decay (arXiv 2404.06395);
+    `inverse-sqrt` never goes below `final`.
     """
     if step < rate.warmup:
         return rate.start + (rate.peak - rate.start) * step / rate.warmup

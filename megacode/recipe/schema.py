@@ -1,12 +1,12 @@
 """What to train, as typed and frozen data.
 
-A recipe is one YAML file; `megacode.recipe.load` reads it into the classes below. Nothing here imports torch: a recipe
-can be read, checked and planned on a login node in a fraction of a second. Every class refuses unknown keys. Checks that
-need one key only stand beside it; checks across keys (heads against tensor parallel, batch against micro-batch) stand in
-`megacode.recipe.checks`.
+A recipe is one YAML file; `megacode.recipe.load` reads it into the classes below. Nothing here
+imports torch: a recipe can be read, checked and planned on a login node in a fraction of a second.
+Every class refuses unknown keys. Checks that need one key only stand beside it; checks across keys
+(heads against tensor parallel, batch against micro-batch) stand in `megacode.recipe.checks`.
 
-Units are in the names: `steps` are optimizer updates, `tokens` are tokens, `batch_size` counts sequences over all ranks.
-Counts accept `4_000`, `4k`, `1.2M`, `344.8B` and `1.4T`.
+Units are in the names: `steps` are optimizer updates, `tokens` are tokens, `batch_size` counts
+sequences over all ranks. Counts accept `4_000`, `4k`, `1.2M`, `344.8B` and `1.4T`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megacode.recipe.schema_model import Model, Mup, RotaryScaling, TokenizerSection  # noqa: F401 - all classes are read from here
+from megacode.recipe.schema_model import (  # noqa: F401 - all classes are read from here
+    Model,
+    Mup,
+    RotaryScaling,
+    TokenizerSection,
+)
 from megacode.recipe.schema_run import (  # noqa: F401
     Checkpoints,
     Evaluation,
@@ -36,21 +41,24 @@ Packing = Literal["concatenate", "best_fit"]
 FimLevel = Literal["context", "document"]
 
 
-# --------------------------------------------------------------------------------------------------------- sources
+# ------------------------------------------------------------------------------------------ sources
 
 
 class Source(Section):
-    """One tokenized corpus: Megatron-Core IndexedDatasets (`PREFIX.bin` + `PREFIX.idx`), in the order given."""
+    """One tokenized corpus: Megatron-Core IndexedDatasets (`PREFIX.bin` + `PREFIX.idx`), in the
+    order given."""
 
     path: str | list[str] | None = None
     """Prefixes (with or without .bin), or globs of them. Relative to the recipe file."""
     domain: str = "text"
     """Label for ratios and losses: code, text, math ..."""
     tokens: Count | None = None
-    """Expected size, to plan before the corpus is there. A corpus that is there is counted instead."""
+    """Expected size, to plan before the corpus is there. A corpus that is there is
+    counted instead."""
     documents: Count | None = None
     window: Count | None = None
-    """Shuffle unit in tokens; default: the sequence length of the first phase that reads the source."""
+    """Shuffle unit in tokens; default: the sequence length of the first phase that
+    reads the source."""
     validation: str | list[str] | None = None
     """Prefixes of held-out data for this source."""
     validation_samples: Count | None = None
@@ -69,16 +77,16 @@ class Source(Section):
         )
 
 
-# ------------------------------------------------------------------------------------------- mixtures and schedules
+# --------------------------------------------------------------------------- mixtures and schedules
 
 
 class Schedule(Section):
     """A number that moves during a phase.
 
-    `linear` and `cosine` go from `start` to `end` over `over` steps (default: the phase) and stay there: the first of these
-    steps has `start`, the last one `end`. `stepwise` holds each of `values` for an equal part of `over`, the last one to the
-    end of the phase.
-    A given `over` keeps the ramp where it is when the phase is made longer.
+    `linear` and `cosine` go from `start` to `end` over `over` steps (default: the phase) and stay
+    there: the first of these steps has `start`, the last one `end`. `stepwise` holds each of
+    `values` for an equal part of `over`, the last one to the end of the phase. A given `over` keeps
+    the ramp where it is when the phase is made longer.
     """
 
     shape: Literal["linear", "cosine", "stepwise"]
@@ -108,9 +116,11 @@ class MixtureSource(Section):
     short_for: ClassVar[str | None] = "weight"
 
     weight: Weight | None = None
-    """Share of sequences before normalisation; inside a domain the default is the source's token count ("natural")."""
+    """Share of sequences before normalisation; inside a domain the default is the source's token
+    count ("natural")."""
     fim_rate: Fraction | None = None
-    """Share of documents rearranged for fill-in-the-middle; default: the domain's, else the phase's."""
+    """Share of documents rearranged for fill-in-the-middle; default: the domain's, else
+    the phase's."""
     fim_level: FimLevel | None = None
     """Default: the domain's, else the phase's, else `data.fim.level`."""
     subset: str | None = None
@@ -135,7 +145,8 @@ class MixtureSource(Section):
             low, high = 1.0, 0.0
         if not 0.0 <= low < high <= 1.0:
             raise ValueError(
-                f"subset: expected LOW-HIGH with 0 <= LOW < HIGH <= 1, such as 0.0-0.1, not {self.subset!r}"
+                "subset: expected LOW-HIGH with 0 <= LOW < HIGH <= 1, such as 0.0-0.1, not "
+                f"{self.subset!r}"
             )
         return self
 
@@ -153,7 +164,8 @@ Mixed = Annotated[MixtureSource, BeforeValidator(_nothing_is_enough)]
 
 
 class MixtureDomain(Section):
-    """A domain's share of a phase. Without `sources`: every source of that domain, by natural weights."""
+    """A domain's share of a phase. Without `sources`: every source of that domain, by
+    natural weights."""
 
     short_for: ClassVar[str | None] = "ratio"
 
@@ -164,7 +176,8 @@ class MixtureDomain(Section):
 
 
 class Mixture(Section):
-    """Either `sources` with weights, or `domains` with ratios and weights inside. Shares are of sequences."""
+    """Either `sources` with weights, or `domains` with ratios and weights inside.
+    Shares are of sequences."""
 
     sources: dict[str, Mixed] | None = None
     domains: dict[str, MixtureDomain] | None = None
@@ -184,11 +197,12 @@ class Mixture(Section):
 
 
 class LearningRate(Section):
-    """A rate for every step of a phase, t = 0, 1, ...: `start` + (`peak` - `start`) t / warmup while t < warmup, then
-    `schedule` from `peak` to `final` over `decay_steps` (default: the rest of the phase), then `final`.
+    """A rate for every step of a phase, t = 0, 1, ...: `start` + (`peak` - `start`) t / warmup
+    while t < warmup, then `schedule` from `peak` to `final` over `decay_steps` (default: the rest
+    of the phase), then `final`.
 
-    `wsd` holds the peak and decays over the last `wsd_decay` of `decay_steps` by `wsd_shape`; `inverse-sqrt` is
-    peak x sqrt(max(warmup, 1) / t).
+    `wsd` holds the peak and decays over the last `wsd_decay` of `decay_steps` by `wsd_shape`;
+    `inverse-sqrt` is peak x sqrt(max(warmup, 1) / t).
     """
 
     schedule: Literal["constant", "linear", "cosine", "wsd", "inverse-sqrt"] = "cosine"
@@ -198,7 +212,8 @@ class LearningRate(Section):
     warmup: CountOrZero = 0
     """Steps."""
     decay_steps: Count | None = None
-    """Steps from the end of the warm-up to `final`; may be longer than the phase (Crystal's phase 1)."""
+    """Steps from the end of the warm-up to `final`; may be longer than the phase
+    (Crystal's phase 1)."""
     wsd_decay: Fraction = 0.1
     wsd_shape: Literal["linear", "cosine", "sqrt"] = "linear"
     """`sqrt` is 1 - sqrt(x) (Haegele et al., arXiv 2405.18392)."""
@@ -208,7 +223,8 @@ _MOST_STAIRS = 100_000
 
 
 class BatchRamp(Section):
-    """Batch size that grows in equal stairs of `increment` sequences from `start` to `end` over `over` steps."""
+    """Batch size that grows in equal stairs of `increment` sequences from `start` to `end` over
+    `over` steps."""
 
     start: Count
     end: Count
@@ -219,8 +235,8 @@ class BatchRamp(Section):
     def _stairs(self) -> BatchRamp:
         if self.end <= self.start or (self.end - self.start) % self.increment:
             raise ValueError(
-                f"a batch ramp goes up from `start` to `end` in whole increments; {self.start} to {self.end} by "
-                f"{self.increment} does not"
+                f"a batch ramp goes up from `start` to `end` in whole increments; {self.start} to "
+                f"{self.end} by {self.increment} does not"
             )
         if (self.end - self.start) // self.increment > _MOST_STAIRS:
             raise ValueError(f"a batch ramp has {_MOST_STAIRS:,} stairs at most; raise `increment`")
@@ -237,14 +253,16 @@ class PhasePart(Section):
     def _begins_inside(self) -> PhasePart:
         if self.first >= self.steps:
             raise ValueError(
-                f"`first` counts from 0 and is {self.first}, in a schedule of {self.steps} steps; lower it"
+                f"`first` counts from 0 and is {self.first}, in a schedule of {self.steps} steps; "
+                "lower it"
             )
         return self
 
 
 class Within(Section):
-    """Makes a phase a piece of a longer one (`megacode fork` writes it): what is named here goes on as there, schedules
-    without a length of their own included; what is not begins with the piece."""
+    """Makes a phase a piece of a longer one (`megacode fork` writes it): what is named here goes on
+    as there, schedules without a length of their own included; what is not begins with the
+    piece."""
 
     learning_rate: PhasePart | None = None
     batch_size: PhasePart | None = None
@@ -269,9 +287,11 @@ class Phase(Section):
     optimizer_state: Literal["keep", "fresh"] = "keep"
     """`fresh` drops Adam's moments and step count at the phase's first step (weights stay)."""
     reset_at_eod: bool | None = None
-    """Attention and positions reset at end-of-document; default: the recipe's `data.reset_at_eod`."""
+    """Attention and positions reset at end-of-document; default: the recipe's
+    `data.reset_at_eod`."""
     checkpoint_every: Count | None = None
-    """Steps of this phase between checkpoints, counted from its start; default: `checkpoints.every`."""
+    """Steps of this phase between checkpoints, counted from its start; default:
+    `checkpoints.every`."""
     within: Within | None = None
 
     @property
@@ -287,19 +307,22 @@ class Phase(Section):
     def placed(
         self, schedule: Literal["learning_rate", "batch_size", "mixture"], steps: int
     ) -> tuple[int, int]:
-        """(first step, length) of one of the phase's schedules, which has `steps` unless `within` says otherwise."""
+        """(first step, length) of one of the phase's schedules, which has `steps` unless `within`
+        says otherwise."""
         part: PhasePart | None = getattr(self.within, schedule, None)
         return (part.first, part.steps) if part else (0, steps)
 
 
-# ------------------------------------------------------------------------------------------------------------ data
+# --------------------------------------------------------------------------------------------- data
 
 
 class FimSection(Section):
-    """Fill-in-the-middle (arXiv 2207.14255): of what, with which tokens, and how often suffix first."""
+    """Fill-in-the-middle (arXiv 2207.14255): of what, with which tokens, and how often
+    suffix first."""
 
     level: FimLevel = "context"
-    """Rearrange what a sample shows of a document (Crystal), or the whole document before samples are cut (StarCoder)."""
+    """Rearrange what a sample shows of a document (Crystal), or the whole document before samples
+    are cut (StarCoder)."""
     spm_rate: Fraction = 0.5
     prefix: str = "<|fim_prefix|>"
     middle: str = "<|fim_middle|>"
@@ -311,7 +334,8 @@ class Data(Section):
     """How samples become batches."""
 
     packing: Packing = "concatenate"
-    """Documents end to end, cut every sequence length; or whole documents in packs that fill a sequence (arXiv 2404.10830)."""
+    """Documents end to end, cut every sequence length; or whole documents in packs that fill a
+    sequence (arXiv 2404.10830)."""
     pack_cache: str | None = None
     """Folder for the indexes of `packing: best_fit`; default: beside the corpus."""
     reset_at_eod: bool = False
@@ -351,11 +375,12 @@ class Recipe(Section):
         return self.data.reset_at_eod if phase.reset_at_eod is None else phase.reset_at_eod
 
 
-# ----------------------------------------------------------------------------- the schema's own shape
+# --------------------------------------------------------------------------- the schema's own shape
 
 
 def sections_at(path: Sequence[str]) -> list[type[Section]]:
-    """The sections that may stand at a path of keys; entries of lists and mappings may have any name."""
+    """The sections that may stand at a path of keys; entries of lists and mappings may
+    have any name."""
     kinds: list[Any] = [Recipe]
     for key in path:
         kinds = [inner for kind in kinds for inner in _under(kind, key)]
@@ -363,7 +388,8 @@ def sections_at(path: Sequence[str]) -> list[type[Section]]:
 
 
 def all_keys(kind: Any = Recipe, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Every dotted key that a recipe may have, sections too; NAME stands for the name of an entry."""
+    """Every dotted key that a recipe may have, sections too; NAME stands for the name
+    of an entry."""
     if get_origin(kind) in (dict, list):
         for inner in _under(kind, "NAME"):
             yield from all_keys(inner, (*above, "NAME"))

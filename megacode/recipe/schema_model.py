@@ -17,12 +17,13 @@ def padded(size: int, pad_multiple: int, tensor_parallel: int) -> int:
 
 
 class Mup(Section):
-    """Maximal update parametrisation (arXiv 2203.03466, table 8, as Crystal runs it): rates and `init_std` found at a small
-    width hold at every width.
+    """Maximal update parametrisation (arXiv 2203.03466, table 8, as Crystal runs it): rates and
+    `init_std` found at a small width hold at every width.
 
-    With r = base_hidden_size / hidden_size: hidden matrices start at init_std x sqrt(r) and learn at r times the rate; logits
-    are multiplied by output_alpha x r, the embedding's output by embedding_scale; attention scores are divided by head_dim
-    instead of its root. Embeddings, norms and biases keep their rate and their start.
+    With r = base_hidden_size / hidden_size: hidden matrices start at init_std x sqrt(r) and learn
+    at r times the rate; logits are multiplied by output_alpha x r, the embedding's output by
+    embedding_scale; attention scores are divided by head_dim instead of its root. Embeddings, norms
+    and biases keep their rate and their start.
     """
 
     base_hidden_size: int = Field(gt=0)
@@ -32,19 +33,22 @@ class Mup(Section):
 
 
 class RotaryScaling(Section):
-    """Rotary frequencies stretched for sequences longer than a model was first trained on: `rope_scaling` of published models."""
+    """Rotary frequencies stretched for sequences longer than a model was first trained on:
+    `rope_scaling` of published models."""
 
     kind: Literal["linear", "llama3"]
-    """`linear` divides every frequency; `llama3` divides low ones and leaves high ones, with the constants of Llama 3.1 and 3.2
-    (1, 4, 8192 positions), the only ones Megatron-Core has."""
+    """`linear` divides every frequency; `llama3` divides low ones and leaves high ones, with the
+    constants of Llama 3.1 and 3.2 (1, 4, 8192 positions), the only ones Megatron-Core has."""
     factor: float = Field(ge=1.0)
 
 
 class Model(Section):
-    """The GPT family, in the field's words: dense layers with standard attention. `megatron` reaches every other field of
-    Megatron-Core's TransformerConfig that such layers have; those of experts, latent attention and the like are refused.
+    """The GPT family, in the field's words: dense layers with standard attention. `megatron`
+    reaches every other field of Megatron-Core's TransformerConfig that such layers have; those of
+    experts, latent attention and the like are refused.
 
-    The vocabulary is the tokenizer's; `vocab_size` states it where no tokenizer is at hand (planning) and must then agree.
+    The vocabulary is the tokenizer's; `vocab_size` states it where no tokenizer is at hand
+    (planning) and must then agree.
     """
 
     layers: int = Field(gt=0)
@@ -55,10 +59,12 @@ class Model(Section):
     head_dim: int | None = Field(default=None, gt=0)
     """Default: hidden_size / heads."""
     ffn_size: int | None = Field(default=None, gt=0)
-    """Inner size of the feed-forward layer; default: 4 x hidden_size, or 8/3 of it rounded up to 64 for gated ones."""
+    """Inner size of the feed-forward layer; default: 4 x hidden_size, or 8/3 of it rounded up to 64
+    for gated ones."""
     vocab_size: Count | None = None
     context_length: Count | None = None
-    """Longest sequence the model is for (rotary tables, export); default: the longest phase's sequence length."""
+    """Longest sequence the model is for (rotary tables, export); default: the longest phase's
+    sequence length."""
     normalization: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_epsilon: float = Field(default=1e-5, gt=0)
     qk_norm: bool = False
@@ -78,7 +84,8 @@ class Model(Section):
     tie_embeddings: bool = False
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """What is dropped is a function of seed, step and layout: a resumed run drops the same, another layout drops other units."""
+    """What is dropped is a function of seed, step and layout: a resumed run drops the same, another
+    layout drops other units."""
     init_std: float = Field(default=0.02, gt=0)
     """Of every matrix without a key of its own. Biases start at 0, norms at 1."""
     init_distribution: Literal["normal", "truncated_normal"] = "normal"
@@ -91,11 +98,13 @@ class Model(Section):
     """Factor on attention scores; default: 1 / sqrt(head_dim), with `mup` 1 / head_dim."""
     mup: Mup | None = None
     pad_multiple: int = Field(default=128, gt=0)
-    """Vocabulary and feed-forward are stored with zeros up to a multiple of this and of the tensor-parallel size, so that every
-    layout and FP8 can split them. The zeros stay zero, change nothing, are counted nowhere and never exported. A run that is to
-    change to a tensor-parallel size that does not divide it (3, 5, 6) needs a multiple of that size from its start."""
+    """Vocabulary and feed-forward are stored with zeros up to a multiple of this and of the
+    tensor-parallel size, so that every layout and FP8 can split them. The zeros stay zero, change
+    nothing, are counted nowhere and never exported. A run that is to change to a tensor-parallel
+    size that does not divide it (3, 5, 6) needs a multiple of that size from its start."""
     megatron: dict[str, Any] = Field(default_factory=dict)
-    """Further TransformerConfig fields by their own names; names and plain types are checked against the installed one."""
+    """Further TransformerConfig fields by their own names; names and plain types are checked
+    against the installed one."""
 
     @property
     def resolved_kv_heads(self) -> int:
@@ -166,13 +175,15 @@ class Model(Section):
 
 
 class TokenizerSection(Section):
-    """Which tokenizer made the corpora. `path` is a SentencePiece .model, a tokenizer.json or a tiktoken vocabulary."""
+    """Which tokenizer made the corpora. `path` is a SentencePiece .model, a tokenizer.json or a
+    tiktoken vocabulary."""
 
     path: str
     kind: Literal["sentencepiece", "huggingface", "tiktoken"] | None = None
     """Default: by the file's ending."""
     added_tokens: Literal["none", "crystal"] | list[str] = "none"
-    """Control tokens after the base vocabulary; `crystal` is the published list (fim, starcoder, chat, reserved)."""
+    """Control tokens after the base vocabulary; `crystal` is the published list (fim, starcoder,
+    chat, reserved)."""
     bos: bool = False
     """Put the begin-of-sequence token before each document."""
     eod: bool = True

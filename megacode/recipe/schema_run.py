@@ -1,4 +1,5 @@
-"""How a recipe is run: optimizer, precision, layout of the ranks, overlap and fusion, checkpoints, evaluation, logging."""
+"""How a recipe is run: optimizer, precision, layout of the ranks, overlap and fusion, checkpoints,
+evaluation, logging."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from megacode.recipe.section import Count, Section
 
 
 class ParameterGroup(Section):
-    """Parameters whose Megatron-Core name matches `match` (a shell pattern) get these multipliers; later groups win."""
+    """Parameters whose Megatron-Core name matches `match` (a shell pattern) get these multipliers;
+    later groups win."""
 
     match: str
     lr_mult: float = Field(default=1.0, ge=0)
@@ -18,7 +20,8 @@ class ParameterGroup(Section):
 
 
 class Optimizer(Section):
-    """AdamW as Megatron-Core runs it. `megatron` reaches every other field of its OptimizerConfig that is of use for it."""
+    """AdamW as Megatron-Core runs it. `megatron` reaches every other field of its OptimizerConfig
+    that is of use for it."""
 
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -34,11 +37,13 @@ class Optimizer(Section):
 
 
 class Precision(Section):
-    """`precision: bf16` is short for `precision: {compute: bf16}`. Master weights and gradients are fp32.
+    """`precision: bf16` is short for `precision: {compute: bf16}`. Master weights and gradients are
+    fp32.
 
-    FP8 is for the matrix products of the transformer layers; embeddings, norms, attention scores and the output layer stay in
-    bf16. `fp8_recipe` is how values are scaled into FP8's range: by a history of maxima (delayed), by each tensor's own
-    maximum (tensorwise), by blocks of 128 (blockwise: Hopper), by blocks of 32 (mxfp8: Blackwell).
+    FP8 is for the matrix products of the transformer layers; embeddings, norms, attention scores
+    and the output layer stay in bf16. `fp8_recipe` is how values are scaled into FP8's range: by a
+    history of maxima (delayed), by each tensor's own maximum (tensorwise), by blocks of 128
+    (blockwise: Hopper), by blocks of 32 (mxfp8: Blackwell).
     """
 
     short_for: ClassVar[str | None] = "compute"
@@ -55,7 +60,8 @@ class Precision(Section):
     bf16_last_layers: int = Field(default=0, ge=0)
     """Layers that stay in bf16; not with `delayed`."""
     compare_every: Count | None = None
-    """Every so many steps, the batch also goes forward in bf16 before the step; the log has the difference (`drift`)."""
+    """Every so many steps, the batch also goes forward in bf16 before the step; the log has the
+    difference (`drift`)."""
 
     @property
     def mxfp8_params(self) -> bool:
@@ -74,21 +80,23 @@ class Recompute(Section):
 
 
 class Overlap(Section):
-    """Communication behind computation. Each is on where it is valid (the plan says where, and why not); `false` turns it
-    off."""
+    """Communication behind computation. Each is on where it is valid (the plan says where, and why
+    not); `false` turns it off."""
 
     grad_reduce: bool | None = None
     """Reduce gradients over data-parallel ranks while backward goes on."""
     param_gather: bool | None = None
     """Gather new weights of the distributed optimizer while the next forward goes on."""
     tensor: bool | None = None
-    """Tensor-parallel exchanges during the matrix products (Transformer Engine's userbuffers); needs `sequence`."""
+    """Tensor-parallel exchanges during the matrix products (Transformer Engine's userbuffers);
+    needs `sequence`."""
     pipeline: bool | None = None
     """Exchanges between stages during other chunks' work; interleaved pipelines only."""
 
 
 class Fusion(Section):
-    """Several operations as one kernel. Each is on where it is valid, on CUDA; `false` turns it off."""
+    """Several operations as one kernel. Each is on where it is valid, on CUDA; `false`
+    turns it off."""
 
     rope: bool | None = None
     """One kernel rotates queries and keys."""
@@ -101,11 +109,13 @@ class Fusion(Section):
     gradient_accumulation: bool | None = None
     """Matrix products add weight gradients to the fp32 sums themselves."""
     cuda_graphs: bool | None = None
-    """Each layer's kernels launched as one recorded graph, for models whose kernels are short; default: off. Takes memory."""
+    """Each layer's kernels launched as one recorded graph, for models whose kernels are short;
+    default: off. Takes memory."""
 
 
 class Parallel(Section):
-    """Layout of the ranks. Data parallel is what is left: world size / (tensor x pipeline x context)."""
+    """Layout of the ranks. Data parallel is what is left: world size / (tensor x
+    pipeline x context)."""
 
     tensor: int = Field(default=1, gt=0)
     pipeline: int = Field(default=1, gt=0)
@@ -143,7 +153,8 @@ class Evaluation(Section):
     every: Count | None = None
     at_phase_end: bool = True
     samples: Count = 64
-    """Sequences per source, the first of its validation set; a source's own `validation_samples` go first."""
+    """Sequences per source, the first of its validation set; a source's own
+    `validation_samples` go first."""
 
 
 class Logging(Section):

@@ -1,4 +1,5 @@
-"""What every part of a recipe is made of: an immutable section without unknown keys, counts, shares."""
+"""What every part of a recipe is made of: an immutable section without unknown keys,
+counts, shares."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ _COUNT = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+]?[0-9]+)?)\s*([kKm
 
 
 def parse_count(value: Any) -> Any:
-    """`'344.8B'` -> 344_800_000_000. Integers pass; anything else is left for the type check to refuse."""
+    """`'344.8B'` -> 344_800_000_000. Integers pass; anything else is left for the type
+    check to refuse."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, str):
@@ -47,7 +49,8 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     short_for: ClassVar[str | None] = None
-    """The key that a plain value in the section's place is short for: `precision: bf16` is `precision: {compute: bf16}`."""
+    """The key that a plain value in the section's place is short for: `precision: bf16` is
+    `precision: {compute: bf16}`."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,8 +1,9 @@
 """YAML as plain dicts and lists whose mappings know the file and line of every key.
 
-The dialect is what most people expect: `true` and `false` are the only booleans (`yes`, `no`, `on`, `off` are text),
-`1e-4` and `3E-4` are numbers, there are no dates, octals or base-60 numbers, a key given twice is an
-error, and tags are refused, except `!replace` before a mapping (see `megacode.recipe.compose`).
+The dialect is what most people expect: `true` and `false` are the only booleans (`yes`, `no`, `on`,
+`off` are text), `1e-4` and `3E-4` are numbers, there are no dates, octals or base-60 numbers, a key
+given twice is an error, and tags are refused, except `!replace` before a mapping (see
+`megacode.recipe.compose`).
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def read_yaml(path: Path) -> Tree:
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """The value of a text from `origin`: a file, or an override (`--set ...`), which has no lines."""
+    """The value of a text from `origin`: a file, or an override (`--set ...`), which
+    has no lines."""
     try:
         loader = _Loader(text)
         loader.name = origin

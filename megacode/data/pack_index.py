@@ -34,7 +34,7 @@ from megacode.data.indexed import Shard
 from megacode.errors import UserError
 from megacode.files import replace_file
 from megacode.lock import take
-from megacode.plan.windows import PACKING_ALGORITHM
+from megacode.plan.streams import PACKING_ALGORITHM
 
 _TRAILER = struct.Struct("<QQ8s")
 _MAGIC = b"MEGAPACK"

@@ -21,7 +21,7 @@ from megacode.data.best_fit import best_fit, pack_documents
 from megacode.data.indexed import Shard, open_shard
 from megacode.data.pack_index import PackIndex, index_path, open_pack_index
 from megacode.errors import UserError
-from megacode.plan.windows import PACKING_ALGORITHM
+from megacode.plan.streams import PACKING_ALGORITHM
 from tests.data.conftest import numbered, write_shard
 
 LENGTHS = st.lists(st.integers(0, 70), max_size=150)

@@ -278,13 +278,11 @@ class Checkpointer:
 
     def poll(self) -> None:
         """Complete a checkpoint whose files are written. Collective; cheap when there is none."""
-        if self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=False)
+        self._queue.maybe_finalize_async_calls(blocking=False)
 
     def wait(self) -> None:
         """Complete every checkpoint under way. Collective."""
-        if self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=True)
+        self._queue.maybe_finalize_async_calls(blocking=True)
 
     def _forget_old(self, newest: int) -> None:
         every = self.settings.keep_every

@@ -26,37 +26,31 @@ class _Matrix:
         name: under which its numbers are drawn.
         shape: parts are matrices stacked in one (gate and up).
         split: dimension that tensor parallelism cuts (1 rows, 2 columns), None for none.
-        stored: size of that dimension with padding.
+        padded: whether that dimension is stored with padding.
     """
 
     name: str
     shape: tuple[int, ...]
     std: float
     split: int | None
-    stored: int = 0
+    padded: bool = False
 
 
 def initialize_weights(
-    names: dict[str, torch.nn.Parameter],
-    model: Model,
-    seed: int,
-    vocab_size: int,
-    stored_vocab: int,
-    stored_ffn: int,
+    names: dict[str, torch.nn.Parameter], model: Model, seed: int, vocab_size: int
 ) -> None:
     """Fill this rank's parameters in place.
 
     Args:
         names: parameters by their names in the whole model (`model.global_parameter_names`).
         vocab_size: unpadded.
-        stored_vocab, stored_ffn: sizes with padding.
     """
     for name, parameter in names.items():
-        shape = tuple(parameter.shape)
-        matrix = _matrix(name, shape, model, vocab_size, stored_vocab, stored_ffn)
+        matrix = _matrix(name, parameter.shape, model, vocab_size)
         if matrix is None:
             continue
-        share = _share(_draw(matrix, model, seed, parameter.device), matrix).reshape(shape)
+        whole = _draw(matrix, model, seed, parameter.device)
+        share = _share(whole, matrix, model).reshape(parameter.shape)
         with torch.no_grad():
             parameter.copy_(share)
         if hasattr(parameter, "_high_precision_init_val"):
@@ -87,33 +81,26 @@ def fill_new_rows(names: dict[str, torch.nn.Parameter], old_vocab: int, vocab_si
             rows[old:new] = (total / old_vocab).to(rows.dtype)
 
 
-def _matrix(
-    name: str,
-    local: tuple[int, ...],
-    model: Model,
-    vocab_size: int,
-    stored_vocab: int,
-    stored_ffn: int,
-) -> _Matrix | None:
+def _matrix(name: str, local: torch.Size, model: Model, vocab_size: int) -> _Matrix | None:
     hidden, inner = model.hidden_size, model.resolved_ffn_size
     attention = model.heads * model.resolved_head_dim
     qkv = attention + 2 * model.resolved_kv_heads * model.resolved_head_dim
     embedding, std = "embedding.word_embeddings.weight", model.resolved_embedding_init_std
     if name == embedding or (name == "output_layer.weight" and model.tie_embeddings):
-        return _Matrix(embedding, (1, vocab_size, hidden), std, 1, stored_vocab)
+        return _Matrix(embedding, (1, vocab_size, hidden), std, 1, padded=True)
     if name == "output_layer.weight":
-        return _Matrix(name, (1, vocab_size, hidden), model.head_init_std, 1, stored_vocab)
+        return _Matrix(name, (1, vocab_size, hidden), model.head_init_std, 1, padded=True)
     if name == "embedding.position_embeddings.weight":
         return _Matrix(name, (1, *local), std, None)
     if name.endswith(".self_attention.linear_qkv.weight"):
-        return _Matrix(name, (1, qkv, hidden), model.hidden_init_std, 1, qkv)
+        return _Matrix(name, (1, qkv, hidden), model.hidden_init_std, 1)
     if name.endswith(".self_attention.linear_proj.weight"):
-        return _Matrix(name, (1, hidden, attention), model.residual_init_std, 2, attention)
+        return _Matrix(name, (1, hidden, attention), model.residual_init_std, 2)
     if name.endswith(".mlp.linear_fc1.weight"):
         parts = 2 if model.gated else 1
-        return _Matrix(name, (parts, inner, hidden), model.hidden_init_std, 1, stored_ffn)
+        return _Matrix(name, (parts, inner, hidden), model.hidden_init_std, 1, padded=True)
     if name.endswith(".mlp.linear_fc2.weight"):
-        return _Matrix(name, (1, hidden, inner), model.residual_init_std, 2, stored_ffn)
+        return _Matrix(name, (1, hidden, inner), model.residual_init_std, 2, padded=True)
     return None
 
 
@@ -128,12 +115,12 @@ def _draw(matrix: _Matrix, model: Model, seed: int, device: torch.device) -> Ten
     return whole.normal_(0.0, std, generator=generator)
 
 
-def _share(whole: Tensor, matrix: _Matrix) -> Tensor:
+def _share(whole: Tensor, matrix: _Matrix, model: Model) -> Tensor:
     """This tensor-parallel rank's slice of every part, with zeros where it is padding."""
     if matrix.split is None:
         return whole
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    each, there = matrix.stored // size, whole.shape[matrix.split]
+    size, there = parallel_state.get_tensor_model_parallel_world_size(), whole.shape[matrix.split]
+    each = (model.stored(there, size) if matrix.padded else there) // size
     first = min(parallel_state.get_tensor_model_parallel_rank() * each, there)
     share = whole.narrow(matrix.split, first, min(each, there - first))
     missing = each - share.shape[matrix.split]

@@ -1,8 +1,9 @@
-"""Samples -> what a model eats: tokens, labels, loss mask, positions, document boundaries; and a digest to compare.
+"""Samples -> arrays for the model: tokens, labels, loss mask, positions, documents; and a digest.
 
-Masks and positions follow Megatron-Core (`megatron.core.datasets.gpt_dataset._get_ltor_masks_and_position_ids`): an
-end-of-document token belongs to the document it ends; the position after it is 0 of the next one when boundaries reset;
-and it is where the *input* is that token (its label opens the next document) that `mask_eod_loss` masks.
+Masks and positions follow Megatron-Core
+(`megatron.core.datasets.gpt_dataset._get_ltor_masks_and_position_ids`). An end-of-document token
+belongs to the document that it ends. Where boundaries reset, the position after it is 0 of the next
+document. `mask_eod_loss` masks where the *input* is that token: its label opens the next document.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from megacode.data.permute import make_key, uniform_bits
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A micro-batch of n samples of S tokens. Every array is contiguous, writable and the batch's own.
+    """A micro-batch of n samples of S tokens. Arrays are contiguous, writable and not shared.
 
     Attributes:
         tokens, labels: int64 [n, S]; labels[i, j] is the token after tokens[i, j].
         loss_mask: float32 [n, S], 1 or 0 for each label.
         position_ids: int64 [n, S].
         stream: int32 [n], index into the phase's streams.
-        segments: int32 [n, S], number of the document within the sample, where boundaries reset; else None.
-        digest: uint64 sum, modulo 2^64, over samples of a hash of (S + 1 tokens, position in the step): digests of the
-            parts of a step add up to the digest of the step, in whatever parts the ranks took it.
+        segments: int32 [n, S], number of the document in the sample; None unless boundaries reset.
+        digest: sum modulo 2^64, over samples, of a hash of (S + 1 tokens, position in the step).
+            Digests of the parts of a step add up to the step's, however ranks divide it.
     """
 
     tokens: NDArray[np.int64]
@@ -38,9 +39,6 @@ class Batch:
     stream: NDArray[np.int32]
     segments: NDArray[np.int32] | None
     digest: int
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 def make_batch(
@@ -57,7 +55,7 @@ def make_batch(
 
     Args:
         stream, positions: [n], see `Batch`.
-        lengths: int64 [n], tokens of each window that are real; what follows is padding, and no label there counts.
+        lengths: int64 [n], tokens of each window that are real; labels after them are masked.
         eod_id: needed for `reset_at_eod` and `mask_eod_loss`.
     """
     if (reset_at_eod or mask_eod_loss) and eod_id is None:
@@ -88,8 +86,9 @@ def make_batch(
 def digest(
     tokens: NDArray[np.int64], labels: NDArray[np.int64], positions: NDArray[np.int64]
 ) -> int:
-    """See `Batch.digest`. Of each sample a multilinear hash (sum of token j x random 64-bit constant j, modulo
-    2^64; Carter and Wegman 1979), mixed with its position. Samples of ids below 2^17 collide with at most 2^-47."""
+    """See `Batch.digest`. The hash of a sample is multilinear (sum of token j x random 64-bit
+    constant j, modulo 2^64; Carter and Wegman 1979), mixed with its position. Two samples of ids
+    below 2^17 collide with a probability of at most 2^-47."""
     factors = _factors(tokens.shape[1] + 1)
     with np.errstate(over="ignore"):
         hashes = (tokens @ factors[:-1] + labels[:, -1] * factors[-1]).astype(np.uint64)

@@ -1,17 +1,20 @@
-"""Best-fit packing: documents into packs of fixed room without cutting any that fits (Ding et al., arXiv 2404.10830).
+"""Best-fit packing: documents into packs, cutting none that fits (Ding et al., arXiv 2404.10830).
 
-A *pack* has room for `capacity` tokens. A document longer than that is first cut into whole packs; what is left of it,
-and every shorter document, is a *piece*. Pieces are placed longest first, each into the pack in which the least room
-stays (best-fit decreasing), else into a new one. Every token is in exactly one pack, and no document that fits is cut.
+A *pack* has room for `capacity` tokens. A longer document is first cut into whole packs; its rest,
+and every shorter document, is a *piece*. Pieces are placed longest first, each into the pack in
+which the least room stays (best-fit decreasing), else into a new one. Every token is in exactly one
+pack.
 
-**How it is fast.** Pieces of one length are the same thing, and so are packs with the same room: for a length m and a
-room r, as many packs of that room as there are take r // m pieces each, at once. A room that was used is less than half
-of what it was, so there are O(capacity log capacity) such moves, however many documents there are; the rest is a
-counting sort. Which rooms there are is one integer with a bit for each.
+**How it is fast.** Pieces of one length are interchangeable, and so are packs with the same room.
+For a length m and a room r, as many packs of that room as there are take r // m pieces each, in one
+move. A room that was used is less than half of what it was, so there are O(capacity log capacity)
+moves, however many documents there are; the rest is a counting sort. The rooms that exist are the
+bits of one integer.
 
-**What is packed together.** `BLOCK` consecutive documents of a shard, so that memory stays small and one shard's packs
-depend on nothing else. Packs of a block are then put in a keyed random order (the moves make those of long documents
-first, and a part of a source, `subset`, must be like the whole). Pieces stand in a pack in the order of the source.
+**What is packed together.** `BLOCK` consecutive documents of a shard, so that memory stays small
+and one shard's packs depend on nothing else. The packs of a block are then put in a keyed random
+order: the moves make those of long documents first, and a part of a source (`subset`) must be like
+the whole. Pieces stand in a pack in the order of the source.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Packs:
-    """Pack i holds the pieces first[i] ... first[i + 1]: `tokens` tokens from token number `start`; int64 arrays."""
+    """Pack i holds the pieces [first[i], first[i + 1]): piece j is `tokens[j]` tokens from token
+    number `start[j]` on."""
 
     first: Ints
     start: Ints
@@ -43,9 +47,10 @@ class Packs:
 
 
 def pack_documents(start: Ints, tokens: Ints, capacity: int, block: int = 0) -> Packs:
-    """Packs of the documents of one block, int64 [documents] each: where each begins, and its length (0 is no piece).
+    """Packs of the documents of one block.
 
     Args:
+        start, tokens: int64 [documents]: where each begins, and its length (0 is no piece).
         block: its number, which keys the order of its packs.
     """
     whole = tokens // capacity
@@ -65,7 +70,7 @@ def pack_documents(start: Ints, tokens: Ints, capacity: int, block: int = 0) -> 
     if count:
         key = make_key(PACKING_ALGORITHM, "packs", block)
         number = permute(np.arange(count), count, key).astype(np.int64)[number]
-    # Sort by pack and, in it, by place: one sort of plain numbers is several times faster than an indirect one.
+    # Sort by pack and, in it, by place. Sorting plain numbers is several times faster than argsort.
     bits = len(begin).bit_length()
     sequence = np.sort((number << bits) | np.arange(len(begin))) & ((1 << bits) - 1)
     first = np.concatenate([[0], np.cumsum(np.bincount(number, minlength=count))])
@@ -73,11 +78,11 @@ def pack_documents(start: Ints, tokens: Ints, capacity: int, block: int = 0) -> 
 
 
 def best_fit(lengths: Ints, capacity: int) -> tuple[Ints, int]:
-    """Best-fit decreasing: the bin of each of `lengths` (int64 [n], 1 ... capacity) as int64 [n], and how many bins."""
+    """Best-fit decreasing of `lengths` (int64 [n], 1 ... capacity): the bin of each, int64 [n], and
+    how many bins there are."""
     moves, opened = _moves(np.bincount(lengths, minlength=capacity + 1), capacity)
     first, bins, each = np.array(moves, dtype=np.int64).reshape(-1, 3).T
-    # The moves take the pieces from the longest to the shortest. Each fills one bin after another with
-    # `each` pieces.
+    # Moves take the pieces from the longest to the shortest, `each` for one bin after another.
     taken = bins * each
     number = np.arange(len(lengths)) - np.repeat(np.cumsum(taken) - taken, taken)
     kind = np.uint16 if capacity < 1 << 16 else np.int64  # numpy sorts 16 bits by radix
@@ -88,7 +93,7 @@ def best_fit(lengths: Ints, capacity: int) -> tuple[Ints, int]:
 
 
 def _moves(counts: Ints, capacity: int) -> tuple[list[tuple[int, int, int]], int]:
-    """(first bin, bins, pieces for each of them), in the order of falling length; and the number of bins.
+    """(first bin, bins, pieces for each bin) by falling length, and how many bins there are.
 
     Args:
         counts: int64 [capacity + 1], pieces of each length.

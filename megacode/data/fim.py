@@ -1,28 +1,30 @@
-"""Fill-in-the-middle (Bavarian et al., arXiv 2207.14255): documents rearranged, at context level (Crystal, arXiv 2411.04156).
+"""Fill-in-the-middle (Bavarian et al., arXiv 2207.14255) on rows of tokens.
 
-A row of tokens is split at end-of-document tokens into documents. Each is, with its stream's rate, decoded,
-cut at two uniformly drawn character positions into prefix, middle and suffix, encoded again, and written as
+A row is split at end-of-document tokens into documents. Each is, with its stream's rate, decoded,
+cut at two uniformly drawn character positions into prefix, middle and suffix, encoded again and
+written as one of:
 
     PSM:  <prefix> prefix <suffix> suffix <middle> middle
     SPM:  <prefix> <suffix> suffix <middle> prefix middle       (with probability `spm_rate`)
 
-At context level a row is a sample: a window of tokens, or a pack. It is then cut to its length, or padded. At
-document level a row is a whole document (`megacode.data.fim_document`). What the usual implementations leave
-open is decided thus:
+At context level (Crystal, arXiv 2411.04156) a row is a sample: a window of tokens, or a pack. It is
+then cut to its length, or padded. At document level a row is a whole document
+(`megacode.data.fim_document`). What implementations leave open is decided so:
 
-* Draws are hashes of (seed, stream, epoch, sample or document, number of the document in the row). They replay
-  on resume and in every layout, and differ from epoch to epoch.
-* A leading begin-of-sequence token and the end-of-document token stay where they are. Other control tokens in
-  a document (file names, chat turns) move with the text around them, as one character each. Text never
-  becomes one.
-* A document that the sample's edge cuts inside a character (tokenizers with bytes) keeps the tokens of that
-  broken character at the edge; the rest is rearranged.
-* A document that decoding and encoding would damage otherwise (bytes that are no UTF-8) is left as it is.
+* Draws are hashes of (seed, stream, epoch, sample or document, number of the document in the row).
+  They replay on resume and in every layout, and differ from epoch to epoch.
+* A leading begin-of-sequence token and the end-of-document token stay where they are. Other control
+  tokens in a document (file names, chat turns) move with the text around them, as one character
+  each. Text never becomes a control token.
+* Where the sample's edge cuts a document inside a character (tokenizers with bytes), the tokens of
+  the broken character stay at the edge; the rest is rearranged.
+* A document that decoding and encoding would otherwise damage (bytes that are no UTF-8) is left as
+  it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, pairwise
@@ -46,7 +48,7 @@ class Fim:
     """Control tokens and settings of one recipe.
 
     Attributes:
-        control: bool [vocab_size + 1]: ids that are no text. The last stands for all ids beyond the vocabulary.
+        control: bool [vocab_size + 1], ids that are no text; the last is for all ids above.
     """
 
     tokenizer: Tokenizer
@@ -60,7 +62,7 @@ class Fim:
     control: NDArray[np.bool_]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids of which none is a control token: the vocabulary's decoder, which checks no ids."""
+        """Text of ids without control tokens, by the vocabulary's own unchecked decoder."""
         return self.tokenizer.base.decode(ids)
 
     @cached_property
@@ -84,21 +86,6 @@ def make_fim(settings: schema.FimSection, tokenizer: Tokenizer) -> Fim:
     return Fim(tokenizer, **ids, eod=eod, bos=bos, spm_rate=settings.spm_rate, control=control)
 
 
-@dataclass(frozen=True)
-class _Rearranged:
-    """A document to be written anew: tokens [start, end) of its row. `before` and `after` tokens stay at its edges.
-
-    `pieces`: prefix, middle, suffix of the rest.
-    """
-
-    start: int
-    end: int
-    before: int
-    after: int
-    suffix_first: bool
-    pieces: Pieces
-
-
 def rearrange(
     fim: Fim,
     windows: NDArray[np.int64],
@@ -111,11 +98,11 @@ def rearrange(
 
     Args:
         lengths: tokens of each window that are real, int64 [n].
-        packed: bool [n], windows in which any document may be a part of one, not only the first and the last.
+        packed: bool [n], windows in which any document may be a part, not only the outer two.
 
     Returns:
-        Windows int64 [n, L], and how many of their tokens are real, int64 [n]. The rest of a rearranged window
-        is `fim.pad`. Windows with rate 0 come back as they are.
+        Windows int64 [n, L], and how many of their tokens are real, int64 [n]. The rest of a
+        rearranged window is `fim.pad`. Windows with rate 0 come back as they are.
     """
     chosen = np.flatnonzero(rates > 0).tolist()
     rows = [windows[row, : lengths[row]] for row in chosen]
@@ -142,58 +129,65 @@ def rearrange_rows(
     rates: NDArray[np.float64],
     edges: Sequence[str],
 ) -> list[list[int] | None]:
-    """Fill-in-the-middle on rows of any length, neither cut nor padded; None for a row that stays as it is.
+    """Fill-in-the-middle on rows of any length, neither cut nor padded; None for an unchanged row.
 
     Args:
-        edges: where a document of the row may begin or end inside a character: `outer` (the row's own ends),
-            `every` (any document's ends) or `none`: rows of whole documents, of which only what is near the
-            cuts is encoded again (`megacode.data.fim_near`).
+        edges: of each row, where documents may begin or end inside a character: `outer` (the row's
+            own ends), `every` (any document's ends) or `none`. Rows with `none` are whole
+            documents, of which only what is near the cuts is encoded again
+            (`megacode.data.fim_near`).
     """
     plans = [
         _plan_row(fim, row, int(key), float(rate), edge)
         for row, key, rate, edge in zip(rows, keys, rates, edges, strict=True)
     ]
-    pieces = [piece for plan in plans for document in plan for piece in document.pieces]
-    texts = [part for piece in pieces for part in piece if isinstance(part, str)]
+    texts = [part for plan in plans for part in plan if isinstance(part, str)]
     encoded = iter(fim.tokenizer.encode_batch(texts) if texts else [])
     return [
-        _write_row(fim, row.tolist(), plan, encoded) if plan else None
-        for row, plan in zip(rows, plans, strict=True)
+        list(chain.from_iterable(next(encoded) if isinstance(part, str) else part for part in plan))
+        if plan
+        else None
+        for plan in plans
     ]
 
 
-def _plan_row(
-    fim: Fim, row: NDArray[np.int64], key: int, rate: float, edges: str
-) -> list[_Rearranged]:
-    """Draws for every document of one row."""
+def _plan_row(fim: Fim, row: NDArray[np.int64], key: int, rate: float, edges: str) -> Piece:
+    """The rearranged row as texts to encode and tokens to keep; empty if it stays as it is."""
     ends = [*np.flatnonzero(row == fim.eod).tolist(), len(row)]
     starts = [0, *(end + 1 for end in ends[:-1])]
     # Four draws a document: whether, suffix first, and two cuts.
     bits = uniform_bits(key, np.arange(4 * len(starts))).reshape(-1, 4)
     chance = (bits[:, :2] >> np.uint64(11)) * 2.0**-53
     controls = fim.control[np.minimum(row, len(fim.control) - 1)]
-    documents = []
+    plan: Piece = []
+    done = 0
     for number in np.flatnonzero(chance[:, 0] < rate).tolist():
         start, end = starts[number], ends[number]
-        before, after = int(start < end and int(row[start]) == fim.bos), 0
-        text = slice(start + before, end)
-        cuts = partial(_cuts, bits[number, 2:])
-        pieces = None
-        if edges == "none" and not controls[text].any():
-            pieces = near_pieces(fim.texts, fim.decode, row[text], cuts)
-        if pieces is None:
-            cut_left = not before and (edges == "every" or (edges == "outer" and start == 0))
-            cut_right = edges == "every" or (edges == "outer" and end == len(row))
-            document = _decode(fim, row[text], controls[text], cut_left, cut_right)
+        cut_left = edges == "every" or (edges == "outer" and start == 0)
+        cut_right = edges == "every" or (edges == "outer" and end == len(row))
+        if start < end and row[start] == fim.bos:
+            start, cut_left = start + 1, False
+        ids, control, cuts = row[start:end], controls[start:end], partial(_cuts, bits[number, 2:])
+        near = None
+        if edges == "none" and not control.any():
+            near = near_pieces(fim.texts, fim.decode, ids, cuts)
+        if near:
+            prefix, middle, suffix = near
+        else:
+            document = _decode(fim, ids, control, cut_left, cut_right)
             if document is None:
                 continue
-            parts, left, after = document
-            before += left
+            parts, left, right = document
+            start, end = start + left, end - right
             size = sum(map(len, parts))
-            pieces = _split(parts, [0, *cuts(size), size])
-        suffix_first = bool(chance[number, 1] < fim.spm_rate)
-        documents.append(_Rearranged(start, end, before, after, suffix_first, pieces))
-    return documents
+            prefix, middle, suffix = _split(parts, [0, *cuts(size), size])
+        plan.append(row[done:start].tolist())
+        if chance[number, 1] < fim.spm_rate:
+            plan += [[fim.prefix, fim.suffix], *suffix, [fim.middle], *prefix, *middle]
+        else:
+            plan += [[fim.prefix], *prefix, [fim.suffix], *suffix, [fim.middle], *middle]
+        done = end
+    return [*plan, row[done:].tolist()] if plan else []
 
 
 def _decode(
@@ -222,7 +216,7 @@ def _decode(
                 right = _broken(fim, shorter, str.endswith)
                 run = run[: len(run) - right]
             text = fim.decode(run)
-            # U+FFFD may also stand in the corpus itself: what matters is that encoding gives the ids back.
+            # U+FFFD may also stand in the corpus: then encoding gives the same ids back.
             if _BROKEN in text and fim.tokenizer.encode(text) != run:
                 return None
         parts.append(text)
@@ -230,7 +224,7 @@ def _decode(
 
 
 def _broken(fim: Fim, shorter: list[list[int]], at_edge: Callable[[str, str], bool]) -> int:
-    """How many tokens to drop until the edge is a whole character; 0 if none helps (a real U+FFFD)."""
+    """Tokens to drop until the edge is a whole character; 0 for a real U+FFFD."""
     whole = (k for k, ids in enumerate(shorter) if not at_edge(fim.decode(ids), _BROKEN))
     return next(whole, 0)
 
@@ -250,26 +244,3 @@ def _split(parts: Piece, cuts: list[int]) -> Pieces:
                 piece.append(inside)
         position += len(part)
     return pieces
-
-
-def _write_row(
-    fim: Fim, row: list[int], documents: list[_Rearranged], encoded: Iterator[list[int]]
-) -> list[int]:
-    """The row with its documents rearranged. `encoded`: ids of all texts, in the order of the pieces."""
-    ids: list[int] = []
-    done = 0
-    for document in documents:
-        ids += row[done : document.start + document.before]
-        prefix, middle, suffix = (_ids(piece, encoded) for piece in document.pieces)
-        if document.suffix_first:
-            ids += [fim.prefix, fim.suffix, *suffix, fim.middle, *prefix, *middle]
-        else:
-            ids += [fim.prefix, *prefix, fim.suffix, *suffix, fim.middle, *middle]
-        ids += row[document.end - document.after : document.end]
-        done = document.end
-    return ids + row[done:]
-
-
-def _ids(piece: Piece, encoded: Iterator[list[int]]) -> list[int]:
-    parts = (next(encoded) if isinstance(part, str) else part for part in piece)
-    return list(chain.from_iterable(parts))

@@ -1,24 +1,24 @@
 """Fill-in-the-middle at document level (arXiv 2207.14255, section 3; StarCoder, arXiv 2305.06161).
 
-The document is rearranged whole, and samples show the rearranged one: prefix, suffix and middle may be as far
-apart as the document is long, and a sample may show a middle whose prefix stands in another one.
-`megacode.data.fim` says how a document is rearranged. Its draws are keyed by (seed, stream, epoch, document),
-so every sample of an epoch shows the same rearranged document. Which samples there are does not change (nothing
-is laid out anew), so any step can be read alone:
+The whole document is rearranged (`megacode.data.fim` says how), and samples show the result.
+Prefix, suffix and middle may be as far apart as the document is long, and a sample may show a
+middle whose prefix is in another sample. Draws are keyed by (seed, stream, epoch, document), so
+every sample of an epoch shows the same rearranged document. Which samples there are does not
+change, so any step can be read alone:
 
-* Of a document with n tokens, rearranged to n' (three control tokens more, and a few by encoding again at the
-  cuts), a sample that shows tokens [first, last) shows the rearranged tokens [first, last), and [first, n') if
-  last = n: what a document grew by stands in the sample in which it ends.
-* The sample is then cut to its length: about as many tokens as the documents that end in it grew by are lost at
-  its end, as at context level. In a document that goes on in the next sample these are a gap. A document that
-  got shorter, or a sample with room, is padded, and padding has no loss.
-* The last token of a window is there as a label only, and is the next window's first input (as without all
-  this). No other token is shown twice.
-* A document longer than `MAX_WINDOWS` sequences is left as it is: every sample of it would read and rearrange
-  all of it.
+* A document has n tokens, and n' when rearranged (three control tokens more, and a few by encoding
+  again at the cuts). A sample that shows tokens [first, last) of it shows the rearranged tokens
+  [first, last), and [first, n') if last = n: the sample in which the document ends has the growth.
+* The sample is then cut to its length. About as many tokens are lost at its end as the documents
+  that end in it grew by. In a document that goes on in the next sample these are a gap. A sample
+  with room (a document got shorter, or a pack was not full) is padded, and padding has no loss.
+* The last token of a window is there as a label only, and is the next window's first input. No
+  other token is shown twice.
+* A document longer than `MAX_WINDOWS` sequences is left as it is: every sample of it would have to
+  read and rearrange all of it.
 
-Each sample reads every chosen document that it touches, whole, and encodes again what is near the cuts
-(`megacode.data.fim_near`).
+Each sample reads every chosen document that it touches, whole, and encodes again what is near the
+cuts (`megacode.data.fim_near`).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def rearrange_documents(
         samples: the parts of documents that each of n samples shows.
         length: of a sample with its last label, S + 1.
         keys, rates: uint64 [n] (of seed, stream and epoch) and float64 [n].
-        packed: bool [n], samples that are packs: the last part of any other ends with the window's last label.
-        read: (sample, start, tokens) -> that many tokens of the sample's source from token `start` on, int64 [tokens].
+        packed: bool [n], samples that are packs. The last part of any other ends with a label.
+        read: (sample, start, tokens) -> int64 tokens [start, start + tokens) of its source.
 
     Returns:
         int64 [n, length], and how many of the tokens are real, int64 [n]; the rest is `fim.pad`.

@@ -1,13 +1,15 @@
-"""Pieces of a long document without decoding and encoding all of it: only what lies near the cuts.
+"""Fill-in-the-middle of a long document that encodes only what lies near the cuts.
 
-A piece of a document (prefix, middle, suffix) is encoded as if it were a text of its own. Away from its cut edge that gives the
-tokens that the document has there already: tokenizers split text at words first, or merge within a few characters. So the
-text between a cut and a word at least `MARGIN` tokens away is encoded, and beyond that word the document's tokens
-are kept. The text of a piece is always exact. Its tokens are those of encoding it whole unless the tokenizer lets a
-merge reach over `MARGIN` tokens and past the beginning of a word.
+A piece of a document (prefix, middle, suffix) is encoded as if it were a text of its own. Away from
+its cut edge that gives the tokens that the document already has there: tokenizers split text at
+words first, or merge within a few characters. So the text between a cut and a word at least
+`MARGIN` tokens away is encoded, and beyond that word the document's tokens are kept. The text of a
+piece is always exact. Its tokens are those of encoding it whole unless the tokenizer lets a merge
+reach over `MARGIN` tokens and past the beginning of a word.
 
-Cuts are places between characters, so it must be known how many characters each token is. A table has that for every id
-whose text does not depend on its neighbours; a document with other ids (parts of characters) is left to the long way.
+Cuts are places between characters, so the number of characters of each token must be known. A table
+has it for every id whose text does not depend on its neighbours. A document with other ids (parts
+of characters) is decoded and encoded whole.
 """
 
 from __future__ import annotations
@@ -35,15 +37,22 @@ Decode = Callable[[list[int]], str]
 
 @dataclass(frozen=True, eq=False)
 class TokenTexts:
-    """For every id, int32/bool [ids]: `characters` it adds inside a text (-1: depends on its neighbours), and whether it is
-    the beginning of a `word`: one space and something that is none."""
+    """What each id of a vocabulary is.
+
+    Attributes:
+        characters: int32 [ids], characters that it adds to a text; -1: its neighbours matter.
+        word: bool [ids], whether it begins a word: a space and a character that is none.
+    """
 
     characters: NDArray[np.int32]
     word: NDArray[np.bool_]
 
 
 def token_texts(size: int, decode: Decode, anchor: int, skip: NDArray[np.bool_]) -> TokenTexts:
-    """The table of a vocabulary of `size` ids: what each adds behind the token `anchor`. `skip`: bool, ids that are no text."""
+    """The table of a vocabulary of `size` ids: what each adds behind the token `anchor`.
+
+    `skip`: bool [at least size], ids that are no text.
+    """
     characters, word = np.full(size, -1, dtype=np.int32), np.zeros(size, dtype=bool)
     before = decode([anchor])
     for token in np.flatnonzero(~skip[:size]).tolist():
@@ -61,7 +70,7 @@ def near_pieces(
     ids: NDArray[np.int64],
     draw: Callable[[int], Sequence[int]],
 ) -> Pieces | None:
-    """Prefix, middle and suffix of a document of text tokens `ids`; None: decode and encode all of it.
+    """Prefix, middle and suffix of a document of text tokens; None: decode and encode all of it.
 
     Args:
         draw: number of characters -> the two cuts, in order.
@@ -71,7 +80,7 @@ def near_pieces(
     characters = table.characters[ids]
     if int(characters.min()) < 0:
         return None
-    # Some tokenizers begin every text with a space that decoding drops. It is not one of the characters.
+    # Some tokenizers begin every text with a space that decoding drops: not one of the characters.
     dropped = int(characters[0]) - len(decode([int(ids[0])]))
     if dropped not in (0, 1):
         return None
@@ -99,7 +108,7 @@ class _Document:
     decode: Decode
 
     def piece(self, low: int, high: int) -> Piece:
-        """Characters [low, high) as texts to encode and tokens to keep. Where an end is the document's own, nothing was cut."""
+        """Characters [low, high) as texts to encode and tokens to keep."""
         if low == high:
             return []
         cut_left, cut_right = low > 0, high < int(self.ends[-1])
@@ -129,7 +138,10 @@ class _Document:
         return int(self.ends[token - 1]) if token else 0
 
     def _text(self, first: int, stop: int, whole: bool) -> str:
-        """Text of tokens [first, stop); `whole`: with the space that decoding drops at the beginning (and encoding adds)."""
+        """Text of tokens [first, stop).
+
+        `whole`: with the space that decoding drops at the beginning (and encoding adds).
+        """
         text = self.decode(self.ids[first:stop].tolist())
         dropped = int(self.ends[stop - 1]) - self._start(first) - len(text)
         if dropped not in (0, 1):

@@ -1,7 +1,7 @@
-"""Megacode's one place for Megatron-Core's IndexedDataset: `PREFIX.bin`, `PREFIX.idx`, and our manifest `PREFIX.json`.
+"""Megatron-Core's IndexedDataset: `PREFIX.bin`, `PREFIX.idx`, and our manifest `PREFIX.json`.
 
-`PREFIX.bin` holds tokens and nothing else; `PREFIX.idx` says where sequences and documents begin (little-endian, after
-`_IndexWriter` in `megatron.core.datasets.indexed_dataset`):
+`PREFIX.bin` holds tokens and nothing else. `PREFIX.idx` says where sequences and documents begin
+(little-endian, after `_IndexWriter` in `megatron.core.datasets.indexed_dataset`):
 
     9 bytes  "MMIDIDX" 0 0
     uint64   version, 1
@@ -12,7 +12,7 @@
     int64    [n] byte offset of each sequence in the .bin
     int64    [d] boundaries of documents, as sequence numbers: d - 1 documents
 
-What is written here has one sequence a document, byte for byte as Megatron-Core's builder writes it. Reading maps files.
+Megacode writes one sequence a document, byte for byte as Megatron-Core's builder does.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CHUNK = 1 << 20
 
 
 def with_ending(prefix: Path, ending: str) -> Path:
-    """`corpus/train` + `.idx` -> `corpus/train.idx`; dots in the name stay (unlike Path.with_suffix)."""
+    """`corpus/train` + `.idx` -> `corpus/train.idx`; unlike Path.with_suffix it keeps dots."""
     return prefix.with_name(prefix.name + ending)
 
 
@@ -52,12 +52,12 @@ def chunks(total: int, size: int = 0) -> Iterator[tuple[int, int]]:
     return ((start, min(start + size, total)) for start in range(0, total, size))
 
 
-# --------------------------------------------------------------------------------------------------------- reading
+# ----------------------------------------------------------------------------------------- reading
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One .bin/.idx pair. `tokens` and `sequences` count; `boundaries` is d, one more than the documents."""
+    """One .bin/.idx pair. `tokens`, `sequences` and `boundaries` (documents + 1) are counts."""
 
     prefix: Path
     dtype: np.dtype[Any]
@@ -78,7 +78,7 @@ class Shard:
         return max(0, self.boundaries - 1)
 
     def _mapped(self, kind: str, offset: int, start: int, stop: int) -> NDArray[Any]:
-        """Part of the .idx. It is unmapped with the array, so that what was read does not stay in memory."""
+        """Part of the .idx. It is unmapped with the array, so that it does not stay in memory."""
         if stop <= start:
             return np.zeros(0, dtype=kind)
         offset += _HEADER.size + start * np.dtype(kind).itemsize
@@ -93,7 +93,7 @@ class Shard:
         return self._mapped("<i8", 4 * self.sequences, start, stop)
 
     def document_boundaries(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Document boundaries [start, stop): document d is the sequences from boundary d to boundary d + 1."""
+        """Boundaries [start, stop): document d is the sequences from boundary d to d + 1."""
         return self._mapped("<i8", 12 * self.sequences, start, stop)
 
     @cached_property
@@ -105,7 +105,7 @@ class Shard:
         )
 
     def document_at(self, token: int) -> tuple[int, int, int]:
-        """(document, its first token, tokens in it) of the document that holds token number `token` of this shard."""
+        """(number, first token, length) of the document that holds token number `token`."""
         offsets, boundaries = self._whole_index
         sequence = int(np.searchsorted(offsets, token * self.dtype.itemsize, side="right")) - 1
         document = int(np.searchsorted(boundaries, sequence, side="right")) - 1
@@ -116,9 +116,9 @@ class Shard:
         return document, start, int(offsets[after]) // self.dtype.itemsize - start
 
     def token_edges(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Where documents [start, stop) begin, in tokens, and where the last one ends: int64 [stop - start + 1].
+        """Token at which each of documents [start, stop) begins, and at which the last one ends.
 
-        UserError if the index is damaged.
+        int64 [stop - start + 1]. UserError if the index is damaged.
         """
         sequences = np.asarray(self.document_boundaries(start, stop + 1))
         low, high = int(sequences.min()), int(sequences.max())
@@ -130,29 +130,20 @@ class Shard:
             raise self._damaged()
         return edges
 
-    def document_lengths(self) -> Iterator[NDArray[Any]]:
+    def document_lengths(self) -> Iterator[NDArray[np.int64]]:
         """Tokens of each document in order, some at a time. UserError if the index is damaged."""
         size = max(1, min(CHUNK, CHUNK * self.documents // max(self.sequences, 1)))
         for start, stop in chunks(self.documents, size):
-            sequences = self.document_boundaries(start, stop + 1)
-            first, last = int(sequences[0]), int(sequences[-1])
-            lengths: NDArray[Any]
-            if (np.diff(sequences) == 1).all() and first >= 0 and last <= self.sequences:
-                lengths = self.sequence_lengths(first, last)
-            else:
-                lengths = np.diff(self.token_edges(start, stop))
-            if lengths.min() < 0:
-                raise self._damaged()
-            yield lengths
+            yield np.diff(self.token_edges(start, stop))
 
     def _damaged(self) -> UserError:
         return UserError(f"{self.idx_path} is damaged; `megacode inspect --verify` says where")
 
 
 def open_shard(prefix: Path, label: str = "dataset") -> Shard:
-    """Read the header and the last entries of one index and check them against both files' sizes: O(1).
+    """Read the header and the last entries of an index and check them against both files' sizes.
 
-    UserError, beginning with `label`, if the pair is incomplete or damaged.
+    O(1). UserError, beginning with `label`, if the pair is incomplete or damaged.
     """
     idx, data = with_ending(prefix, ".idx"), with_ending(prefix, ".bin")
     for path, other in ((data, idx), (idx, data)):
@@ -196,13 +187,13 @@ def open_shard(prefix: Path, label: str = "dataset") -> Shard:
     there = data.stat().st_size
     if there != end:
         raise UserError(
-            f"{label}: {data} has {there:,} bytes where its index says {end:,}: one of the two is from "
-            "another run or cut short; tokenize the source again"
+            f"{label}: {data} has {there:,} bytes where its index says {end:,}: one of the two is "
+            "from another run or cut short; tokenize the source again"
         )
     return Shard(prefix, dtype, end // dtype.itemsize, sequences, boundaries)
 
 
-# --------------------------------------------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------------------------- writing
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -211,7 +202,10 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def write_index(path: Path, lengths: NDArray[np.int32], dtype: np.dtype[Any]) -> None:
-    """The .idx of documents of `lengths` tokens (int32 [n]), whole or not at all. Holds no second array of n."""
+    """Write the .idx of documents of `lengths` tokens (int32 [n]), whole or not at all.
+
+    Holds no second array of n in memory.
+    """
     with replace_file(path) as file:
         file.write(_HEADER.pack(_MAGIC, 1, _CODES[np.dtype(dtype)], len(lengths), len(lengths) + 1))
         lengths.astype("<i4", copy=False).tofile(file)
@@ -224,7 +218,7 @@ def write_index(path: Path, lengths: NDArray[np.int32], dtype: np.dtype[Any]) ->
             np.arange(start, stop, dtype="<i8").tofile(file)
 
 
-# ------------------------------------------------------------------------------------------ datasets and manifests
+# -------------------------------------------------------------------------- datasets and manifests
 
 
 ENDINGS = (".json", ".idx", ".bin", ".records.npy")
@@ -250,7 +244,7 @@ def remove_dataset(prefix: Path) -> None:
 
 
 def listed_shards(prefix: Path) -> list[Path]:
-    """The shards that the manifest of a dataset lists, in order; none if it is one shard, or no manifest is there.
+    """The shards that the manifest of a dataset lists, in order; none for one shard or no manifest.
 
     Raises:
         UserError: a name leads out of the folder of the dataset.
@@ -282,7 +276,7 @@ def write_manifest(prefix: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(prefix: Path) -> dict[str, Any] | None:
-    """The manifest of a complete dataset; None if there is none. UserError if the file is something else."""
+    """The manifest of a complete dataset, if any. UserError if the file is something else."""
     path = with_ending(prefix, ".json")
     if not path.exists():
         return None

@@ -11,9 +11,9 @@ PER_OCTAVE = 8
 
 
 def log_edges(per_octave: int) -> NDArray[np.int64]:
-    """0, then the whole numbers at or above 2^(k / per_octave) from 1 to 2^31, each once: edges of half-open bins.
+    """Edges of half-open bins: 0, then the integers at or above 2^(k / per_octave) from 1 to 2^31.
 
-    Every bin holds a whole number: below 8 or so there is one bin for each length. Edges of a divisor of
+    Every bin holds an integer: below 8 or so each length has its own bin. Edges of a divisor of
     `per_octave` are among those of `per_octave`.
     """
     powers = np.ceil(2.0 ** (np.arange(31 * per_octave + 1) / per_octave) - 1e-6).astype(np.int64)
@@ -21,8 +21,8 @@ def log_edges(per_octave: int) -> NDArray[np.int64]:
 
 
 EDGES = log_edges(PER_OCTAVE)
-"""Bin i of a length histogram holds lengths from EDGES[i] to EDGES[i + 1] - 1; bin 0 the empty documents, and the last
-one all that is longer."""
+"""Bin i of a length histogram holds lengths from EDGES[i] to EDGES[i + 1] - 1: bin 0 the empty
+documents, the last one also all longer ones."""
 BINS = len(EDGES) - 1
 
 

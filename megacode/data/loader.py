@@ -1,8 +1,8 @@
 """The batches of one data-parallel rank, step by step.
 
-In a step of B sequences on `world` data-parallel ranks with micro-batches of m, rank r's micro-batch i holds the
-batch's positions [i m world + r m, + m). Each rank works out and reads its own positions; nothing is sent between ranks,
-and their union is the same batch for every `world` and m.
+In a step of B sequences on `world` data-parallel ranks with micro-batches of m, rank r's
+micro-batch i holds the batch's positions [i m world + r m, + m). Each rank works out and reads its
+own positions; nothing is sent between ranks. Their union is the same for every `world` and m.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megacode.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True, eq=False)
 class StepBatch:
-    """One rank's share of a step: micro-batches in order, and the samples they hold (arrays in the same order)."""
+    """One rank's share of a step: its micro-batches, and their samples in the same order."""
 
     step: int
     micro_batches: tuple[Batch, ...]
@@ -31,12 +31,12 @@ class StepBatch:
 
     @property
     def digest(self) -> int:
-        """Sum of the micro-batches' digests modulo 2^64; the sum over ranks (modulo 2^64) is the step's."""
+        """Sum of the micro-batches' digests modulo 2^64; the sum over ranks is the step's."""
         return sum(batch.digest for batch in self.micro_batches) % 2**64
 
 
 class StepReader:
-    """Makes any step's `StepBatch` for one data-parallel rank: a pure function of (plan, step, rank, world, size).
+    """Makes any step's `StepBatch`: a pure function of (plan, step, rank, world, size).
 
     Args:
         rank, world: of the data-parallel group.
@@ -65,9 +65,9 @@ class StepReader:
             self._eod = tokenizer.eod_id
 
     def read(self, step: int) -> StepBatch:
-        """UserError if the batch does not divide among the ranks, or if a source holds ids outside the vocabulary.
+        """UserError if the batch does not divide among ranks, or an id is above the vocabulary.
 
-        Any other failure comes out as RuntimeError with the step and the rank, its cause attached.
+        Any other failure becomes a RuntimeError with the step and the rank, its cause attached.
         """
         try:
             return self._read(step)
@@ -83,9 +83,9 @@ class StepReader:
         total = phase.batch_size(step)
         if total % (size * self.world):
             raise UserError(
-                f"phases.{phase.name}.batch_size: {total} sequences in step {step} do not divide into "
-                f"micro-batches of {size} on {self.world} data-parallel ranks; make it a multiple of "
-                f"{size * self.world}"
+                f"phases.{phase.name}.batch_size: {total} sequences in step {step} do not divide "
+                f"into micro-batches of {size} on {self.world} data-parallel ranks; make it a "
+                f"multiple of {size * self.world}"
             )
         places = np.arange(total).reshape(-1, self.world, size)[:, self.rank].reshape(-1)
         samples = self.mixture.step(step, places)
@@ -93,7 +93,7 @@ class StepReader:
         return StepBatch(step, tuple(map(self._batch, parts)), samples)
 
     def sample(self, step: int, place: int) -> Batch:
-        """One sample of a step's batch as training sees it, by its place. IndexError if there is no such place."""
+        """The sample at one place of a step's batch, as training sees it. IndexError outside it."""
         return self._batch(self.mixture.step(step, [place]))
 
     def _batch(self, samples: StepSamples) -> Batch:
@@ -112,7 +112,7 @@ class StepReader:
 def batches(
     reader: StepReader, first_step: int = 0, prefetch: int | None = None
 ) -> Prefetch[StepBatch]:
-    """A rank's batches from `first_step` to the end of the run; close it (or use `with`) to end early.
+    """A rank's batches from `first_step` to the run's end. Close it (or use `with`) to end early.
 
     `prefetch`: steps prepared ahead on a thread; default: the recipe's `data.prefetch`.
     """
@@ -136,8 +136,8 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """The first `samples` windows of a held-out source, in order: windows [i S, i S + S + 1).
 
-    Every rank gets equally many micro-batches: what is missing is filled with fully masked samples. A shorter
-    last window is padded and masked. `stream` is 0 throughout.
+    Every rank gets equally many micro-batches: what is missing is filled with fully masked samples.
+    A shorter last window is padded and masked. `stream` is 0 throughout.
     """
     available = -(-(source.tokens - 1) // sequence_length)
     if available < 1:

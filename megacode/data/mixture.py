@@ -1,16 +1,18 @@
-"""(plan, step) -> which samples: a pure function. Nothing is drawn or saved; any step can be asked for first.
+"""(plan, step) -> which samples: a pure function. Nothing is drawn or saved.
 
 How step t's batch comes about, for a batch of B sequences of S tokens:
 
 1. The plan says how many samples each stream gives (their sum is B) and how many it gave before.
-2. Sample k of a stream stands at ordered position p = cursor + k S. Its epoch is p // (M W), where the stream is M
-   windows of W tokens; the window in slot (p mod M W) // W of that epoch is first_window + permutation(slot), keyed
-   by (seed, stream, epoch); the sample is the S + 1 tokens from p mod W of that window. So an epoch holds every sample
-   exactly once. With `packing: best_fit` a window is a pack (W = S) and the sample is what is in it.
-3. A permutation keyed by (seed, t) orders the B samples, so that every micro-batch of every rank sees the mixture.
+2. Sample k of a stream stands at ordered position p = cursor + k S. The stream is M windows of W
+   tokens, so its epoch is p // (M W), and the slot in that epoch is (p mod M W) // W. The slot's
+   window is first_window + permutation(slot), keyed by (seed, stream, epoch). The sample is the
+   S + 1 tokens from p mod W of that window. So an epoch holds every sample exactly once. With
+   `packing: best_fit` a window is a pack (W = S) and the sample is what is in it.
+3. A permutation keyed by (seed, t) orders the B samples, so that every micro-batch of every rank
+   sees the mixture.
 
-A rank asks for its own positions only. Nothing above knows of ranks, of the run's length or of later phases, so none of
-them can change what a step reads.
+A rank asks for its own positions only. Nothing above depends on ranks, on the run's length or on
+later phases, so none of them can change what a step reads.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ class StepSamples:
         positions: int64 [n], places in the step's batch.
         stream: int32 [n], index into `phase.streams`.
         epoch: int64 [n], passes over the stream before this one.
-        start: int64 [n], first token of the source, counted from its first; with `packing: best_fit` the number of the pack
-            times the sequence length.
+        start: int64 [n], number of the first token in the source; with `packing: best_fit` the
+            number of the pack times the sequence length.
     """
 
     step: int
@@ -68,7 +70,10 @@ class StepSamples:
 
 @dataclass(frozen=True)
 class SampleOrigin:
-    """Where one sample of a batch comes from: `parts` of documents, in order, make its `tokens`. `start`: `StepSamples`."""
+    """Where one sample of a batch comes from: `parts` of documents, in order, make its `tokens`.
+
+    `start`: as in `StepSamples`.
+    """
 
     position: int
     stream: StreamPlan
@@ -147,12 +152,12 @@ class OpenMixture:
 
 
 def stream_key(seed: int, purpose: str, stream: StreamPlan) -> int:
-    """The key of a stream's draws: of the seed, what is drawn, and the stream; not of the phase or of anything else."""
+    """The key of a stream's draws for `purpose`. It does not depend on the phase."""
     return make_key(seed, purpose, stream.source, float(stream.low), float(stream.high))
 
 
 def open_mixture(plan: Plan) -> OpenMixture:
-    """The data order of a plan over its sources. UserError if one is not there, or is not what the plan counted."""
+    """The data order of a plan over its sources. UserError if one is missing or too short."""
     return OpenMixture(plan, open_sources(plan))
 
 
@@ -164,8 +169,8 @@ def _check(stream: StreamPlan, source: TokenSource) -> None:
         unit, found, needed = "tokens", source.tokens, end * stream.window + 1
     if found < needed:
         raise UserError(
-            f"sources.{stream.source}: has {found:,} {unit} where the plan reads {needed:,}; the data changed "
-            "since it was planned, or `tokens` promised more: plan again"
+            f"sources.{stream.source}: has {found:,} {unit} where the plan reads {needed:,}; the "
+            "data changed since it was planned, or `tokens` promised more: plan again"
         )
 
 

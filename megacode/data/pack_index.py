@@ -1,14 +1,16 @@
 """A shard's packs on disk: made once, by one process, and read by all through a memory map.
 
-The file is PREFIX.pack-S beside the shard (S: sequence length), or in a folder of the recipe's choice (`data.pack_cache`).
+The file is PREFIX.pack-S beside the shard (S: sequence length), or in the folder `data.pack_cache`.
 Little-endian:
 
-    for each block of documents: int64 [pieces] first tokens, int32 [pieces] lengths, uint32 [packs + 1] first pieces
+    for each block of documents:
+    int64 [pieces], int32 [pieces], uint32 [packs + 1]
+                                 first token and length of each piece, first piece of each pack
     int64 [blocks, 3]            of each block: its byte offset, packs, pieces
     JSON                         `_identity`, and documents, tokens and documents that were cut
     uint64, uint64, 8 bytes      blocks, bytes of JSON, "MEGAPACK"
 
-Written whole or not at all, and only used where its identity is that of the shard at hand: else it is made again.
+Written whole or not at all, and made again where its identity is not that of the shard at hand.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ class PackIndex:
         return np.asarray(np.memmap(self.path, np.uint8, "r"))
 
     def pieces(self, pack: int) -> tuple[list[int], list[int]]:
-        """First token (in the shard) and length of each piece of a pack, in the shard's order. O(pieces)."""
+        """First token (in the shard) and length of each piece of a pack, in the shard's order."""
         if not 0 <= pack < self.packs:
             raise IndexError(f"{self.path}: pack {pack} is outside [0, {self.packs})")
         block = bisect_right(self.ends, pack)
@@ -86,10 +88,10 @@ class PackIndex:
 
 
 def open_pack_index(shard: Shard, sequence_length: int, cache: Path | None = None) -> PackIndex:
-    """The index of a shard's packs of `sequence_length` + 1 tokens; made first where there is none that fits.
+    """The index of a shard's packs of `sequence_length` + 1 tokens, made if none fits.
 
-    Of several processes that ask for it at once, one makes it and the others wait. UserError if it cannot be
-    written.
+    Of several processes that ask for it at once, one makes it and the others wait. UserError if it
+    cannot be written.
     """
     path, identity = index_path(shard, sequence_length, cache), _identity(shard, sequence_length)
     try:
@@ -131,8 +133,8 @@ def index_path(shard: Shard, sequence_length: int, cache: Path | None) -> Path:
 def _identity(shard: Shard, sequence_length: int) -> dict[str, int | str]:
     """Everything that a shard's packs depend on.
 
-    `index_digest` is of 16 stretches of the .idx, the header among them: another tokenization is another
-    index, even of the same size.
+    `index_digest` is of 16 stretches of the .idx, the header among them: another tokenization is
+    another index, even of the same size.
     """
     status, digest = os.stat(shard.idx_path), hashlib.blake2b(digest_size=16)
     with open(shard.idx_path, "rb") as file:

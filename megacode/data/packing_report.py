@@ -1,7 +1,7 @@
-"""What each way of packing loses: documents cut, tokens never shown, padding. To choose between them before the run.
+"""What each way of packing loses: documents cut, tokens never shown, padding. For the plan.
 
-From the documents' lengths alone: exact for sources of up to `MEASURED` documents, else from four stretches,
-evenly spread.
+From the documents' lengths alone: exact for sources of up to `MEASURED` documents, else from four
+stretches, evenly spread.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class PackingLosses:
         cut: share of the documents that no sample shows whole, by way of packing.
         lost: share of tokens that no sample shows (`concatenate`: the rest behind the last window).
         padding: share of padding in the samples of `best_fit`.
-        giant: share of tokens in documents that document-level fill-in-the-middle leaves as they are; None where
-            no phase uses it.
+        giant: share of tokens in documents that document-level fill-in-the-middle leaves as they
+            are; None where no phase uses it.
     """
 
     source: str
@@ -89,9 +89,9 @@ def _measure(source: TokenSource, stream: StreamPlan, by_document: bool) -> Pack
 
 
 def _stretches(source: TokenSource) -> Iterator[NDArray[np.int64]]:
-    """Where the documents of a stretch begin in the source, and where its last one ends: int64 [documents + 1].
+    """Of each stretch: where its documents begin in the source, and where the last one ends.
 
-    A stretch is a shard, or in a large source a part of one.
+    int64 [documents + 1]. A stretch is a shard, or in a large source a part of one.
     """
     firsts = list(accumulate((shard.documents for shard in source.shards), initial=0))
     tokens = list(accumulate((shard.tokens for shard in source.shards), initial=0))

@@ -23,20 +23,20 @@ def plan_with_data(recipe: Recipe, path: Path | None = None) -> Plan:
 
 
 def token_counts(recipe: Recipe) -> dict[str, int]:
-    """Tokens of every source that a phase reads: counted where its data is there, else the declared `tokens`.
+    """Tokens of every source that a phase reads: counted, or the declared `tokens` without data.
 
-    Reads index headers only. UserError if a source has neither, if some of its files are missing, or if one
-    is damaged.
+    Reads index headers only. UserError if a source has neither, if some of its files are missing,
+    or if one is damaged.
     """
     names = dict.fromkeys(name for name, _ in _reads(recipe))
     return {name: _tokens(name, recipe.sources[name]) for name in names}
 
 
 def pack_counts(recipe: Recipe) -> dict[tuple[str, int], int]:
-    """Packs of every source that a phase reads with `packing: best_fit`, by (source, sequence length).
+    """Packs of every source read with `packing: best_fit`, by (source, sequence length).
 
-    Exact, from the documents' lengths. Makes the pack indexes that are missing. Sources without data are left
-    out: a plan estimates them.
+    Exact, from the documents' lengths. Makes the pack indexes that are missing. Sources without
+    data are left out: a plan estimates them.
     """
     counts = {}
     for name, length in _reads(recipe):
@@ -65,6 +65,6 @@ def _tokens(name: str, source: Source) -> int:
     if not source.paths:
         raise UserError(f"sources.{name}: give `path` (data) or `tokens` (its expected size)")
     raise UserError(
-        f"sources.{name}.path: no data at {source.paths[0]} (.bin and .idx); tokenize it first, or give `tokens` "
-        "to plan without it"
+        f"sources.{name}.path: no data at {source.paths[0]} (.bin and .idx); tokenize it first, or "
+        "give `tokens` to plan without it"
     )

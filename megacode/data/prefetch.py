@@ -13,8 +13,8 @@ T = TypeVar("T")
 class Prefetch(Iterator[T], Generic[T]):
     """Iterates over `items`; one thread prepares up to `depth` ahead. Depth 0 uses no thread.
 
-    An exception in `items` is raised by the `next` that would have given its item. `close`, the end of
-    a `with` block, or losing the last reference stops the thread.
+    An exception in `items` is raised by the `next` that would have given its item. `close`, the end
+    of a `with` block, or losing the last reference stops the thread.
     """
 
     def __init__(self, items: Iterable[T], depth: int) -> None:

@@ -1,9 +1,10 @@
 """Which input file and record a document of a dataset was made from, where the dataset says so.
 
-`PREFIX.records.npy` is int64 [documents, 2]: number of the input file from 0, number of the record in it from 1 (of a
-JSONL file: the line). The files are the list "input files" of the dataset's manifest (`path` of each), or, where there are
-very many, lines of the file that its "input files table" names (path, and more after a tab). The manifest of a shard names
-its "dataset". `megacode preprocess` writes all of it; datasets of other tools have none.
+`PREFIX.records.npy` is int64 [documents, 2]: number of the input file, from 0, and number of the
+record in it, from 1 (of a JSONL file: the line). The files are the list "input files" of the
+dataset's manifest (`path` of each). Where there are very many they are lines of the file that its
+"input files table" names (path, and more after a tab). The manifest of a shard names its "dataset".
+`megacode preprocess` writes all of it; datasets of other tools have none.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megacode.files import inside
 
 @dataclass(frozen=True, eq=False)
 class InputRecords:
-    """Of one dataset. `records`: int64 [documents, 2], mapped; `files`: paths as the tool was given them."""
+    """`records`: int64 [documents, 2], mapped from `path`; `files`: paths as given."""
 
     path: Path
     records: NDArray[np.int64]
@@ -39,7 +40,8 @@ class InputRecords:
                 return self.files[file], record
             wrong = f"names input file {file:,} of {len(self.files):,}"
         raise UserError(
-            f"{self.path}: {wrong}; it is of another dataset: tokenize the source again, or remove the file"
+            f"{self.path}: {wrong}; it is of another dataset: tokenize the source again, or "
+            "remove the file"
         )
 
 
@@ -55,13 +57,13 @@ def read_records(prefix: Path) -> InputRecords | None:
         return InputRecords(path, records, input_files(prefix))
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise UserError(
-            f"{path}: cannot be read together with the dataset's manifest ({error}); tokenize the source "
-            "again, or remove the file"
+            f"{path}: cannot be read together with the dataset's manifest ({error}); tokenize the "
+            "source again, or remove the file"
         ) from error
 
 
 def input_files(prefix: Path) -> tuple[str, ...]:
-    """Paths of the files that a dataset was made of, as the tool was given them; KeyError where its manifest has none.
+    """Paths of the files that a dataset was made of; KeyError where its manifest has none.
 
     Raises:
         UserError: a name in the manifest leads out of its folder.

@@ -23,7 +23,7 @@ class SampleReader:
     """Reads any samples of a mixture.
 
     Raises:
-        UserError: fill-in-the-middle is asked for and there is no tokenizer, or one without its tokens.
+        UserError: fill-in-the-middle has no tokenizer, or one without its control tokens.
     """
 
     def __init__(self, mixture: OpenMixture, tokenizer: Tokenizer | None) -> None:
@@ -35,7 +35,7 @@ class SampleReader:
         if any(stream.fim_rate > 0 for phase in phases for stream in phase.streams):
             if tokenizer is None:
                 raise UserError(
-                    "tokenizer: the control tokens of fill-in-the-middle need one; name it in the recipe"
+                    "tokenizer: fill-in-the-middle and its tokens need one; name it in the recipe"
                 )
             self._fim = make_fim(recipe.data.fim, tokenizer)
         keys = [[stream_key(recipe.seed, "fim", s) for s in phase.streams] for phase in phases]
@@ -44,8 +44,10 @@ class SampleReader:
     def read(self, samples: StepSamples) -> Tokens:
         """UserError if a source holds ids outside the vocabulary, or cannot be read."""
         windows, lengths = self._stored(samples)
+        if self._fim is None:
+            return windows, lengths
         rates = np.array([stream.fim_rate for stream in samples.phase.streams])[samples.stream]
-        if self._fim is None or not rates.any():
+        if not rates.any():
             return windows, lengths
         return self._rearranged(self._fim, samples, rates, windows.astype(np.int64), lengths)
 
@@ -118,7 +120,7 @@ class SampleReader:
 
 
 def _pad_id(tokenizer: Tokenizer | None) -> int:
-    """What fills packs: the tokenizer's padding, else an id that ends no document. No loss ever sees it."""
+    """What fills packs, without loss: the tokenizer's padding, else an id that is not EOD."""
     if tokenizer is None:
         return 0
     eod = tokenizer.base.eod_id
@@ -128,12 +130,13 @@ def _pad_id(tokenizer: Tokenizer | None) -> int:
 
 
 def check_ids(source: TokenSource, windows: NDArray[Any], vocab_size: int | None) -> None:
-    """UserError for an id outside the vocabulary. Otherwise the embedding would crash, on some rank, without a name."""
+    """UserError for an id outside the vocabulary, which would crash an embedding without a name."""
     if vocab_size is None or not windows.size:
         return
     highest, lowest = int(windows.max()), int(windows.min())
     if highest >= vocab_size or lowest < 0:
+        found = highest if highest >= vocab_size else lowest
         raise UserError(
-            f"sources.{source.name}: holds token {highest if highest >= vocab_size else lowest}, outside the "
-            f"vocabulary of {vocab_size:,}; it was made with another tokenizer: tokenize it again with this recipe's"
+            f"sources.{source.name}: holds token {found}, outside the vocabulary of "
+            f"{vocab_size:,}; made with another tokenizer: tokenize it again with this recipe's"
         )

@@ -1,9 +1,9 @@
 """One tokenized source: the token stream of its shards, one after another.
 
-Opening a source reads index headers, whatever its size. Tokens are read with `preadv` and not through a
-memory map. A random window then costs one read of its own size and not a read-ahead of 128 KiB. A truncated
-file or a failing disk is an error and not a SIGBUS. Resident memory stays that of the batch. From a warm
-cache the two are equally fast.
+Opening a source reads index headers, whatever its size. Tokens are read with `preadv` and not
+through a memory map. A random window then costs one read of its own size and not a read-ahead of
+128 KiB. A truncated file or a failing disk is an error and not a SIGBUS. Resident memory stays that
+of the batch. From a warm cache the two are equally fast.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ from megacode.plan.plan import Plan
 from megacode.recipe.schema import Recipe, Source
 
 _MAX_OPEN_FILES = 48
-"""Shards of one source kept open. Twenty sources stay below the usual limit of 1024 files a process."""
+"""Shards of a source kept open: twenty sources stay below the usual limit of 1024 files."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """Document number `document` (from 0) of the shard `prefix`: `tokens` tokens, the first of which is token
-    `start` of the source."""
+    """Document number `document` of a shard: tokens [start, start + tokens) of the source."""
 
     prefix: Path
     document: int
@@ -56,7 +55,7 @@ class DocumentPart:
 
 
 class TokenSource:
-    """The concatenated token stream of a source's shards. Not safe to read from several threads at once."""
+    """The concatenated token stream of a source's shards, for one thread at a time."""
 
     def __init__(self, name: str, shards: Sequence[Shard]) -> None:
         self.name = name
@@ -76,7 +75,7 @@ class TokenSource:
         return sum(shard.documents for shard in self.shards)
 
     def read(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
-        """Tokens [start, start + length) for each of `starts` (int64 [n]): [n, length] in the source's token type.
+        """Tokens [start, start + length) for each of `starts` (int64 [n]): [n, length] of `dtype`.
 
         IndexError outside [0, tokens). UserError if a file got shorter or cannot be read.
         """
@@ -92,7 +91,7 @@ class TokenSource:
     def read_packs(
         self, packs: NDArray[np.int64], sequence_length: int, pad: int
     ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Tokens of packs, padded with `pad` to [n, sequence_length + 1], and how many are real, int64 [n]."""
+        """Tokens of packs, padded to [n, sequence_length + 1], and how many are real, int64 [n]."""
         out = np.full((len(packs), sequence_length + 1), pad, dtype=self.dtype)
         lengths = np.zeros(len(packs), dtype=np.int64)
         for number, (row, pack) in enumerate(zip(out, packs.tolist(), strict=True)):
@@ -151,18 +150,20 @@ class TokenSource:
 
     def _pread(self, number: int, out: NDArray[Any], first: int) -> None:
         """Fill `out` from token `first` of a shard on."""
-        path, buffer, got = self.shards[number].bin_path, out.view(np.uint8).data, 0
+        path, offset = self.shards[number].bin_path, first * out.itemsize
         try:
-            file, offset = self._file(number), first * out.itemsize
-            while got < len(buffer) and (more := os.preadv(file, [buffer[got:]], offset + got)):
+            file = self._file(number)
+            got = more = os.preadv(file, [out.data], offset)
+            while more and got < out.nbytes:  # a signal or a network file system cut it short
+                more = os.preadv(file, [out.view(np.uint8).data[got:]], offset + got)
                 got += more
         except OSError as error:
             raise UserError(
                 f"sources.{self.name}: cannot read {path}: {error.strerror or error}"
             ) from error
-        if got < len(buffer):
+        if got < out.nbytes:
             raise UserError(
-                f"sources.{self.name}: {path} got shorter since it was opened; tokenize the source again"
+                f"sources.{self.name}: {path} got shorter since it was opened; tokenize it again"
             )
 
     def _file(self, number: int) -> int:
@@ -179,8 +180,8 @@ class TokenSource:
 def open_source(name: str, paths: Sequence[str], key: str = "path") -> TokenSource:
     """Open the shards that `paths` name, reading headers only.
 
-    Each path is a prefix, with or without .bin, of one shard or of a dataset in several, or a glob of
-    prefixes (matches in sorted order).
+    Each path is a prefix, with or without .bin, of one shard or of a dataset in several, or a glob
+    of prefixes (matches in sorted order).
 
     Raises:
         UserError: naming `sources.NAME.KEY`: a shard is missing or damaged, or all are empty.
@@ -190,7 +191,7 @@ def open_source(name: str, paths: Sequence[str], key: str = "path") -> TokenSour
         found = matching_prefixes(path)
         if not found:
             raise UserError(
-                f"{label}: {path} matches no .bin/.idx files; tokenize the source, or correct the path"
+                f"{label}: {path} matches no .bin/.idx files; tokenize the source, or correct it"
             )
         prefixes += found
     if not prefixes:
@@ -208,7 +209,7 @@ def open_source(name: str, paths: Sequence[str], key: str = "path") -> TokenSour
 
 
 def open_sources(plan: Plan) -> dict[str, TokenSource]:
-    """Every source that the plan reads, by name, with the packs that it reads (made where they are missing).
+    """Every source that the plan reads, by name, with its packs (made where they are missing).
 
     UserError if a source names no data or its files are missing.
     """
@@ -239,8 +240,8 @@ def has_data(source: Source) -> bool:
 
 
 def matching_prefixes(path: str) -> list[Path]:
-    """Prefixes that `path` names and of which at least one file is there: itself, the shards that its manifest
-    lists, or the matches of a glob in sorted order."""
+    """Prefixes that `path` names and of which at least one file is there: itself, the shards that
+    its manifest lists, or the matches of a glob in sorted order."""
     prefix = _bare(path)
     if os.path.exists(prefix + ".bin") or os.path.exists(prefix + ".idx"):
         return [Path(prefix)]

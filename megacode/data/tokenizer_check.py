@@ -1,8 +1,8 @@
 """Whether corpora were tokenized as a recipe says: their manifests against the recipe's tokenizer.
 
-Ids of another tokenizer train without an error where its vocabulary is no larger, so `plan_with_data` checks
-this first. Datasets without a manifest (Megatron-LM's) cannot be checked; `unknown_makers` counts them.
-Reads no tokens and imports no torch.
+Ids of another tokenizer train without an error where its vocabulary is no larger, so
+`plan_with_data` checks this first. Datasets without a manifest (Megatron-LM's) cannot be checked;
+`unknown_makers` counts them. Reads no tokens and imports no torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Corpus:
 
     Attributes:
         key: `sources.NAME.path` or `sources.NAME.validation`.
-        made: `tokenizer` of its manifest, and the manifest's `vocab_size`; empty without a manifest.
+        made: `tokenizer` of its manifest, and the manifest's `vocab_size`; empty without one.
     """
 
     source: str
@@ -40,10 +40,11 @@ class _Corpus:
 
 
 def check_tokenizers(recipe: Recipe) -> None:
-    """Refuse a corpus (`path` or `validation`) made with another tokenizer, other added tokens, BOS or EOD.
+    """Refuse a corpus (`path`, `validation`) made with another tokenizer, added tokens, BOS or EOD.
 
-    A recipe may have more added tokens than its corpora: text never becomes one, so ids are the same. Without
-    `tokenizer:` in the recipe, corpora are compared with each other and with `model.vocab_size`.
+    A recipe may have more added tokens than its corpora: text never becomes one, so ids are the
+    same. Without `tokenizer:` in the recipe, corpora are compared with each other and with
+    `model.vocab_size`.
 
     Raises:
         UserError: a line for each difference, with source, manifest, both values and what to do.
@@ -77,8 +78,8 @@ def unknown_makers(recipe: Recipe) -> str | None:
     if unknown:
         names = ", ".join([*unknown[:5], *(["..."] if len(unknown) > 5 else [])])
         return (
-            f"{len(unknown)} source{'s' * (len(unknown) > 1)} without a manifest ({names}): whether the "
-            "recipe's tokenizer made them cannot be told"
+            f"{len(unknown)} source{'s' * (len(unknown) > 1)} without a manifest ({names}): "
+            "whether the recipe's tokenizer made them cannot be told"
         )
     if corpora and not _is_there(recipe.tokenizer):
         return f"{recipe.tokenizer.path} is not there: whether it made the corpora cannot be told"
@@ -104,13 +105,13 @@ def _corpora(recipe: Recipe) -> Iterator[_Corpus]:
 
 
 def _problems(made: dict[str, Any], recipe: Recipe, tokenizer: Tokenizer | None) -> Iterator[str]:
-    """Differences of the tokenizer that made a corpus. `tokenizer`: the recipe's, if its file is there."""
+    """How the maker of a corpus differs from `tokenizer`, the recipe's if its file is there."""
     given, size = recipe.tokenizer, recipe.model.vocab_size
     if given is None:
         if made["vocab_size"] and size and made["vocab_size"] > size:
             yield (
-                f"was made with a vocabulary of {made['vocab_size']:,}, and model.vocab_size is {size:,}; "
-                f"give the tokenizer ({made.get('path')}) or its size"
+                f"was made with a vocabulary of {made['vocab_size']:,}, and model.vocab_size is "
+                f"{size:,}; give the tokenizer ({made.get('path')}) or its size"
             )
         return
     for key, token in (("bos", "begin-of-sequence"), ("eod", "end-of-document")):
@@ -118,16 +119,18 @@ def _problems(made: dict[str, Any], recipe: Recipe, tokenizer: Tokenizer | None)
         if before not in (None, now):
             yield (
                 f"was made with `{key}: {str(before).lower()}` ({token} token), and the recipe's "
-                f"tokenizer.{key} is {str(now).lower()}; set it to {str(before).lower()}, or tokenize it again"
+                f"tokenizer.{key} is {str(now).lower()}; set it to {str(before).lower()}, or "
+                "tokenize it again"
             )
     if tokenizer is None or tokenizer.fingerprint() == made["fingerprint"]:
         return
     as_made = _with_added_tokens(given, made.get("added_tokens"))
     if as_made is None or as_made.fingerprint() != made["fingerprint"]:
         yield (
-            f"was made with another tokenizer, {made.get('path')} (fingerprint {made['fingerprint'][:12]}), than "
-            f"the recipe's {given.path} ({tokenizer.fingerprint()[:12]}); set tokenizer.path to that one, "
-            "or tokenize it again"
+            f"was made with another tokenizer, {made.get('path')} (fingerprint "
+            f"{made['fingerprint'][:12]}), than the recipe's {given.path} "
+            f"({tokenizer.fingerprint()[:12]}); set tokenizer.path to that one, or tokenize it "
+            "again"
         )
     elif not _extends(as_made, tokenizer):
         yield (
@@ -149,7 +152,7 @@ def _with_added_tokens(given: schema.TokenizerSection, added_tokens: Any) -> Tok
 
 
 def _extends(old: Tokenizer, new: Tokenizer) -> bool:
-    """Whether text has the same ids under both, and control tokens of the old one keep their ids."""
+    """Whether text has the same ids under both, and the old one's control tokens keep theirs."""
     added = new.control_tokens.keys() - old.control_tokens.keys()
     return (
         old.control_tokens.items() <= new.control_tokens.items()
@@ -162,8 +165,9 @@ def _among_themselves(corpora: list[_Corpus]) -> Iterator[str]:
     for other in corpora:
         if first and other.made["fingerprint"] != first.made["fingerprint"]:
             yield (
-                f"{other.key} was made with another tokenizer ({other.manifest}: {other.made.get('path')}) than "
-                f"{first.key} ({first.manifest}: {first.made.get('path')}); tokenize one of them again"
+                f"{other.key} was made with another tokenizer ({other.manifest}: "
+                f"{other.made.get('path')}) than {first.key} ({first.manifest}: "
+                f"{first.made.get('path')}); tokenize one of them again"
             )
             return
 

@@ -1,4 +1,4 @@
-"""Which documents were in step N: from the recipe and the corpora's indexes alone, for any step, past or to come."""
+"""Which documents were in step N: from the recipe and the corpora's indexes alone, for any step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from megacode.data.loader import StepReader
 from megacode.data.mixture import OpenMixture, SampleOrigin, open_mixture
 from megacode.data.planning import plan_with_data
-from megacode.data.records import InputRecords, read_records
+from megacode.data.records import read_records
 from megacode.data.source import DocumentPart
 from megacode.errors import UserError
 from megacode.plan.plan import PhasePlan
@@ -26,7 +26,7 @@ SHOWN = 32
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One step of a run. `step` is the run's, 0 for the first; people count from 1, as metrics.jsonl does."""
+    """One step of a run: `step` counts from 0; metrics.jsonl and the command line count from 1."""
 
     mixture: OpenMixture
     step: int
@@ -41,42 +41,45 @@ class Trace:
         return self.mixture.describe(self.step)
 
     def text(self, origin: SampleOrigin, part: DocumentPart) -> str:
-        """The first characters that a sample shows of a document, before fill-in-the-middle. UserError without a tokenizer."""
+        """The first characters that a sample shows of a document, before fill-in-the-middle.
+
+        UserError without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError(
+                "tokenizer: the recipe names none, and text needs one; give "
+                "--set tokenizer.path=FILE"
+            )
         start, count = part.document.start + part.first, min(part.tokens, SHOWN)
         ids = self.mixture.sources[origin.stream.source].read(np.array([start]), count)[0]
-        return self._tokenizer().decode(ids, control=True)
+        return self.tokenizer.decode(ids, control=True)
 
     def sample(self, place: int) -> dict[str, Any]:
-        """One sample as training sees it, after fill-in-the-middle: `tokens` (S), `labels`, `loss_mask` and, with a
-        tokenizer, `text`. UserError if the batch has no such place."""
+        """One sample as training sees it, after fill-in-the-middle: `tokens` (S), `labels`,
+        `loss_mask` and, with a tokenizer, `text`. UserError if the batch has no such place."""
         size = self.phase.batch_size(self.step)
         if not 0 <= place < size:
             raise UserError(
                 f"--sample {place}: step {self.step + 1} has {size} sequences, 0 to {size - 1}"
             )
         batch = StepReader(self.mixture, tokenizer=self.tokenizer).sample(self.step, place)
-        tokens, mask = batch.tokens[0].tolist(), batch.loss_mask[0].astype(int).tolist()
-        labels = batch.labels[0].tolist()
-        text = (
-            self.tokenizer.decode([*tokens, labels[-1]], control=True) if self.tokenizer else None
-        )
-        return {"tokens": tokens, "labels": labels, "loss_mask": mask, "text": text}
+        tokens, labels = batch.tokens[0].tolist(), batch.labels[0].tolist()
+        ids, tokenizer = [*tokens, labels[-1]], self.tokenizer
+        return {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": batch.loss_mask[0].astype(int).tolist(),
+            "text": tokenizer.decode(ids, control=True) if tokenizer else None,
+        }
 
     def digest(self) -> str:
         """The digest of the step's batch, as metrics.jsonl has it."""
         reader = StepReader(self.mixture, micro_batch_size=1, tokenizer=self.tokenizer)
         return f"{reader.read(self.step).digest:016x}"
 
-    def _tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise UserError(
-                "tokenizer: the recipe names none, and text needs one; give --set tokenizer.path=FILE"
-            )
-        return self.tokenizer
-
 
 def open_trace(run_or_recipe: Path, step: int, overrides: tuple[str, ...] = ()) -> Trace:
-    """Step number `step` (1 for the first) of a run's folder or of a recipe. UserError if there is no such step."""
+    """Step number `step` (from 1) of a run's folder or of a recipe. UserError if there is none."""
     path = run_or_recipe / "recipe.yaml" if run_or_recipe.is_dir() else run_or_recipe
     if run_or_recipe.is_dir() and not path.is_file():
         raise UserError(
@@ -91,7 +94,7 @@ def open_trace(run_or_recipe: Path, step: int, overrides: tuple[str, ...] = ()) 
 
 
 def recorded_digest(run: Path, step: int) -> str | None:
-    """What metrics.jsonl of a run says of the batch of step `step` (1 for the first); None if it has no such step."""
+    """The digest that a run's metrics.jsonl has of the batch of step `step` (from 1), or None."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         return None
@@ -106,30 +109,28 @@ def recorded_digest(run: Path, step: int) -> str | None:
     return found
 
 
-@lru_cache(maxsize=256)
-def _records(prefix: Path) -> InputRecords | None:
-    return read_records(prefix)
-
-
 def as_dict(trace: Trace, origin: SampleOrigin, with_text: bool) -> dict[str, Any]:
-    """A sample as plain data; ranges are [first, end) in tokens, `file` and `record` None where the dataset has no records."""
-    stream = origin.stream
-    parts = []
+    """A sample as plain data. Ranges are [first, end) in tokens; `file` and `record` are None for a
+    dataset without records."""
+    documents = []
     for part in origin.parts:
-        records = _records(part.document.prefix)
-        file, record = records.origin(part.document.document) if records else (None, None)
-        parts.append(
+        prefix, number = part.document.prefix, part.document.document
+        records = _records(prefix)
+        file, record = records.origin(number) if records else (None, None)
+        documents.append(
             {
-                "shard": str(part.document.prefix),
-                "document": part.document.document,
+                "shard": str(prefix),
+                "document": number,
                 "first": part.first,
                 "end": part.first + part.tokens,
                 "document_tokens": part.document.tokens,
                 "file": file,
                 "record": record,
-                **({"text": trace.text(origin, part)} if with_text else {}),
             }
         )
+        if with_text:
+            documents[-1]["text"] = trace.text(origin, part)
+    stream = origin.stream
     return {
         "sample": origin.position,
         "source": stream.source,
@@ -137,5 +138,8 @@ def as_dict(trace: Trace, origin: SampleOrigin, with_text: bool) -> dict[str, An
         "epoch": origin.epoch,
         "packing": stream.packing,
         "fim_rate": stream.fim_rate,
-        "documents": parts,
+        "documents": documents,
     }
+
+
+_records = lru_cache(maxsize=256)(read_records)

@@ -40,7 +40,7 @@ def test_any_layout_reads_the_same_tokens(make_mixture: Make, world: int, size: 
     ]
     for step in range(12):
         expected, parts = whole.read(step), [rank.read(step) for rank in ranks]
-        assert all(len(batch) == size for part in parts for batch in part.micro_batches)
+        assert all(len(batch.tokens) == size for part in parts for batch in part.micro_batches)
         assert sum(part.digest for part in parts) % 2**64 == expected.digest
         placed = {
             place: row

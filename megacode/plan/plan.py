@@ -120,9 +120,6 @@ class Plan:
         starts = [phase.first_step for phase in self.phases]
         return self.phases[max(bisect.bisect_right(starts, step) - 1, 0)]
 
-    def batch_size(self, step: int) -> int:
-        return self.phase_at(step).batch_size(step)
-
     def learning_rate(self, step: int) -> float:
         return self.phase_at(step).learning_rate(step)
 

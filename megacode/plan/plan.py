@@ -23,7 +23,7 @@ from megacode.recipe.schedules import BatchSizes, Floats, Ints, learning_rate
 from megacode.recipe.schema import LearningRate, Phase, Recipe
 
 _MOST_STEPS = 50_000_000
-"""Of a phase: hundreds of times the longest runs there are; some µs each to plan."""
+"""Upper limit for the steps of a phase; each takes some µs to plan."""
 
 
 @dataclass(frozen=True)

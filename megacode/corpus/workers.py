@@ -24,6 +24,7 @@ from megacode.launch import without_main
 Message = TypeVar("Message")
 Task = TypeVar("Task")
 Context = TypeVar("Context")
+Result = TypeVar("Result")
 _PATHS = (
     errno.EACCES,
     errno.EPERM,
@@ -103,6 +104,17 @@ def run_tasks(
                 process.terminate()
             process.join()
             connection.close()
+
+
+def map_tasks(
+    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], workers: int
+) -> Iterator[tuple[int, Result]]:
+    """(i, function(*arguments[i])) for all arguments, as they come; see `run_tasks`."""
+    return run_tasks(_call, function, enumerate(arguments), max(1, min(workers, len(arguments))))
+
+
+def _call(function: Callable[..., Any]) -> Callable[[Any], Iterator[Any]]:
+    return lambda task: iter([(task[0], function(*task[1]))])
 
 
 def _here(make: Make[Any, Any, Any], context: Any, tasks: Iterable[Any]) -> Iterator[Any]:

@@ -588,64 +588,6 @@ def test_a_recipe_reads_all_shards_by_the_name_of_the_dataset(
     assert origin is not None and origin.origin(0)[0] == str(corpus)
 
 
-def test_tokens_laid_end_to_end_are_checked_when_a_run_goes_on(
-    model: Path, corpus: Path, tmp_path: Path
-) -> None:
-    """Killed while it ran: what is laid is kept where it is whole, and done again where it is not."""
-    (tmp_path / "big.jsonl").write_bytes(corpus.read_bytes() * 12)
-    make(model, tmp_path / "big.jsonl", tmp_path / "alone", validation=0.2)
-
-    class Stop(Exception):
-        pass
-
-    def stop_after(parts: int) -> Callable[[Any], None]:
-        done = 0
-
-        def on_progress(progress: Any) -> None:
-            nonlocal done
-            done += bool(progress.laid)
-            if done == parts and not progress.laid:  # in the middle of the next one
-                raise Stop
-
-        return on_progress
-
-    for damage in ("none", "bytes", "end", "line"):
-        folder = tmp_path / damage
-        folder.mkdir()
-        tokenizer = schema.TokenizerSection(path=str(model), added_tokens="crystal")
-        request = Request((str(tmp_path / "big.jsonl"),), tokenizer, folder / "out", validation=0.2)
-        with pytest.raises(Stop):
-            preprocess(request, on_progress=stop_after(3))
-        laid = sorted((folder / "out.parts").glob("laid-*.bin"))
-        assert (
-            len(laid) == 2
-            and len((folder / "out.parts" / "laid.jsonl").read_text().splitlines()) == 3
-        )
-        if damage == "bytes":
-            data = bytearray(laid[0].read_bytes())
-            data[len(data) // 2] ^= 1
-            laid[0].write_bytes(data)
-        elif damage == "end":
-            with open(laid[1], "ab") as file:
-                file.write(b"half of a part")
-        elif damage == "line":
-            with open(folder / "out.parts" / "laid.jsonl", "a") as file:
-                file.write('{"part": "0000')
-        result = preprocess(request)
-        assert result.parts_kept == (2 if damage == "bytes" else 3)
-        for name in ("", "_validation"):
-            for ending in ("bin", "idx", "records.npy"):
-                made = (folder / f"out{name}.{ending}").read_bytes()
-                assert made == (tmp_path / f"alone{name}.{ending}").read_bytes(), (
-                    damage,
-                    name,
-                    ending,
-                )
-        assert sorted(p.name for p in folder.iterdir()) == sorted(
-            p.name.replace("alone", "out") for p in tmp_path.glob("alone*")
-        )
-
-
 def test_a_fast_backend_that_is_wrong_ends_the_run(
     model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

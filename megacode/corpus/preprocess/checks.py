@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from megacode.corpus.inputs import InputFile
-from megacode.corpus.preprocess.fields import FILE_FIELDS, field_value
+from megacode.corpus.preprocess.conditions import FILE_FIELDS, field_value
 from megacode.corpus.preprocess.request import Request
 from megacode.corpus.readers import BadRecord, read_input
 from megacode.errors import UserError

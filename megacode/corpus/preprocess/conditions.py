@@ -1,4 +1,4 @@
-"""`--where`: an expression over a record's fields that says whether it is wanted.
+"""Fields of a record, and `--where`: an expression over them that says whether the record is wanted.
 
 The grammar is Python's, cut down to comparisons, `and`, `or`, `not`, `in`, constants, lists, and the functions below.
 A name is a field, dots reach into nested ones: `meta.stars >= 10 and license in ("mit", "apache-2.0")`. A record that
@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
+from megacode.corpus.inputs import InputFile
+from megacode.corpus.readers import TextDocument, lookup
 from megacode.errors import UserError
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -147,3 +149,29 @@ def _dotted(node: ast.expr) -> str:
 
 def _item(mapping: str, key: str) -> ast.expr:
     return ast.Subscript(ast.Name(mapping, ast.Load()), ast.Constant(key), ast.Load())
+
+
+# -------------------------------------------------------------------------------------------------------------- fields
+
+FILE_FIELDS = ("file.name", "file.path", "file.suffix", "file.folder", "file.repository")
+
+
+def field_value(file: InputFile, document: TextDocument, name: str) -> Any:
+    """A field of the record, else what is known of the file it is in; None if it has no such field."""
+    try:
+        return lookup(document.values, name)
+    except (LookupError, TypeError):
+        pass
+    path = file.path
+    if name == "file.name":
+        return path.name
+    if name == "file.path":
+        return path.relative_to(file.base).as_posix()
+    if name == "file.suffix":
+        return path.suffix
+    if name == "file.folder":
+        return path.parent.name
+    if name == "file.repository":  # the first folder below the input
+        inside = path.relative_to(file.base).parts
+        return inside[0] if len(inside) > 1 else file.base.name
+    return None

@@ -17,17 +17,99 @@ from typing import Any
 import xxhash
 
 from megacode.corpus.inputs import InputFile
-from megacode.corpus.preprocess.counts import SPLITS, Group
-from megacode.corpus.preprocess.folder import begin, begun
-from megacode.corpus.preprocess.request import Request, file_name
+from megacode.corpus.preprocess.counts import SPLITS, Counts, Group
+from megacode.corpus.preprocess.folder import begin, begun, open_folder, remove_folder
+from megacode.corpus.preprocess.request import Request, Result, file_name
 from megacode.data import indexed
 from megacode.errors import UserError
+from megacode.tokenizer.tokenizer import Tokenizer
 
 SPLIT_GROUPS = tuple(Group(split) for split in SPLITS)
 """The groups of a run that makes no dataset for each value."""
 TABLE_ENDING = ".files.tsv"
 _BESIDE = (".json", ".quarantine.jsonl", TABLE_ENDING, ".lengths.png")
 """What is written for a run as a whole."""
+
+
+FORMAT = 3
+"""Of the output: raised when equal settings would give other bytes."""
+
+
+def run_settings(
+    request: Request, tokenizer: Tokenizer, files: Sequence[InputFile]
+) -> dict[str, Any]:
+    """Everything that decides the output, as JSON; input files by path, size and time of change."""
+    listing = json.dumps(
+        [
+            [
+                str(f.path.resolve()),
+                f.path.relative_to(f.base).as_posix(),
+                f.base.name,
+                f.form,
+                f.size,
+                f.modified_ns,
+            ]
+            for f in files
+        ]
+    )
+    held_out = request.validation_output
+    return {
+        "format": FORMAT,
+        "input files": xxhash.xxh3_128_hexdigest(listing.encode(errors="surrogateescape")),
+        "input format": request.format,
+        "include": list(request.include),
+        "text field": request.text_field,
+        "where": request.where,
+        "split by": request.split_by,
+        "deduplicate": request.deduplicate,
+        "shuffle": request.shuffle,
+        "repository": request.repository,
+        "path": request.path,
+        "tokenizer": tokenizer.fingerprint(),
+        "bos": request.tokenizer.bos,
+        "eod": request.tokenizer.eod,
+        "validation": request.validation,
+        "validation output": os.path.relpath(held_out, request.name.parent)
+        if held_out and request.validation
+        else None,
+        "shard size": request.shard_size,
+        "max document": request.max_document,
+    }
+
+
+def made_before(request: Request, settings: dict[str, Any]) -> Result | None:
+    folder = indexed.with_ending(request.name, ".parts")
+    manifest = indexed.read_manifest(request.name)
+    if manifest is None:
+        return None
+    if "run" not in manifest:
+        raise UserError(
+            f"{request.name}: already there, as one dataset of a larger run; choose another --output or remove it"
+        )
+    made = manifest["run"]
+    different = [key for key in settings if settings[key] != made["settings"].get(key)]
+    if different:
+        if request.overwrite:
+            return None
+        raise UserError(
+            f"{request.name}: already there, made from other settings ({', '.join(different)} differ); "
+            "choose another --output or give --overwrite"
+        )
+    outputs = datasets_of(request, manifest)
+    if any(
+        not indexed.is_complete(prefix) or not is_of(prefix, made) for prefix in outputs.values()
+    ):
+        return None
+    if folder.exists():  # a run was killed while it cleaned up
+        with open_folder(folder, settings, None):
+            remove_folder(folder)
+    return Result(outputs, Counts.from_json(made["counts"]), True, 0, 0, quarantine_of(request))
+
+
+def quarantine_of(request: Request) -> Path | None:
+    """The file of records that were set aside, if there were any."""
+    path = indexed.with_ending(request.name, ".quarantine.jsonl")
+    return path if path.exists() else None
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:

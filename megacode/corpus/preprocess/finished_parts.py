@@ -1,19 +1,20 @@
-"""The files that a part leaves in the job's folder, and whether they are complete.
+"""The files of a tokenized part, and whether they are complete.
 
-They lie under the part's name; its `.json`, written last, says that they are complete, and holds their checksums. For
-every group of documents (split, value of `--split-by`), numbered G:
+They lie in the run's folder under the part's name. NAME.json is written last: it says that the others are complete, and
+holds their checksums. Documents of one split and value of `--split-by` are a group, numbered G within the part.
 
-    NAME.G.bin       the documents' tokens, one after another
-    NAME.G.lengths   int32 [n]
-    NAME.G.records   int64 [n, 2]: number of the input file; record in it
-    NAME.G.hashes    24 bytes a document, where duplicates are to be found: hash of the text, and its bytes
-    NAME.G.places    one JSON line a document, [repository, path], where those are put together
+    NAME.G.bin       tokens of the documents, one after another
+    NAME.G.lengths   int32 [n], tokens of each document
+    NAME.G.records   int64 [n, 2], number of the input file and record in it
+    NAME.G.places    JSON lines [repository, path], with `--repository`
+    NAME.hashes      HASH [documents of all groups, in the order of the input], with `--deduplicate`
+    NAME.bad.jsonl   records that were set aside (see `quarantine`)
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,25 +22,31 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from megacode.corpus.preprocess.counts import Counts, Group
-from megacode.corpus.preprocess.splitting import CorpusPart
-from megacode.errors import UserError
+from megacode.corpus.preprocess.splitting import CorpusPart, Unit, unit_parts
 from megacode.files import replace_file
 
+PARTS_FORMAT = 4
+"""Raised when the files of parts change: parts of another format are thrown away."""
+HASH = np.dtype([("high", "<u8"), ("low", "<u8"), ("size", "<i4"), ("group", "<i4")])
+"""BLAKE2b of a text (128 bits), its bytes, and the number of its group."""
 _WRITE = 1 << 17
-"""Bytes a system call: with a megabyte, Linux was measured to write new files at 0.5 GB/s, with this at 3.5."""
+"""Bytes a system call: Linux was measured to write new files at 3.5 GB/s with this, and at 0.5 with a megabyte."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A complete part. `lines`: read from a span or chunk of a file, so that the next one's can be numbered."""
+    """A complete part."""
 
+    part: CorpusPart
     counts: Counts
     lines: int
-    groups: dict[Group, dict[str, Any]]
-    """Of each group: its number G, bytes of the .bin, checksums of its files."""
+    """Lines read from a span or chunk of a file, so that the next one's can be numbered."""
+    groups: dict[Group, int]
+    """Number of each group."""
+    checksums: dict[str, str]
+    """XXH3-128 of each file, by what follows the part's name (`0.bin`)."""
     inputs: list[tuple[int, int, str]]
     """What was read: number of the input file, bytes, XXH3-128 of them."""
 
@@ -49,20 +56,44 @@ def part_file(folder: Path, part: CorpusPart, ending: str) -> Path:
 
 
 def finished_part(folder: Path, part: CorpusPart) -> Finished | None:
-    path = part_file(folder, part, "json")
+    """None if the part is not complete."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        groups = {
-            Group.parse(name): {**group, "number": int(group["number"])}
-            for name, group in value["groups"].items()
-        }
-        return Finished(Counts.from_json(value["counts"]), value["lines"], groups, value["inputs"])
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: damaged ({error!r}); remove it, and its part is tokenized again"
-        ) from None
+        value = json.loads(part_file(folder, part, "json").read_text(encoding="utf-8"))
+        return Finished(
+            part=part,
+            counts=Counts.from_json(value["counts"]),
+            lines=value["lines"],
+            groups={Group.parse(name): number for name, number in value["groups"].items()},
+            checksums=value["checksums"],
+            inputs=value["inputs"],
+        )
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # not there, or damaged by a power cut
+
+
+def finished_parts(folder: Path, units: Sequence[Unit]) -> list[Finished] | None:
+    """Every part in the order of the input; None while some are missing."""
+    found = []
+    for unit in units:
+        parts = unit_parts(folder, unit)
+        if parts is None:
+            return None
+        for part in parts:
+            if (finished := finished_part(folder, part)) is None:
+                return None
+            found.append(finished)
+    return found
+
+
+def undamaged(folder: Path, finished: Finished) -> bool:
+    """Whether the files are what their checksums say; they need not be after a power cut."""
+    try:
+        return all(
+            file_checksum(part_file(folder, finished.part, ending)) == digest
+            for ending, digest in finished.checksums.items()
+        )
+    except OSError:
+        return False
 
 
 def file_checksum(path: Path, start: int = 0, size: int | None = None) -> str:
@@ -77,44 +108,23 @@ def file_checksum(path: Path, start: int = 0, size: int | None = None) -> str:
     return digest.hexdigest()
 
 
-class GroupFiles:
-    """The files of one group in one part. `more`: `hashes`, `places`, where they are wanted."""
+class PartFiles:
+    """Writes the files of one part; they get their names when `stack` closes."""
 
-    def __init__(
-        self, folder: Path, part: CorpusPart, number: int, more: Sequence[str], stack: ExitStack
-    ) -> None:
-        endings = ["bin", "lengths", "records", *more]
-        self.number = number
-        self.files: Mapping[str, BinaryIO] = {
-            ending: stack.enter_context(
-                replace_file(part_file(folder, part, f"{number}.{ending}"), durable=False)
-            )
-            for ending in endings
-        }
-        self.checksums = {ending: xxhash.xxh3_128() for ending in endings}
+    def __init__(self, folder: Path, part: CorpusPart, stack: ExitStack) -> None:
+        self.folder, self.part, self.stack = folder, part, stack
+        self.files: dict[str, BinaryIO] = {}
+        self.digests: dict[str, Any] = {}
 
-    def add(
-        self,
-        tokens: NDArray[Any],
-        lengths: NDArray[np.int64],
-        records: NDArray[np.int64],
-        hashes: bytes,
-        places: Sequence[tuple[str, str]],
-    ) -> None:
-        self._write("bin", tokens.data)
-        self._write("lengths", lengths.astype("<i4").data)
-        self._write("records", np.ascontiguousarray(records).data)
-        if hashes:
-            self._write("hashes", hashes)
-        if places:
-            self._write("places", "".join(json.dumps(place) + "\n" for place in places).encode())
+    def write(self, ending: str, data: bytes) -> None:
+        """Append to NAME.ending."""
+        if ending not in self.files:
+            path = part_file(self.folder, self.part, ending)
+            self.files[ending] = self.stack.enter_context(replace_file(path, durable=False))
+            self.digests[ending] = xxhash.xxh3_128()
+        for start in range(0, len(data), _WRITE):
+            self.files[ending].write(memoryview(data)[start : start + _WRITE])
+        self.digests[ending].update(data)
 
-    def _write(self, ending: str, data: bytes | memoryview) -> None:
-        view = memoryview(data).cast("B")
-        for start in range(0, len(view), _WRITE):
-            self.files[ending].write(view[start : start + _WRITE])
-        self.checksums[ending].update(view)
-
-    def finish(self) -> dict[str, Any]:
-        checksums = {ending: digest.hexdigest() for ending, digest in self.checksums.items()}
-        return {"number": self.number, "bytes": self.files["bin"].tell(), "checksums": checksums}
+    def checksums(self) -> dict[str, str]:
+        return {ending: digest.hexdigest() for ending, digest in self.digests.items()}

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from megacode.corpus.inputs import InputFile
-from megacode.corpus.preprocess.assemble import WrittenDataset
 from megacode.corpus.preprocess.counts import Counts, Group
 from megacode.corpus.preprocess.existing import TABLE_ENDING, settings_digest
-from megacode.corpus.preprocess.finished_parts import part_file
-from megacode.corpus.preprocess.order import Parts, lines_before
+from megacode.corpus.preprocess.finished_parts import Finished, part_file
+from megacode.corpus.preprocess.order import lines_before
 from megacode.corpus.preprocess.quarantine import append
 from megacode.corpus.preprocess.request import Request
+from megacode.corpus.preprocess.shards import WrittenShard
 from megacode.corpus.preprocess.tokenize import Job
 from megacode.data import indexed
 from megacode.files import replace_file
@@ -24,27 +24,28 @@ LISTED_FILES = 1000
 """Input files that a manifest lists itself; more go into a table beside it."""
 
 
-def write_quarantine(request: Request, job: Job, parts: Parts, counts: Counts) -> None:
-    path = indexed.with_ending(request.name, ".quarantine.jsonl")
+def write_quarantine(job: Job, parts: Sequence[Finished]) -> None:
+    path = indexed.with_ending(job.request.name, ".quarantine.jsonl")
     before = lines_before(parts)
     with replace_file(path) as out:
-        for part, _ in parts:
-            append(out, part_file(job.folder, part, "bad.jsonl"), before.get(part.name, 0))
+        for finished in parts:
+            source = part_file(job.folder, finished.part, "bad.jsonl")
+            append(out, source, before.get(finished.part.name, 0))
         empty = not out.tell()
     if empty:
         path.unlink()
 
 
 def write_manifests(
-    request: Request,
+    job: Job,
     settings: dict[str, Any],
     tokenizer: Tokenizer,
-    job: Job,
-    parts: Parts,
+    parts: Sequence[Finished],
     counts: Counts,
-    datasets: dict[Group, WrittenDataset],
+    datasets: Mapping[Group, Sequence[WrittenShard]],
 ) -> None:
     """A manifest a dataset, and a shard if there are several. That of the run is what a later run looks for: last."""
+    request = job.request
     rows = _input_rows(job.files, parts)
     table: dict[str, Any] = {"input files": rows}
     tables = _table_paths(request, list(datasets))
@@ -52,19 +53,19 @@ def write_manifests(
         path.unlink(missing_ok=True)
         if len(rows) > LISTED_FILES:
             _write_table(path, rows)
-    datasets_of_run = {
-        str(g): os.path.relpath(request.prefix(g), request.name.parent) for g in datasets
-    }
+    prefixes = {group: request.prefix(group) for group in datasets}
     run = {
         "run": {
-            "datasets": datasets_of_run,
+            "datasets": {
+                str(g): os.path.relpath(p, request.name.parent) for g, p in prefixes.items()
+            },
             "counts": counts.to_json(),
             "settings": settings,
             "inputs": list(request.inputs),
         }
     }
-    for group, dataset in reversed(datasets.items()):
-        prefix = request.prefix(group)
+    for group, prefix in reversed(prefixes.items()):
+        shards = datasets[group]
         if len(rows) > LISTED_FILES:
             table = {"input files table": tables[prefix.parent].name, "input files": len(rows)}
         common = {
@@ -76,11 +77,10 @@ def write_manifests(
             "tokenizer": {**request.tokenizer.model_dump(), "fingerprint": settings["tokenizer"]},
             "settings": settings_digest(settings),
         }
-        if request.shard_size is None:
-            own: dict[str, Any] = {"checksums": dataset.shards[0].checksums}
-        else:
-            own = {"shards": [shard.prefix.name for shard in dataset.shards]}
-            for shard in dataset.shards:
+        own: dict[str, Any] = {"checksums": shards[0].checksums}
+        if request.shard_size is not None:
+            own = {"shards": [shard.prefix.name for shard in shards]}
+            for shard in shards:
                 numbers = {
                     "documents": shard.documents,
                     "tokens": shard.tokens,
@@ -88,8 +88,9 @@ def write_manifests(
                 }
                 indexed.write_manifest(shard.prefix, {**common, **numbers, "dataset": prefix.name})
         of_run = run if prefix == request.name else {}
-        indexed.write_manifest(prefix, {**common, **vars(dataset.counts), **own, **table, **of_run})
-    if request.name not in {request.prefix(group) for group in datasets}:
+        numbers = vars(counts.groups[group])
+        indexed.write_manifest(prefix, {**common, **numbers, **own, **table, **of_run})
+    if request.name not in prefixes.values():
         indexed.write_manifest(request.name, {"kind": "megacode corpus", **run})
 
 
@@ -111,10 +112,10 @@ def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def _input_rows(files: Sequence[InputFile], parts: Parts) -> list[dict[str, Any]]:
+def _input_rows(files: Sequence[InputFile], parts: Sequence[Finished]) -> list[dict[str, Any]]:
     """Input files with size and XXH3-128, of the file or of consecutive pieces of it."""
     digests: list[list[tuple[int, str]]] = [[] for _ in files]
-    for _, finished in parts:
+    for finished in parts:
         for number, size, digest in finished.inputs:
             digests[number].append((size, digest))
     return [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import xxhash
 
+from megacode.corpus.preprocess.conditions import parse_condition
 from megacode.corpus.preprocess.counts import Counts, Group
 from megacode.corpus.readers import MAX_DOCUMENT
 from megacode.recipe import schema
@@ -54,9 +55,11 @@ class Request:
     """Replace a dataset of that name that was made otherwise."""
 
     @property
-    def as_read(self) -> bool:
-        """Whether the tokens of a dataset are those of the parts, one after another, in one file."""
-        return self.shuffle is None and not (self.repository or self.deduplicate or self.shard_size)
+    def columns(self) -> tuple[str, ...]:
+        """Fields to be read beside the text."""
+        where = parse_condition(self.where).fields if self.where else ()
+        fields = (self.split_by, self.repository, self.path, *where)
+        return tuple(dict.fromkeys(field for field in fields if field))
 
     @property
     def name(self) -> Path:

@@ -1,10 +1,12 @@
-"""One part of a corpus -> token files (see `part_files`). What a worker process of `megacode preprocess` does."""
+"""One part of a corpus -> token files (see `finished_parts`). What a worker process of `megacode preprocess` does."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import hashlib
+import itertools
+import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -16,23 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacode.corpus.inputs import InputFile
-from megacode.corpus.preprocess.conditions import Condition, parse_condition
+from megacode.corpus.preprocess.conditions import Condition, field_value, parse_condition
 from megacode.corpus.preprocess.counts import Counts, Group, GroupCounts
-from megacode.corpus.preprocess.fields import field_value
-from megacode.corpus.preprocess.finished_parts import GroupFiles, file_checksum, part_file
-from megacode.corpus.preprocess.layout import Lay
+from megacode.corpus.preprocess.finished_parts import HASH, PartFiles, file_checksum, part_file
 from megacode.corpus.preprocess.quarantine import write_bad
+from megacode.corpus.preprocess.request import Request
 from megacode.corpus.preprocess.splitting import CorpusPart, chunk_path
 from megacode.corpus.readers import BadRecord, Item, TextDocument, read_input
-from megacode.data.indexed import token_dtype
+from megacode.data import indexed
 from megacode.errors import UserError
 from megacode.files import replace_file, write_json
-from megacode.recipe import schema
 from megacode.tokenizer.fast import FastEncoder, check_sample, load_fast
 from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer, well_formed
 
 BATCH_BYTES, BATCH_DOCUMENTS = 8 << 20, 1 << 16
-"""Tokenized at a time. The fast backend begins each batch with an empty cache: with 2 MiB a sixth slower, with 16 no faster."""
+"""Tokenized at a time. The fast backend begins each batch with an empty cache: with 2 MiB it is a sixth slower, with 16 no
+faster."""
 EXACT_BATCH_BYTES = 1 << 20
 CHECKED_SHARE = 1 / 1000
 """Of the documents, and at least one in a batch, whose ids are compared with the reference library's; it costs about a
@@ -46,34 +47,13 @@ MAX_VALUES = 1000
 class Job:
     """What every part needs to know."""
 
+    request: Request
     files: tuple[InputFile, ...]
-    tokenizer: schema.TokenizerSection
-    text_field: str
-    validation: float
-    """Share of documents held out, by hash of the text."""
-    folder: Path
-    """Where the parts' results go."""
-    where: str | None = None
-    split_by: str | None = None
-    deduplicate: bool = False
-    repository: str | None = None
-    """Field that names a file's repository: documents are files with their path in front, to be put together."""
-    path: str | None = None
-    """Field with the file's path in its repository."""
-    max_document: int = 32 << 20
-    exact: bool = False
-    """Tokenize with the reference library alone."""
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """Fields to be read beside the text."""
-        fields = [
-            self.split_by,
-            self.repository,
-            self.path,
-            *(parse_condition(self.where).fields if self.where else ()),
-        ]
-        return tuple(dict.fromkeys(field for field in fields if field))
+    def folder(self) -> Path:
+        """Where the parts' files go."""
+        return indexed.with_ending(self.request.name, ".parts")
 
 
 @dataclass(frozen=True)
@@ -85,38 +65,22 @@ class PartProgress:
     tokens: int = 0
     documents: int = 0
     bad: int = 0
-    laid: str = ""
-    """The part whose tokens are laid now."""
 
 
-# --------------------------------------------------------------------------------------------------------- the worker
-
-
-def part_worker(job: Job) -> Callable[[CorpusPart | Lay], Iterator[PartProgress]]:
-    """Loads the tokenizer; the function it gives tokenizes one part and writes its files, or lays a finished one."""
+def part_worker(job: Job) -> Callable[[CorpusPart], Iterator[PartProgress]]:
+    """Load the tokenizer. The function that is returned tokenizes one part and writes its files."""
     alone = multiprocessing.parent_process() is not None
     if alone:
         _keep_memory()
-    tokenizer = load_tokenizer(job.tokenizer)
-    fast = "asked for (--exact)" if job.exact else load_fast(tokenizer)
-    encoder = (
-        _Encoder(tokenizer, None, fast) if isinstance(fast, str) else _Encoder(tokenizer, fast)
-    )
-    condition = parse_condition(job.where) if job.where else None
+    tokenizer = load_tokenizer(job.request.tokenizer)
+    fast = "asked for (--exact)" if job.request.exact else load_fast(tokenizer)
+    condition = parse_condition(job.request.where) if job.request.where else None
     if (
         alone
     ):  # thousands of records at a time, none of them in a cycle: looking for cycles is wasted
         gc.freeze()
         gc.disable()
-
-    def work(task: CorpusPart | Lay) -> Iterator[PartProgress]:
-        if isinstance(task, Lay):
-            task.copy()
-            yield PartProgress(laid=task.part)
-        else:
-            yield from tokenize_part(job, encoder, condition, task)
-
-    return work
+    return lambda part: _Part(job, tokenizer, fast, condition, part).run()
 
 
 def _keep_memory() -> None:
@@ -129,349 +93,307 @@ def _keep_memory() -> None:
 
 
 @dataclass(frozen=True)
-class _Encoder:
-    tokenizer: Tokenizer
-    fast: FastEncoder | None
-    reason: str = ""
-    """Why there is no fast one."""
-
-    def encode(self, texts: Sequence[bytes]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """Ids of documents one after another [tokens], and where each begins [n + 1]."""
-        if self.fast:
-            return self.fast.encode_documents(texts)
-        lists = self.tokenizer.encode_batch([text.decode() for text in texts])
-        offsets = np.zeros(len(lists) + 1, dtype=np.int64)
-        np.cumsum([len(ids) for ids in lists], out=offsets[1:])
-        return np.fromiter((i for ids in lists for i in ids), np.uint32, offsets[-1]), offsets
-
-
-def tokenize_part(
-    job: Job, encoder: _Encoder, condition: Condition | None, part: CorpusPart
-) -> Iterator[PartProgress]:
-    """Write the files of one part, reporting on the way."""
-    tokenizer = encoder.tokenizer
-    counts = Counts(exact=encoder.reason)
-    before = [tokenizer.bos_id] if job.tokenizer.bos else []
-    after = [tokenizer.eod_id] if job.tokenizer.eod else []
-    if job.repository:  # BOS and EOD go around the whole repository
-        before, after = [tokenizer.token_id("<filename>")], []
-    choose = np.random.default_rng(part.unit * 100_003 + (part.chunk or 0))
-    read_bytes = bad_records = lines = 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal read_bytes
-        read_bytes += count
-
-    def on_lines(count: int) -> None:
-        nonlocal lines
-        lines = count if part.span or part.chunk is not None else 0
-
-    with ExitStack() as stack:
-        writer = _Writer(job, part, token_dtype(tokenizer.vocab_size), stack)
-        quarantine = stack.enter_context(
-            replace_file(part_file(job.folder, part, "bad.jsonl"), durable=False)
-        )
-
-        def good() -> Iterator[tuple[int, TextDocument]]:
-            nonlocal bad_records
-            for number in part.files:
-                for item in _read(job, part, number, on_bytes, on_lines):
-                    counts.records += 1
-                    if isinstance(item, BadRecord):
-                        (counts.passed_over if item.harmless else counts.bad)[item.reason] += 1
-                        bad_records += not item.harmless
-                        write_bad(quarantine, job.files[number].path, item)
-                    elif condition and not condition(
-                        _fields(job.files[number], item, condition.fields)
-                    ):
-                        counts.passed_over["not wanted (--where)"] += 1
-                    else:
-                        counts.repaired += item.repaired
-                        yield number, item
-
-        for documents in _batches(good(), BATCH_BYTES if encoder.fast else EXACT_BATCH_BYTES):
-            batch = _encode(job, encoder, documents)
-            if encoder.fast:
-                counts.checked += _check(job, tokenizer, batch, choose)
-            if not batch.lengths.all():
-                for number, document in batch.without_tokens():
-                    counts.passed_over["no tokens"] += 1
-                    bad = BadRecord("no tokens", document.record, document.raw, True)
-                    write_bad(quarantine, job.files[number].path, bad)
-                batch = batch.with_tokens()
-            growth = (
-                writer.add(batch, *_framed(batch, before, after, writer.dtype))
-                if batch.documents
-                else Counts()
-            )
-            counts.add(growth)
-            total = growth.total
-            yield PartProgress(read_bytes, total.bytes, total.tokens, total.documents, bad_records)
-            read_bytes = bad_records = 0
-        groups = writer.finish()
-    summary = {
-        "lines": lines,
-        "groups": {str(group): value for group, value in groups.items()},
-        "inputs": _input_checksums(job, part),
-        "counts": counts.to_json(),
-    }
-    write_json(part_file(job.folder, part, "json"), summary, durable=False)
-    if part.chunk is not None:
-        chunk_path(job.folder, part).unlink(missing_ok=True)
-        read_bytes = part.chunk_bytes
-    yield PartProgress(input_bytes=read_bytes, bad=bad_records)
-    gc.collect()
-
-
-def _input_checksums(job: Job, part: CorpusPart) -> list[tuple[int, int, str]]:
-    """Of the files, or of the span of bytes, that this part has just read; a file of many parts has one in its first."""
-    found = []
-    for number in part.files:
-        file = job.files[number]
-        start, size = 0, file.size
-        if part.span and file.form == "jsonl":
-            start, size = part.span[0], part.span[1] - part.span[0]
-        elif (part.span and part.span[0]) or part.chunk:
-            continue
-        try:
-            found.append((number, size, file_checksum(file.path, start, size)))
-        except OSError:  # it could not be read either: a bad record says why
-            found.append((number, size, ""))
-    return found
-
-
-def _read(
-    job: Job,
-    part: CorpusPart,
-    number: int,
-    on_bytes: Callable[[int], None],
-    on_lines: Callable[[int], None],
-) -> Iterator[Item]:
-    file, last = job.files[number], 0
-    report: Callable[[int], None] | None = on_bytes
-    if part.chunk is not None:  # its bytes are reported at its end, as those of the compressed file
-        chunk = chunk_path(job.folder, part)
-        file, report = replace(file, path=chunk, compression=None, size=chunk.stat().st_size), None
-    records = read_input(
-        file,
-        job.text_field,
-        part.span,
-        report,
-        columns=job.columns,
-        max_document=job.max_document,
-        on_lines=on_lines,
-    )
-    for item in records:
-        last = item.record
-        yield item
-    if part.broken:
-        yield BadRecord(f"broken .{job.files[number].compression}: {part.broken}", last + 1)
-
-
-def _fields(file: InputFile, document: TextDocument, names: Sequence[str]) -> dict[str, Any]:
-    return {name: field_value(file, document, name) for name in names}
-
-
-def _place(job: Job, file: InputFile, document: TextDocument) -> tuple[str, str]:
-    """Repository and path in it. A file without a repository stands alone."""
-    assert job.repository and job.path
-    repository, path = (
-        field_value(file, document, job.repository),
-        field_value(file, document, job.path),
-    )
-    alone = f"{file.path}:{document.record}"
-    repository = str(repository) if repository is not None else alone
-    return well_formed(repository), well_formed(str(path)) if path is not None else ""
-
-
-def _batches(
-    items: Iterator[tuple[int, TextDocument]], limit: int
-) -> Iterator[list[tuple[int, TextDocument]]]:
-    batch: list[tuple[int, TextDocument]] = []
-    size = 0
-    for item in items:
-        batch.append(item)
-        size += len(item[1].raw)
-        if size >= limit or len(batch) == BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-@dataclass(frozen=True)
 class _Batch:
     documents: list[tuple[int, TextDocument]]
     """With the number of the input file."""
     texts: list[bytes]
     """What was tokenized."""
     places: list[tuple[str, str]]
-    """Repository and path, where they are wanted."""
+    """Repository and path, with `--repository`."""
     ids: NDArray[np.uint32]
     lengths: NDArray[np.int64]
     """Ids of each document, which lie one after another in `ids`."""
 
-    def without_tokens(self) -> list[tuple[int, TextDocument]]:
-        return [self.documents[i] for i in np.flatnonzero(self.lengths == 0)]
-
-    def with_tokens(self) -> _Batch:
-        kept = np.flatnonzero(self.lengths).tolist()
+    def chosen(self, documents: NDArray[np.intp]) -> _Batch:
+        """Some of the documents; those left out have no ids."""
+        numbers = documents.tolist()
         return _Batch(
-            [self.documents[i] for i in kept],
-            [self.texts[i] for i in kept],
-            [self.places[i] for i in kept] if self.places else [],
+            [self.documents[i] for i in numbers],
+            [self.texts[i] for i in numbers],
+            [self.places[i] for i in numbers] if self.places else [],
             self.ids,
-            self.lengths[kept],
+            self.lengths[documents],
         )
 
 
-def _encode(job: Job, encoder: _Encoder, documents: list[tuple[int, TextDocument]]) -> _Batch:
-    texts = [document.raw for _, document in documents]
-    places = []
-    if job.repository:
-        places = [_place(job, job.files[number], document) for number, document in documents]
-        texts = [
-            path.encode() + b"\n" + text for (_, path), text in zip(places, texts, strict=True)
-        ]
-    ids, offsets = encoder.encode(texts)
-    return _Batch(documents, texts, places, ids, np.diff(offsets))
+class _Part:
+    """Tokenizes one part. `fast`: the fast backend, or why there is none."""
 
-
-def _check(job: Job, tokenizer: Tokenizer, batch: _Batch, choose: np.random.Generator) -> int:
-    """Compare a random sample of the batch with the reference library. How many were compared."""
-    short = [i for i, text in enumerate(batch.texts) if len(text) <= _LONGEST_CHECKED]
-    # One of every batch at least, so that no run goes unchecked.
-    count = min(len(short), max(1, int(choose.binomial(len(short), CHECKED_SHARE))))
-    ends = np.cumsum(batch.lengths)
-    for i in choose.choice(short, count, replace=False).tolist() if short else ():
-        number, document = batch.documents[i]
-        name = f"{job.files[number].path}, record {document.record}"
-        check_sample(
-            tokenizer, name, batch.texts[i], batch.ids[ends[i] - batch.lengths[i] : ends[i]]
-        )
-    return count
-
-
-def _framed(
-    batch: _Batch, before: list[int], after: list[int], dtype: np.dtype[Any]
-) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """The documents' ids with those of `before` and `after` (one at most each) around every one, and their lengths."""
-    if not before and not after:
-        return batch.ids.astype(dtype), batch.lengths
-    framed = batch.lengths + len(before) + len(after)
-    ends = np.cumsum(framed)
-    out = np.empty(int(ends[-1]), dtype=dtype)
-    text = np.ones(len(out), dtype=bool)
-    for frame, places in ((before, ends - framed), (after, ends - 1)):
-        if frame:
-            text[places] = False
-            out[places] = frame[0]
-    out[text] = batch.ids
-    return out, framed
-
-
-# --------------------------------------------------------------------------------------------------------- the writer
-
-
-class _Writer:
-    """The files of one part, a set for each group."""
-
-    def __init__(self, job: Job, part: CorpusPart, dtype: np.dtype[Any], stack: ExitStack) -> None:
-        self.job, self.part, self.dtype, self.stack = job, part, dtype, stack
-        self.groups: dict[Group, GroupFiles] = {}
-
-    def add(self, batch: _Batch, tokens: NDArray[Any], lengths: NDArray[np.int64]) -> Counts:
-        """Append the documents, each to its group, as `lengths` consecutive `tokens`. What was added."""
-        documents, places = batch.documents, batch.places
-        records = np.array(
-            [(number, document.record) for number, document in documents], dtype="<i8"
-        )
-        sizes = np.array([len(document.raw) for _, document in documents], dtype=np.int64)
-        hashes = (
-            b"".join(_hash(document.raw) for _, document in documents)
-            if self.job.deduplicate
-            else b""
-        )
-        groups = self._groups(batch)
-        growth = Counts()
-        if groups is None:
-            everything = slice(None)
-            self._add(
-                Group("train"), growth, everything, tokens, lengths, records, sizes, hashes, places
-            )
-            return growth
-        ends = np.cumsum(lengths)
-        for group in sorted(set(groups)):
-            chosen = np.array([i for i, g in enumerate(groups) if g == group])
-            own = np.concatenate([tokens[ends[i] - lengths[i] : ends[i]] for i in chosen])
-            own_hashes = b"".join(hashes[24 * i : 24 * i + 24] for i in chosen)
-            own_places = [places[i] for i in chosen] if places else []
-            self._add(
-                group,
-                growth,
-                chosen,
-                own,
-                lengths[chosen],
-                records[chosen],
-                sizes[chosen],
-                own_hashes,
-                own_places,
-            )
-        return growth
-
-    def _groups(self, batch: _Batch) -> list[Group] | None:
-        """The group of each document; None if there is only one for all."""
-        job = self.job
-        if not job.validation and not job.split_by:
-            return None
-        groups = []
-        for i, (number, document) in enumerate(batch.documents):
-            # A repository is held out as a whole, other documents by their own text.
-            key = (
-                batch.places[i][0].encode(errors="surrogateescape")
-                if batch.places
-                else document.raw
-            )
-            split = (
-                "validation" if job.validation and in_validation(key, job.validation) else "train"
-            )
-            value = field_value(job.files[number], document, job.split_by) if job.split_by else ""
-            groups.append(Group(split, "(none)" if value is None else well_formed(str(value))))
-        return groups
-
-    def _add(
+    def __init__(
         self,
-        group: Group,
-        growth: Counts,
-        chosen: Any,
-        tokens: NDArray[Any],
-        lengths: NDArray[np.int64],
-        records: NDArray[np.int64],
-        sizes: NDArray[np.int64],
-        hashes: bytes,
-        places: Sequence[tuple[str, str]],
+        job: Job,
+        tokenizer: Tokenizer,
+        fast: FastEncoder | str,
+        condition: Condition | None,
+        part: CorpusPart,
     ) -> None:
+        self.job, self.request, self.part = job, job.request, part
+        self.tokenizer, self.fast, self.condition = tokenizer, fast, condition
+        self.dtype = indexed.token_dtype(tokenizer.vocab_size)
+        self.counts = Counts(exact=fast if isinstance(fast, str) else "")
+        self.groups: dict[Group, int] = {}
+        """Number of each group in the names of files."""
+        self.choose = np.random.default_rng(part.unit * 100_003 + (part.chunk or 0))
+        self.read_bytes = self.bad = self.lines = 0
+        """Not reported yet: bytes read and bad records. Lines read."""
+
+    def run(self) -> Iterator[PartProgress]:
+        """Write the part's files, reporting on the way."""
+        job, part = self.job, self.part
+        with ExitStack() as stack:
+            self.files = PartFiles(job.folder, part, stack)
+            quarantine = part_file(job.folder, part, "bad.jsonl")
+            self.quarantine = stack.enter_context(replace_file(quarantine, durable=False))
+            if self.request.deduplicate:
+                self.files.write("hashes", b"")
+            for documents in self._batches():
+                growth = self._write(self._tokenize(documents))
+                yield self._progress(growth.bytes, growth.tokens, growth.documents)
+        summary = {
+            "lines": self.lines,
+            "groups": {str(group): number for group, number in self.groups.items()},
+            "checksums": self.files.checksums(),
+            "inputs": self._input_checksums(),
+            "counts": self.counts.to_json(),
+        }
+        write_json(part_file(job.folder, part, "json"), summary, durable=False)
+        if part.chunk is not None:
+            chunk_path(job.folder, part).unlink(missing_ok=True)
+            self.read_bytes = part.chunk_bytes
+        yield self._progress()
+        gc.collect()
+
+    def _progress(self, text_bytes: int = 0, tokens: int = 0, documents: int = 0) -> PartProgress:
+        progress = PartProgress(self.read_bytes, text_bytes, tokens, documents, self.bad)
+        self.read_bytes = self.bad = 0
+        return progress
+
+    # ------------------------------------------------------------------------------------------------------ reading
+
+    def _batches(self) -> Iterator[list[tuple[int, TextDocument]]]:
+        limit = EXACT_BATCH_BYTES if isinstance(self.fast, str) else BATCH_BYTES
+        batch: list[tuple[int, TextDocument]] = []
+        size = 0
+        for item in self._documents():
+            batch.append(item)
+            size += len(item[1].raw)
+            if size >= limit or len(batch) == BATCH_DOCUMENTS:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    def _documents(self) -> Iterator[tuple[int, TextDocument]]:
+        """Documents that are wanted, with the number of their file; others are counted."""
+        counts = self.counts
+        for number in self.part.files:
+            file = self.job.files[number]
+            for item in self._read(file):
+                counts.records += 1
+                if isinstance(item, BadRecord):
+                    (counts.passed_over if item.harmless else counts.bad)[item.reason] += 1
+                    self.bad += not item.harmless
+                    write_bad(self.quarantine, file.path, item)
+                elif self._wanted(file, item):
+                    counts.repaired += item.repaired
+                    yield number, item
+                else:
+                    counts.passed_over["not wanted (--where)"] += 1
+
+    def _wanted(self, file: InputFile, document: TextDocument) -> bool:
+        if self.condition is None:
+            return True
+        fields = self.condition.fields
+        return self.condition({name: field_value(file, document, name) for name in fields})
+
+    def _read(self, file: InputFile) -> Iterator[Item]:
+        part, source, last = self.part, file, 0
+        on_bytes: Callable[[int], None] | None = self._on_bytes
+        if (
+            part.chunk is not None
+        ):  # its bytes are reported at its end, as those of the compressed file
+            chunk = chunk_path(self.job.folder, part)
+            source = replace(file, path=chunk, compression=None, size=chunk.stat().st_size)
+            on_bytes = None
+        for item in read_input(
+            source,
+            self.request.text_field,
+            part.span,
+            on_bytes,
+            columns=self.request.columns,
+            max_document=self.request.max_document,
+            on_lines=self._on_lines,
+        ):
+            last = item.record
+            yield item
+        if part.broken:
+            yield BadRecord(f"broken .{file.compression}: {part.broken}", last + 1)
+
+    def _on_bytes(self, count: int) -> None:
+        self.read_bytes += count
+
+    def _on_lines(self, count: int) -> None:
+        self.lines = count if self.part.span or self.part.chunk is not None else 0
+
+    def _input_checksums(self) -> list[tuple[int, int, str]]:
+        """Of the files, or of the span of bytes, that this part has read; a file of many parts has one in its first."""
+        found = []
+        for number in self.part.files:
+            file = self.job.files[number]
+            start, size = 0, file.size
+            if self.part.span and file.form == "jsonl":
+                start, size = self.part.span[0], self.part.span[1] - self.part.span[0]
+            elif (self.part.span and self.part.span[0]) or self.part.chunk:
+                continue
+            try:
+                found.append((number, size, file_checksum(file.path, start, size)))
+            except OSError:  # it could not be read either: a bad record says why
+                found.append((number, size, ""))
+        return found
+
+    # --------------------------------------------------------------------------------------------------- tokenizing
+
+    def _tokenize(self, documents: list[tuple[int, TextDocument]]) -> _Batch:
+        texts = [document.raw for _, document in documents]
+        places: list[tuple[str, str]] = []
+        if self.request.repository:
+            places = [self._place(number, document) for number, document in documents]
+            texts = [
+                f"{path}\n".encode() + text for (_, path), text in zip(places, texts, strict=True)
+            ]
+        if isinstance(self.fast, str):
+            lists = self.tokenizer.encode_batch([text.decode() for text in texts])
+            lengths = np.array([len(ids) for ids in lists], dtype=np.int64)
+            ids = np.fromiter((i for ids in lists for i in ids), np.uint32, int(lengths.sum()))
+            batch = _Batch(documents, texts, places, ids, lengths)
+        else:
+            ids, offsets = self.fast.encode_documents(texts)
+            batch = _Batch(documents, texts, places, ids, np.diff(offsets))
+            self._check(batch)
+        if batch.lengths.all():
+            return batch
+        for i in np.flatnonzero(batch.lengths == 0):
+            number, document = documents[i]
+            self.counts.passed_over["no tokens"] += 1
+            bad = BadRecord("no tokens", document.record, document.raw, True)
+            write_bad(self.quarantine, self.job.files[number].path, bad)
+        return batch.chosen(np.flatnonzero(batch.lengths))
+
+    def _place(self, number: int, document: TextDocument) -> tuple[str, str]:
+        """Repository and path in it. A file without a repository stands alone."""
+        file, request = self.job.files[number], self.request
+        assert request.repository and request.path
+        repository = field_value(file, document, request.repository)
+        path = field_value(file, document, request.path)
+        if repository is None:
+            repository = f"{file.path}:{document.record}"
+        return well_formed(str(repository)), well_formed(str(path)) if path is not None else ""
+
+    def _check(self, batch: _Batch) -> None:
+        """Compare a random sample of the batch with the reference library."""
+        short = [i for i, text in enumerate(batch.texts) if len(text) <= _LONGEST_CHECKED]
+        if not short:
+            return
+        # At least one of every batch, so that every run is checked.
+        count = min(len(short), max(1, int(self.choose.binomial(len(short), CHECKED_SHARE))))
+        ends = np.cumsum(batch.lengths)
+        for i in self.choose.choice(short, count, replace=False).tolist():
+            number, document = batch.documents[i]
+            name = f"{self.job.files[number].path}, record {document.record}"
+            ids = batch.ids[ends[i] - batch.lengths[i] : ends[i]]
+            check_sample(self.tokenizer, name, batch.texts[i], ids)
+        self.counts.checked += count
+
+    # ------------------------------------------------------------------------------------------------------ writing
+
+    def _write(self, batch: _Batch) -> GroupCounts:
+        """Append the documents to the files of their groups. What was added."""
+        if not batch.documents:
+            return GroupCounts()
+        tokens, lengths = self._framed(batch)
+        records = np.array([(n, document.record) for n, document in batch.documents], dtype="<i8")
+        sizes = np.array([len(document.raw) for _, document in batch.documents])
+        numbers = np.array([self._number(self._group(batch, i)) for i in range(len(sizes))])
+        if self.request.deduplicate:
+            self.files.write("hashes", _hashes(batch.documents, numbers).tobytes())
+        added = Counts()
+        for group, number in self.groups.items():
+            own = numbers == number
+            if not own.any():
+                continue
+            ids = tokens if own.all() else tokens[np.repeat(own, lengths)]
+            self.files.write(f"{number}.bin", ids.tobytes())
+            self.files.write(f"{number}.lengths", lengths[own].astype("<i4").tobytes())
+            self.files.write(f"{number}.records", records[own].tobytes())
+            if batch.places:
+                places = itertools.compress(batch.places, own)
+                lines = "".join(json.dumps(place) + "\n" for place in places)
+                self.files.write(f"{number}.places", lines.encode())
+            longest, text_bytes = int(lengths[own].max()), int(sizes[own].sum())
+            added.groups[group] = GroupCounts(int(own.sum()), len(ids), text_bytes, longest)
+        self.counts.add(added)
+        return added.total
+
+    def _framed(self, batch: _Batch) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """The documents' ids with BOS before and EOD after each, and their lengths. With `--repository`: <filename> before
+        each; BOS and EOD go around the whole repository."""
+        tokenizer, section = self.tokenizer, self.request.tokenizer
+        before = [tokenizer.bos_id] if section.bos else []
+        after = [tokenizer.eod_id] if section.eod else []
+        if self.request.repository:
+            before, after = [tokenizer.token_id("<filename>")], []
+        if not before and not after:
+            return batch.ids.astype(self.dtype), batch.lengths
+        lengths = batch.lengths + len(before) + len(after)
+        ends = np.cumsum(lengths)
+        out = np.empty(int(ends[-1]), dtype=self.dtype)
+        text = np.ones(len(out), dtype=bool)
+        for frame, places in ((before, ends - lengths), (after, ends - 1)):
+            if frame:
+                text[places] = False
+                out[places] = frame[0]
+        out[text] = batch.ids
+        return out, lengths
+
+    def _group(self, batch: _Batch, i: int) -> Group:
+        """The split and the value of a document."""
+        request = self.request
+        number, document = batch.documents[i]
+        split, value = "train", ""
+        if request.validation:
+            # A repository is held out as a whole, other documents by their own text.
+            key = document.raw
+            if batch.places:
+                key = batch.places[i][0].encode(errors="surrogateescape")
+            split = "validation" if in_validation(key, request.validation) else "train"
+        if request.split_by:
+            found = field_value(self.job.files[number], document, request.split_by)
+            value = "(none)" if found is None else well_formed(str(found))
+        return Group(split, value)
+
+    def _number(self, group: Group) -> int:
+        """The group's number; a new one gets the next."""
         if group not in self.groups:
-            if len({g.value for g in (*self.groups, group)}) > MAX_VALUES:
+            self.groups[group] = len(self.groups)
+            if len({known.value for known in self.groups}) > MAX_VALUES:
                 raise UserError(
-                    f"--split-by {self.job.split_by}: more than {MAX_VALUES} different values; give a field that is a "
-                    "category, such as the language"
+                    f"--split-by {self.request.split_by}: more than {MAX_VALUES} different values; "
+                    "give a field that is a category, such as the language"
                 )
-            more = ["hashes"] * self.job.deduplicate + ["places"] * bool(self.job.repository)
-            self.groups[group] = GroupFiles(
-                self.job.folder, self.part, len(self.groups), more, self.stack
-            )
-        self.groups[group].add(tokens, lengths, records, hashes, places)
-        growth.groups[group] = GroupCounts(
-            len(lengths), int(lengths.sum()), int(sizes.sum()), int(lengths.max())
-        )
-
-    def finish(self) -> dict[Group, dict[str, Any]]:
-        return {group: files.finish() for group, files in self.groups.items()}
+        return self.groups[group]
 
 
-def _hash(text: bytes) -> bytes:
-    return hashlib.blake2b(text, digest_size=16).digest() + len(text).to_bytes(8, "little")
+def _hashes(
+    documents: Sequence[tuple[int, TextDocument]], groups: NDArray[np.integer[Any]]
+) -> NDArray[Any]:
+    """HASH [n] of documents with the numbers of their groups."""
+    hashes = np.empty(len(documents), dtype=HASH)
+    digests = (hashlib.blake2b(document.raw, digest_size=16).digest() for _, document in documents)
+    both = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
+    hashes["high"], hashes["low"] = both.T
+    hashes["size"] = [len(document.raw) for _, document in documents]
+    hashes["group"] = groups
+    return hashes
 
 
 def in_validation(text: bytes, share: float) -> bool:

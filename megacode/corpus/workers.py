@@ -1,8 +1,8 @@
 """Tasks on several processes, first come first served, with messages on the way.
 
-Workers are not forked from this process, which draws a progress bar from a thread and may hold a library's locks, but from
-a server that has imported what they need (`prepare_workers`), or spawned. A worker that dies (killed for memory, say) ends
-the whole with a sentence; a parent that dies ends its workers.
+Worker processes are not forked from this one, which draws a progress bar on a thread and may hold locks of libraries. They
+are forked from a server that has imported what they need (`prepare_workers`), or spawned. A worker that dies (killed for
+memory, say) ends the run with a sentence; workers end when their parent dies.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import selectors
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from megacode.errors import UserError
@@ -25,7 +26,9 @@ Message = TypeVar("Message")
 Task = TypeVar("Task")
 Context = TypeVar("Context")
 Result = TypeVar("Result")
-_PATHS = (
+Make = Callable[[Context], Callable[[Task], Iterator[Message]]]
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PATH_IS_WRONG = (
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -34,94 +37,106 @@ _PATHS = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
-Make = Callable[[Context], Callable[[Task], Iterator[Message]]]
 
 
 def prepare_workers(modules: Sequence[str]) -> None:
-    """Start a process that imports `modules` while this one goes on; workers are then copies of it, there at once."""
+    """Start a process that imports `modules` while this one goes on. Workers are then forked from it, at once."""
     if "forkserver" in multiprocessing.get_all_start_methods():
         multiprocessing.set_forkserver_preload(list(modules))
         with without_main():
             forkserver.ensure_running()
 
 
-def _context() -> Any:
-    server = getattr(forkserver, "_forkserver", None)
-    return multiprocessing.get_context(
-        "forkserver" if getattr(server, "_forkserver_pid", None) else "spawn"
-    )
+class Workers:
+    """Up to `count` processes, each started when there is a task for it. With one, tasks are done in this process."""
 
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._started: list[tuple[Connection, Any]] = []
+        """Each worker's pipe and process."""
+        self._messages = selectors.DefaultSelector()
 
-def run_tasks(
-    make: Make[Context, Task, Message], context: Context, tasks: Iterable[Task], workers: int
-) -> Iterator[Message]:
-    """Every message of `make(context)(task)` for every task, as they come, from up to `workers` processes.
+    def __enter__(self) -> Workers:
+        return self
 
-    `make` runs once in each worker and must be importable. With one worker all is done in this process, in order.
-    UserError for a worker's UserError, a full disk and a worker that died; RuntimeError with the traceback for others.
-    """
-    if workers == 1:
-        yield from _here(make, context, tasks)
-        return
-    start = _context()
-    waiting = iter(tasks)
-    processes: dict[Connection, Any] = {}
-    try:
-        for _, task in zip(
-            range(workers), waiting, strict=False
-        ):  # in this order zip takes no task it does not give
-            here, there = start.Pipe()
-            process = start.Process(target=_serve, args=(there, make, context), daemon=True)
-            with without_main():
-                process.start()
-            there.close()
-            here.send(task)
-            processes[here] = process
-        busy = set(processes)
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        self._messages.close()
+        for connection, process in self._started:
+            if error:
+                process.terminate()
+            connection.close()  # which ends a process that waits for work
+            process.join()
+
+    def run(
+        self,
+        make: Make[Context, Task, Message],
+        context: Context,
+        tasks: Iterable[Task],
+        most: int | None = None,
+    ) -> Iterator[Message]:
+        """Every message of `make(context)(task)` for every task, as they come, from `most` processes at most.
+
+        `make` runs once in each worker and must be importable. In one process, tasks are done in order.
+        UserError for a worker's UserError, a full disk and a worker that died; RuntimeError with the traceback for others.
+        """
+        if self.count == 1:
+            with readable_errors():
+                work = make(context)
+                for task in tasks:
+                    yield from work(task)
+            return
+        waiting = iter(tasks)
+        busy = 0
+        # In this order zip takes no task without a worker.
+        for number, task in zip(range(min(self.count, most or self.count)), waiting, strict=False):
+            if number == len(self._started):
+                self._start()
+            connection, _ = self._started[number]
+            connection.send((make, context))
+            connection.send(task)
+            busy += 1
         while busy:
-            for connection in wait(list(busy)):
-                assert isinstance(connection, Connection)
+            for key, _ in self._messages.select():
+                connection, process = key.data
                 try:
                     what, value = connection.recv()
                 except (EOFError, OSError):
-                    raise _death(processes[connection]) from None
+                    raise _death(process) from None
                 if what == "message":
                     yield value
                 elif what == "done":
                     following = next(waiting, None)
                     connection.send(following)
-                    if following is None:
-                        busy.discard(connection)
+                    busy -= following is None
+                elif what == "user":
+                    raise UserError(value)
                 else:
-                    raise (
-                        UserError(value)
-                        if what == "user"
-                        else RuntimeError(f"in a worker process:\n{value}")
-                    )
-    finally:
-        for connection, process in processes.items():
-            if connection in busy:
-                process.terminate()
-            process.join()
-            connection.close()
+                    raise RuntimeError(f"in a worker process:\n{value}")
 
+    def map(
+        self,
+        function: Callable[..., Result],
+        arguments: Iterable[tuple[Any, ...]],
+        most: int | None = None,
+    ) -> Iterator[tuple[int, Result]]:
+        """(i, function(*arguments[i])) for all arguments, as they come."""
+        return self.run(_call, function, enumerate(arguments), most)
 
-def map_tasks(
-    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], workers: int
-) -> Iterator[tuple[int, Result]]:
-    """(i, function(*arguments[i])) for all arguments, as they come; see `run_tasks`."""
-    return run_tasks(_call, function, enumerate(arguments), max(1, min(workers, len(arguments))))
+    def _start(self) -> None:
+        server = getattr(forkserver, "_forkserver", None)
+        prepared = getattr(server, "_forkserver_pid", None)
+        start: Any = multiprocessing.get_context("forkserver" if prepared else "spawn")
+        here, there = start.Pipe()
+        process = start.Process(target=_serve, args=(there,), daemon=True)
+        with without_main():
+            process.start()
+        there.close()
+        self._started.append((here, process))
+        self._messages.register(here, selectors.EVENT_READ, self._started[-1])
 
 
 def _call(function: Callable[..., Any]) -> Callable[[Any], Iterator[Any]]:
     return lambda task: iter([(task[0], function(*task[1]))])
-
-
-def _here(make: Make[Any, Any, Any], context: Any, tasks: Iterable[Any]) -> Iterator[Any]:
-    with readable_errors():
-        work = make(context)
-        for task in tasks:
-            yield from work(task)
 
 
 def _death(process: Any) -> UserError:
@@ -131,21 +146,23 @@ def _death(process: Any) -> UserError:
     return UserError(f"a worker process ended {how}; run again to go on, with fewer --workers")
 
 
-def _serve(connection: Connection, make: Make[Any, Any, Any], context: Any) -> None:
+def _serve(connection: Connection) -> None:
+    """What a worker process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     with suppress(ConnectionError):  # the parent is gone: nobody to tell
         try:
-            work = make(context)
-            for task in _received(connection):
-                for message in work(task):
-                    connection.send(("message", message))
-                connection.send(("done", None))
+            for make, context in _received(connection):
+                work = make(context)
+                for task in _received(connection):
+                    for message in work(task):
+                        connection.send(("message", message))
+                    connection.send(("done", None))
         except ConnectionError:
             raise
         except UserError as error:
             connection.send(("user", str(error)))
         except OSError as error:
-            shown = readable(error)
+            shown = _readable(error)
             user = isinstance(shown, UserError)
             connection.send(("user", str(shown)) if user else ("crash", traceback.format_exc()))
         except BaseException:
@@ -153,29 +170,27 @@ def _serve(connection: Connection, make: Make[Any, Any, Any], context: Any) -> N
 
 
 def _received(connection: Connection) -> Iterator[Any]:
-    """Tasks until there is none left, or no parent."""
+    """What the parent sends, up to None or the end of the parent."""
     with suppress(EOFError, ConnectionError):
-        while (task := connection.recv()) is not None:
-            yield task
+        while (value := connection.recv()) is not None:
+            yield value
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """What `readable` makes of an OSError, in place of it."""
+    """UserError in place of an OSError that a user can mend."""
     try:
         yield
     except OSError as error:
-        raise readable(error) from None
+        raise _readable(error) from None
 
 
-def readable(error: OSError) -> Exception:
-    """A full disk (or quota), a path that must not or cannot be written, in the words a user needs; any other error as it
-    is."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"the disk of the output is full{f' ({error.filename})' if error.filename else ''}; make room and run again to go on"
-        )
-    if error.errno in _PATHS and error.filename:
+def _readable(error: OSError) -> Exception:
+    """A full disk or quota and a path that cannot be written as UserError; any other error as it is."""
+    if error.errno in _DISK_IS_FULL:
+        where = f" ({error.filename})" if error.filename else ""
+        return UserError(f"the disk of the output is full{where}; make room and run again to go on")
+    if error.errno in _PATH_IS_WRONG and error.filename:
         return UserError(
             f"{error.filename}: {error.strerror}; change its rights, or choose another path"
         )

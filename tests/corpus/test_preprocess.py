@@ -32,7 +32,7 @@ from megacode.corpus.preprocess.counts import Group
 from megacode.corpus.preprocess.folder import open_folder, remove_folder
 from megacode.corpus.preprocess.splitting import plan_units
 from megacode.corpus.preprocess.tokenize import in_validation
-from megacode.corpus.workers import _serve, run_tasks
+from megacode.corpus.workers import Workers, _serve
 from megacode.data import indexed
 from megacode.errors import UserError
 from megacode.files import replace_file
@@ -615,8 +615,8 @@ def _fails(how: str) -> Any:
 def test_what_goes_wrong_in_a_worker_reaches_the_user(
     how: str, error: type[Exception], expected: str
 ) -> None:
-    with pytest.raises(error, match=expected):
-        list(run_tasks(_fails, how, range(6), workers=2))
+    with pytest.raises(error, match=expected), Workers(2) as workers:
+        list(workers.run(_fails, how, range(6)))
 
 
 def _squares(context: int) -> Any:
@@ -625,17 +625,20 @@ def _squares(context: int) -> Any:
 
 @pytest.mark.parametrize(("tasks", "workers"), [(0, 1), (0, 2), (1, 4), (9, 1), (9, 3)])
 def test_every_task_is_done_once(tasks: int, workers: int) -> None:
-    assert sorted(run_tasks(_squares, 2, range(tasks), workers)) == [
-        2 * i * i for i in range(tasks)
-    ]
+    with Workers(workers) as pool:
+        assert sorted(pool.run(_squares, 2, range(tasks))) == [2 * i * i for i in range(tasks)]
+        assert dict(pool.map(pow, [(i, 3) for i in range(tasks)])) == {
+            i: i**3 for i in range(tasks)
+        }
 
 
 def test_a_worker_whose_parent_is_gone_ends_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
     """What it had sent was not read: then its end of the pipe is reset, not closed."""
     here, there = multiprocessing.Pipe()
-    worker = multiprocessing.get_context("spawn").Process(target=_serve, args=(there, _squares, 2))
+    worker = multiprocessing.get_context("spawn").Process(target=_serve, args=(there,))
     worker.start()
     there.close()
+    here.send((_squares, 2))
     here.send(3)
     assert here.poll(60)
     time.sleep(0.5)  # it has sent all and waits for another task

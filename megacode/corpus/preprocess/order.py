@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from megacode.corpus.preprocess.counts import Group
 from megacode.corpus.preprocess.finished_parts import HASH, Finished, part_file
 from megacode.corpus.preprocess.shards import Block, append_places, read_places, write_block
-from megacode.corpus.workers import map_tasks
+from megacode.corpus.workers import Workers
 from megacode.data.permute import make_key, uniform_bits
 from megacode.recipe import schema
 from megacode.tokenizer.tokenizer import load_tokenizer
@@ -76,7 +76,7 @@ def without_duplicates(
     parts: Sequence[Finished],
     blocks: Blocks,
     dtype: np.dtype[Any],
-    workers: int,
+    workers: Workers,
 ) -> Blocks:
     """The blocks without the documents whose text was read before, in whatever group. `work`: a folder for files."""
     marks = _find_duplicates(work / "duplicates", folder, parts)
@@ -93,7 +93,7 @@ def without_duplicates(
     changed = [(g, i) for g, own in blocks.items() for i, b in enumerate(own) if b.path in tasks]
     arguments = [(blocks[g][i], *tasks[blocks[g][i].path]) for g, i in changed]
     kept: dict[Group, list[Block | None]] = {group: [*own] for group, own in blocks.items()}
-    for number, block in map_tasks(_keep, arguments, workers):
+    for number, block in workers.map(_keep, arguments):
         group, i = changed[number]
         kept[group][i] = block
     return {group: [block for block in own if block] for group, own in kept.items()}
@@ -170,7 +170,7 @@ class Order:
 
 
 def reordered(
-    work: Path, blocks: Blocks, sizes: Mapping[Group, int], order: Order, workers: int
+    work: Path, blocks: Blocks, sizes: Mapping[Group, int], order: Order, workers: Workers
 ) -> Blocks:
     """The blocks in another order. `sizes`: bytes of tokens of each group. `work`: a folder for files."""
     dealing: list[tuple[Any, ...]] = []
@@ -180,13 +180,13 @@ def reordered(
         folder = work / f"group-{number}"
         folder.mkdir()
         buckets = min(_MOST_BUCKETS, max(1, -(-sizes[group] // BUCKET_BYTES)))
-        stripes = min(workers, len(own))
+        stripes = min(workers.count, len(own))
         dealing += [(own[i::stripes], order, folder, i, buckets) for i in range(stripes)]
         sorting += [(order, folder, bucket, stripes) for bucket in range(buckets)]
         groups += [group] * buckets
-    for _ in map_tasks(_deal, dealing, workers):
+    for _ in workers.map(_deal, dealing):
         pass
-    made = dict(map_tasks(_sort, sorting, min(workers, _MOST_SORTING)))
+    made = dict(workers.map(_sort, sorting, _MOST_SORTING))
     found: Blocks = {}
     for number, group in enumerate(groups):
         if block := made[number]:

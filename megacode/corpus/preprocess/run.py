@@ -40,7 +40,7 @@ from megacode.corpus.preprocess.request import Request, Result
 from megacode.corpus.preprocess.shards import WrittenShard, write_datasets
 from megacode.corpus.preprocess.splitting import CorpusPart, Unit, plan_units, unit_parts, unpack
 from megacode.corpus.preprocess.tokenize import Job, PartProgress, part_worker
-from megacode.corpus.workers import readable_errors, run_tasks
+from megacode.corpus.workers import Workers, readable_errors
 from megacode.data import indexed
 from megacode.errors import UserError
 from megacode.tokenizer.tokenizer import load_tokenizer
@@ -76,8 +76,12 @@ def preprocess(
     check_fields(files, request.text_field, request.columns)
     job = Job(request, tuple(files))
     units = plan_units(files)
-    with open_folder(job.folder, {**settings, "parts format": PARTS_FORMAT}, share) as whole:
-        kept = _tokenize(job, units, workers, share, on_stage, on_progress)
+    most = workers if any(unit.chunk_size for unit in units) else len(units)
+    with (
+        open_folder(job.folder, {**settings, "parts format": PARTS_FORMAT}, share) as whole,
+        Workers(min(workers, most)) as pool,
+    ):
+        kept = _tokenize(job, units, pool, share, on_stage, on_progress)
         parts = finished_parts(job.folder, units)
         if parts is None or not whole():
             return Result({}, Counts(), False, len(units), kept, None)
@@ -86,9 +90,10 @@ def preprocess(
         on_stage("writing", counts.total.tokens * dtype.itemsize, 0)
         # A dataset that was there goes first, whole: never an old index beside new data.
         remove_old(request, list(counts.groups))
-        shards = _write(job, parts, counts, dtype, workers, on_progress)
+        shards = _write(job, parts, counts, dtype, pool, on_progress)
         write_quarantine(job, parts)
         write_manifests(job, settings, tokenizer, parts, counts, shards)
+        _remove_parts(job.folder, pool)
         remove_folder(job.folder)
     outputs = {group: request.prefix(group) for group in shards}
     return Result(outputs, counts, False, len(parts), kept, quarantine_of(request))
@@ -97,7 +102,7 @@ def preprocess(
 def _tokenize(
     job: Job,
     units: Sequence[Unit],
-    workers: int,
+    workers: Workers,
     share: tuple[int, int] | None,
     on_stage: Callable[[str, int, int], None],
     on_progress: Callable[[PartProgress], None],
@@ -130,8 +135,7 @@ def _tokenize(
             else:
                 yield unit.part
 
-    most = workers if any(unit.chunk_size for unit in waiting) else len(waiting)
-    for progress in run_tasks(part_worker, job, tasks(), max(1, min(workers, most))):
+    for progress in workers.run(part_worker, job, tasks()):
         on_progress(progress)
     return len(kept)
 
@@ -166,7 +170,7 @@ def _write(
     parts: Sequence[Finished],
     counts: Counts,
     dtype: np.dtype[Any],
-    workers: int,
+    workers: Workers,
     on_progress: Callable[[PartProgress], None],
 ) -> dict[Group, list[WrittenShard]]:
     """Write the datasets; `counts` becomes theirs."""
@@ -198,3 +202,15 @@ def _write(
         lambda size: on_progress(PartProgress(input_bytes=size)),
     )
     return {group: shards[prefix] for prefix, group in prefixes.items()}
+
+
+def _remove_parts(folder: Path, workers: Workers) -> None:
+    """By the workers, as it takes a processor's time to free the memory of large files."""
+    paths = list(folder.glob("[0-9]*"))
+    for _ in workers.map(_remove, [(paths[i :: workers.count],) for i in range(workers.count)]):
+        pass
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        path.unlink()

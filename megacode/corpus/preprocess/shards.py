@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from megacode.corpus.preprocess.counts import GroupCounts
 from megacode.corpus.preprocess.finished_parts import file_checksum
-from megacode.corpus.workers import map_tasks
+from megacode.corpus.workers import Workers
 from megacode.data import indexed
 
 _PIECE = 64 << 20
@@ -187,7 +187,7 @@ def write_datasets(
     datasets: Mapping[Path, Sequence[Block]],
     dtype: np.dtype[Any],
     shard_size: int | None,
-    workers: int,
+    workers: Workers,
     on_bytes: Callable[[int], None],
 ) -> dict[Path, list[WrittenShard]]:
     """Write a dataset under each prefix. With `shard_size`: shards PREFIX-00000, PREFIX-00001, ... of at most so many
@@ -200,7 +200,7 @@ def write_datasets(
             shards.append((prefix, _pieces(indexed.with_ending(prefix, ending), fragments)))
     pieces = [piece for _, own in shards for piece in own]
     digests = {}
-    for number, digest in map_tasks(_fill, [(piece,) for piece in pieces], workers):
+    for number, digest in workers.map(_fill, [(piece,) for piece in pieces]):
         digests[pieces[number].prefix, pieces[number].start] = digest
         on_bytes(pieces[number].size)
     documents = [
@@ -210,7 +210,7 @@ def write_datasets(
     closing = [
         (own[0].prefix, count, dtype) for (_, own), count in zip(shards, documents, strict=True)
     ]
-    indexes = dict(map_tasks(_close, closing, workers))
+    indexes = dict(workers.map(_close, closing))
     written: dict[Path, list[WrittenShard]] = {}
     for number, (prefix, own) in enumerate(shards):
         parts = [[piece.size, digests[piece.prefix, piece.start]] for piece in own]

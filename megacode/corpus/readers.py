@@ -73,14 +73,10 @@ def read_input(
     have been read since the last time. `columns`: what else to read of a parquet file. `on_lines` is told at the end how many
     lines a JSONL file (or its span) has.
     """
-    counter = _Counter(on_bytes)
+    how = _How(text_field, columns, span, max_document, _Counter(on_bytes), on_lines)
+    read = {"parquet": _read_parquet, "jsonl": _read_jsonl, "file": _read_plain}[file.form]
     try:
-        if file.form == "parquet":
-            yield from _read_parquet(file, text_field, columns, span, counter, max_document)
-        elif file.form == "jsonl":
-            yield from _read_jsonl(file, text_field, span, counter, max_document, on_lines)
-        else:
-            yield from _read_plain(file, counter, max_document)
+        yield from read(file, how)
     except OSError as error:
         yield BadRecord(f"cannot read the file: {error.strerror or error}", 0)
 
@@ -95,6 +91,17 @@ class _Counter:
         if self.report and position > self.last:
             self.report(position - self.last)
             self.last = position
+
+
+class _How(NamedTuple):
+    """What `read_input` was asked for."""
+
+    field: str
+    columns: Sequence[str]
+    span: tuple[int, int] | None
+    limit: int
+    counter: _Counter
+    on_lines: Callable[[int], None] | None
 
 
 def _too_long(limit: int) -> str:
@@ -127,37 +134,27 @@ def record_text(record: Any, field: str) -> tuple[bytes, bool]:
         value.decode()
         return value, False
     if not isinstance(value, str):
-        raise TypeError(f"field {field!r} is {_json_type(value)}, not text")
+        name = _JSON_TYPES.get(type(value), type(value).__name__)
+        raise TypeError(f"field {field!r} is {name}, not text")
     try:
         return value.encode(), False
     except UnicodeEncodeError:
         return well_formed(value).encode(), True
 
 
-def _json_type(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {
-        bool: "a truth value",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), type(value).__name__)
+_JSON_TYPES = {
+    type(None): "null",
+    bool: "a truth value",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
 
 
-def _read_jsonl(
-    file: InputFile,
-    field: str,
-    span: tuple[int, int] | None,
-    counter: _Counter,
-    limit: int,
-    on_lines: Callable[[int], None] | None,
-) -> Iterator[Item]:
-    start, end = span or (0, None)
-    number = 0
-    loads = orjson.loads
+def _read_jsonl(file: InputFile, how: _How) -> Iterator[Item]:
+    counter, field, number = how.counter, how.field, 0
+    start, end = how.span or (0, None)
     with open(file.path, "rb", buffering=1 << 20) as disk:
         contents = decompressed(disk, file.compression)
         position = start
@@ -167,7 +164,7 @@ def _read_jsonl(
             counter.last = start
         while end is None or position < end:
             try:
-                line = contents.readline(limit + 1)
+                line = contents.readline(how.limit + 1)
             except BrokenStream as error:
                 yield BadRecord(f"broken .{file.compression}: {error}", number + 1)
                 return
@@ -175,9 +172,9 @@ def _read_jsonl(
                 break
             number += 1
             position += len(line)
-            if len(line) > limit and not line.endswith(b"\n"):
+            if len(line) > how.limit and not line.endswith(b"\n"):
                 rest = _Rest(contents, file.compression)
-                yield BadRecord(_too_long(limit), number, line, rest=iter(rest))
+                yield BadRecord(_too_long(how.limit), number, line, rest=iter(rest))
                 position += rest.finish()
                 counter.at(disk.tell() if file.compression else position)
                 if rest.broken:
@@ -186,18 +183,16 @@ def _read_jsonl(
                 continue
             counter.at(disk.tell() if file.compression else position)
             try:
-                record = loads(line)
+                record = orjson.loads(line)
             except ValueError:
-                if line.isspace():
-                    continue
-                if number == 1 and not start and line.startswith(_BOM):
-                    line = line[len(_BOM) :]
-                yield _parse(line, field, number)
-                continue
-            yield _take(record, field, number, line)
+                if not line.isspace():
+                    first = number == 1 and not start
+                    yield _parse(line.removeprefix(_BOM) if first else line, field, number)
+            else:
+                yield _take(record, field, number, line)
         counter.at(file.size if end is None else end)
-        if on_lines:
-            on_lines(number)
+        if how.on_lines:
+            how.on_lines(number)
 
 
 def _rest_of_line(contents: BinaryIO) -> Iterator[bytes]:
@@ -236,7 +231,9 @@ def _parse(line: bytes, field: str, number: int) -> Item:
     except UnicodeDecodeError as error:
         return BadRecord(f"not UTF-8 ({error.reason})", number, line)
     except ValueError as error:
-        return BadRecord(f"not JSON ({_without_place(error)})", number, line)
+        # Reasons are counted by their wording, so without line and column.
+        reason = getattr(error, "msg", None) or str(error)[:80]
+        return BadRecord(f"not JSON ({reason})", number, line)
     except RecursionError:
         return BadRecord("not JSON that can be read (nested too deeply)", number, line)
     return _take(record, field, number, line)
@@ -252,49 +249,35 @@ def _take(record: Any, field: str, number: int, line: bytes) -> Item:
     return TextDocument(raw, number, record, repaired)
 
 
-def _without_place(error: ValueError) -> str:
-    """Reasons are counted by their wording, so without line and column."""
-    return getattr(error, "msg", None) or str(error)[:80]
-
-
-def _read_parquet(
-    file: InputFile,
-    field: str,
-    more: Sequence[str],
-    span: tuple[int, int] | None,
-    counter: _Counter,
-    limit: int,
-) -> Iterator[Item]:
+def _read_parquet(file: InputFile, how: _How) -> Iterator[Item]:
     import pyarrow
     import pyarrow.parquet
 
     row = 0
     try:
         table = pyarrow.parquet.ParquetFile(file.path)
-        groups = range(*(span or (0, table.num_row_groups)))
+        groups = range(*(how.span or (0, table.num_row_groups)))
         names = set(table.schema_arrow.names)
-
-        def column_of(name: str) -> str:
-            return name if name in names else name.partition(".")[0]
-
-        column = column_of(field)
         rows = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
         row = sum(rows[: groups.start])
-        share = file.size // max(table.num_row_groups, 1)
+        # A column of structs has fields of dotted names.
+        column, *more = (
+            name if name in names else name.partition(".")[0] for name in (how.field, *how.columns)
+        )
         if column not in names:
             for number in range(row, row + sum(rows[i] for i in groups)):
-                yield BadRecord(f"no field {field!r}", number)
+                yield BadRecord(f"no field {how.field!r}", number)
             return
-        wanted = list(dict.fromkeys([column, *(c for c in map(column_of, more) if c in names)]))
+        wanted = list(dict.fromkeys([column, *(name for name in more if name in names)]))
         for done, group in enumerate(groups, start=1):
             # About 16 MB of rows at a time, however large each is.
             each = table.metadata.row_group(group).total_byte_size // max(rows[group], 1)
             size = min(1024, max(1, (16 << 20) // max(each, 1)))
             for batch in table.iter_batches(batch_size=size, row_groups=[group], columns=wanted):
                 for values in _rows(batch, wanted):
-                    yield _row(values, column, field, row, limit)
+                    yield _row(values, column, how, row)
                     row += 1
-            counter.at(done * share)
+            how.counter.at(done * (file.size // table.num_row_groups))
     except (pyarrow.ArrowException, KeyError, OSError, EOFError) as error:
         yield BadRecord(f"broken parquet: {str(error).splitlines()[0][:120]}", row)
 
@@ -313,61 +296,54 @@ def _rows(batch: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _cell(value: Any) -> Any:
+    import pyarrow
+
     try:
         return value.as_py()
     except UnicodeDecodeError:
         return value.as_buffer().to_pybytes()
     except (ValueError, OverflowError):
-        return _as_text(value)
+        try:
+            return value.cast(pyarrow.string()).as_py()
+        except pyarrow.ArrowException:  # within a list or a struct
+            return None
 
 
-def _as_text(value: Any) -> str | None:
-    import pyarrow
-
+def _row(values: dict[str, Any], column: str, how: _How, row: int) -> Item:
     try:
-        return value.cast(pyarrow.string()).as_py()
-    except pyarrow.ArrowException:  # within a list or a struct
-        return None
-
-
-def _row(values: dict[str, Any], column: str, field: str, row: int, limit: int) -> Item:
-    try:
-        raw, repaired = record_text(values, field)
+        raw, repaired = record_text(values, how.field)
     except UnicodeDecodeError as error:
-        raw = lookup(values, field)
-        return BadRecord(f"not UTF-8 ({error.reason})", row, raw)
+        return BadRecord(f"not UTF-8 ({error.reason})", row, lookup(values, how.field))
     except (LookupError, TypeError) as error:
-        return BadRecord(
-            str(error.args[0]), row, repr(values[column]).encode(errors="backslashreplace")
-        )
-    if len(raw) > limit:
-        return BadRecord(_too_long(limit), row, raw)
-    return (
-        TextDocument(raw, row, values, repaired)
-        if raw
-        else BadRecord("empty text", row, harmless=True)
-    )
+        shown = repr(values[column]).encode(errors="backslashreplace")
+        return BadRecord(str(error.args[0]), row, shown)
+    if len(raw) > how.limit:
+        return BadRecord(_too_long(how.limit), row, raw)
+    if not raw:
+        return BadRecord("empty text", row, harmless=True)
+    return TextDocument(raw, row, values, repaired)
 
 
-def _read_plain(file: InputFile, counter: _Counter, limit: int) -> Iterator[Item]:
+def _read_plain(file: InputFile, how: _How) -> Iterator[Item]:
     with open(file.path, "rb") as disk:
         contents = decompressed(disk, file.compression)
         try:
             raw = contents.read(BINARY_PROBE)
-            if b"\0" in raw:
-                yield BadRecord("binary file", 0, harmless=True)
-                counter.at(file.size)
-                return
-            raw += contents.read(max(limit + 1 - len(raw), 0))
-            if len(raw) > limit:
-                pieces = iter(lambda: contents.read(_PIECE), b"")
-                yield BadRecord(_too_long(limit), 0, raw, rest=pieces)
-                counter.at(file.size)
-                return
+            binary = b"\0" in raw
+            if not binary:
+                raw += contents.read(max(how.limit + 1 - len(raw), 0))
         except BrokenStream as error:
             yield BadRecord(f"broken .{file.compression}: {error}", 0)
             return
-    counter.at(file.size)
+        if not binary and len(raw) > how.limit:
+            rest = iter(lambda: contents.read(_PIECE), b"")
+            yield BadRecord(_too_long(how.limit), 0, raw, rest=rest)
+            how.counter.at(file.size)
+            return
+    how.counter.at(file.size)
+    if binary:
+        yield BadRecord("binary file", 0, harmless=True)
+        return
     try:
         raw.decode()
     except UnicodeDecodeError as error:
@@ -391,26 +367,22 @@ def decompressed(disk: BinaryIO, compression: str | None) -> io.BufferedReader:
 class _Frames(io.RawIOBase):
     """The members of a .gz or the frames of a .zst file, one after another.
 
-    Why not the libraries' own readers: zstandard's takes a truncated frame for the end of the file, and gzip's, read
+    The libraries' own readers do not do: zstandard's takes a truncated frame for the end of the file, and gzip's, read
     through a buffer, drops what it could still read before the damage.
     """
 
     def __init__(self, disk: BinaryIO, compression: str) -> None:
         self._disk, self._ready = disk, memoryview(b"")
         self._frame: Any = None
-        self._new: Callable[[], Any]
-        self._error: type[Exception]
-        self._padding = b""
-        if compression == "gz":
-            self._new, self._error = (lambda: zlib.decompressobj(wbits=31)), zlib.error
-            self._padding = (
-                b"\0"  # tapes and block devices fill up with zeros after the last member
-            )
-        else:
+        self._new: Callable[[], Any] = lambda: zlib.decompressobj(wbits=31)
+        self._error: type[Exception] = zlib.error
+        self._padding = b"\0"  # tapes and block devices fill up with zeros after the last member
+        if compression == "zst":
             import zstandard
 
             self._new = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
             self._error = zstandard.ZstdError
+            self._padding = b""
 
     def readable(self) -> bool:
         return True

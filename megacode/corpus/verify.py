@@ -20,6 +20,9 @@ from megacode.data.indexed import CHUNK, Shard, chunks, open_shard, with_ending
 from megacode.errors import UserError
 from megacode.tokenizer.tokenizer import Tokenizer
 
+_KEPT = 10
+"""Problems of one kind that are told; all are counted."""
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -35,39 +38,31 @@ class Verification:
 
 
 class _Findings:
-    """Problems by kind, each a sentence; of one kind the first ten are kept and all are counted."""
+    """Problems by kind, each a sentence."""
 
     def __init__(self) -> None:
         self.kinds: dict[str, list[str]] = {}
         self.count = 0
 
-    def add(
-        self, kind: str, positions: Sequence[Any] | NDArray[Any], sentence: Callable[[int], str]
-    ) -> None:
+    def add(self, kind: str, positions: NDArray[Any], sentence: Callable[[int], str]) -> None:
         self.count += len(positions)
         kept = self.kinds.setdefault(kind, [])
-        kept += [sentence(int(position)) for position in positions[: 10 - len(kept)]]
+        kept += [sentence(at) for at in positions[: _KEPT - len(kept)].tolist()]
 
     def say(self, kind: str, sentence: str) -> None:
-        self.add(kind, [0], lambda _: sentence)
+        self.add(kind, np.zeros(1, dtype=np.int64), lambda _: sentence)
 
     def first(self, most: int) -> tuple[str, ...]:
         """Sentences of every kind, as many of each as there is room for."""
-        fair = sorted(
-            (place, kind)
-            for kind, kept in enumerate(self.kinds.values())
-            for place in range(len(kept))
-        )
-        chosen = sorted((kind, place) for place, kind in fair[:most])
         kept = list(self.kinds.values())
-        return tuple(kept[kind][place] for kind, place in chosen)
+        fair = sorted((at, kind) for kind, own in enumerate(kept) for at in range(len(own)))
+        return tuple(kept[kind][at] for kind, at in sorted((k, at) for at, k in fair[:most]))
 
 
 def bytes_at(prefix: Path) -> int:
     """Bytes that `verify` reads, as it counts them: all .bin and .idx files that are there."""
-    files = [
-        with_ending(shard, ending) for shard in shards_at(prefix) for ending in (".bin", ".idx")
-    ]
+    shards = shards_at(prefix)
+    files = [with_ending(shard, ending) for shard in shards for ending in (".bin", ".idx")]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
@@ -87,9 +82,8 @@ def verify(
     manifest = manifest_of(prefix)
     if manifest is None:
         there = with_ending(prefix, ".json").exists()
-        unchecked.append(
-            f"checksums: {prefix.name}.json is {'not a manifest of megacode' if there else 'not there'}"
-        )
+        why = "not a manifest of megacode" if there else "not there"
+        unchecked.append(f"checksums: {prefix.name}.json is {why}")
     limit = vocab_size or (
         tokenizer.vocab_size if tokenizer else (manifest or {}).get("vocab_size")
     )
@@ -98,15 +92,14 @@ def verify(
             "vocabulary: nothing says its size; give --tokenizer FILE or --vocab-size N"
         )
     eod = None
-    if manifest is None:
-        unchecked.append("EOD at the ends of documents: no manifest says whether there is one")
-    elif manifest.get("tokenizer", {}).get("eod"):
-        try:
-            eod = (tokenizer or tokenizer_of(prefix, manifest)).eod_id
-        except UserError as error:
-            unchecked.append(f"EOD at the ends of documents: {error}")
-    else:
-        unchecked.append("EOD at the ends of documents: the manifest says that there is none")
+    try:
+        if manifest is None:
+            raise UserError("no manifest says whether there is one")
+        if not manifest.get("tokenizer", {}).get("eod"):
+            raise UserError("the manifest says that there is none")
+        eod = (tokenizer or tokenizer_of(prefix, manifest)).eod_id
+    except UserError as error:
+        unchecked.append(f"EOD at the ends of documents: {error}")
     documents = tokens = 0
     highest = -1
     for one in shards_at(prefix):
@@ -117,14 +110,10 @@ def verify(
             shard = open_shard(one)
         except UserError as error:
             findings.say("file", str(error))
-            documents, tokens = (
-                documents + (own or {}).get("documents", 0),
-                tokens + (own or {}).get("tokens", 0),
-            )
+            documents += (own or {}).get("documents", 0)
+            tokens += (own or {}).get("tokens", 0)
             continue
-        before = findings.count
-        _check_index(shard, documents, findings, on_bytes)
-        index_is_whole = findings.count == before
+        index_is_whole = _check_index(shard, documents, findings, on_bytes)
         if own:
             _check_manifest(shard, own, findings)
         segments = _checksums(shard, own, findings, unchecked)
@@ -155,67 +144,64 @@ def verify(
 
 def _check_index(
     shard: Shard, first: int, findings: _Findings, on_bytes: Callable[[int], None]
-) -> None:
-    """Boundaries from 0 to the last sequence and never back; sequences of one token or more that tile the .bin."""
+) -> bool:
+    """Boundaries from 0 to the last sequence and never back; sequences of one token or more that tile the .bin. Whether all
+    of it holds. `first`: number of the shard's first document."""
     idx, before, sequences = shard.idx_path, findings.count, shard.sequences
-    if not shard.boundaries:
-        findings.say("boundaries", f"{idx}: has no document boundaries, not even the first, 0")
     last = 0
     for start, stop in chunks(shard.boundaries):
         edges = np.append(last, shard.document_boundaries(start, stop))
-        wrong = np.flatnonzero(edges[1:] < edges[:-1])
+        number = first + start - 1
 
-        def backwards(at: int, edges: NDArray[np.int64] = edges, start: int = start) -> str:
-            number = first + start + at - 1
-            return f"{idx}: document {number:,} begins at sequence {edges[at]:,} and ends before it, at {edges[at + 1]:,}"
-
-        findings.add("boundaries", wrong, backwards)
-        if start == 0 and edges[1] > 0:
-            findings.say(
-                "boundaries",
-                f"{idx}: document {first:,} begins at sequence {edges[1]:,} instead of 0",
+        def backwards(at: int, edges: NDArray[np.int64] = edges, number: int = number) -> str:
+            return (
+                f"{idx}: document {number + at:,} begins at sequence {edges[at]:,} and ends before "
+                f"it, at {edges[at + 1]:,}"
             )
+
+        findings.add("boundaries", np.flatnonzero(edges[1:] < edges[:-1]), backwards)
+        if start == 0 and edges[1] > 0:
+            sentence = f"{idx}: document {first:,} begins at sequence {edges[1]:,} instead of 0"
+            findings.say("boundaries", sentence)
         last = int(edges[-1])
         on_bytes(8 * (stop - start))
-    if shard.boundaries and last != sequences:
+    if not shard.boundaries:
+        findings.say("boundaries", f"{idx}: has no document boundaries, not even the first, 0")
+    elif last != sequences:
         number = first + shard.documents - 1
         findings.say(
             "boundaries",
             f"{idx}: the last document, {number:,}, ends at sequence {last:,}; there are {sequences:,}",
         )
-    boundaries = (
-        shard.document_boundaries(0, shard.boundaries) if findings.count == before else None
-    )
+    boundaries = None
+    if findings.count == before:
+        boundaries = shard.document_boundaries(0, shard.boundaries)
 
     def place(sequence: int) -> str:
         if boundaries is None:
-            return f"sequence {sequence:,}"
+            return f"{idx}: sequence {sequence:,}"
         document = int(np.searchsorted(boundaries, sequence, side="right")) - 1
-        return f"sequence {sequence:,} (document {first + document:,})"
+        return f"{idx}: sequence {sequence:,} (document {first + document:,})"
 
-    end = 0
+    end, size = 0, shard.tokens * shard.dtype.itemsize
     for start, stop in chunks(sequences):
         lengths, offsets = shard.sequence_lengths(start, stop), shard.sequence_offsets(start, stop)
         ends = np.append(end, offsets + lengths.astype(np.int64) * shard.dtype.itemsize)
 
         def length(at: int, lengths: NDArray[np.int32] = lengths, start: int = start) -> str:
-            return f"{idx}: {place(start + at)} has a length of {lengths[at]:,}; expected 1 or more"
+            return f"{place(start + at)} has a length of {lengths[at]:,}; expected 1 or more"
 
-        def gap(
-            at: int,
-            offsets: NDArray[np.int64] = offsets,
-            ends: NDArray[np.int64] = ends,
-            start: int = start,
-        ) -> str:
+        def gap(at: int, offsets: Any = offsets, ends: Any = ends, start: int = start) -> str:
             return (
-                f"{idx}: {place(start + at)} begins at byte {offsets[at]:,} of the .bin; the one before it ends at "
-                f"{ends[at]:,} (of {shard.tokens * shard.dtype.itemsize:,})"
+                f"{place(start + at)} begins at byte {offsets[at]:,} of the .bin; the one before "
+                f"it ends at {ends[at]:,} (of {size:,})"
             )
 
         findings.add("length", np.flatnonzero(lengths <= 0), length)
         findings.add("offset", np.flatnonzero(offsets != ends[:-1]), gap)
         end = int(ends[-1])
         on_bytes(12 * (stop - start))
+    return findings.count == before
 
 
 def _check_no_document_is_empty(shard: Shard, first: int, findings: _Findings) -> None:

@@ -1,4 +1,4 @@
-"""Which files a corpus is made of: paths, folders and globs -> files in order, with their form and compression."""
+"""Paths, folders and globs -> the files of a corpus in order, with their form and compression."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from megacode.errors import UserError
 from megacode.files import leaves
 
 Form = Literal["jsonl", "parquet", "file"]
+Compression = Literal["gz", "zst"]
 FORMATS = ("auto", "jsonl", "parquet", "files")
 
-_COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
+_COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
 _FORMS: dict[str, Form] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -32,7 +33,7 @@ class InputFile:
 
     path: Path
     form: Form
-    compression: Literal["gz", "zst"] | None
+    compression: Compression | None
     size: int
     """Bytes on disk."""
     modified_ns: int
@@ -48,16 +49,17 @@ def find_inputs(
     *,
     on_link: Callable[[Path], None],
 ) -> list[InputFile]:
-    """Files of the inputs in the order given; inside a folder or a glob sorted by path; each file once. `@FILE` stands for
-    the inputs that FILE lists, one a line.
+    """Files of the inputs in the order given; inside a folder or a glob sorted by path; each file
+    once. `@FILE` stands for the inputs that FILE lists, one a line.
 
-    `auto` goes by endings. A folder whose bytes are mostly JSONL or parquet is read for those only (dataset downloads
-    come with a README); any other is a tree of plain files, each one document. Links that stay in the folder are followed,
-    but not to a folder that is read anyway; links that lead nowhere, out of it, or out of the fixed start of a glob are
-    not (a repository may link to anything), and `on_link` hears of each. An input that is itself a link is followed. Hidden files
-    and empty folders are passed over. `include`: shell patterns on the name or on the path in the folder (`*.py`).
-    `every` (i, n): of the files found, number i, i + n, i + 2n ... (from 0). Raises UserError for an input that is not
-    there or must not be read, and for none at all.
+    `auto` goes by endings. A folder whose bytes are mostly JSONL or parquet is read for those only
+    (dataset downloads come with a README); any other is a tree of plain files, each one document.
+    Links that stay in the folder are followed, but not to a folder that is read anyway; links that
+    lead nowhere, out of it, or out of the fixed start of a glob are not (a repository may link to
+    anything), and `on_link` hears of each. An input that is itself a link is followed. Hidden files
+    and empty folders are passed over. `include`: shell patterns on the name or on the path in the
+    folder (`*.py`). `every` (i, n): of the files found, number i, i + n, i + 2n ... (from 0).
+    Raises UserError for an input that is not there or must not be read, and for none at all.
     """
     links = 0
 
@@ -94,7 +96,7 @@ def find_inputs(
                     f" that matches {' or '.join(include)}" if include else ""
                 )
             if links:
-                what += f" ({links:,} links lead out of it or nowhere, and are not followed: name what they lead to)"
+                what += f" ({links:,} links lead out of it or nowhere; name what they lead to)"
             raise UserError(
                 f"{given}: {what}; give JSONL, parquet or plain files, folders of them, or globs"
             )
@@ -112,7 +114,7 @@ def find_inputs(
 
 
 def _listed(inputs: Sequence[str | Path]) -> Iterator[str]:
-    """The inputs, with `@FILE` as the lines of FILE; relative to the working directory, as on the command line."""
+    """The inputs, with `@FILE` as the lines of FILE; relative to the working directory."""
     for given in map(str, inputs):
         if not given.startswith("@") or os.path.exists(given):
             yield given
@@ -121,7 +123,8 @@ def _listed(inputs: Sequence[str | Path]) -> Iterator[str]:
             lines = Path(given[1:]).expanduser().read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{given}: cannot read this list of inputs ({error}); give a text file, one input a line"
+                f"{given}: cannot read this list of inputs ({error}); "
+                "give a text file, one input a line"
             ) from None
         yield from (line.strip() for line in lines if line.strip())
 
@@ -141,7 +144,7 @@ def _folder(
     records = [_file(p, folder, format) for p in paths if _form(p) not in ("file", None)]
     if format in ("jsonl", "parquet"):
         return [file for file in records if file.form == format]
-    # Plain .json is as often one pretty-printed value as JSON lines: it does not make a folder a folder of records.
+    # A .json is as often one pretty-printed value as JSON lines: it makes no folder of records.
     records = [file for file in records if not file.path.name.endswith(".json")]
     whole = sum(os.path.getsize(p) for p in paths)
     if 2 * sum(file.size for file in records) > whole:
@@ -150,11 +153,12 @@ def _folder(
 
 
 def _walk(folder: Path, skip: Callable[[Path], None]) -> Iterator[Path]:
-    """Files in order. A linked folder is read as if it stood there, but for one that is read where it stands."""
+    """Files in order. A linked folder is read where its link is, unless it is read anyway."""
 
     def refuse(error: OSError) -> None:
         raise UserError(
-            f"{error.filename}: this folder cannot be read ({error.strerror}); change its rights, or name others"
+            f"{error.filename}: this folder cannot be read ({error.strerror}); "
+            "change its rights, or name others"
         )
 
     root = os.path.realpath(folder)
@@ -217,4 +221,4 @@ def _file(path: Path, base: Path, format: str, explicit: bool = False) -> InputF
     status = path.stat()
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: this file cannot be read; change its rights, or name others")
-    return InputFile(path, form, compression, status.st_size, status.st_mtime_ns, base)  # type: ignore[arg-type]
+    return InputFile(path, form, compression, status.st_size, status.st_mtime_ns, base)

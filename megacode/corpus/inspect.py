@@ -1,7 +1,8 @@
 """What is in an IndexedDataset, made by megacode or by Megatron-LM: statistics and documents.
 
-Of any size: the index is mapped a few megabytes at a time, so memory stays the same. Numbers of documents count through
-all shards of a dataset. Whether a dataset is whole is a question for `megacode.corpus.verify`.
+Of any size: the index is mapped a few megabytes at a time, so memory stays the same. Numbers of
+documents count through all shards of a dataset. Whether a dataset is whole is a question for
+`megacode.corpus.verify`.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ _COUNTED = 1 << 20
 
 
 def nothing(_: int) -> None:
-    """Hears of progress and says nothing."""
+    """Ignore progress."""
 
 
-# ------------------------------------------------------------------------------------------------------- opening
+# ------------------------------------------------------------------------------------------ opening
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Dataset:
         return int(self.firsts[-1])
 
     def span(self, document: int) -> tuple[Shard, int, int]:
-        """(shard, first token, tokens) of a document. IndexError if there is none of this number."""
+        """(shard, first token, tokens) of a document. IndexError if there is no such number."""
         if not 0 <= document < self.documents:
             raise IndexError(document)
         number = int(np.searchsorted(self.firsts, document, side="right")) - 1
@@ -64,7 +65,7 @@ class Dataset:
 
 
 def manifest_of(prefix: Path) -> dict[str, Any] | None:
-    """What megacode wrote about a dataset (or a corpus of several) in PREFIX.json; None if it wrote nothing there."""
+    """The manifest PREFIX.json of a dataset or of a corpus of several; None if there is none."""
     try:
         return read_manifest(prefix)
     except (UserError, OSError):
@@ -72,8 +73,9 @@ def manifest_of(prefix: Path) -> dict[str, Any] | None:
 
 
 def datasets_at(prefix: Path, on_outside: Callable[[str], None]) -> list[Path]:
-    """`prefix`, or the prefixes of the datasets of a corpus that megacode cut into several. UserError if there is
-    nothing of that name. `on_outside`: told of each that the manifest puts into another folder, which is not followed."""
+    """`prefix`, or the prefixes of the datasets of a corpus that megacode cut into several.
+    UserError if there is nothing of that name. `on_outside`: told of each that the manifest puts
+    into another folder, which is not followed."""
     manifest = manifest_of(prefix)
     if manifest is None and not any(
         with_ending(prefix, ending).exists() for ending in (".bin", ".idx")
@@ -96,7 +98,7 @@ def shards_at(prefix: Path) -> list[Path]:
 
 
 def open_dataset(prefix: Path) -> Dataset:
-    """Open a dataset by its prefix, reading headers only. UserError if a file is missing or damaged."""
+    """Open a dataset, reading headers only. UserError if a file is missing or damaged."""
     return Dataset(
         prefix, tuple(open_shard(shard) for shard in shards_at(prefix)), manifest_of(prefix)
     )
@@ -105,11 +107,13 @@ def open_dataset(prefix: Path) -> Dataset:
 def tokenizer_of(prefix: Path, manifest: Mapping[str, Any] | None) -> Tokenizer:
     """The tokenizer that the manifest names, from there or from beside the dataset.
 
-    UserError if there is no manifest, if the file is not there, or if it is not the one that made the dataset.
+    UserError if there is no manifest, if the file is not there, or if it is not the one that made
+    the dataset.
     """
     if manifest is None or "tokenizer" not in manifest:
         raise UserError(
-            f"{prefix}: no manifest ({prefix.name}.json) says which tokenizer made it; give --tokenizer FILE"
+            f"{prefix}: no manifest ({prefix.name}.json) says which tokenizer made it; "
+            "give --tokenizer FILE"
         )
     fingerprint = manifest["tokenizer"].get("fingerprint")
     named = {
@@ -126,19 +130,20 @@ def tokenizer_of(prefix: Path, manifest: Mapping[str, Any] | None) -> Tokenizer:
     tokenizer = load_tokenizer(schema.TokenizerSection(**{**named, "path": str(path)}))
     if fingerprint not in (None, tokenizer.fingerprint()):
         raise UserError(
-            f"{prefix}: {path} is not the tokenizer that made it (their fingerprints differ); give --tokenizer FILE"
+            f"{prefix}: {path} is not the tokenizer that made it (their fingerprints differ); "
+            "give --tokenizer FILE"
         )
     return tokenizer
 
 
-# ----------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of all documents of a dataset, exact. A percentile is the length of a document: the shortest one such that this
-    share of the documents is no longer. `beyond` counts documents longer than each of BEYOND. `histogram` is
-    `megacode.data.lengths.length_histogram`."""
+    """Of all documents of a dataset, exact. A percentile is the length of a document: the shortest
+    one such that this share of the documents is no longer. `beyond` counts documents longer than
+    each of BEYOND. `histogram` is `megacode.data.lengths.length_histogram`."""
 
     documents: int
     sequences: int
@@ -158,8 +163,9 @@ class Statistics:
 
 
 def statistics(dataset: Dataset, on_documents: Callable[[int], None] = nothing) -> Statistics:
-    """One pass over the index. Exact by counting: each length below 2^20 has a counter, and the few longer documents
-    (at most one for each 2^20 tokens) are kept one by one. UserError if the index is damaged."""
+    """One pass over the index. Exact by counting: each length below 2^20 has a counter, and the few
+    longer documents (at most one for each 2^20 tokens) are kept one by one. UserError if the index
+    is damaged."""
     counts = np.zeros(_COUNTED, dtype=np.int64)
     longer: list[NDArray[np.int64]] = []
     for shard in dataset.shards:
@@ -201,12 +207,13 @@ def statistics(dataset: Dataset, on_documents: Callable[[int], None] = nothing) 
     )
 
 
-# ------------------------------------------------------------------------------------------------------ documents
+# ---------------------------------------------------------------------------------------- documents
 
 
 def parse_documents(text: str, documents: int) -> list[range]:
-    """`0,5,100:103,-1` -> the numbers it names. A range is half-open as in Python; a negative number counts from the
-    end. UserError for what is neither, and for numbers that are not there."""
+    """`0,5,100:103,-1` -> the numbers it names. A range is half-open as in Python; a negative
+    number counts from the end. UserError for what is neither, and for numbers that are not
+    there."""
     chosen = []
     for item in text.split(","):
         begin, colon, end = item.strip().partition(":")
@@ -225,14 +232,15 @@ def parse_documents(text: str, documents: int) -> list[range]:
             ) from None
         if not -documents <= number < documents:
             raise UserError(
-                f"--documents {text}: there is no document {number:,}; there are {documents:,}, from 0"
+                f"--documents {text}: there is no document {number:,}; "
+                f"there are {documents:,}, from 0"
             )
         chosen.append(range(number % documents, number % documents + 1))
     return chosen
 
 
 def read_tokens(shard: Shard, first: int, count: int) -> NDArray[Any]:
-    """Tokens [first, first + count) of a shard, in its token type. UserError if the file cannot give them."""
+    """Tokens [first, first + count) of a shard. UserError if the file cannot be read so far."""
     try:
         ids = np.fromfile(shard.bin_path, shard.dtype, count, offset=first * shard.dtype.itemsize)
     except OSError as error:
@@ -243,8 +251,8 @@ def read_tokens(shard: Shard, first: int, count: int) -> NDArray[Any]:
 
 
 def pieces_of_text(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """Decoded ids as (kind, text): `text`; `control`, the name of a control token; `unknown`, an id that the tokenizer
-    does not have."""
+    """Decoded ids as (kind, text): `text`; `control`, the name of a control token; `unknown`, an id
+    that the tokenizer does not have."""
     names = {token: name for name, token in tokenizer.control_tokens.items()}
     run: list[int] = []
     for token in ids:

@@ -1,8 +1,10 @@
-"""Documents out of JSONL, parquet and plain files, as they are, plain or .gz or .zst. Memory: one record.
+"""Documents out of JSONL, parquet and plain files, as they are, plain or .gz or .zst. Memory: one
+record.
 
-Reading never raises for bad data. What cannot be read comes out as a BadRecord with its reason, place and bytes, in the
-order of the file, and the good records around it are all there. A record longer than the limit is bad too: its bytes
-come in pieces, so that it is never held in memory as a whole.
+Reading never raises for bad data. What cannot be read comes out as a BadRecord with its reason,
+place and bytes, in the order of the file, and the good records around it are all there. A record
+longer than the limit is bad too: its bytes come in pieces, so that it is never held in memory as a
+whole.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from megacode.corpus.inputs import InputFile
 from megacode.tokenizer.tokenizer import well_formed
 
 BINARY_PROBE = 8192
-"""A plain file with a NUL among its first bytes is taken for binary (as grep and git do) and is no document."""
+"""A plain file with a NUL among its first bytes is taken for binary (as grep and git do) and is no
+document."""
 MAX_DOCUMENT = 32 << 20
-"""Bytes of a record (a line, a plain file, a cell of parquet) beyond which it is set aside, if nothing else is asked."""
+"""Bytes of a record (a line, a plain file, a cell of parquet) beyond which it is set aside, if
+nothing else is asked."""
 _PIECE = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 
@@ -30,8 +34,8 @@ class TextDocument(NamedTuple):
     raw: bytes
     """The text as well-formed UTF-8."""
     record: int
-    """Line (from 1) of a JSONL file, row (from 0) of a parquet file, 0 for a plain file. In a byte range of a JSONL
-    file: counted from the range's first line."""
+    """Line (from 1) of a JSONL file, row (from 0) of a parquet file, 0 for a plain file. In a byte
+    range of a JSONL file: counted from the range's first line."""
     values: Mapping[str, Any] = {}
     """The whole JSON object, or the columns asked for."""
     repaired: bool = False
@@ -43,7 +47,8 @@ class TextDocument(NamedTuple):
 
 
 class BadRecord(NamedTuple):
-    """A record that is no document. `harmless`: empty text or a binary file, no sign that the corpus is damaged."""
+    """A record that is no document. `harmless`: empty text or a binary file, no sign that the
+    corpus is damaged."""
 
     reason: str
     record: int
@@ -68,10 +73,11 @@ def read_input(
 ) -> Iterator[Item]:
     """Records of one file, in order.
 
-    `span`: bytes [start, end) of an uncompressed JSONL file (the lines that begin in it) or row groups of a parquet
-    file; spans that tile a file give every record exactly once. `on_bytes` is told now and then how many bytes on disk
-    have been read since the last time. `columns`: what else to read of a parquet file. `on_lines` is told at the end how many
-    lines a JSONL file (or its span) has.
+    `span`: bytes [start, end) of an uncompressed JSONL file (the lines that begin in it) or row
+    groups of a parquet file; spans that tile a file give every record exactly once. `on_bytes` is
+    told now and then how many bytes on disk have been read since the last time. `columns`: what
+    else to read of a parquet file. `on_lines` is told at the end how many lines a JSONL file (or
+    its span) has.
     """
     how = _How(text_field, columns, span, max_document, _Counter(on_bytes), on_lines)
     read = {"parquet": _read_parquet, "jsonl": _read_jsonl, "file": _read_plain}[file.form]
@@ -108,11 +114,12 @@ def _too_long(limit: int) -> str:
     return f"longer than {limit / 2**20:g} MiB (--max-document)"
 
 
-# ------------------------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------ records
 
 
 def lookup(record: Any, field: str) -> Any:
-    """The value of `field` in a JSON value: a key, or keys joined by dots. LookupError or TypeError tell a reason."""
+    """The value of `field` in a JSON value: a key, or keys joined by dots. LookupError or TypeError
+    tell a reason."""
     if isinstance(record, dict) and field in record:  # also a key with a dot in its name
         return record[field]
     value = record
@@ -128,7 +135,8 @@ def lookup(record: Any, field: str) -> Any:
 
 
 def record_text(record: Any, field: str) -> tuple[bytes, bool]:
-    """The text of a JSON value as UTF-8, and whether it had to be repaired. LookupError or TypeError tell a reason."""
+    """The text of a JSON value as UTF-8, and whether it had to be repaired. LookupError or
+    TypeError tell a reason."""
     value = lookup(record, field)
     if isinstance(value, bytes):
         value.decode()
@@ -225,7 +233,8 @@ class _Rest:
 
 
 def _parse(line: bytes, field: str, number: int) -> Item:
-    """A line that the fast parser refuses (it takes no lone surrogates, no NaN): the standard library's verdict."""
+    """A line that the fast parser refuses (it takes no lone surrogates, no NaN): the standard
+    library's verdict."""
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -352,7 +361,7 @@ def _read_plain(file: InputFile, how: _How) -> Iterator[Item]:
     yield TextDocument(raw, 0) if raw else BadRecord("empty text", 0, harmless=True)
 
 
-# --------------------------------------------------------------------------------------------------------- compression
+# -------------------------------------------------------------------------------------- compression
 
 
 class BrokenStream(Exception):
@@ -361,14 +370,16 @@ class BrokenStream(Exception):
 
 def decompressed(disk: BinaryIO, compression: str | None) -> io.BufferedReader:
     """The contents of an open file. Reading raises BrokenStream where they are damaged."""
-    return io.BufferedReader(_Frames(disk, compression), 1 << 20) if compression else disk  # type: ignore[return-value]
+    if not compression:
+        return disk  # type: ignore[return-value]
+    return io.BufferedReader(_Frames(disk, compression), 1 << 20)
 
 
 class _Frames(io.RawIOBase):
     """The members of a .gz or the frames of a .zst file, one after another.
 
-    The libraries' own readers do not do: zstandard's takes a truncated frame for the end of the file, and gzip's, read
-    through a buffer, drops what it could still read before the damage.
+    The libraries' own readers do not do: zstandard's takes a truncated frame for the end of the
+    file, and gzip's, read through a buffer, drops what it could still read before the damage.
     """
 
     def __init__(self, disk: BinaryIO, compression: str) -> None:

@@ -1,7 +1,8 @@
 """Whether an IndexedDataset is whole: its index, its tokens, its checksums.
 
-Every byte is read once, in order, in pieces of a few megabytes, so memory stays the same whatever the size. What is
-wrong becomes sentences, with the number of the document and the place in it; documents count through all shards.
+Every byte is read once, in order, in pieces of a few megabytes, so memory stays the same whatever
+the size. What is wrong becomes sentences, with the number of the document and the place in it;
+documents count through all shards.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ _KEPT = 10
 
 @dataclass(frozen=True)
 class Verification:
-    """`problems` are sentences, the first of each kind; `count` is how many there are in all. `unchecked` says what was
-    not looked at, and why. `highest` is the largest token id (-1 if there is none)."""
+    """`problems` are sentences, the first of each kind; `count` is how many there are in all.
+    `unchecked` says what was not looked at, and why. `highest` is the largest token id (-1 if there
+    is none)."""
 
     problems: tuple[str, ...]
     count: int
@@ -72,7 +74,8 @@ def verify(
     vocab_size: int | None = None,
     on_bytes: Callable[[int], None] = nothing,
 ) -> Verification:
-    """Read every byte of a dataset and compare it with what its index, its manifest and its tokenizer promise.
+    """Read every byte of a dataset and compare it with what its index, its manifest and its
+    tokenizer promise.
 
     Args:
         tokenizer: None: the one that the manifest names, where its file is there.
@@ -145,8 +148,8 @@ def verify(
 def _check_index(
     shard: Shard, first: int, findings: _Findings, on_bytes: Callable[[int], None]
 ) -> bool:
-    """Boundaries from 0 to the last sequence and never back; sequences of one token or more that tile the .bin. Whether all
-    of it holds. `first`: number of the shard's first document."""
+    """Boundaries from 0 to the last sequence and never back; sequences of one token or more that
+    tile the .bin. Whether all of it holds. `first`: number of the shard's first document."""
     idx, before, sequences = shard.idx_path, findings.count, shard.sequences
     last = 0
     for start, stop in chunks(shard.boundaries):
@@ -171,7 +174,8 @@ def _check_index(
         number = first + shard.documents - 1
         findings.say(
             "boundaries",
-            f"{idx}: the last document, {number:,}, ends at sequence {last:,}; there are {sequences:,}",
+            f"{idx}: the last document, {number:,}, ends at sequence {last:,}; "
+            f"there are {sequences:,}",
         )
     boundaries = None
     if findings.count == before:
@@ -257,8 +261,8 @@ class _Segments:
                 if self.digest.hexdigest() != self.wanted:
                     self.findings.say(
                         "checksum",
-                        f"{self.shard.bin_path}: bytes {self.start:,} to {self.end:,} are not those that were written "
-                        "(their checksum differs from the manifest's)",
+                        f"{self.shard.bin_path}: bytes {self.start:,} to {self.end:,} are not "
+                        "those that were written (their checksum differs from the manifest's)",
                     )
                 self.start = self.end
 
@@ -282,7 +286,8 @@ def _checksums(
     if covered != size:
         findings.say(
             "checksum",
-            f"{shard.prefix}.json has checksums of {covered:,} bytes; {shard.bin_path.name} has {size:,}",
+            f"{shard.prefix}.json has checksums of {covered:,} bytes; "
+            f"{shard.bin_path.name} has {size:,}",
         )
     digest = xxhash.xxh3_128()
     with open(shard.idx_path, "rb") as file:
@@ -297,7 +302,8 @@ def _checksums(
 
 
 def _pieces(shard: Shard) -> Iterator[tuple[int, NDArray[Any]]]:
-    """(number of its first token, tokens) of pieces of the .bin, in order; each is overwritten by the next."""
+    """(number of its first token, tokens) of pieces of the .bin, in order; each is overwritten by
+    the next."""
     buffer = np.empty(CHUNK, dtype=shard.dtype)
     try:
         with open(shard.bin_path, "rb", buffering=0) as file:
@@ -315,7 +321,8 @@ def _pieces(shard: Shard) -> Iterator[tuple[int, NDArray[Any]]]:
 
 
 class _TokenCheck:
-    """Looks at the tokens of one shard in order: ids below `limit`, EOD at the end of each document and nowhere else.
+    """Looks at the tokens of one shard in order: ids below `limit`, EOD at the end of each document
+    and nowhere else.
 
     `first` is the number of the shard's first document; None where its index cannot be relied on.
     """
@@ -360,7 +367,8 @@ class _TokenCheck:
             "no EOD",
             np.setdiff1d(expected, found),
             lambda at: (
-                f"{self._place(at)} is the last one and should be EOD ({self.eod}); it is {piece[at - position]}"
+                f"{self._place(at)} is the last one and should be EOD ({self.eod}); "
+                f"it is {piece[at - position]}"
             ),
         )
         self.findings.add(
@@ -370,7 +378,8 @@ class _TokenCheck:
         )
 
     def _ends_up_to(self, position: int) -> NDArray[np.int64]:
-        """Where those documents end that end after those of the last call and up to `position`; empty ones left out."""
+        """Where those documents end that end after those of the last call and up to `position`;
+        empty ones left out."""
         taken = []
         while True:
             count = int(np.searchsorted(self.ends, position, side="right"))
@@ -386,4 +395,6 @@ class _TokenCheck:
         if self.first is None:
             return f"{self.shard.bin_path}: token {token:,} of the file"
         document, start, tokens = self.shard.document_at(token)
-        return f"{self.shard.bin_path}: token {token - start:,} of document {self.first + document:,} ({tokens:,} tokens)"
+        number = self.first + document
+        place = f"token {token - start:,} of document {number:,} ({tokens:,} tokens)"
+        return f"{self.shard.bin_path}: {place}"

@@ -1,8 +1,9 @@
 """Tasks on several processes, first come first served, with messages on the way.
 
-Worker processes are not forked from this one, which draws a progress bar on a thread and may hold locks of libraries. They
-are forked from a server that has imported what they need (`prepare_workers`), or spawned. A worker that dies (killed for
-memory, say) ends the run with a sentence; workers end when their parent dies.
+Worker processes are not forked from this one, which draws a progress bar on a thread and may hold
+locks of libraries. They are forked from a server that has imported what they need
+(`prepare_workers`), or spawned. A worker that dies (killed for memory, say) ends the run with a
+sentence; workers end when their parent dies.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ _PATH_IS_WRONG = (
 
 
 def prepare_workers(modules: Sequence[str]) -> None:
-    """Start a process that imports `modules` while this one goes on. Workers are then forked from it, at once."""
+    """Start a process that imports `modules` while this one goes on. Workers are then forked from
+    it, at once."""
     if "forkserver" in multiprocessing.get_all_start_methods():
         multiprocessing.set_forkserver_preload(list(modules))
         with without_main():
@@ -48,7 +50,8 @@ def prepare_workers(modules: Sequence[str]) -> None:
 
 
 class Workers:
-    """Up to `count` processes, each started when there is a task for it. With one, tasks are done in this process."""
+    """Up to `count` processes, each started when there is a task for it. With one, tasks are done
+    in this process."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -74,10 +77,12 @@ class Workers:
         tasks: Iterable[Task],
         most: int | None = None,
     ) -> Iterator[Message]:
-        """Every message of `make(context)(task)` for every task, as they come, from `most` processes at most.
+        """Every message of `make(context)(task)` for every task, as they come, from `most`
+        processes at most.
 
-        `make` runs once in each worker and must be importable. In one process, tasks are done in order.
-        UserError for a worker's UserError, a full disk and a worker that died; RuntimeError with the traceback for others.
+        `make` runs once in each worker and must be importable. In one process, tasks are done in
+        order. UserError for a worker's UserError, a full disk and a worker that died; RuntimeError
+        with the traceback for others.
         """
         if self.count == 1:
             with readable_errors():
@@ -186,7 +191,8 @@ def readable_errors() -> Iterator[None]:
 
 
 def _readable(error: OSError) -> Exception:
-    """A full disk or quota and a path that cannot be written as UserError; any other error as it is."""
+    """A full disk or quota and a path that cannot be written as UserError; any other error as it
+    is."""
     if error.errno in _DISK_IS_FULL:
         where = f" ({error.filename})" if error.filename else ""
         return UserError(f"the disk of the output is full{where}; make room and run again to go on")

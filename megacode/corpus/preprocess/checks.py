@@ -31,7 +31,7 @@ def check_tokens(request: Request, tokenizer: Tokenizer) -> None:
 
 
 def check_fields(files: Sequence[InputFile], text_field: str, columns: Sequence[str]) -> None:
-    """A wrong field makes every record bad or unwanted: say so from the first hundred, before any work."""
+    """UserError if the first hundred records show that a field's name is wrong."""
     seen = 0
     found: set[str] = set()
     known: dict[str, None] = {}
@@ -47,7 +47,8 @@ def check_fields(files: Sequence[InputFile], text_field: str, columns: Sequence[
                     seen += 1  # bad in another way: no reason to doubt the field
                 if file.form == "jsonl" and item.raw.strip() in (b"[", b"{"):
                     raise UserError(
-                        f"{file.path}: not JSON lines but one JSON value over many lines; write one object a line"
+                        f"{file.path}: not JSON lines but one JSON value over many lines; "
+                        "write one object a line"
                     )
                 continue
             seen += 1
@@ -55,13 +56,14 @@ def check_fields(files: Sequence[InputFile], text_field: str, columns: Sequence[
             known |= dict.fromkeys(item.values)
     if first and not seen:
         raise UserError(
-            f"{first[0].path}: no field {text_field!r} in its records{_fields(*first)}; give --text-field"
+            f"{first[0].path}: no field {text_field!r} in its records{_fields(*first)}; "
+            "give --text-field"
         )
     for name in columns:
         if seen and known and name not in found:
             raise UserError(
-                f"{files[0].path}: no field {name!r} in the first records (they have {', '.join(list(known)[:12])}; of "
-                f"every file there are {', '.join(FILE_FIELDS)})"
+                f"{files[0].path}: no field {name!r} in the first records (they have "
+                f"{', '.join(list(known)[:12])}; of every file there are {', '.join(FILE_FIELDS)})"
             )
 
 

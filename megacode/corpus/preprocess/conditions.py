@@ -1,8 +1,9 @@
-"""Fields of a record, and `--where`: an expression over them that says whether the record is wanted.
+"""Fields of a record, and `--where`, an expression over them that chooses records.
 
-The grammar is Python's, cut down to comparisons, `and`, `or`, `not`, `in`, constants, lists, and the functions below.
-A name is a field, dots reach into nested ones: `meta.stars >= 10 and license in ("mit", "apache-2.0")`. A record that
-lacks a field has None there; a comparison that makes no sense (None >= 10) is false, and so is a function of it.
+The grammar is Python's, cut down to comparisons, `and`, `or`, `not`, `in`, constants, lists, and
+the functions below. A name is a field, dots reach into nested ones: `meta.stars >= 10 and license
+in ("mit", "apache-2.0")`. A record that lacks a field has None there; a comparison that makes no
+sense (None >= 10) is false, and so is a function of it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megacode.corpus.inputs import InputFile
 from megacode.corpus.readers import TextDocument, lookup
 from megacode.errors import UserError
 
+_EXAMPLE = "expected for example: stars >= 10 and license == 'mit'"
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "len": len,
     "lower": lambda text: text.lower(),
@@ -36,20 +38,7 @@ def _call(name: str, *values: Any) -> Any:
         return None
 
 
-_ALLOWED = (
-    *(
-        ast.Expression,
-        ast.BoolOp,
-        ast.And,
-        ast.Or,
-        ast.UnaryOp,
-        ast.Not,
-        ast.USub,
-        ast.Compare,
-        ast.cmpop,
-    ),
-    *(ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Load),
-)
+_ALLOWED = (ast.BoolOp, ast.UnaryOp, ast.Compare, ast.Constant, ast.List, ast.Tuple, ast.Set)
 
 
 @dataclass(frozen=True)
@@ -78,41 +67,37 @@ def parse_condition(text: str) -> Condition:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise UserError(
-            f"--where {text!r}: {reason}; expected for example: stars >= 10 and license == 'mit'"
-        ) from None
+        raise UserError(f"--where {text!r}: {reason}; {_EXAMPLE}") from None
     fields: dict[str, None] = {}
     rewritten = ast.fix_missing_locations(ast.Expression(_rewrite(tree.body, text, fields)))
     if not fields:
-        raise UserError(
-            f"--where {text!r}: names no field; expected for example: stars >= 10 and license == 'mit'"
-        )
+        raise UserError(f"--where {text!r}: names no field; {_EXAMPLE}")
     return Condition(text.strip(), tuple(fields), compile(rewritten, "--where", "eval"))
 
 
 def _rewrite(node: ast.expr, text: str, fields: dict[str, None]) -> ast.expr:
-    """Fields become look-ups in `_values`, functions go through `_call`; anything that is not allowed is refused."""
+    """Fields become look-ups in `_values`, functions go through `_call`; anything that is not
+    allowed is refused."""
     name = _dotted(node)
     if name:
         fields[name] = None
-        return _item("_values", name)
+        values = ast.Name("_values", ast.Load())
+        return ast.Subscript(values, ast.Constant(name), ast.Load())
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
         _check_call(node.func.id, node.args, text)
         given = [_rewrite(argument, text, fields) for argument in node.args]
         return ast.Call(ast.Name("_call", ast.Load()), [ast.Constant(node.func.id), *given], [])
     if not isinstance(node, _ALLOWED):
         raise UserError(
-            f"--where {text!r}: {ast.unparse(node)!r} is not understood; use fields, constants, comparisons, in, and, or, not"
+            f"--where {text!r}: {ast.unparse(node)!r} is not understood; "
+            "use fields, constants, comparisons, in, and, or, not"
         )
     for key, value in ast.iter_fields(node):
         if isinstance(value, ast.expr):
             setattr(node, key, _rewrite(value, text, fields))
         elif isinstance(value, list):
-            setattr(
-                node,
-                key,
-                [_rewrite(v, text, fields) if isinstance(v, ast.expr) else v for v in value],
-            )
+            inner = [_rewrite(v, text, fields) if isinstance(v, ast.expr) else v for v in value]
+            setattr(node, key, inner)
     if isinstance(node, ast.Compare):
         nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
         return ast.Call(ast.Name("_sensible", ast.Load()), [ast.Lambda(nothing, node)], [])
@@ -125,7 +110,8 @@ def _check_call(name: str, arguments: list[ast.expr], text: str) -> None:
     takes = list(inspect.signature(_FUNCTIONS[name]).parameters)
     if len(arguments) != len(takes):
         raise UserError(
-            f"--where {text!r}: {name} has {len(arguments)} arguments; it is {name}({', '.join(takes)})"
+            f"--where {text!r}: {name} has {len(arguments)} arguments; "
+            f"it is {name}({', '.join(takes)})"
         )
     pattern = arguments[-1]
     if name == "matches" and isinstance(pattern, ast.Constant):
@@ -133,8 +119,8 @@ def _check_call(name: str, arguments: list[ast.expr], text: str) -> None:
             re.compile(pattern.value)  # type: ignore[type-var]  # TypeError if it is no text
         except (re.error, TypeError) as error:
             raise UserError(
-                f"--where {text!r}: {pattern.value!r} is no regular expression ({error}); `.*` stands for anything, and "
-                r"`\.py$` for names that end in .py"
+                f"--where {text!r}: {pattern.value!r} is no regular expression ({error}); "
+                r"`.*` stands for anything, and `\.py$` for names that end in .py"
             ) from None
 
 
@@ -147,17 +133,13 @@ def _dotted(node: ast.expr) -> str:
     return ""
 
 
-def _item(mapping: str, key: str) -> ast.expr:
-    return ast.Subscript(ast.Name(mapping, ast.Load()), ast.Constant(key), ast.Load())
-
-
-# -------------------------------------------------------------------------------------------------------------- fields
+# ------------------------------------------------------------------------------------------- fields
 
 FILE_FIELDS = ("file.name", "file.path", "file.suffix", "file.folder", "file.repository")
 
 
 def field_value(file: InputFile, document: TextDocument, name: str) -> Any:
-    """A field of the record, else what is known of the file it is in; None if it has no such field."""
+    """A field of the record or of the file it is in; None if there is no such field."""
     try:
         return lookup(document.values, name)
     except (LookupError, TypeError):

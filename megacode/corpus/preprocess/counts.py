@@ -10,7 +10,7 @@ SPLITS = ("train", "validation")
 
 
 class Group(NamedTuple):
-    """Documents that go into one dataset: a split, and a value of the field that `--split-by` names ("" without)."""
+    """The documents of one dataset: a split, and a value of the `--split-by` field ("" without)."""
 
     split: str
     value: str = ""
@@ -48,7 +48,7 @@ class Counts:
     bad: Counter[str] = field(default_factory=Counter)
     """By reason."""
     passed_over: Counter[str] = field(default_factory=Counter)
-    """Empty documents, binary files, duplicates and records that `--where` does not want, by reason."""
+    """Empty documents, binary files, duplicates, records that `--where` excludes, by reason."""
     repaired: int = 0
     """Documents with lone surrogates, which became U+FFFD."""
     checked: int = 0

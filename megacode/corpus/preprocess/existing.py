@@ -1,7 +1,7 @@
-"""What stands where a run will write: its own earlier output, which goes, and everything else, which stays.
+"""What is there where a run will write: its own earlier output goes, everything else stays.
 
-A run's own are the datasets that its manifest lists and whose manifests name its settings, and those that it, or a
-killed run of the same output, had begun to write.
+A run's own are the datasets that its manifest lists and whose manifests name its settings, and
+those that it, or a killed run of the same output, had begun to write.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def made_before(request: Request, settings: dict[str, Any]) -> Result | None:
         return None
     if "run" not in manifest:
         raise UserError(
-            f"{request.name}: already there, as one dataset of a larger run; choose another --output or remove it"
+            f"{request.name}: already there, as one dataset of a larger run; "
+            "choose another --output or remove it"
         )
     made = manifest["run"]
     different = [key for key in settings if settings[key] != made["settings"].get(key)]
@@ -92,8 +93,8 @@ def made_before(request: Request, settings: dict[str, Any]) -> Result | None:
         if request.overwrite:
             return None
         raise UserError(
-            f"{request.name}: already there, made from other settings ({', '.join(different)} differ); "
-            "choose another --output or give --overwrite"
+            f"{request.name}: already there, made from other settings "
+            f"({', '.join(different)} differ); choose another --output or give --overwrite"
         )
     outputs = datasets_of(request, manifest)
     if any(
@@ -136,8 +137,9 @@ def _within(request: Request, path: object, where: str) -> Path:
     prefix = request.name.parent / path if isinstance(path, str) else None
     if prefix is None or os.path.abspath(prefix.parent) not in map(os.path.abspath, folders):
         raise UserError(
-            f"{where}: {path!r} is not in {' or '.join(map(str, folders))}, where this command writes; nothing was deleted: give "
-            " --validation-output as it was, choose another --output, or remove that file yourself"
+            f"{where}: {path!r} is not in {' or '.join(map(str, folders))}, where this command "
+            "writes; nothing was deleted: give --validation-output as it was, choose another "
+            "--output, or remove that file yourself"
         )
     return prefix
 
@@ -149,7 +151,7 @@ def is_of(prefix: Path, run: Mapping[str, Any]) -> bool:
 
 
 def check_inputs_stay(request: Request, files: Sequence[InputFile]) -> None:
-    """UserError if a file that is read has a name that may be written, whatever the values of `split_by`."""
+    """UserError if an input has a name that may be written, whatever the values of `split_by`."""
     value = "{value}" if request.split_by else ""
     groups = [Group(split, value) for split in SPLITS[: 2 if request.validation else 1]]
     of_dataset = (*indexed.ENDINGS, TABLE_ENDING)
@@ -165,8 +167,8 @@ def check_inputs_stay(request: Request, files: Sequence[InputFile]) -> None:
         for file in files:
             if written.fullmatch(file.path.name) and os.path.realpath(file.path.parent) == folder:
                 raise UserError(
-                    f"{file.path}: is an input, and the output may get a file of this name; choose an --output in another "
-                    "folder"
+                    f"{file.path}: is an input, and the output may get a file of this name; "
+                    "choose an --output in another folder"
                 )
 
 
@@ -186,8 +188,8 @@ def _own(request: Request) -> set[Path]:
 
 
 def check_free(request: Request, groups: Sequence[Group]) -> None:
-    """UserError if a dataset that is not this output's stands where one is to be written, or has the run's own name;
-    `overwrite` allows datasets, and nothing else."""
+    """UserError if a dataset that is not this output's stands where one is to be written, or has
+    the run's own name; `overwrite` allows datasets, and nothing else."""
     own = {os.path.abspath(prefix) for prefix in _own(request)}
     for prefix in dict.fromkeys((request.name, *map(request.prefix, groups))):
         if os.path.abspath(prefix) in own:
@@ -205,7 +207,8 @@ def check_free(request: Request, groups: Sequence[Group]) -> None:
 
 
 def remove_old(request: Request, groups: Sequence[Group]) -> None:
-    """Datasets of these names, of an earlier run or of one that was killed while it wrote them. `check_free` comes first."""
+    """Datasets of these names, of an earlier run or of one that was killed while it wrote them.
+    `check_free` comes first."""
     prefixes = sorted({request.name, *map(request.prefix, groups), *_own(request)})
     folder = indexed.with_ending(request.name, ".parts")
     begin(folder, [os.path.relpath(prefix, request.name.parent) for prefix in prefixes])

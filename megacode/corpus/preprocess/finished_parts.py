@@ -1,7 +1,8 @@
 """The files of a tokenized part, and whether they are complete.
 
-They lie in the run's folder under the part's name. NAME.json is written last: it says that the others are complete, and
-holds their checksums. Documents of one split and value of `--split-by` are a group, numbered G within the part.
+They lie in the run's folder under the part's name. NAME.json is written last: it says that the
+others are complete, and holds their checksums. Documents of one split and value of `--split-by` are
+a group, numbered G within the part.
 
     NAME.G.bin       tokens of the documents, one after another
     NAME.G.lengths   int32 [n], tokens of each document
@@ -32,7 +33,8 @@ PARTS_FORMAT = 4
 HASH = np.dtype([("high", "<u8"), ("low", "<u8"), ("size", "<i4"), ("group", "<i4")])
 """BLAKE2b of a text (128 bits), its bytes, and the number of its group."""
 _WRITE = 1 << 17
-"""Bytes a system call: Linux was measured to write new files at 3.5 GB/s with this, and at 0.5 with a megabyte."""
+"""Bytes a system call: Linux was measured to write new files at 3.5 GB/s with this, and at 0.5 with
+a megabyte."""
 
 
 @dataclass(frozen=True)

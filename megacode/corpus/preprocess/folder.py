@@ -123,7 +123,8 @@ def _is_of_a_run(folder: Path) -> bool:
 
 
 def begun(folder: Path) -> list[str]:
-    """Datasets that runs with this folder began to write, perhaps in part; relative to its parent."""
+    """Datasets that runs with this folder began to write, perhaps in part; relative to its
+    parent."""
     try:
         return list(json.loads((folder / _BEGUN).read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
@@ -136,8 +137,8 @@ def begin(folder: Path, datasets: Sequence[str]) -> None:
 
 
 def _prepare(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep the parts of an interrupted run with these settings; throw away those of any other. UserError for a folder of
-    that name that no run made."""
+    """Keep the parts of an interrupted run with these settings; throw away those of any other.
+    UserError for a folder of that name that no run made."""
     if not _same_settings(folder, settings):
         kept = {"settings.json", _BEGUN}
         found = [
@@ -147,7 +148,8 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
         ]
         if found and not _is_of_a_run(folder):
             raise UserError(
-                f"{folder}: in the way: not made by a run of this tool; move it, or choose another --output"
+                f"{folder}: in the way: not made by a run of this tool; "
+                "move it, or choose another --output"
             )
         write_json(
             folder / "settings.json", {"input files": None}

@@ -1,4 +1,4 @@
-"""What is written beside the datasets: the manifests, the table of input files, the quarantined records."""
+"""The files beside the datasets: manifests, table of input files, quarantined records."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def write_manifests(
     counts: Counts,
     datasets: Mapping[Group, Sequence[WrittenShard]],
 ) -> None:
-    """A manifest a dataset, and a shard if there are several. That of the run is what a later run looks for: last."""
+    """A manifest a dataset, and a shard if there are several. That of the run is what a later run
+    looks for: last."""
     request = job.request
     rows = _input_rows(job.files, parts)
     table: dict[str, Any] = {"input files": rows}
@@ -95,8 +96,8 @@ def write_manifests(
 
 
 def _table_paths(request: Request, groups: Sequence[Group]) -> dict[Path, Path]:
-    """Where the table of input files goes, if it takes one: a file in every folder that has datasets, as a manifest names only
-    what lies beside it."""
+    """Where the table of input files goes, if it takes one: a file in every folder that has
+    datasets, as a manifest names only what lies beside it."""
     paths = {request.name.parent: indexed.with_ending(request.name, TABLE_ENDING)}
     for prefix in map(request.prefix, groups):
         paths.setdefault(prefix.parent, indexed.with_ending(prefix, TABLE_ENDING))

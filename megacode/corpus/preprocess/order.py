@@ -1,8 +1,9 @@
-"""Blocks in the order of the input, without duplicates, shuffled, or a repository's files put together.
+"""Blocks in the order of the input, without duplicates, shuffled, or one document a repository.
 
-Shuffling and putting together are external sorts by a 64-bit key: documents are dealt out to buckets on disk by the upper
-bits of their keys (`_deal`), then each bucket is sorted in memory (`_sort`). No order depends on how the corpus was cut into
-parts. Memory: about 1 GiB a process, whatever the corpus.
+Shuffling and putting together are external sorts by a 64-bit key: documents are dealt out to
+buckets on disk by the upper bits of their keys (`_deal`), then each bucket is sorted in memory
+(`_sort`). No order depends on how the corpus was cut into parts. Memory: about 1 GiB a process,
+whatever the corpus.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Blocks = dict[Group, list[Block]]
 
 
 def lines_before(parts: Sequence[Finished]) -> dict[str, int]:
-    """For every part that counts lines from its own start (by name): lines of the file before it."""
+    """By name of each part that counts lines from its own start: lines of the file before it."""
     before: dict[str, int] = {}
     file, lines = -1, 0
     for finished in parts:
@@ -67,7 +68,7 @@ def as_read(folder: Path, parts: Sequence[Finished]) -> Blocks:
     return blocks
 
 
-# ---------------------------------------------------------------------------------------------------------- duplicates
+# --------------------------------------------------------------------------------------- duplicates
 
 
 def without_duplicates(
@@ -78,7 +79,8 @@ def without_duplicates(
     dtype: np.dtype[Any],
     workers: Workers,
 ) -> Blocks:
-    """The blocks without the documents whose text was read before, in whatever group. `work`: a folder for files."""
+    """The blocks without the documents whose text was read before, in whatever group. `work`: a
+    folder for files."""
     marks = _find_duplicates(work / "duplicates", folder, parts)
     first = 0
     tasks = {}
@@ -100,7 +102,8 @@ def without_duplicates(
 
 
 def _find_duplicates(path: Path, folder: Path, parts: Sequence[Finished]) -> NDArray[np.bool_]:
-    """For every document in the order of the input, whether it repeats one before it: bool [n], in a file.
+    """For every document in the order of the input, whether it repeats one before it: bool [n], in
+    a file.
 
     Hashes are compared whole (128 bits), a range of them at a time where there are too many.
     """
@@ -137,8 +140,8 @@ def _keep(
     target: Path,
     dtype: np.dtype[Any],
 ) -> Block | None:
-    """The documents of a block (group `number` of its part) that are not marked, in files of their own. `first`: the mark
-    of the part's first document."""
+    """The documents of a block (group `number` of its part) that are not marked, in files of their
+    own. `first`: the mark of the part's first document."""
     texts = np.fromfile(hashes, dtype=HASH)
     own = texts["group"] == number
     kept = ~np.fromfile(marks, np.bool_, len(texts), offset=first)[own]
@@ -155,13 +158,13 @@ def _keep(
     )
 
 
-# ------------------------------------------------------------------------------------------------------- external sort
+# ------------------------------------------------------------------------------------ external sort
 
 
 @dataclass(frozen=True)
 class Order:
-    """A random order, of documents or of repositories. The latter become one document each, their files by path:
-    [bos] <reponame> name, (<filename> path text) ..., [eod]."""
+    """A random order, of documents or of repositories. The latter become one document each, their
+    files by path: [bos] <reponame> name, (<filename> path text) ..., [eod]."""
 
     seed: int
     dtype: np.dtype[Any]
@@ -172,7 +175,8 @@ class Order:
 def reordered(
     work: Path, blocks: Blocks, sizes: Mapping[Group, int], order: Order, workers: Workers
 ) -> Blocks:
-    """The blocks in another order. `sizes`: bytes of tokens of each group. `work`: a folder for files."""
+    """The blocks in another order. `sizes`: bytes of tokens of each group. `work`: a folder for
+    files."""
     dealing: list[tuple[Any, ...]] = []
     sorting: list[tuple[Any, ...]] = []
     groups: list[Group] = []

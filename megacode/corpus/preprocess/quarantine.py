@@ -1,9 +1,9 @@
-"""Where bad records go: one line of JSON each, with file, record number, reason and the record itself.
+"""Bad records, one line of JSON each: file, record number, reason, and the record itself.
 
     {"record": 17, "file": "a.jsonl", "reason": "not JSON (...)", "raw": "..."}
 
-`raw_base64` instead of `raw` where the record is no UTF-8, or too long to be held. A part's reader may count lines from
-its own start; `append` writes the true numbers when the parts are laid end to end.
+`raw_base64` instead of `raw` where the record is no UTF-8, or too long to be held. A part's reader
+may count lines from its own start; `append` writes the true numbers when the parts are joined.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def _in_threes(bad: BadRecord) -> Iterator[bytes | memoryview]:
 
 
 def append(out: BinaryIO, part: Path, before: int) -> None:
-    """Copy the records of a part whose lines are counted from its start; `before`: lines of the file before it."""
+    """Copy the records of a part whose lines are counted from its start; `before`: lines of the
+    file before it."""
     with open(part, "rb") as file:
         at_start = True
         while piece := file.readline(1 << 20):

@@ -23,8 +23,8 @@ class Request:
     inputs: tuple[str, ...]
     tokenizer: schema.TokenizerSection
     output: Path
-    """Prefix of the dataset: PREFIX.bin, .idx, .records.npy, .json (manifest). With `split_by`: `{value}` in it stands
-    for the value."""
+    """Prefix of the dataset: PREFIX.bin, .idx, .records.npy, .json (manifest). With `split_by`:
+    `{value}` in it stands for the value."""
     validation: float = 0.0
     """Share of documents held out by hash of their text, into a dataset of its own."""
     validation_output: Path | None = None
@@ -63,7 +63,8 @@ class Request:
 
     @property
     def name(self) -> Path:
-        """Prefix of what belongs to the run as a whole: parts, quarantine and, with `split_by`, its manifest."""
+        """Prefix of what belongs to the run as a whole: parts, quarantine and, with `split_by`, its
+        manifest."""
         if not self.split_by:
             return self.output
         bare = self.output.name.replace("{value}", "").strip("-_.")
@@ -92,8 +93,8 @@ class Request:
 
 
 def file_name(value: str) -> str:
-    """A value as part of a file's name: what is no letter, digit or one of `._+#-` becomes `_`; of a long value the start,
-    and a digest."""
+    """A value as part of a file's name: what is no letter, digit or one of `._+#-` becomes `_`; of
+    a long value the start, and a digest."""
     name = "".join(c if c.isalnum() or c in "._+#-" else "_" for c in value).lstrip(".") or "_"
     if len(name.encode()) <= _LONGEST_NAME:
         return name
@@ -109,7 +110,8 @@ class Result:
     """`kept`: the datasets were already there, made with the same settings from the same files."""
 
     outputs: dict[Group, Path]
-    """Prefixes of datasets that have documents. Empty: this machine's share is done, others are still at theirs."""
+    """Prefixes of datasets that have documents. Empty: this machine's share is done, others are
+    still at theirs."""
     counts: Counts
     kept: bool
     parts: int

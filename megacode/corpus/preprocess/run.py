@@ -1,7 +1,8 @@
-"""The order of the steps: what was made before, parts on worker processes, then the datasets and their manifests.
+"""The order of the steps: find what was made before, tokenize parts, write datasets and manifests.
 
-Finished parts lie in OUTPUT.parts/ until the datasets are whole: a run that was killed at any moment goes on with them.
-Several machines that share the folder each do a share of the parts; the last one to finish writes the datasets.
+Finished parts lie in OUTPUT.parts/ until the datasets are whole: a run that was killed at any
+moment goes on with them. Several machines that share the folder each do a share of the parts; the
+last one to finish writes the datasets.
 """
 
 from __future__ import annotations
@@ -54,10 +55,12 @@ def preprocess(
     on_stage: Callable[[str, int, int], None] = lambda stage, total, done: None,
     on_progress: Callable[[PartProgress], None] = lambda progress: None,
 ) -> Result:
-    """Make the datasets, or find them made. UserError on mistakes; bad records are set aside and counted, never raised.
+    """Make the datasets, or find them made. UserError on mistakes; bad records are set aside and
+    counted, never raised.
 
-    `share` (i, n): do only the i-th of n shares of the work (from 0); whoever does the last missing part also writes the
-    datasets. `on_stage` hears what begins ("tokenizing", "writing"), of how many bytes, and how many are done already.
+    `share` (i, n): do only the i-th of n shares of the work (from 0); whoever does the last missing
+    part also writes the datasets. `on_stage` hears what begins ("tokenizing", "writing"), of how
+    many bytes, and how many are done already.
     """
     tokenizer = load_tokenizer(request.tokenizer)
     check_tokens(request, tokenizer)
@@ -141,7 +144,8 @@ def _tokenize(
 
 
 def _counts(request: Request, parts: Sequence[Finished], links: int) -> Counts:
-    """Of all parts. `links` of the input were not followed. UserError if there is nothing to write, or no name for it."""
+    """Of all parts. `links` of the input were not followed. UserError if there is nothing to write,
+    or no name for it."""
     counts = Counts()
     for finished in parts:
         counts.add(finished.counts)

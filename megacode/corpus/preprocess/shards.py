@@ -1,10 +1,12 @@
-"""Blocks of documents -> datasets of one shard or several, each .bin/.idx/.records.npy, whole or not at all.
+"""Blocks of documents -> datasets of one shard or several, each .bin/.idx/.records.npy, whole or
+not at all.
 
 1. `_cut` plans from the sizes of the blocks which documents go into which shard.
 2. Workers copy the documents to their places in the shards, a piece at a time (`_fill`).
 3. Workers write each shard's index and give its files their names (`_close`).
 
-`PREFIX.records.npy`, int64 [documents, 2], says where every document came from: number of the input file, record in it.
+`PREFIX.records.npy`, int64 [documents, 2], says where every document came from: number of the input
+file, record in it.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ _COPY = 1 << 17
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive documents in PATH.bin, PATH.lengths, PATH.records and PATH.places (see `finished_parts`)."""
+    """Consecutive documents in PATH.bin, PATH.lengths, PATH.records and PATH.places (see
+    `finished_parts`)."""
 
     path: Path
     counts: GroupCounts
@@ -95,12 +98,13 @@ def _file(path: Path, ending: str) -> Path:
     return path.with_name(f"{path.name}.{ending}")
 
 
-# ------------------------------------------------------------------------------------------------------------ the plan
+# ----------------------------------------------------------------------------------------- the plan
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Documents [first, first + documents) of a block, which are bytes [start, start + size) of its .bin."""
+    """Documents [first, first + documents) of a block, which are bytes [start, start + size) of its
+    .bin."""
 
     block: Block
     first: int
@@ -112,7 +116,8 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Piece:
-    """Fragments that one checksum covers. In the shard they begin at document `first`, byte `start`."""
+    """Fragments that one checksum covers. In the shard they begin at document `first`, byte
+    `start`."""
 
     prefix: Path
     first: int
@@ -180,7 +185,7 @@ def _pieces(prefix: Path, fragments: Sequence[Fragment]) -> list[Piece]:
     return pieces
 
 
-# ----------------------------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------------- the files
 
 
 def write_datasets(
@@ -190,8 +195,8 @@ def write_datasets(
     workers: Workers,
     on_bytes: Callable[[int], None],
 ) -> dict[Path, list[WrittenShard]]:
-    """Write a dataset under each prefix. With `shard_size`: shards PREFIX-00000, PREFIX-00001, ... of at most so many
-    bytes (or one document) each."""
+    """Write a dataset under each prefix. With `shard_size`: shards PREFIX-00000, PREFIX-00001, ...
+    of at most so many bytes (or one document) each."""
     shards: list[tuple[Path, list[Piece]]] = []
     for prefix, blocks in datasets.items():
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +231,8 @@ def _partial(prefix: Path, ending: str) -> Path:
 
 
 def _fill(piece: Piece) -> str:
-    """Copy a piece's tokens, lengths and records to their places in the shard's partial files. The tokens' XXH3-128."""
+    """Copy a piece's tokens, lengths and records to their places in the shard's partial files. The
+    tokens' XXH3-128."""
     digest, known = xxhash.xxh3_128(), ""
     with (
         _open(_partial(piece.prefix, "bin"), piece.start) as tokens,
@@ -252,7 +258,8 @@ def _open(path: Path, position: int) -> BinaryIO:
 
 
 def _copy(source: BinaryIO, target: BinaryIO, size: int, digest: Any) -> None:
-    """Copy from position to position; in the kernel, where it can, unless the bytes are to be hashed."""
+    """Copy from position to position; in the kernel, where it can, unless the bytes are to be
+    hashed."""
     in_kernel = digest is None and hasattr(os, "copy_file_range")
     while size:
         copied = 0

@@ -1,8 +1,9 @@
 """Which parts a corpus is cut into. A part is the unit of parallel work and of resuming.
 
-A *unit* is a list of files, a span of a plain JSONL file, or row groups of a parquet file, cut by sizes on disk alone,
-never by how many processes there are. Most units are one part. A large compressed JSONL file is a unit of many parts:
-it can only be read from its beginning, so one thread unpacks it and hands on chunks of whole lines.
+A *unit* is a list of files, a span of a plain JSONL file, or row groups of a parquet file, cut by
+sizes on disk alone, never by how many processes there are. Most units are one part. A large
+compressed JSONL file is a unit of many parts: it can only be read from its beginning, so one thread
+unpacks it and hands on chunks of whole lines.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Unit:
 
 
 def plan_units(files: Sequence[InputFile]) -> list[Unit]:
-    """Cut a corpus into units of about a 64th of it, 16 to 64 MiB on disk; of a small corpus, an eighth of it but no less
-    than 1 MiB. Depends on the files only."""
+    """Cut a corpus into units of about a 64th of it, 16 to 64 MiB on disk; of a small corpus, an
+    eighth of it but no less than 1 MiB. Depends on the files only."""
     total = sum(file.size for file in files)
     size = max(min(max(total // 64, 16 << 20), total // 8, 64 << 20), 1 << 20)
     units: list[Unit] = []
@@ -110,7 +111,7 @@ def _spans(file: InputFile, size: int) -> list[tuple[tuple[int, int] | None, int
     ]
 
 
-# ----------------------------------------------------------------------------------------------------- unpacked chunks
+# ---------------------------------------------------------------------------------- unpacked chunks
 
 
 def chunk_path(folder: Path, part: CorpusPart) -> Path:
@@ -118,7 +119,8 @@ def chunk_path(folder: Path, part: CorpusPart) -> Path:
 
 
 def unit_parts(folder: Path, unit: Unit) -> list[CorpusPart] | None:
-    """The parts of a unit in order; None for a compressed file that nobody has unpacked to its end."""
+    """The parts of a unit in order; None for a compressed file that nobody has unpacked to its
+    end."""
     if not unit.chunk_size:
         return [unit.part]
     try:
@@ -131,7 +133,8 @@ def unit_parts(folder: Path, unit: Unit) -> list[CorpusPart] | None:
 def unpack(
     folder: Path, unit: Unit, file: InputFile, finished: Callable[[CorpusPart], bool]
 ) -> Iterator[CorpusPart]:
-    """Chunks of a compressed JSONL file that are not `finished`, each written for the process that takes it.
+    """Chunks of a compressed JSONL file that are not `finished`, each written for the process that
+    takes it.
 
     Unpacks on a thread, at most two chunks ahead of the caller.
     """
@@ -163,7 +166,8 @@ def _write_chunks(
 
 
 def _copy_lines(contents: BufferedReader, out: BinaryIO | None, size: int) -> tuple[bool, str]:
-    """Copy about `size` bytes and then to the end of the line. Whether that was the end, and what is broken there."""
+    """Copy about `size` bytes and then to the end of the line. Whether that was the end, and what
+    is broken there."""
     done = 0
     try:
         while done < size:

@@ -1,4 +1,5 @@
-"""One part of a corpus -> token files (see `finished_parts`). What a worker process of `megacode preprocess` does."""
+"""One part of a corpus -> token files (see `finished_parts`). What a worker process of `megacode
+preprocess` does."""
 
 from __future__ import annotations
 
@@ -32,12 +33,12 @@ from megacode.tokenizer.fast import FastEncoder, check_sample, load_fast
 from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer, well_formed
 
 BATCH_BYTES, BATCH_DOCUMENTS = 8 << 20, 1 << 16
-"""Tokenized at a time. The fast backend begins each batch with an empty cache: with 2 MiB it is a sixth slower, with 16 no
-faster."""
+"""Tokenized at a time. The fast backend begins each batch with an empty cache: with 2 MiB it is a
+sixth slower, with 16 no faster."""
 EXACT_BATCH_BYTES = 1 << 20
 CHECKED_SHARE = 1 / 1000
-"""Of the documents, and at least one in a batch, whose ids are compared with the reference library's; it costs about a
-hundredth of the time."""
+"""Of the documents, and at least one in a batch, whose ids are compared with the reference
+library's; it costs about a hundredth of the time."""
 _LONGEST_CHECKED = 1 << 17
 MAX_VALUES = 1000
 """Datasets that `--split-by` may make: more is a field that is no category."""
@@ -84,8 +85,9 @@ def part_worker(job: Job) -> Callable[[CorpusPart], Iterator[PartProgress]]:
 
 
 def _keep_memory() -> None:
-    """Ask the C library to keep buffers of tens of MB that batches use again and again, instead of giving them back to
-    the kernel each time, which then clears their pages anew: 5 to 10 % of the time."""
+    """Ask the C library to keep buffers of tens of MB that batches use again and again, instead of
+    giving them back to the kernel each time, which then clears their pages anew: 5 to 10 % of the
+    time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
     if mallopt:
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
@@ -168,7 +170,7 @@ class _Part:
         self.read_bytes = self.bad = 0
         return progress
 
-    # ------------------------------------------------------------------------------------------------------ reading
+    # -------------------------------------------------------------------------------------- reading
 
     def _batches(self) -> Iterator[list[tuple[int, TextDocument]]]:
         limit = EXACT_BATCH_BYTES if isinstance(self.fast, str) else BATCH_BYTES
@@ -236,7 +238,8 @@ class _Part:
         self.lines = count if self.part.span or self.part.chunk is not None else 0
 
     def _input_checksums(self) -> list[tuple[int, int, str]]:
-        """Of the files, or of the span of bytes, that this part has read; a file of many parts has one in its first."""
+        """Of the files, or of the span of bytes, that this part has read; a file of many parts has
+        one in its first."""
         found = []
         for number in self.part.files:
             file = self.job.files[number]
@@ -251,7 +254,7 @@ class _Part:
                 found.append((number, size, ""))
         return found
 
-    # --------------------------------------------------------------------------------------------------- tokenizing
+    # ----------------------------------------------------------------------------------- tokenizing
 
     def _tokenize(self, documents: list[tuple[int, TextDocument]]) -> _Batch:
         texts = [document.raw for _, document in documents]
@@ -304,7 +307,7 @@ class _Part:
             check_sample(self.tokenizer, name, batch.texts[i], ids)
         self.counts.checked += count
 
-    # ------------------------------------------------------------------------------------------------------ writing
+    # -------------------------------------------------------------------------------------- writing
 
     def _write(self, batch: _Batch) -> GroupCounts:
         """Append the documents to the files of their groups. What was added."""
@@ -335,8 +338,8 @@ class _Part:
         return added.total
 
     def _framed(self, batch: _Batch) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """The documents' ids with BOS before and EOD after each, and their lengths. With `--repository`: <filename> before
-        each; BOS and EOD go around the whole repository."""
+        """The documents' ids with BOS before and EOD after each, and their lengths. With
+        `--repository`: <filename> before each; BOS and EOD go around the whole repository."""
         tokenizer, section = self.tokenizer, self.request.tokenizer
         before = [tokenizer.bos_id] if section.bos else []
         after = [tokenizer.eod_id] if section.eod else []
@@ -397,7 +400,7 @@ def _hashes(
 
 
 def in_validation(text: bytes, share: float) -> bool:
-    """Whether a document is held out: its hash as a fraction of 1 is below `share`. Equal texts always go together, and
-    a larger share keeps what a smaller one held out."""
+    """Whether a document is held out: its hash as a fraction of 1 is below `share`. Equal texts
+    always go together, and a larger share keeps what a smaller one held out."""
     key = hashlib.blake2b(text, digest_size=8, person=b"validation").digest()
     return int.from_bytes(key, "little") < int(share * 2**64)

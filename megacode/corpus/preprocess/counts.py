@@ -74,14 +74,6 @@ class Counts:
             total.add(group)
         return total
 
-    def of(self, split: str) -> GroupCounts:
-        """Over the groups of one split."""
-        total = GroupCounts()
-        for name, group in self.groups.items():
-            if name.split == split:
-                total.add(group)
-        return total
-
     def to_json(self) -> dict[str, Any]:
         return {
             **vars(self),

@@ -152,7 +152,7 @@ def _counts(request: Request, parts: Sequence[Finished], links: int) -> Counts:
     if links:
         reason = "link that leads out of the input or nowhere (to have it, name what it leads to)"
         counts.passed_over[reason] = links
-    if not counts.of("train").documents:
+    if not any(group.split == "train" for group in counts.groups):
         reasons = (counts.bad + counts.passed_over).most_common(3)
         shown = ", ".join(f"{n} {reason}" for reason, n in reasons) or "no records"
         remove_folder(indexed.with_ending(request.name, ".parts"))

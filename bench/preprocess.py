@@ -163,8 +163,11 @@ COORDINATOR = """
 import sys, time
 from pathlib import Path
 from megacode.corpus.preprocess import Request, preprocess
+from megacode.corpus.workers import prepare_workers
 from megacode.recipe.schema import TokenizerSection
+from megacode.tokenizer.fast import FAST_MODULES
 corpus, model, output, workers = sys.argv[1:]
+prepare_workers(["megacode.corpus.preprocess.tokenize", *FAST_MODULES])
 request = Request((corpus,), TokenizerSection(path=model), Path(output))
 wall, cpu = time.perf_counter(), time.process_time()
 result = preprocess(request, int(workers))

@@ -34,6 +34,7 @@ def open_folder(
         f"{folder}: another run is writing this output; wait for it, or choose another --output"
     )
     with ExitStack() as locks:
+        locks.callback(_remove_if_empty, folder)
         writer = locks.enter_context(
             _take(folder / "lock", another, wait=_PATIENCE if share else 0.0)
         )
@@ -60,6 +61,9 @@ def open_folder(
                 _prepare(folder, settings)
             writer.release()
             yield lambda: _take_if_free(folder / "lock", locks)
+
+
+def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):  # the parts are still in it, or another run has begun
         folder.rmdir()
 

@@ -96,7 +96,10 @@ def find_inputs(
                     f" that matches {' or '.join(include)}" if include else ""
                 )
             if links:
-                what += f" ({links:,} links lead out of it or nowhere; name what they lead to)"
+                what += (
+                    f" ({links:,} links lead out of it or nowhere, and are not followed: "
+                    "name what they lead to)"
+                )
             raise UserError(
                 f"{given}: {what}; give JSONL, parquet or plain files, folders of them, or globs"
             )

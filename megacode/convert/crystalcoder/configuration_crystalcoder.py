@@ -67,6 +67,6 @@ class CrystalCoderConfig(PretrainedConfig):
         found = self.position_embedding_type
         if found not in ("rotary", "learned", "none"):
             raise ValueError(
-                f'CrystalCoderConfig: position_embedding_type "{found}" is not supported by this code; '
-                'expected "rotary", "learned" or "none"'
+                f'CrystalCoderConfig: position_embedding_type "{found}" is not supported by this '
+                'code; expected "rotary", "learned" or "none"'
             )

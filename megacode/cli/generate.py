@@ -11,12 +11,14 @@ from typing import Any
 
 from megacode.cli.arguments import at_least, fraction
 from megacode.errors import UserError
+from megacode.tokenizer.chat import BUILT_IN
 
 EXAMPLE = """examples:
   megacode generate runs/crystal-tiny --prompt "def read(path):" --tokens 80
   megacode generate runs/crystal-tiny --prompt "The language" --temperature 0.8 --seed 7
   megacode generate runs/crystal-tiny --prefix $'def area(r):\\n    ' \\
-    --suffix $'\\n    return a\\n'"""
+    --suffix $'\\n    return a\\n'
+  megacode generate runs/crystal-tiny --chat plain --prompt "What is a list?" """.rstrip()
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--prefix", help="code before the gap to fill (fill-in-the-middle)")
     add("--suffix", help="code after the gap to fill")
+    add(
+        "--chat",
+        nargs="?",
+        const="",
+        metavar="TEMPLATE",
+        help="answer each prompt as a turn of a conversation, or lines of standard input without "
+        f"--prompt; by the tokenizer's chat template, or one of {', '.join(BUILT_IN)}",
+    )
+    add("--system", help="with --chat: the system's message")
     add("--tokens", type=at_least(1), default=64, help="how many to write at most")
     add("--temperature", type=at_least(0, float), default=0.0, help="0: take the likeliest token")
     add(
@@ -84,8 +95,11 @@ def prompts_of(args: argparse.Namespace, recipe: Any, tokenizer: Any) -> list[Pr
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.prompt and args.prefix is None and args.suffix is None:
-        raise UserError("give --prompt TEXT (or --prefix and --suffix to fill a gap)")
+    fills = args.prefix is not None or args.suffix is not None
+    if not args.prompt and not fills and args.chat is None:
+        raise UserError("give --prompt TEXT (or --prefix and --suffix to fill a gap, or --chat)")
+    if args.chat is not None and fills:
+        raise UserError("--chat: answers prompts; leave --prefix and --suffix out")
     from rich.console import Console
     from rich.text import Text
 
@@ -97,6 +111,9 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     console = Console(highlight=False, soft_wrap=True)
     try:
+        if args.chat is not None:
+            chat(args, model, tokenizer, sampling)
+            return 0
         for prompt in prompts_of(args, recipe, tokenizer):
             text = write_on(
                 model, recipe, tokenizer, prompt.tokens, args.tokens, sampling, prompt.context
@@ -109,3 +126,33 @@ def run(args: argparse.Namespace) -> int:
     finally:
         shutdown()
     return 0
+
+
+def chat(args: argparse.Namespace, model: Any, tokenizer: Any, sampling: Any) -> None:
+    """Print the answer to each prompt, or to each line of standard input in one conversation."""
+    from megacode.evaluate.generate import answer
+    from megacode.tokenizer.chat import ChatEncoder, load_chat_template
+
+    template, encoder = load_chat_template(tokenizer, args.chat or None), ChatEncoder(tokenizer)
+    beginning = [{"role": "system", "content": args.system}] if args.system else []
+
+    def say(messages: list[dict[str, str]]) -> str:
+        text = answer(model, template, encoder, messages, args.tokens, sampling)
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+        return text
+
+    if args.prompt:
+        for prompt in args.prompt:
+            say([*beginning, {"role": "user", "content": prompt}])
+        return
+    messages = beginning
+    while True:
+        if sys.stdin.isatty():
+            sys.stdout.write("> ")
+            sys.stdout.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return
+        messages = [*messages, {"role": "user", "content": line.rstrip("\n")}]
+        messages = [*messages, {"role": "assistant", "content": say(messages)}]

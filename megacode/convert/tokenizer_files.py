@@ -21,6 +21,7 @@ from megacode.files import replace_file, write_json
 from megacode.megatron.cpu import quiet
 from megacode.recipe.schema import TokenizerSection
 from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from megacode.tokenizer.vocabularies import library
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -118,8 +119,7 @@ def prove(tokenizer: Tokenizer, contents: str, bos: bool) -> None:
     Raises:
         UserError: a difference, with the text.
     """
-    import tokenizers
-
+    tokenizers = library("tokenizers", "tokenizers", tokenizer.path)
     try:
         loaded = tokenizers.Tokenizer.from_str(contents)
     except Exception as error:  # the library raises bare Exception

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megacode.errors import UserError
 from megacode.megatron.inference import cached_forward
 from megacode.recipe.schema import Recipe
+from megacode.tokenizer.chat import ChatEncoder, ChatTemplate, Message, TemplateError
 from megacode.tokenizer.tokenizer import Tokenizer
 
 
@@ -45,11 +47,11 @@ def continue_tokens(
     model: Any,
     prompt: Sequence[int],
     limit: int,
-    stop: int | None,
+    stop: Collection[int],
     sampling: Sampling,
     vocab_size: int,
 ) -> Iterator[int]:
-    """Yield up to `limit` tokens after `prompt`, one by one; ends before the token `stop`.
+    """Yield up to `limit` tokens after `prompt`, one by one; ends before a token of `stop`.
 
     The whole prompt passes once and fills the cache; then one position a step.
     """
@@ -58,7 +60,7 @@ def continue_tokens(
     tokens = list(prompt)
     for _ in range(limit):
         drawn = next_token(read(tokens)[:vocab_size], sampling, generator)
-        if drawn == stop:
+        if drawn in stop:
             return
         yield drawn
         tokens = [drawn]
@@ -74,10 +76,37 @@ def write_on(
     context: Sequence[int],
 ) -> str:
     """Text of up to `limit` tokens after `prompt`, as it follows the text of `context`."""
-    stop = tokenizer.eod_id if recipe.tokenizer and recipe.tokenizer.eod else None
+    stop = [tokenizer.eod_id] if recipe.tokenizer and recipe.tokenizer.eod else []
     vocab_size = tokenizer.vocab_size
     written = list(continue_tokens(model, prompt, limit, stop, sampling, vocab_size))
     return continuation(tokenizer, context, written)
+
+
+def answer(
+    model: Any,
+    template: ChatTemplate,
+    encoder: ChatEncoder,
+    messages: Sequence[Message],
+    limit: int,
+    sampling: Sampling,
+) -> str:
+    """The assistant's next turn, of up to `limit` tokens; ends at the end of the document or turn.
+
+    Raises:
+        UserError: a turn spells a control token, or the template refuses the messages.
+    """
+    if name := encoder.control_token_in(messages):
+        raise UserError(f"a turn spells the control token {name}; write it otherwise")
+    try:
+        text = template.render(messages, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(f"{template.origin}: {error}") from None
+    tokenizer = encoder.tokenizer
+    stop = {tokenizer.base.eod_id, tokenizer.control_tokens.get(template.turn_end())} - {None}
+    prompt = encoder.encode(text)[0].tolist()
+    return tokenizer.decode(
+        list(continue_tokens(model, prompt, limit, stop, sampling, tokenizer.vocab_size))
+    )
 
 
 def infill_prompt(recipe: Any, tokenizer: Any, prefix: str, suffix: str) -> list[int]:

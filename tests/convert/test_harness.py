@@ -139,6 +139,39 @@ def write_tasks(folder: Path, export: Path) -> None:
         )  # JSON is YAML
 
 
+def chatted(export: Path, conversations: list[list[dict[str, str]]], count: int) -> list[str]:
+    """What transformers answers greedily, by the chat template beside the export's tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(export, trust_remote_code=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True).eval()
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    texts = []
+    for messages in conversations:
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with torch.no_grad():
+            ids = model.generate(
+                **inputs, max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=ends
+            )[0]
+        fresh = ids[inputs["input_ids"].shape[1] :]
+        texts.append(tokenizer.decode(fresh, skip_special_tokens=True))
+    return texts
+
+
+def test_a_run_and_its_export_chat_the_same(pair: tuple[Path, Path]) -> None:
+    run, export = pair
+    template = ROOT / "megacode" / "tokenizer" / "templates" / "chatml.jinja"
+    (export / "chat_template.jinja").write_text(template.read_text())
+    system = {"role": "system", "content": "Be brief"}
+    asked = [[system, {"role": "user", "content": prompt}] for prompt in PROMPTS]
+    expected = chatted(export, asked, 24)
+    (export / "chat_template.jinja").unlink()
+    prompts = [a for prompt in PROMPTS for a in ("--prompt", prompt)]
+    command = ["generate", run, "--tokens", 24, "--chat", "chatml", "--system", "Be brief"]
+    (text,) = megacode([*command, *prompts])
+    assert text == "".join(more + "\n" for more in expected)
+
+
 def test_a_run_and_its_export_write_and_score_the_same(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -156,7 +189,6 @@ def test_a_run_and_its_export_write_and_score_the_same(
             "--json",
             "--batch-size",
             5,
-            "--trust-remote-code",
         ]
         commands = [["evaluate", target, *asked] for target in (export, run)] + commands
     *results, text = megacode(*commands)

@@ -33,7 +33,7 @@ def cached_and_full(world, model: Model):
     (chunk,) = build_model(small(model), VOCAB)
     chunk.eval()
     prompt = [5, 17, 900, 3]
-    cached = list(continue_tokens(chunk, prompt, 12, None, Sampling(), VOCAB))
+    cached = list(continue_tokens(chunk, prompt, 12, (), Sampling(), VOCAB))
     tokens = list(prompt)
     with torch.no_grad():
         for _ in range(12):
@@ -41,7 +41,7 @@ def cached_and_full(world, model: Model):
             tokens.append(
                 int(chunk(torch.tensor([tokens]), positions, None)[0, -1, :VOCAB].argmax())
             )
-    stopped = list(continue_tokens(chunk, prompt, 12, cached[3], Sampling(), VOCAB))
+    stopped = list(continue_tokens(chunk, prompt, 12, [cached[3]], Sampling(), VOCAB))
     return cached, tokens[len(prompt) :], stopped
 
 

@@ -21,7 +21,6 @@ from megacode.files import replace_file, write_json
 from megacode.megatron.cpu import quiet
 from megacode.recipe.schema import TokenizerSection
 from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from megacode.tokenizer.vocabularies import library
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -119,7 +118,8 @@ def prove(tokenizer: Tokenizer, contents: str, bos: bool) -> None:
     Raises:
         UserError: a difference, with the text.
     """
-    tokenizers = library("tokenizers", "tokenizers", tokenizer.path)
+    import tokenizers
+
     try:
         loaded = tokenizers.Tokenizer.from_str(contents)
     except Exception as error:  # the library raises bare Exception

@@ -32,30 +32,23 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def memory_per_rank(
-    recipe: Recipe, vocab_size: int, world_size: int, flash_attention: bool = True
-) -> Memory:
+def memory_per_rank(recipe: Recipe, vocab_size: int, world_size: int) -> Memory:
     """Memory of the fullest pipeline stage's ranks; see `stage_memory`."""
     ends = sorted({0, recipe.parallel.pipeline - 1})
-    stages = [stage_memory(recipe, vocab_size, world_size, end, flash_attention) for end in ends]
+    stages = [stage_memory(recipe, vocab_size, world_size, stage) for stage in ends]
     return max(stages, key=lambda memory: memory.total)
 
 
-def stage_memory(
-    recipe: Recipe, vocab_size: int, world_size: int, stage: int, flash_attention: bool = True
-) -> Memory:
+def stage_memory(recipe: Recipe, vocab_size: int, world_size: int, stage: int) -> Memory:
     """Memory of the ranks of one pipeline stage.
 
     Weights take 2 bytes (4 in fp32), gradients 4, Adam 8 and another 4 for the master copy of
     16-bit weights (less with Megatron-Core's precision-aware optimizer); the distributed optimizer
     divides Adam's share over the data (x context) parallel ranks. FP8 keeps two more bytes of every
     matrix, itself and its transpose; with `fp8_params` only these. Activations follow Korthikanti
-    et al. (arXiv 2205.05198), with this model's own widths instead of 4h; 1F1B keeps as many
-    micro-batches as stages follow. Sizes are those stored, padding included.
-
-    Args:
-        flash_attention: the scores are never stored (Transformer Engine on CUDA); else they are,
-            unless recomputed.
+    et al. (arXiv 2205.05198), with this model's own widths instead of 4h and without attention
+    scores, which flash attention never stores; 1F1B keeps as many micro-batches as stages follow.
+    Sizes are those stored, padding included.
     """
     parallel, precision, stages = recipe.parallel, recipe.precision, recipe.parallel.pipeline
     parts = _stored_parts(recipe, vocab_size)
@@ -78,7 +71,7 @@ def stage_memory(
         weights=weights,
         gradients=parameters * 4.0,
         optimizer=parameters * adam,
-        activations=_activations(recipe, vocab_size, stage, flash_attention),
+        activations=_activations(recipe, vocab_size, stage),
     )
 
 
@@ -113,9 +106,8 @@ def _adam_bytes(recipe: Recipe) -> float:
     return moments + (2.0 if master == 4.0 and shared and remainders else master)
 
 
-def _activations(recipe: Recipe, vocab_size: int, stage: int, flash: bool) -> float:
-    """Bytes that one rank of a stage keeps between forward and backward, at the run's
-    longest sequences."""
+def _activations(recipe: Recipe, vocab_size: int, stage: int) -> float:
+    """Bytes that a rank keeps between forward and backward, at the run's longest sequences."""
     model, parallel, length = recipe.model, recipe.parallel, _longest(recipe)
     width = 4 if recipe.precision.compute == "fp32" else 2
     product = 1 if recipe.precision.compute == "fp8" else width  # inputs of matrix products
@@ -130,21 +122,15 @@ def _activations(recipe: Recipe, vocab_size: int, stage: int, flash: bool) -> fl
     heads, kv_heads = model.heads, model.resolved_kv_heads
     layer += ((heads + 2 * kv_heads) * width + heads * product) * dim / tensor
     layer += inner * ((2 if model.gated else 1) * width + product) / tensor
-    scores = 0.0 if flash else model.heads * length / parallel.context * (2 * width + 1) / tensor
-    granularity = parallel.recompute.granularity
-    if granularity == "none":
-        layer += scores
-    layers = model.layers / stages
-    if granularity == "full":
-        kept = hidden * width / whole
-        every, whole_layer = parallel.recompute.layers, layer + scores
-        if parallel.recompute.method == "uniform":
-            per_stage = layers / every * kept + every * whole_layer
+    layers, recompute = model.layers / stages, parallel.recompute
+    per_stage = layers * layer
+    if recompute.granularity == "full":
+        kept, every = hidden * width / whole, recompute.layers
+        if recompute.method == "uniform":
+            per_stage = layers / every * kept + every * layer
         else:
             recomputed = min(every, layers)
-            per_stage = recomputed * kept + (layers - recomputed) * whole_layer + whole_layer
-    else:
-        per_stage = layers * layer
+            per_stage = recomputed * kept + (layers - recomputed + 1) * layer
     in_flight = float(stages - stage)
     if parallel.virtual_pipeline:
         in_flight += (stages - 1) / parallel.virtual_pipeline  # section 4.2.3 of the paper

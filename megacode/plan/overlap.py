@@ -44,7 +44,7 @@ def decide_overlaps(
     """
     decided: dict[str, OverlapDecision] = {}
     mistakes = []
-    rules = _overlaps(recipe, hardware, data_size) | _fusions(recipe, hardware)
+    rules = {**_overlaps(recipe, hardware, data_size), **_fusions(recipe, hardware)}
     for key, cases in rules.items():
         name = key.rpartition(".")[2]
         section = recipe.fusion if key.startswith("fusion.") else recipe.parallel.overlap

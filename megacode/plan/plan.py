@@ -23,7 +23,7 @@ from megacode.recipe.schedules import BatchSizes, Floats, Ints, learning_rate
 from megacode.recipe.schema import LearningRate, Phase, Recipe
 
 _MOST_STEPS = 50_000_000
-"""Of a phase: hundreds of times the longest runs there are; some µs each to plan."""
+"""Upper limit for the steps of a phase; each takes some µs to plan."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,6 @@ class Plan:
         """The phase of a step; steps past the end belong to the last phase."""
         starts = [phase.first_step for phase in self.phases]
         return self.phases[max(bisect.bisect_right(starts, step) - 1, 0)]
-
-    def batch_size(self, step: int) -> int:
-        return self.phase_at(step).batch_size(step)
 
     def learning_rate(self, step: int) -> float:
         return self.phase_at(step).learning_rate(step)

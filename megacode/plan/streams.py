@@ -17,7 +17,7 @@ from megacode.recipe.mixtures import Entry, mixture_entries
 from megacode.recipe.schema import FimLevel, Packing, Recipe
 
 PACKING_ALGORITHM = 1
-"""Of `megacode.data.best_fit`: raised when the same documents would be packed otherwise."""
+"""Version of `megacode.data.best_fit`; raised when the same documents would be packed otherwise."""
 
 
 @dataclass(frozen=True)

@@ -302,8 +302,8 @@ def _phase(recipe: Recipe, phase: Phase) -> Iterator[str]:
     if (phase.steps is None) == (phase.tokens is None):
         both = "both" if phase.steps else "neither"
         yield (
-            f"{key}: has {both} of `steps` and `tokens`; give exactly one to say how long the phase "
-            "is"
+            f"{key}: has {both} of `steps` and `tokens`; give exactly one to say how long the "
+            "phase is"
         )
     largest = int(BatchSizes.of(phase.batch_size).sizes[-1])
     if largest > _MOST_SEQUENCES:
@@ -321,24 +321,23 @@ def _phase(recipe: Recipe, phase: Phase) -> Iterator[str]:
         yield (
             f"{key}.learning_rate.final: {rate.final:g} is above the peak {rate.peak:g}; lower it"
         )
-    names = [*_sources(recipe, phase), *_domains(recipe, phase)]
+    names = list(_names(recipe, phase))
     yield from names or _weights(recipe, phase)
+
+
+def _names(recipe: Recipe, phase: Phase) -> Iterator[str]:
+    """Names in a mixture: sources that exist, domains that have sources."""
+    key = f"phases.{phase.name}.mixture"
+    for name in phase.mixture.sources or {}:
+        if name not in recipe.sources:
+            yield _unknown(recipe, f"{key}.sources", name)
+    for domain, part in (phase.mixture.domains or {}).items():
+        yield from _domain(recipe, f"{key}.domains.{domain}", domain, part)
 
 
 def _unknown(recipe: Recipe, key: str, name: str) -> str:
     hint = did_you_mean(name, list(recipe.sources))
     return f"{key}.{name}: is no source of the recipe; add it under `sources:`{hint}"
-
-
-def _sources(recipe: Recipe, phase: Phase) -> Iterator[str]:
-    for name in phase.mixture.sources or {}:
-        if name not in recipe.sources:
-            yield _unknown(recipe, f"phases.{phase.name}.mixture.sources", name)
-
-
-def _domains(recipe: Recipe, phase: Phase) -> Iterator[str]:
-    for domain, part in (phase.mixture.domains or {}).items():
-        yield from _domain(recipe, f"phases.{phase.name}.mixture.domains.{domain}", domain, part)
 
 
 def _domain(recipe: Recipe, key: str, domain: str, part: MixtureDomain) -> Iterator[str]:

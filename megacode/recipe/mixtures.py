@@ -33,40 +33,46 @@ class Entry:
 
 
 def mixture_entries(recipe: Recipe, phase: Phase) -> list[Entry]:
-    """The streams of a phase, in the recipe's order. Names of sources must be known
-    (`megacode.recipe.checks`)."""
-    entries: list[Entry] = []
+    """The streams of a phase, in the recipe's order.
 
-    def add(
-        key: str, name: str, given: MixtureSource, group: int, fim_rate: float, level: FimLevel
-    ) -> None:
-        rate = fim_rate if given.fim_rate is None else given.fim_rate
-        restart = (given.cursor or phase.cursor) == "restart"
-        domain = recipe.sources[name].domain
-        entries.append(
-            Entry(
-                f"{key}.{name}", name, domain, given, group, rate, given.fim_level or level, restart
-            )
-        )
-
+    Names of sources must be known (`megacode.recipe.checks`).
+    """
     top = f"phases.{phase.name}.mixture"
-    level = phase.fim_level or recipe.data.fim.level
-    for group, (name, given) in enumerate((phase.mixture.sources or {}).items()):
-        add(f"{top}.sources", name, given, group, phase.fim_rate, level)
+    rate, level = phase.fim_rate, phase.fim_level or recipe.data.fim.level
+    rows = [
+        (f"{top}.sources", name, given, group, rate, level)
+        for group, (name, given) in enumerate((phase.mixture.sources or {}).items())
+    ]
     for group, (domain, part) in enumerate((phase.mixture.domains or {}).items()):
         members = part.sources
         if members is None:
-            members = {
-                name: MixtureSource()
-                for name, source in recipe.sources.items()
-                if source.domain == domain
-            }
-        rate = phase.fim_rate if part.fim_rate is None else part.fim_rate
-        for name, given in members.items():
-            add(
-                f"{top}.domains.{domain}.sources", name, given, group, rate, part.fim_level or level
+            names = [name for name, source in recipe.sources.items() if source.domain == domain]
+            members = {name: MixtureSource() for name in names}
+        part_rate = rate if part.fim_rate is None else part.fim_rate
+        rows += [
+            (
+                f"{top}.domains.{domain}.sources",
+                name,
+                given,
+                group,
+                part_rate,
+                part.fim_level or level,
             )
-    return entries
+            for name, given in members.items()
+        ]
+    return [
+        Entry(
+            key=f"{key}.{name}",
+            source=name,
+            domain=recipe.sources[name].domain,
+            given=given,
+            group=group,
+            fim_rate=default_rate if given.fim_rate is None else given.fim_rate,
+            fim_level=given.fim_level or default_level,
+            restart=(given.cursor or phase.cursor) == "restart",
+        )
+        for key, name, given, group, default_rate, default_level in rows
+    ]
 
 
 def mixture_weights(
@@ -80,17 +86,16 @@ def mixture_weights(
     """
     if phase.mixture.domains:
         ratios = tuple(part.ratio for part in phase.mixture.domains.values())
-        return Weights(
-            ratios, tuple((entry.group, inner_weight(entry, tokens)) for entry in entries), steps
-        )
+        inner = tuple((entry.group, _inner_weight(entry, tokens)) for entry in entries)
+        return Weights(ratios, inner, steps)
     return Weights(
-        tuple(entry.given.weight if entry.given.weight is not None else 0.0 for entry in entries),
+        tuple(0.0 if entry.given.weight is None else entry.given.weight for entry in entries),
         tuple((entry.group, 1.0) for entry in entries),
         steps,
     )
 
 
-def inner_weight(entry: Entry, tokens: Mapping[str, int]) -> float | Schedule:
+def _inner_weight(entry: Entry, tokens: Mapping[str, int]) -> float | Schedule:
     """Weight of a source within its domain: the given one, else the natural one."""
     if entry.given.weight is not None:
         return entry.given.weight

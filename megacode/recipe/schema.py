@@ -260,9 +260,9 @@ class PhasePart(Section):
 
 
 class Within(Section):
-    """Makes a phase a piece of a longer one (`megacode fork` writes it): what is named here goes on
-    as there, schedules without a length of their own included; what is not begins with the
-    piece."""
+    """Makes a phase a piece of a longer one (`megacode fork` writes it). Schedules named here go on
+    where the longer phase stands, those without a length of their own too; the others begin with
+    the piece."""
 
     learning_rate: PhasePart | None = None
     batch_size: PhasePart | None = None

@@ -91,7 +91,7 @@ class Model(Section):
     init_distribution: Literal["normal", "truncated_normal"] = "normal"
     """`truncated_normal` draws again what lies beyond two standard deviations."""
     embedding_init_std: float | None = Field(default=None, gt=0)
-    """Default: init_std. With `mup` an output layer of its own starts so too."""
+    """Default: init_std. With `mup`, also used for an untied output layer."""
     output_init_std: float | None = Field(default=None, gt=0)
     """Of attention-out and FFN-down; default: init_std / sqrt(2 x layers)."""
     softmax_scale: float | None = Field(default=None, gt=0)
@@ -137,7 +137,7 @@ class Model(Section):
 
     @property
     def head_init_std(self) -> float:
-        """Of an output layer of its own (untied)."""
+        """Of an untied output layer."""
         return self.resolved_embedding_init_std if self.mup else self.init_std
 
     @property

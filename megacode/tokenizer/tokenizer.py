@@ -1,11 +1,13 @@
 """One small interface over SentencePiece, Hugging Face tokenizer.json and tiktoken.
 
-Two laws hold whatever the library. Text never becomes a control token: a document that spells `<s>` or
-`<|fim_prefix|>` is encoded as those characters. And ids are the library's own: what stands in front of it (added
-tokens, lone surrogates) never changes how text is split.
+Two laws hold for each library:
 
-Added tokens are control tokens that a recipe puts after the base vocabulary; the file of the tokenizer stays as it is.
-"""
+- Text never becomes a control token: a document that spells `<s>` or `<|fim_prefix|>` is encoded as
+  those characters.
+- Ids are the library's own: added tokens and lone surrogates never change how text is split.
+
+Added tokens are control tokens that a recipe puts after the base vocabulary; the tokenizer's file
+stays as it is."""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ CRYSTAL_TOKENS: tuple[str, ...] = (
     *("<|im_start|>", "<|im_end|>", "<|sys_start|>", "<|sys_end|>"),
     *(f"<|reserved_{i}|>" for i in range(10)),
 )
-"""Crystal's 22 added and 10 reserved tokens (arXiv 2411.04156, its public data preparation), in the order of ids."""
+"""Crystal's 22 added and 10 reserved tokens, in the order of ids (arXiv 2411.04156, its code)."""
 
 _LOADERS: dict[str, Callable[[Path, Sequence[str]], Vocabulary]] = {
     "sentencepiece": load_sentencepiece,
@@ -46,7 +48,7 @@ _KIND_BY_ENDING = {".model": "sentencepiece", ".json": "huggingface", ".tiktoken
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids and back. `base` is the file's own vocabulary; `added_tokens` maps each added name to its id."""
+    """Text to ids and back: `base` is the file's vocabulary, `added_tokens` has each name's id."""
 
     path: Path
     kind: str
@@ -68,7 +70,8 @@ class Tokenizer:
         """Begin of sequence. UserError if the tokenizer has none."""
         if self.base.bos_id is None:
             raise UserError(
-                f"{self.path}: this tokenizer has no begin-of-sequence token; set `tokenizer.bos: false`"
+                f"{self.path}: this tokenizer has no begin-of-sequence token; "
+                "set `tokenizer.bos: false`"
             )
         return self.base.bos_id
 
@@ -77,8 +80,9 @@ class Tokenizer:
         """End of document (the library calls it EOS). UserError if the tokenizer has none."""
         if self.base.eod_id is None:
             raise UserError(
-                f"{self.path}: this tokenizer has no end-of-document token (eos); name it in tokenizer_config.json "
-                "beside tokenizer.json, or train one with `megacode tokenizer train`"
+                f"{self.path}: this tokenizer has no end-of-document token (eos); name it in "
+                "tokenizer_config.json beside tokenizer.json, or train a tokenizer with "
+                "`megacode tokenizer train`"
             )
         return self.base.eod_id
 
@@ -87,22 +91,20 @@ class Tokenizer:
         return self.base.pad_id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, without BOS or EOD. Lone surrogates count as U+FFFD (`well_formed`)."""
+        """Ids of plain text, without BOS or EOD. Lone surrogates count as U+FFFD
+        (`well_formed`)."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`[encode(t) for t in texts]`, on the calling thread."""
-        return self.base.encode_batch(
-            [text if text.isascii() else well_formed(text) for text in texts]
-        )
+        return self.base.encode_batch(list(map(well_formed, texts)))
 
     def decode(self, ids: Sequence[int], control: bool = False) -> str:
-        """Text of ids. Control tokens are left out, or written by name with `control`; ids beyond the vocabulary (a
-        padded output layer can give them) become U+FFFD.
+        """Text of ids, without control tokens or, with `control`, with their names.
 
-        decode(encode(text)) == text with tokenizers from `megacode tokenizer train`, but for U+2581, which is how
-        SentencePiece writes a space: it comes back as one.
-        """
+        Ids beyond the vocabulary, which a padded output layer can give, become U+FFFD.
+        decode(encode(text)) == text with tokenizers from `megacode tokenizer train`, but for
+        U+2581: SentencePiece writes a space so, and it comes back as one."""
         parts: list[str] = []
         run: list[int] = []
         for token in map(int, ids):
@@ -117,27 +119,30 @@ class Tokenizer:
         return "".join(parts) + (self.base.decode(run) if run else "")
 
     def token_id(self, name: str) -> int:
-        """Id of a control token. UserError if there is none of that name, or if text can become it."""
+        """Id of a control token. UserError if there is none of that name, or if text can become
+        it."""
         if name in self.control_tokens:
             return self.control_tokens[name]
         if name in self.base.literal:
             raise UserError(
-                f"{self.path}: {name} is an ordinary piece of this tokenizer, so a document that spells it would "
-                "become the control token; name another one"
+                f"{self.path}: {name} is an ordinary piece of this tokenizer, so a document that "
+                "spells it would become the control token; name another one"
             )
         raise UserError(
-            f"{self.path}: no control token {name}; add it with `tokenizer.added_tokens` (`crystal`, or a list with it)"
+            f"{self.path}: no control token {name}; add it with `tokenizer.added_tokens` "
+            "(`crystal`, or a list with it)"
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the file and everything that maps text to ids: equal fingerprints, equal ids."""
+        """SHA-256 (hex) of all that maps text to ids: equal fingerprints, equal ids."""
         digest = hashlib.sha256(self.path.read_bytes())
         ids = [self.base.bos_id, self.base.eod_id, sorted(self.control_tokens.items())]
         digest.update(json.dumps([self.kind, *ids]).encode())
         return digest.hexdigest()
 
     def facts(self) -> dict[str, Any]:
-        """What maps text to ids, as JSON-able data: equal facts, equal ids. `file` is the SHA-256 of the file."""
+        """What maps text to ids, as JSON-able data; `file` is its SHA-256. Equal facts, equal
+        ids."""
         return {
             "file": hashlib.sha256(self.path.read_bytes()).hexdigest(),
             "kind": self.kind,
@@ -153,59 +158,59 @@ class Tokenizer:
 
 
 def load_tokenizer(section: schema.TokenizerSection) -> Tokenizer:
-    """The tokenizer that a recipe's `tokenizer` section names. UserError if its file or its library is not there.
+    """The tokenizer that a recipe's `tokenizer` section names.
 
-    A folder stands for the tokenizer.json or tokenizer.model in it. An added token that the base vocabulary already has
-    keeps its id there; the others follow the base vocabulary in the order given.
+    A folder stands for the tokenizer.json or tokenizer.model in it. An added token that the base
+    vocabulary already has keeps its id there; the others follow it in the order given.
+
+    Raises:
+        UserError: its file or library is not there, or a name cannot be a control token.
     """
     path = _tokenizer_file(Path(section.path).expanduser())
     kind = section.kind or _KIND_BY_ENDING.get(path.suffix)
     if kind is None:
         raise UserError(
-            f"{path}: cannot tell the kind of tokenizer from the ending; set `tokenizer.kind` to sentencepiece, "
-            "huggingface or tiktoken"
+            f"{path}: cannot tell the kind of tokenizer from the ending; set `tokenizer.kind` to "
+            "sentencepiece, huggingface or tiktoken"
         )
     names = _added_names(section.added_tokens)
     base = _LOADERS[kind](path, names)
     added: dict[str, int] = {}
-    following = base.size
     for name in names:
         if name in base.literal:
             raise UserError(
-                f"{path}: {name} is already an ordinary piece of this vocabulary, so text that spells it becomes it; "
-                "it cannot be an added (control) token; take it out of `tokenizer.added_tokens`"
+                f"{path}: {name} is already an ordinary piece of this vocabulary, so text that "
+                "spells it becomes it; take it out of `tokenizer.added_tokens`"
             )
-        if name in base.control:
-            added[name] = base.control[name]
-        else:
-            added[name] = following
-            following += 1
+        following = base.size + len(added.keys() - base.control.keys())
+        added[name] = base.control.get(name, following)
     return Tokenizer(path=path, kind=kind, base=base, added_tokens=added)
 
 
 def model_vocab_size(recipe: schema.Recipe, tokenizer: Tokenizer | None) -> int:
-    """The tokenizer's vocabulary, which a stated `model.vocab_size` must equal; or the stated one without a tokenizer.
+    """Size of the tokenizer's vocabulary, or `model.vocab_size` if there is no tokenizer.
 
     Raises:
         UserError: they differ, or neither is there.
     """
-    stated = recipe.model.vocab_size
-    if tokenizer is None:
-        if stated is None:
-            raise UserError(
-                "tokenizer: the recipe names none and model.vocab_size is not given; give one of the two"
-            )
-        return stated
-    if stated is not None and stated != tokenizer.vocab_size:
+    stated, found = recipe.model.vocab_size, tokenizer.vocab_size if tokenizer else None
+    size = found or stated
+    if size is None:
         raise UserError(
-            f"model.vocab_size: is {stated}, and the tokenizer {tokenizer.path} has {tokenizer.vocab_size}; remove the key or "
-            "give that number"
+            "tokenizer: the recipe names none and has no model.vocab_size; give one of the two"
         )
-    return tokenizer.vocab_size
+    if tokenizer and stated not in (None, size):
+        raise UserError(
+            f"model.vocab_size: is {stated}, and the tokenizer {tokenizer.path} has {size}; "
+            "remove the key or give that number"
+        )
+    return size
 
 
 def well_formed(text: str) -> str:
-    """`text` with each lone surrogate (half of a UTF-16 pair; JSON can spell it) as U+FFFD; halves that meet join."""
+    """`text` with lone surrogates (halves of UTF-16 pairs) as U+FFFD; halves that meet join."""
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -219,11 +224,12 @@ def _tokenizer_file(path: Path) -> Path:
             if (path / name).is_file():
                 return path / name
         raise UserError(
-            f"{path}: no tokenizer.json or tokenizer.model in this folder; give the tokenizer's file"
+            f"{path}: no tokenizer.json or tokenizer.model in this folder; give the file itself"
         )
     if not path.is_file():
         raise UserError(
-            f"{path}: no such tokenizer file; give a SentencePiece .model, a tokenizer.json or a .tiktoken file"
+            f"{path}: no such tokenizer file; give a SentencePiece .model, a tokenizer.json or a "
+            ".tiktoken file"
         )
     return path
 

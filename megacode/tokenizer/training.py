@@ -1,9 +1,9 @@
 """A SentencePiece BPE model from documents.
 
-Settings for code and text alike: nothing is normalised, so decode(encode(text)) is the text with its newlines, tabs
-and runs of blanks; every byte has a piece, so nothing is unknown; digits stand alone; no blank is put in front of a
-document, so that encoding a piece cut out of the middle (fill-in-the-middle) and decoding it gives that piece.
-"""
+Settings for code and text alike: nothing is normalised, so decode(encode(text)) is the text with
+its newlines, tabs and runs of blanks; every byte has a piece, so nothing is unknown; digits stand
+alone; no blank is put in front of a document, so that a piece cut out of the middle
+(fill-in-the-middle) survives encoding and decoding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from megacode.errors import UserError
 from megacode.files import replace_file
 from megacode.tokenizer.tokenizer import well_formed
 
-# SentencePiece writes these itself (space, unknown, end of piece); its trainer drops a document that holds one.
+# SentencePiece writes these itself (space, unknown, end of piece); its trainer drops a document
+# that holds one.
 _RESERVED = str.maketrans({"\u2581": " ", "\u2585": " ", "\0": " "})
 
 
@@ -25,17 +26,15 @@ def train_tokenizer(
 ) -> None:
     """Train on `documents` and write the .model to `path`. Equal documents give an equal file.
 
-    `character_coverage` is the share of characters (by count) that get a piece of their own; the rest are bytes. Holds
-    the documents in memory: sample a large corpus first (`sample`).
-    """
+    `character_coverage` is the share of characters (by count) that get a piece of their own; the
+    rest are bytes. Holds the documents in memory: sample a large corpus first (`sample`)."""
     import sentencepiece
 
     model = io.BytesIO()
+    texts = (well_formed(text).translate(_RESERVED) for text in documents if text)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(
-                well_formed(text).translate(_RESERVED) for text in documents if text
-            ),
+            sentence_iterator=texts,
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -51,21 +50,20 @@ def train_tokenizer(
             minloglevel=2,
         )
     except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no documents"
-        detail = reason.rpartition("] ")[2]
+        reason = (str(error).strip() or "no documents").splitlines()[-1].rpartition("] ")[2]
         raise UserError(
-            f"cannot train a tokenizer of {vocab_size} pieces: {detail} Give more text or fewer pieces."
+            f"cannot train a tokenizer of {vocab_size} pieces: {reason} "
+            "Give more text or fewer pieces."
         ) from None
     with replace_file(path) as file:
         file.write(model.getvalue())
 
 
 def sample(documents: Iterable[str], share: float) -> Iterator[str]:
-    """About `share` (0 to 1) of the documents, chosen by a hash of each, so the same ones whatever their order."""
+    """About `share` (0 to 1) of the documents, chosen by a hash of each: the same in any order."""
     limit = int(share * 2**64)
     for text in documents:
-        key = hashlib.blake2b(
-            text.encode(errors="surrogatepass"), digest_size=8, person=b"tokenizer"
-        ).digest()
+        data = text.encode(errors="surrogatepass")
+        key = hashlib.blake2b(data, digest_size=8, person=b"tokenizer").digest()
         if int.from_bytes(key, "little") < limit:
             yield text

@@ -1,40 +1,37 @@
 """SentencePiece, Hugging Face tokenizers and tiktoken behind one small class.
 
-Each library is imported only when a file of its kind is opened. Each is set so that plain text stays plain text.
+Each library is imported only when a file of its kind is opened, and set so that text stays text.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from megacode.errors import UserError
 
-
-def library(name: str, install: str, path: Path) -> Any:
-    """The module `name`. UserError with what to install, for the tokenizer at `path`, if it does not import."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"{path}: this tokenizer needs `{name}`: pip install '{install}'") from None
+_USUAL_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>")
+_USUAL_EOD = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer file as its library reads it, before added tokens."""
+    """A tokenizer file as its library reads it, before added tokens.
+
+    Attributes:
+        size: highest id + 1.
+        control: tokens that no text becomes.
+        literal: tokens that look like control tokens, but that the library also finds in text.
+    """
 
     size: int
-    """Highest id + 1."""
     control: Mapping[str, int]
-    """Tokens that no text becomes."""
     literal: Mapping[str, int]
-    """Tokens that look like control tokens, but that the library also finds in text."""
     bos_id: int | None
     eod_id: int | None
     pad_id: int | None
@@ -46,7 +43,7 @@ class Vocabulary:
         raise NotImplementedError
 
 
-# ------------------------------------------------------------------------------------------------------ sentencepiece
+# --- SentencePiece
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,9 @@ class SentencePieceVocabulary(Vocabulary):
 
 
 def load_sentencepiece(path: Path, control: Sequence[str]) -> SentencePieceVocabulary:
-    """A .model file. SentencePiece finds its user-defined symbols in text, so they are `literal`, not control."""
-    sentencepiece = library("sentencepiece", "sentencepiece", path)
+    """A .model file. SentencePiece finds user-defined symbols in text, so they are `literal`."""
+    import sentencepiece
+
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.load_from_serialized_proto(path.read_bytes())
@@ -71,33 +69,35 @@ def load_sentencepiece(path: Path, control: Sequence[str]) -> SentencePieceVocab
         size = 0
     if size == 0:
         raise UserError(
-            f"{path}: not a SentencePiece model; give the .model file that its trainer wrote"
+            f"{path}: not a SentencePiece model; give the .model that its trainer wrote"
         )
     names = {
-        i: processor.id_to_piece(i)
+        processor.id_to_piece(i): i
         for i in range(size)
         if processor.is_control(i) or processor.is_unknown(i)
     }
-    # The model file does not say which pieces are user-defined through this interface, but such a piece is found in
-    # text whatever stands around it; so a wanted control token that is a normal piece already counts as literal.
+    # This interface does not tell which pieces are user-defined. Such a piece is found in text
+    # whatever stands around it, so a wanted control token that is any other piece counts as
+    # literal.
     wanted = {name: processor.piece_to_id(name) for name in control}
-    literal = {name: i for name, i in wanted.items() if i != processor.unk_id() and i not in names}
+    ids = (processor.bos_id(), processor.eos_id(), processor.pad_id())
+    bos_id, eod_id, pad_id = (i if i >= 0 else None for i in ids)
     return SentencePieceVocabulary(
         size=size,
-        control={name: i for i, name in names.items()},
-        literal=literal,
-        bos_id=_or_none(processor.bos_id()),
-        eod_id=_or_none(processor.eos_id()),
-        pad_id=_or_none(processor.pad_id()),
+        control=names,
+        literal={
+            name: i
+            for name, i in wanted.items()
+            if i != processor.unk_id() and i not in names.values()
+        },
+        bos_id=bos_id,
+        eod_id=eod_id,
+        pad_id=pad_id,
         processor=processor,
     )
 
 
-def _or_none(token: int) -> int | None:
-    return token if token >= 0 else None
-
-
-# ------------------------------------------------------------------------------------------------------- hugging face
+# --- Hugging Face
 
 
 @dataclass(frozen=True)
@@ -105,36 +105,29 @@ class HuggingFaceVocabulary(Vocabulary):
     tokenizer: Any
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # One at a time: the library's own batches start a thread for each core in each of our worker processes.
+        # One at a time: the library's batches start a thread for each core, in each worker process.
         return [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False) if ids else ""
 
 
-_USUAL_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>")
-_USUAL_EOD = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]")
-
-
 def load_huggingface(path: Path, control: Sequence[str]) -> HuggingFaceVocabulary:
-    """A tokenizer.json; BOS, EOS and padding as tokenizer_config.json beside it says, else by the usual names.
+    """A tokenizer.json; BOS, EOS, padding from tokenizer_config.json beside it, or by usual names.
 
-    Some files list control tokens as not special (Qwen's `<|fim_prefix|>`), and the library then finds them in text.
-    Those spelt `<|...|>`, and every one in `control`, are made special here, so that `encode_special_tokens` covers
-    them.
-    """
-    tokenizers = library("tokenizers", "tokenizers", path)
+    Some files list control tokens as not special (Qwen's `<|fim_prefix|>`), and the library then
+    finds them in text. Those spelt `<|...|>`, and every one in `control`, are made special here, so
+    that `encode_special_tokens` covers them."""
+    import tokenizers
+
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
         added = contents.get("added_tokens") or []
         for token in added:
             name = token["content"]
-            token["special"] = (
-                token["special"]
-                or name in control
-                or (name.startswith("<|") and name.endswith("|>"))
-            )
-        # A saved limit on length would cut documents without a word, and padding would lengthen them.
+            spelt = name.startswith("<|") and name.endswith("|>")
+            token["special"] = token["special"] or name in control or spelt
+        # A saved limit on length would cut documents silently, and padding would lengthen them.
         contents["truncation"] = contents["padding"] = None
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(contents))
     except Exception as error:  # the library raises bare Exception on a bad file
@@ -142,9 +135,8 @@ def load_huggingface(path: Path, control: Sequence[str]) -> HuggingFaceVocabular
     tokenizer.encode_special_tokens = True
     special = {token["content"]: token["id"] for token in added if token["special"]}
     config = _tokenizer_config(path)
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     return HuggingFaceVocabulary(
-        size=max(vocabulary.values()) + 1,
+        size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         control=special,
         literal={token["content"]: token["id"] for token in added if not token["special"]},
         bos_id=_special(config, "bos_token", _USUAL_BOS, special),
@@ -156,12 +148,10 @@ def load_huggingface(path: Path, control: Sequence[str]) -> HuggingFaceVocabular
 
 def _tokenizer_config(path: Path) -> dict[str, Any]:
     config = path.with_name("tokenizer_config.json")
-    if not config.is_file():
-        return {}
     try:
-        return dict(json.loads(config.read_text(encoding="utf-8")))
+        return dict(json.loads(config.read_text(encoding="utf-8"))) if config.is_file() else {}
     except ValueError as error:
-        raise UserError(f"{config}: not JSON ({error}); mend it or take it away") from None
+        raise UserError(f"{config}: not JSON ({error}); correct or remove it") from None
 
 
 def _special(
@@ -173,7 +163,7 @@ def _special(
     return next((special[name] for name in usual if name in special), None)
 
 
-# ----------------------------------------------------------------------------------------------------------- tiktoken
+# --- tiktoken
 
 
 @dataclass(frozen=True)
@@ -190,12 +180,17 @@ class TiktokenVocabulary(Vocabulary):
 
 
 def load_tiktoken(path: Path, control: Sequence[str]) -> TiktokenVocabulary:
-    """A .tiktoken file of ranks. The file does not hold the splitting pattern: it comes from `FILE.json` beside it,
-    `{"pattern": ..., "special_tokens": {name: id}}`, or from the installed tiktoken if it knows the file by its hash.
-    """
-    tiktoken = library("tiktoken", "megacode[tiktoken]", path)
-    from tiktoken.load import load_tiktoken_bpe
+    """A .tiktoken file of ranks.
 
+    It does not hold the splitting pattern: that comes from `FILE.json` beside it, `{"pattern": ...,
+    "special_tokens": {name: id}}`, or from the installed tiktoken if it knows the file by its hash.
+    """
+    try:
+        import tiktoken
+        from tiktoken.load import load_tiktoken_bpe
+    except ImportError:
+        need = "this tokenizer needs `tiktoken`: pip install 'megacode[tiktoken]'"
+        raise UserError(f"{path}: {need}") from None
     try:
         ranks = load_tiktoken_bpe(str(path))
     except Exception as error:
@@ -206,30 +201,25 @@ def load_tiktoken(path: Path, control: Sequence[str]) -> TiktokenVocabulary:
     if beside.is_file():
         try:
             given = json.loads(beside.read_text(encoding="utf-8"))
-            pattern, special = (
-                str(given["pattern"]),
-                {str(k): int(v) for k, v in given["special_tokens"].items()},
-            )
+            pattern = str(given["pattern"])
+            special = {str(name): int(i) for name, i in given["special_tokens"].items()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(
-                f'{beside}: expected {{"pattern": "...", "special_tokens": {{name: id}}}} ({error!r})'
-            ) from None
+            form = '{"pattern": "...", "special_tokens": {name: id}}'
+            raise UserError(f"{beside}: expected {form} ({error!r})") from None
     else:
-        pattern, special = _known_encoding(path, ranks)
+        pattern, special = _published(path, ranks)
     try:
         encoding = tiktoken.Encoding(
             path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
         )
     except Exception as error:
         raise UserError(f"{beside}: tiktoken refuses it: {error}") from None
-    eod = next((special[name] for name in _USUAL_EOD if name in special), None)
-    bos = next((special[name] for name in _USUAL_BOS if name in special), None)
     return TiktokenVocabulary(
         size=encoding.max_token_value + 1,
         control=special,
         literal={},
-        bos_id=bos,
-        eod_id=eod,
+        bos_id=_special({}, "", _USUAL_BOS, special),
+        eod_id=_special({}, "", _USUAL_EOD, special),
         pad_id=None,
         encoding=encoding,
         pattern=pattern,
@@ -237,31 +227,32 @@ def load_tiktoken(path: Path, control: Sequence[str]) -> TiktokenVocabulary:
     )
 
 
-def _known_encoding(path: Path, ranks: Mapping[bytes, int]) -> tuple[str, dict[str, int]]:
-    """Pattern and special tokens of a vocabulary that tiktoken itself publishes, found by the file's hash.
+def _published(path: Path, ranks: Mapping[bytes, int]) -> tuple[str, dict[str, int]]:
+    """Pattern and special tokens of a vocabulary that tiktoken publishes, found by the file's hash.
 
-    tiktoken's own constructors hold both, but also download; each is called here with a loader that compares hashes.
-    """
-    wanted = hashlib.sha256(path.read_bytes()).hexdigest()
+    tiktoken's constructors know both, but download the ranks. Here each is called with a loader
+    that gives `ranks` and notes the hash that the constructor expects."""
+    from tiktoken_ext import openai_public
+
     seen: list[str | None] = []
 
     def loader(url: str, expected_hash: str | None = None) -> Mapping[bytes, int]:
         seen.append(expected_hash)
         return ranks
 
-    published = library("tiktoken_ext.openai_public", "megacode[tiktoken]", path)
-    names = dict(vars(published))
-    names["load_tiktoken_bpe"] = loader
-    names["data_gym_to_mergeable_bpe_ranks"] = lambda **_: ranks
-    for name, value in vars(published).items():
-        if isinstance(value, types.FunctionType) and value.__module__ == published.__name__:
-            names[name] = types.FunctionType(value.__code__, names)  # they call one another
-    for name in published.ENCODING_CONSTRUCTORS:
-        seen.clear()
-        encoding = names[name]()
-        if seen == [wanted]:
-            return encoding["pat_str"], dict(encoding["special_tokens"])
+    wanted = hashlib.sha256(path.read_bytes()).hexdigest()
+    loaders: dict[str, Any] = {
+        "load_tiktoken_bpe": loader,
+        "data_gym_to_mergeable_bpe_ranks": lambda **_: ranks,
+    }
+    with mock.patch.multiple(openai_public, **loaders):
+        for constructor in openai_public.ENCODING_CONSTRUCTORS.values():
+            seen.clear()
+            encoding = constructor()
+            if seen == [wanted]:
+                return encoding["pat_str"], dict(encoding["special_tokens"])
+    form = '{"pattern": "...", "special_tokens": {"<|endoftext|>": ID}}'
     raise UserError(
-        f"{path}: tiktoken does not know this vocabulary's splitting pattern; write it to {path.name}.json beside it, "
-        '{"pattern": "...", "special_tokens": {"<|endoftext|>": ID}}'
+        f"{path}: tiktoken does not know this vocabulary's splitting pattern; write it to "
+        f"{path.name}.json beside it, {form}"
     )

@@ -189,6 +189,7 @@ def test_a_run_and_its_export_write_and_score_the_same(
             "--json",
             "--batch-size",
             5,
+            "--trust-remote-code",
         ]
         commands = [["evaluate", target, *asked] for target in (export, run)] + commands
     *results, text = megacode(*commands)

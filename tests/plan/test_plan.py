@@ -80,7 +80,7 @@ def test_counts_of_a_step_are_counts_before_it_and_after(write):
         stream.samples for stream in phase.streams
     ]
     for step in (phase.first_step, phase.first_step + 7, phase.last_step):
-        assert phase.counts(step).sum() == plan.batch_size(step)
+        assert phase.counts(step).sum() == phase.batch_size(step)
         assert phase.weights(step).sum() == 1.0
     table = phase.counts_range(phase.first_step, phase.last_step + 1)
     assert (table[8] - table[7] == phase.counts(phase.first_step + 7)).all()

@@ -131,9 +131,8 @@ def test_what_is_changed_begins_anew_and_the_rest_goes_on(recipe: Path) -> None:
     )
     assert facts(new, 0, step) == facts(old, 0, step)
     for t in (step, 2000, 3029):
-        assert new.learning_rate(t) == old.learning_rate(t) and new.batch_size(t) == old.batch_size(
-            t
-        )
+        assert new.learning_rate(t) == old.learning_rate(t)
+        assert new.phase_at(t).batch_size(t) == old.phase_at(t).batch_size(t)
     piece = new.phases[2]
     assert piece.weights(step)[0] == pytest.approx(0.5 / 1.4) and piece.weights(3029)[
         0
@@ -146,7 +145,7 @@ def test_what_is_changed_begins_anew_and_the_rest_goes_on(recipe: Path) -> None:
     assert np.abs(taken - due).max() < 1
 
     new = forked(recipe, step, "phases.two.batch_size=16")
-    assert facts(new, 0, step) == facts(old, 0, step) and new.batch_size(step) == 16
+    assert facts(new, 0, step) == facts(old, 0, step) and new.phase_at(step).batch_size(step) == 16
     assert new.phase_at(2500).weights(2500).tolist() == old.phase_at(2500).weights(2500).tolist()
 
 

@@ -342,9 +342,10 @@ def test_mistakes_are_sentences(
         load_tokenizer(schema.TokenizerSection(path=str(model), added_tokens=["<a>", "<a>"]))
     with pytest.raises(UserError, match=r"no control token <\|fim_prefix\|>; add it"):
         load_tokenizer(schema.TokenizerSection(path=str(model))).token_id("<|fim_prefix|>")
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"needs `tokenizers`: pip install 'tokenizers'"):
-        load_tokenizer(schema.TokenizerSection(path=str(tmp_path / "bad.json")))
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    (tmp_path / "t.tiktoken").write_text("")
+    with pytest.raises(UserError, match=r"needs `tiktoken`: pip install 'megacode\[tiktoken\]'"):
+        load_tokenizer(schema.TokenizerSection(path=str(tmp_path / "t.tiktoken")))
 
 
 def test_a_user_defined_symbol_cannot_be_a_control_token(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """megacode: a trainer for code-and-language models on Megatron-Core.
 
-The Python API is these names. They are imported when they are asked for: a recipe is read and planned without torch.
+The Python API. Names are imported on first use, so a recipe is read and planned without torch.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake in what the user gave. One sentence: which file, key, line or rank; what was expected; what to do.
+    """A mistake of the user in one sentence: file, key, line or rank; expectation; remedy.
 
-    `megacode.cli` prints it without a traceback and exits with 2; so does the training entry point on every rank.
+    `megacode.cli` prints it without a traceback and exits with code 2, on every rank.
     """

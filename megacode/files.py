@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and names that stand in files and must not leave their folder."""
+"""Files written whole or not at all, and names read from files that must stay in a folder."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megacode.errors import UserError
 
 @contextmanager
 def replace_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """A binary file under a temporary name beside `path`: renamed to it when the block ends well, else removed.
+    """A binary file under a temporary name, renamed to `path` unless the block raises.
 
-    `durable`: there after a power cut too. Without, it is whole after a killed process, but has to be checked after a
-    power cut; much faster for many files.
+    `durable`: survives a power cut. Without it the file is whole after a killed process, but has to
+    be checked after a power cut; much faster for many files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{_node()}-{os.getpid()}.partial")
@@ -38,8 +38,10 @@ def replace_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 def remove_left_over(path: Path) -> None:
-    """Remove what `replace_file` of processes of this machine that were killed left beside `path`. Of another machine's nobody
-    here knows whether they live: those on a shared disk stay."""
+    """Remove temporary files that killed processes of this machine left beside `path`.
+
+    Those of other machines stay, because their processes may live.
+    """
     for partial in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(_node())}-*.partial"):
         number = partial.name.split(".")[-2].rpartition("-")[2]
         if number.isdigit() and not _is_alive(int(number)):
@@ -61,8 +63,11 @@ def _is_alive(process: int) -> bool:
 
 
 def leaves(path: Path, folder: Path) -> bool:
-    """Whether `path` leads out of `folder` once links are followed. The links of a Hugging Face cache stay in it: those of
-    `models--NAME/snapshots/REVISION` lead to `models--NAME/blobs`."""
+    """Whether `path` leads out of `folder` once links are followed.
+
+    In a Hugging Face cache, links from `models--NAME/snapshots/REVISION` to `models--NAME/blobs`
+    do not.
+    """
     target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     roots = [root]
     for snapshots in (
@@ -73,7 +78,7 @@ def leaves(path: Path, folder: Path) -> bool:
 
 
 def inside(folder: Path, name: object, where: str) -> Path:
-    """`folder / name`, of a name that stands in the file `where`; `name` may have parts (`shards/a.bin`).
+    """`folder / name`, for a name read from the file `where`; it may have parts (`shards/a.bin`).
 
     Raises:
         UserError: it is no name, is absolute, has `..`, or leads out of `folder` through a link.
@@ -82,18 +87,19 @@ def inside(folder: Path, name: object, where: str) -> Path:
         raise UserError(f"{where}: {name!r} is not the name of a file; make that file anew")
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise UserError(
-            f"{where}: the name {name!r} leads out of {folder}; make that file anew, with names of its own folder"
+            f"{where}: the name {name!r} leads out of {folder}; make that file anew, with names "
+            "of its own folder"
         )
     if leaves(folder / name, folder):
         raise UserError(
-            f"{where}: {name!r} is a link that leads out of {folder}, to {os.path.realpath(folder / name)}, and is not followed; "
-            "put the file itself there"
+            f"{where}: {name!r} is a link that leads out of {folder}, to "
+            f"{os.path.realpath(folder / name)}, and is not followed; put the file itself there"
         )
     return folder / name
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` outlive a power cut."""
+    """Make renames in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,7 @@
-"""Start N local processes of one command, as torchrun would, and end as one: for a laptop and for tests.
+"""Start N local processes of one command, as torchrun does, and end when they end.
 
-A cluster uses `srun` or `torchrun`; both are understood by `megacode.megatron.distributed.read_launch`. Where `srun` starts
-one task a node, each task starts its node's processes with this.
+A cluster uses `srun` or `torchrun`, which `megacode.megatron.distributed.read_launch` understands.
+Where `srun` starts one task a node, each task starts its node's processes with `launch`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from megacode.errors import UserError
 from megacode.signals import STOPPING, unblocked
 
 STOPPED = 75
-"""Exit code of a run that a signal stopped: saved, to be started again (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code of a run that saved and stopped at a signal (EX_TEMPFAIL of sysexits.h)."""
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the processes of several launchers meet: the first of them, and this launcher's number among `launchers`."""
+    """Where the ranks of several launchers meet; this one is number `launcher` of `launchers`."""
 
     address: str
     port: int
@@ -49,9 +49,12 @@ def launch(
 ) -> int:
     """Run `python -m megacode.cli ARGUMENTS` in `processes` local processes and wait for all.
 
-    `among`: this is one of several launchers with as many processes each; their ranks are one world.
-    SIGINT, SIGTERM and SIGUSR1 go on to every process (they save and stop). When one fails, the others get SIGTERM and, after
-    `grace_seconds`, SIGKILL: peers of a dead process would wait for it in a collective.
+    SIGINT, SIGTERM and SIGUSR1 are forwarded to every process, which saves and stops. When one
+    fails, the others get SIGTERM and, after `grace_seconds`, SIGKILL: they would wait for the dead
+    process in a collective.
+
+    `among`: this is one of several launchers with as many processes each; their ranks are one
+    world.
 
     Returns:
         0, `STOPPED`, or the exit code of the process that failed first.
@@ -126,8 +129,10 @@ def _wait(children: list[subprocess.Popen[bytes]], grace_seconds: float) -> int:
 
 @contextlib.contextmanager
 def without_main() -> Iterator[None]:
-    """Processes that multiprocessing starts inside do not run this process's script again, as they would to find functions
-    that it defines. A script without an `if __name__ == "__main__":` would otherwise begin anew in each of them."""
+    """Processes that multiprocessing starts inside the context do not run this script again.
+
+    A script without `if __name__ == "__main__":` would start over in each of them.
+    """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

@@ -10,7 +10,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def blocked(numbers: Iterable[signal.Signals]) -> AbstractContextManager[None]:
-    """Block signals inside the context, for this thread and for the threads and processes that it starts."""
+    """Block signals inside the context: in this thread and in threads and processes it starts."""
     return _masked(signal.SIG_BLOCK, numbers)
 
 

@@ -30,9 +30,9 @@ def table_console() -> Console:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table without cutting a number (a right-justified column) or a label (`no_wrap`) short.
+    """Print a table; numbers (right-justified columns) and labels (`no_wrap`) are never cut.
 
-    Only prose gives way. Where that is not enough, the table is wider than the terminal, which wraps its lines.
+    Only columns of prose shrink. If that is not enough, the terminal wraps the table's lines.
     """
     unlimited = console.options.update(width=10_000)
     needed = console.measure(table, options=unlimited).maximum
@@ -74,7 +74,7 @@ def duration(days: float) -> str:
 
 
 def table_of(title: str, *columns: str, left: int = 1, prose: bool = False) -> Table:
-    """A table whose first `left` columns are words; with `prose` the last of these may take several lines."""
+    """A table whose first `left` columns are words; with `prose` the last of these may wrap."""
     table = Table(
         title=title,
         title_justify="left",
@@ -93,8 +93,10 @@ def table_of(title: str, *columns: str, left: int = 1, prose: bool = False) -> T
 
 @contextmanager
 def progress_bar(title: str, total: int, what: str = "bytes") -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left on standard error; where that is no terminal, a line now and then. Gives the function to be
-    told how many more are done."""
+    """A bar with rate and time left on standard error; without a terminal, a line now and then.
+
+    Gives a function that takes how many more are done.
+    """
     console = Console(stderr=True, highlight=False)
     started = spoke = time.monotonic()
     done = 0

@@ -47,5 +47,8 @@ def length_histogram(lengths: NDArray[Any], times: NDArray[Any] | None = None) -
 
 
 def merged(histogram: NDArray[np.int64], edges: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`histogram` ([2, BINS]) over the wider bins of `edges` (some of EDGES, first and last included): int64 [2, n]."""
+    """`histogram` ([2, BINS]) over wider bins: int64 [2, n].
+
+    `edges`: some of EDGES, first and last included.
+    """
     return np.add.reduceat(histogram, np.searchsorted(EDGES, edges[:-1]), axis=1)

@@ -126,7 +126,7 @@ def read_run(folder: Path, until: int | None = None) -> Run:
     recipe = load_recipe(recipe_path)
     plan = _read_plan(folder, recipe)
     train = _series(kinds["train"])
-    environment, samples = folder / "environment.json", folder / "samples.txt"
+    samples = folder / "samples.txt"
     return Run(
         label=folder.resolve().name,
         recipe=recipe,
@@ -135,7 +135,7 @@ def read_run(folder: Path, until: int | None = None) -> Run:
         train=train,
         validations=kinds["validation"],
         events=kinds["event"],
-        environment=json.loads(environment.read_text()) if environment.exists() else {},
+        environment=_read_json(folder / "environment.json"),
         samples=samples.read_text(errors="replace").strip("\n") if samples.exists() else "",
         domains=_domains(recipe, plan, train),
     )
@@ -150,15 +150,23 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _read_plan(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """The plan that the run's start wrote; made anew if it is missing, {} without corpora."""
-    path = folder / "plan.json"
-    if path.exists():
-        return dict(json.loads(path.read_text()))
+    """The plan that the run's start wrote; made anew if it cannot be read, {} without corpora."""
+    plan = _read_json(folder / "plan.json")
+    if plan.get("phases") and all("curves" in phase for phase in plan["phases"]):
+        return plan
     from megacode.data.planning import plan_with_data
 
     try:
         return plan_summary(plan_with_data(recipe))
     except UserError:  # without the corpora: a report without planned curves
+        return {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; {} where it is missing or damaged, as a report can do without."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -124,7 +124,7 @@ class ChatTemplate:
     def _marked(
         self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, more: Any
     ) -> list[Span]:
-        """The spans of `{% generation %}` blocks: render with marks around them, remove the marks."""
+        """The spans of `{% generation %}` blocks: rendered with marks around them."""
         start, end = _unused(text, 2)
         self._environment.marks = (start, end)
         try:
@@ -264,8 +264,9 @@ def load_chat_template(tokenizer: Tokenizer, name: str | None = None) -> ChatTem
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if not isinstance(template, str):
         raise UserError(
-            f"{tokenizer.path}: no chat template beside it (chat_template.jinja, or `chat_template` "
-            f"in tokenizer_config.json); choose one with --template: {', '.join(BUILT_IN)}"
+            f"{tokenizer.path}: no chat template beside it (chat_template.jinja, or "
+            "`chat_template` in tokenizer_config.json); name a built-in one: "
+            f"{', '.join(BUILT_IN)}"
         )
     return ChatTemplate(str(beside / "tokenizer_config.json"), template, variables, control)
 
@@ -299,8 +300,8 @@ def _config(path: Path) -> dict[str, Any]:
 class ChatEncoder:
     """Text of a chat template -> ids, with control tokens where the text spells them.
 
-    The template writes control tokens; a turn that spells one would become one, so `control_token_in`
-    is to be asked first.
+    The template writes control tokens. A turn that spells one would become one: ask
+    `control_token_in` first.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -411,7 +412,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}`: what the assistant writes."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno

@@ -102,7 +102,8 @@ def answer(
     except TemplateError as error:
         raise UserError(f"{template.origin}: {error}") from None
     tokenizer = encoder.tokenizer
-    stop = {tokenizer.base.eod_id, tokenizer.control_tokens.get(template.turn_end())} - {None}
+    ends = tokenizer.base.eod_id, tokenizer.control_tokens.get(template.turn_end())
+    stop = [token for token in ends if token is not None]
     prompt = encoder.encode(text)[0].tolist()
     return tokenizer.decode(
         list(continue_tokens(model, prompt, limit, stop, sampling, tokenizer.vocab_size))

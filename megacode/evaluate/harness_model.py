@@ -144,7 +144,7 @@ class MegatronLM(TemplateLM):
         written: list[int] = []
         text = ""
         for token in continue_tokens(
-            self.model, prompt, limit, self.eot_token_id, sampling, self.text.vocab_size
+            self.model, prompt, limit, [self.eot_token_id], sampling, self.text.vocab_size
         ):
             written.append(token)
             text = self.text.decode(written)

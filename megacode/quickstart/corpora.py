@@ -147,7 +147,11 @@ def prepare(
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value in a note of an earlier start; None if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def _sizes(files: dict[str, Path]) -> dict[str, int]:

@@ -13,6 +13,7 @@ than it judged. An owner that finds its lock gone or another's ends at once with
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import socket
@@ -163,7 +164,7 @@ def take(
         renewed = watched is not None and watched[0] == owner.token and age < watched[1]
         if (here or renewed) and time.monotonic() >= give_up:
             raise HeldError(path, owner)
-        if not here and watched is None and not wait:
+        if not here and watched is None and math.isfinite(wait):
             rest = f"{stale - age:.0f} s at most"
             say(f"{path}: held by {owner}; watching for {rest} whether it lives")
         watched = owner.token, age

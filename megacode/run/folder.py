@@ -27,6 +27,8 @@ from megacode.run.metrics import FILE as METRICS
 from megacode.version import __version__
 
 LOCK = "lock"
+_GRACE = 5.0
+"""Seconds in which a process that was killed while it writes to a slow disk ends."""
 _VERSIONS = (
     "torch",
     "megatron-core",
@@ -82,7 +84,7 @@ def lock_run(run: Path) -> Lock:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        return take(run / LOCK)
+        return take(run / LOCK, wait=_GRACE)
     except HeldError as error:
         raise UserError(
             f"{run / LOCK}: this run is being trained by {error.owner}; wait for it, stop it "

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING
 from megacode.cli.arguments import add_overrides
 from megacode.errors import UserError
 from megacode.launch import STOPPED, Rendezvous, launch
-from megacode.recipe.checks import check_files, check_layout
-from megacode.recipe.load import load_recipe
 from megacode.signals import blocked, discard_pending
-from megacode.train.profile import ProfileSteps
 
 if TYPE_CHECKING:
     from megacode.plan.plan import Plan
+    from megacode.train.profile import ProfileSteps
 
 EXAMPLE = """examples:
   megacode train recipes/crystal-tiny.yaml --processes 2
@@ -49,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     # SIGUSR1 (save and stop) is held back until the first step handles it. It is blocked before
     # any thread starts: threads inherit the mask, and one without it would end the process.
+    # So this module imports nothing that imports numpy, whose algebra has threads.
     with blocked([signal.SIGUSR1]):
         try:
             return _run(args)
@@ -76,7 +75,10 @@ def _tell(logs: Path | None, error: UserError, rank: int | None) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from megacode.data.planning import plan_with_data
+    from megacode.recipe.checks import check_files, check_layout
+    from megacode.recipe.load import load_recipe
     from megacode.run.history import nothing_to_do
+    from megacode.train.profile import ProfileSteps
 
     profile = ProfileSteps.parse(args.profile, args.profile_ranks) if args.profile else None
     rank = _rank(args.processes)
@@ -153,6 +155,7 @@ def _train(
 
     cpu.prepare()
     from megacode.megatron.distributed import read_launch
+    from megacode.recipe.checks import check_layout
     from megacode.train.trainer import Trainer
 
     process = read_launch()

@@ -131,7 +131,8 @@ def run(args: argparse.Namespace) -> int:
 def chat(args: argparse.Namespace, model: Any, tokenizer: Any, sampling: Any) -> None:
     """Print the answer to each prompt, or to each line of standard input in one conversation."""
     from megacode.evaluate.generate import answer
-    from megacode.tokenizer.chat import ChatEncoder, load_chat_template
+    from megacode.tokenizer.chat import load_chat_template
+    from megacode.tokenizer.chat_encoding import ChatEncoder
 
     template, encoder = load_chat_template(tokenizer, args.chat or None), ChatEncoder(tokenizer)
     beginning = [{"role": "system", "content": args.system}] if args.system else []

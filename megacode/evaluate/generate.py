@@ -12,7 +12,8 @@ from torch import Tensor
 from megacode.errors import UserError
 from megacode.megatron.inference import cached_forward
 from megacode.recipe.schema import Recipe
-from megacode.tokenizer.chat import ChatEncoder, ChatTemplate, Message, TemplateError
+from megacode.tokenizer.chat import ChatTemplate, Message, TemplateError
+from megacode.tokenizer.chat_encoding import ChatEncoder
 from megacode.tokenizer.tokenizer import Tokenizer
 
 

@@ -5,7 +5,8 @@
 3. `ChatTemplate.render_answers` also gives the spans of characters that are answers, from the
    template's `{% generation %}` blocks, or by rendering the conversation up to a turn and with
    the turn's text replaced.
-4. `encode_chat` turns text with control tokens into ids.
+
+`chat_encoding.ChatEncoder` turns the text into ids.
 """
 
 from __future__ import annotations
@@ -15,17 +16,15 @@ import importlib.resources
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
-import numpy as np
-from numpy.typing import NDArray
 
 from megacode.errors import UserError
 from megacode.tokenizer.tokenizer import Tokenizer
@@ -33,6 +32,8 @@ from megacode.tokenizer.tokenizer import Tokenizer
 BUILT_IN = ("chatml", "crystal", "llama-3", "alpaca", "plain")
 Message = Mapping[str, Any]
 Span = tuple[int, int]
+Render = Callable[..., str]
+"""`ChatTemplate.render` of messages, with the tools and variables of one conversation."""
 
 
 class TemplateError(Exception):
@@ -101,13 +102,17 @@ class ChatTemplate:
         Raises:
             TemplateError: the template refuses the conversation, or the spans cannot be found.
         """
-        text = self.render(messages, tools, **more)
+
+        def render(part: Sequence[Message], **also: Any) -> str:
+            return self.render(part, tools, **{**more, **also})
+
+        text = render(messages)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             return text, []
         if re.search(r"\{%-?\s*generation\s*-?%\}", self.text):
-            return text, self._marked(text, messages, tools, more)
-        spans = [self._turn(text, i, messages, tools, more) for i in turns]
+            return text, self._marked(text, messages, render)
+        spans = [self._turn(text, i, messages, render) for i in turns]
         if any(start < end for (_, end), (start, _) in itertools.pairwise(spans)):
             raise TemplateError("the answers of the chat template overlap")
         return text, spans
@@ -116,19 +121,17 @@ class ChatTemplate:
         """The control token that ends the assistant's turn; empty if there is none."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         text, spans = self.render_answers(turns)
-        tokens = re.findall(_alternatives(self.control_tokens), text[slice(*spans[-1])])
+        tokens = re.findall(alternatives(self.control_tokens), text[slice(*spans[-1])])
         return tokens[0] if tokens else ""
 
     # ------------------------------------------------------------------------ spans by blocks
 
-    def _marked(
-        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, more: Any
-    ) -> list[Span]:
+    def _marked(self, text: str, messages: Sequence[Message], render: Render) -> list[Span]:
         """The spans of `{% generation %}` blocks: rendered with marks around them."""
         start, end = _unused(text, 2)
         self._environment.marks = (start, end)
         try:
-            marked = self.render(messages, tools, **more)
+            marked = render(messages)
         finally:
             self._environment.marks = ("", "")
         spans: list[Span] = []
@@ -149,57 +152,27 @@ class ChatTemplate:
 
     # ----------------------------------------------------------------------- spans by rendering
 
-    def _turn(
-        self,
-        text: str,
-        number: int,
-        messages: Sequence[Message],
-        tools: Sequence[Any] | None,
-        more: Mapping[str, Any],
-    ) -> Span:
+    def _turn(self, text: str, number: int, messages: Sequence[Message], render: Render) -> Span:
         """The span of turn `number`, by rendering the conversation before, up to and without it."""
         before = messages[:number]
-        prompt = self._prefix(text, before, tools, {**more, "add_generation_prompt": True})
-        ignored = prompt == self._prefix(
-            text, before, tools, more
-        )  # this template writes no prompt
-        start, end = self._blanked(text, number, messages, tools, more)
-        if prompt is not None and not ignored:
+        prompt = _prefix(text, before, partial(render, add_generation_prompt=True))
+        writes_prompt = prompt != _prefix(text, before, render)
+        start, end = self._blanked(text, number, messages, render)
+        if prompt is not None and writes_prompt:
             start = prompt
-        if (known := self._prefix(text, messages[: number + 1], tools, more)) is not None:
+        if (known := _prefix(text, messages[: number + 1], render)) is not None:
             end = known
         answer = text[start:end].rstrip()
         if any(answer.endswith(token) for token in self.control_tokens):
             end = start + len(answer)  # a line break after the end of the turn is not written
         return start, end
 
-    def _prefix(
-        self,
-        text: str,
-        messages: Sequence[Message],
-        tools: Sequence[Any] | None,
-        more: Mapping[str, Any],
-    ) -> int | None:
-        """Characters of the rendered beginning of a conversation; None unless `text` begins so."""
-        try:
-            beginning = self.render(messages, tools, **more)
-        except TemplateError:
-            return None
-        return len(beginning) if beginning and text.startswith(beginning) else None
-
-    def _blanked(
-        self,
-        text: str,
-        number: int,
-        messages: Sequence[Message],
-        tools: Sequence[Any] | None,
-        more: Mapping[str, Any],
-    ) -> Span:
+    def _blanked(self, text: str, number: int, messages: Sequence[Message], render: Render) -> Span:
         """The characters that change when the turn says something else, and its end token."""
         (mark,) = _unused(text, 1)
         turn = messages[number]
         other = {"role": "assistant", "content": mark}
-        blank = self.render([*messages[:number], other, *messages[number + 1 :]], tools, **more)
+        blank = render([*messages[:number], other, *messages[number + 1 :]])
         if blank.count(mark) != 1:
             raise TemplateError(
                 f"turn {number + 1} is shown {blank.count(mark)} times by the chat template; "
@@ -219,24 +192,27 @@ class ChatTemplate:
             and content.split("</think>")[-1].strip() not in text[start:end]
         ):
             raise TemplateError(f"turn {number + 1} is not where the chat template shows it")
-        return start, end + len(self._turn_end(text[end:], messages[:number], tools, more))
+        return start, end + len(self._turn_end(text[end:], messages[:number], render))
 
-    def _turn_end(
-        self,
-        following: str,
-        messages: Sequence[Message],
-        tools: Sequence[Any] | None,
-        more: Mapping[str, Any],
-    ) -> str:
+    def _turn_end(self, following: str, messages: Sequence[Message], render: Render) -> str:
         """The control token that ends a turn after `messages`, if `following` begins with it."""
         (mark,) = _unused(following, 1)
         turn = {"role": "assistant", "content": mark}
         try:
-            after = self.render([*messages, turn], tools, **more).rpartition(mark)[2]
+            after = render([*messages, turn]).rpartition(mark)[2]
         except TemplateError:
             return ""
-        token = re.match(rf"\s*({_alternatives(self.control_tokens)})", after)
+        token = re.match(rf"\s*({alternatives(self.control_tokens)})", after)
         return token[0] if token and following.startswith(token[0]) else ""
+
+
+def _prefix(text: str, messages: Sequence[Message], render: Render) -> int | None:
+    """Characters of the rendered beginning of a conversation; None unless `text` begins so."""
+    try:
+        beginning = render(messages)
+    except TemplateError:
+        return None
+    return len(beginning) if beginning and text.startswith(beginning) else None
 
 
 def load_chat_template(tokenizer: Tokenizer, name: str | None = None) -> ChatTemplate:
@@ -252,7 +228,7 @@ def load_chat_template(tokenizer: Tokenizer, name: str | None = None) -> ChatTem
     control = frozenset(tokenizer.control_tokens)
     if name is not None:
         if name not in BUILT_IN:
-            raise UserError(f"--template {name}: give one of {', '.join(BUILT_IN)}")
+            raise UserError(f"--chat {name}: give one of {', '.join(BUILT_IN)}")
         file = importlib.resources.files("megacode.tokenizer") / "templates" / f"{name}.jinja"
         return ChatTemplate(name, file.read_text(encoding="utf-8"), variables, control)
     file = beside / "chat_template.jinja"
@@ -265,7 +241,7 @@ def load_chat_template(tokenizer: Tokenizer, name: str | None = None) -> ChatTem
     if not isinstance(template, str):
         raise UserError(
             f"{tokenizer.path}: no chat template beside it (chat_template.jinja, or "
-            "`chat_template` in tokenizer_config.json); name a built-in one: "
+            "`chat_template` in tokenizer_config.json); name a built-in one: --chat "
             f"{', '.join(BUILT_IN)}"
         )
     return ChatTemplate(str(beside / "tokenizer_config.json"), template, variables, control)
@@ -292,102 +268,6 @@ def _config(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); mend it or take it away") from None
-
-
-# ------------------------------------------------------------------------------------ encoding
-
-
-class ChatEncoder:
-    """Text of a chat template -> ids, with control tokens where the text spells them.
-
-    The template writes control tokens. A turn that spells one would become one: ask
-    `control_token_in` first.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._control = re.compile(f"({_alternatives(frozenset(tokenizer.control_tokens))})")
-        self._library = _with_control_tokens(tokenizer) if tokenizer.kind == "huggingface" else None
-
-    def control_token_in(self, messages: Any) -> str | None:
-        """A control token that a text of the messages spells."""
-        if isinstance(messages, str):
-            found = self._control.search(messages)
-            return found[0] if found else None
-        if isinstance(messages, Mapping):
-            messages = list(messages.values())
-        if isinstance(messages, (list, tuple)):
-            return next(filter(None, map(self.control_token_in, messages)), None)
-        return None
-
-    def encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Ids [n], and the characters [start, end) of each, [n, 2]. As transformers encodes it."""
-        if self._library is not None:
-            encoding = self._library.encode(text, add_special_tokens=False)
-            return _arrays(encoding.ids, encoding.offsets)
-        ids: list[int] = []
-        places: list[Span] = []
-        position = 0
-        for number, piece in enumerate(self._control.split(text)):
-            if number % 2:
-                ids.append(self.tokenizer.control_tokens[piece])
-                places.append((position, position + len(piece)))
-            elif piece:
-                found, within = self._pieces(piece)
-                ids += found
-                places += [(position + start, position + end) for start, end in within]
-            position += len(piece)
-        return _arrays(ids, places)
-
-    def _pieces(self, text: str) -> tuple[list[int], list[Span]]:
-        """Plain text with the other libraries, which give no places with the ids."""
-        base: Any = self.tokenizer.base
-        if self.tokenizer.kind == "sentencepiece":
-            pieces = _sentencepieces(base.processor, text)
-            return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
-        ids = base.encoding.encode_ordinary(text)
-        sizes = [len(base.encoding.decode_single_token_bytes(i)) for i in ids]
-        ends = list(itertools.accumulate(sizes))
-        # Characters before each byte of the text, as tokens are runs of bytes.
-        characters = np.cumsum([(byte & 0xC0) != 0x80 for byte in text.encode()])
-        return ids, [
-            (int(characters[end - size]) - 1, int(characters[end - 1]))
-            for end, size in zip(ends, sizes, strict=True)
-        ]
-
-
-def _sentencepieces(processor: Any, text: str) -> Any:
-    """Pieces with `id`, `begin` and `end`; the argument's name changed after sentencepiece 0.2."""
-    try:
-        return processor.encode(text, return_type="proto").pieces
-    except TypeError:
-        return processor.encode(text, out_type="immutable_proto").pieces
-
-
-def _with_control_tokens(tokenizer: Tokenizer) -> Any:
-    """The `tokenizers` library set to find control tokens in text, the added ones too."""
-    import tokenizers
-
-    base: Any = tokenizer.base
-    library = tokenizers.Tokenizer.from_str(base.tokenizer.to_str())
-    library.encode_special_tokens = False
-    added = [name for name in tokenizer.added_tokens if library.token_to_id(name) is None]
-    library.add_special_tokens(
-        [tokenizers.AddedToken(name, special=True, normalized=False) for name in added]
-    )
-    for name, token in tokenizer.added_tokens.items():
-        if library.token_to_id(name) != token:
-            raise UserError(
-                f"{tokenizer.path}: ids of its vocabulary have gaps, so {name} cannot be added for "
-                f"conversations as {token}; take it out of `tokenizer.added_tokens`"
-            )
-    return library
-
-
-def _arrays(
-    ids: Sequence[int], places: Sequence[Span]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    return np.array(ids, dtype=np.int64), np.array(places, dtype=np.int64).reshape(-1, 2)
 
 
 # -------------------------------------------------------------------------------- the sandbox
@@ -467,5 +347,6 @@ def _common(first: str, second: str) -> int:
     return next((i for i in range(limit) if first[i] != second[i]), limit)
 
 
-def _alternatives(names: frozenset[str]) -> str:
+def alternatives(names: frozenset[str]) -> str:
+    """A regular expression that matches any of the names, the longest first."""
     return "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"

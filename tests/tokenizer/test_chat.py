@@ -18,11 +18,11 @@ from megacode.errors import UserError
 from megacode.recipe import schema
 from megacode.tokenizer.chat import (
     BUILT_IN,
-    ChatEncoder,
     ChatTemplate,
     TemplateError,
     load_chat_template,
 )
+from megacode.tokenizer.chat_encoding import ChatEncoder
 from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megacode.tokenizer.training import train_tokenizer
 
@@ -265,7 +265,7 @@ def test_a_file_beside_the_tokenizer_comes_first(crystal: Tokenizer, tmp_path: P
     assert found.text == "config" and found.variables["eos_token"] == "<|im_end|>"
     (tmp_path / "chat_template.jinja").write_text("file")
     assert load_chat_template(tokenizer).text == "file"
-    with pytest.raises(UserError, match="--template vicuna: give one of chatml"):
+    with pytest.raises(UserError, match="--chat vicuna: give one of chatml"):
         load_chat_template(tokenizer, "vicuna")
 
 

@@ -1,13 +1,13 @@
 """Which parallel layouts fit a number of devices, fastest first, by a model of a step's time.
 
-The model is simple, and its assumptions are printed with the proposals (`ASSUMPTIONS`): it is for
-choosing what to try first, not for promising a rate. Time of a step on one rank =
+The model is simple; its assumptions are printed with the proposals (`ASSUMPTIONS`). Use it to
+choose what to try first. The time of a step on one rank is the sum of
 
-    matrix products at a share of the peak, with recomputed forwards, and small ones slower +
-  tensor-parallel exchange, which nothing hides           (Megatron-LM, arXiv 2104.04473: 8
-  all-reduce halves a layer) + the pipeline's bubble, (stages - 1) / (micro-batches x chunks) of the
-  above   (the same paper, section 2.2) + what backward cannot hide of the gradients' exchange, and
-  forward of the parameters' gathering + the optimizer's pass over its share of the state
+    matrix products at a share of the peak, with recomputed forwards; small ones are slower
+    tensor-parallel exchange, not hidden: 8 all-reduce halves a layer (arXiv 2104.04473)
+    the pipeline's bubble: (stages - 1) / (micro-batches x chunks) of the above (same paper, 2.2)
+    what backward cannot hide of the gradients' exchange, and forward of the parameters' gathering
+    the optimizer's pass over its share of the state
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def progress_bar(title: str, total: int, what: str = "bytes") -> Iterator[Callab
         done += more
         now = time.monotonic()
         speed = done / max(now - started, 1e-3)
-        rate = f"{speed / 1e6:,.0f} MB/s" if what == "bytes" else f"{speed / 1e6:,.1f} M {what}/s"
+        rate = f"{speed / 1e6:,.1f} {'MB' if what == 'bytes' else f'M {what}'}/s"
         bar.update(task, completed=done, rate=rate)
         if not console.is_terminal and now - spoke > 30:
             spoke = now

@@ -221,7 +221,8 @@ def load_chat_template(tokenizer: Tokenizer, name: str | None = None) -> ChatTem
     `chat_template.jinja` comes before `chat_template` in tokenizer_config.json, as in transformers.
 
     Raises:
-        UserError: there is none, or no built-in one of that name.
+        UserError: there is none, no built-in one of that name, or the built-in one writes control
+            tokens that the tokenizer lacks.
     """
     beside = tokenizer.path.parent
     variables = _special_tokens(tokenizer)
@@ -230,7 +231,13 @@ def load_chat_template(tokenizer: Tokenizer, name: str | None = None) -> ChatTem
         if name not in BUILT_IN:
             raise UserError(f"--chat {name}: give one of {', '.join(BUILT_IN)}")
         file = importlib.resources.files("megacode.tokenizer") / "templates" / f"{name}.jinja"
-        return ChatTemplate(name, file.read_text(encoding="utf-8"), variables, control)
+        text = file.read_text(encoding="utf-8")
+        if missing := sorted({*re.findall(r"<\|\w+\|>", text)} - control):
+            raise UserError(
+                f"--chat {name}: writes {', '.join(missing)}, no control tokens of "
+                f"{tokenizer.path}; choose another template, or set `tokenizer.added_tokens`"
+            )
+        return ChatTemplate(name, text, variables, control)
     file = beside / "chat_template.jinja"
     if file.is_file():
         return ChatTemplate(str(file), file.read_text(encoding="utf-8"), variables, control)

@@ -244,6 +244,12 @@ def test_templates_are_data() -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_templates_mark_every_answer_with_its_end(name: str, crystal: Tokenizer) -> None:
+    if name == "llama-3":
+        with pytest.raises(UserError, match=r"--chat llama-3: writes .*<\|eot_id\|>"):
+            load_chat_template(crystal, name)
+        added = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+        section = schema.TokenizerSection(path=str(crystal.path), added_tokens=added)
+        crystal = load_tokenizer(section)
     template = load_chat_template(crystal, name)
     rendered, spans = template.render_answers(CONVERSATIONS["turns"])
     end = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>"}.get(

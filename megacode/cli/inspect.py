@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from megacode.cli.trace import printable
 from megacode.corpus import inspect
 from megacode.data.indexed import with_ending
 from megacode.data.lengths import log_edges, merged
+from megacode.data.loss_marks import trained
 from megacode.data.records import input_files
 from megacode.errors import UserError
 from megacode.terminal import print_table, progress_bar, table_console
@@ -42,6 +43,7 @@ if anything is wrong. Without --tokenizer, the manifest names the tokenizer.
 """
 
 _STYLES = {"text": "", "control": "bold magenta", "unknown": "bold red"}
+_ANSWER = "on dark_green"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -231,7 +233,8 @@ def _document(
 ) -> dict[str, Any]:
     """A document as {document, tokens, pieces, left out}, and without a tokenizer `ids`.
 
-    `pieces` are (kind, text) of about `limit` characters; `left out` is "" where all is shown.
+    `pieces` are (kind, text, whether it is an answer) of about `limit` characters; `left out` is ""
+    where all is shown. `answers`: how many of the tokens read are answers, of conversations.
     """
     shard, first, tokens = dataset.span(number)
     # A character takes four tokens at most, the bytes of its UTF-8.
@@ -241,13 +244,17 @@ def _document(
         text = " ".join(map(str, ids))
         if len(text) > limit:
             text = text[: limit + 1].rpartition(" ")[0]
-        out["pieces"], out["ids"] = [("text", text)], ids[: len(text.split())]
+        out["pieces"], out["ids"] = [("text", text, False)], ids[: len(text.split())]
         cut = len(out["ids"]) < tokens
     else:
         room = limit
-        for kind, text in inspect.pieces_of_text(tokenizer, ids):
+        marks = inspect.read_marks(shard, first, len(ids))
+        answers = [False] * len(ids) if marks is None else trained(marks, "answers").tolist()
+        if marks is not None:
+            out["answers"] = sum(answers)
+        for kind, text, answer in inspect.pieces_of_text(tokenizer, ids, answers):
             if room > 0:
-                out["pieces"].append((kind, text[:room] if kind == "text" else text))
+                out["pieces"].append((kind, text[:room] if kind == "text" else text, answer))
             room -= len(text)
         cut = room < 0 or len(ids) < tokens
     return {**out, "left out": f"the rest is left out (--limit {limit})" if cut else ""}
@@ -257,17 +264,22 @@ def _plain(document: Mapping[str, Any]) -> dict[str, Any]:
     """A document as it stands in JSON."""
     out = {key: document[key] for key in ("document", "tokens", "ids") if key in document}
     if "ids" not in out:
-        out["text"] = "".join(text for _, text in document["pieces"])
+        out["text"] = "".join(text for _, text, _ in document["pieces"])
+    if "answers" in document:
+        runs = groupby(document["pieces"], key=lambda piece: piece[2])
+        out["answers"] = ["".join(text for _, text, _ in run) for answer, run in runs if answer]
     return out | ({"left out": document["left out"]} if document["left out"] else {})
 
 
 def _print_document(console: Console, document: Mapping[str, Any]) -> None:
     title = f"document {document['document']:,}: {document['tokens']:,} tokens"
+    if "answers" in document:
+        title += f", {document['answers']:,} of them answers (green)"
     console.rule(Text(title, "dim"), align="left", style="dim")
     coloured = console.is_terminal and not console.no_color
-    for kind, text in document["pieces"]:  # not through `print`, which makes spaces of tabs
-        style = Style.parse(_STYLES[kind] if coloured else "")
-        console.file.write(style.render(printable(text, "\t\n")))
+    for kind, text, answer in document["pieces"]:  # `print` would make spaces of tabs
+        style = f"{_STYLES[kind]} {_ANSWER if answer else ''}" if coloured else ""
+        console.file.write(Style.parse(style).render(printable(text, "\t\n")))
     console.file.write("\n")
     if document["left out"]:
         console.print(Text(f"[{document['left out']}]", "dim italic"))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 
 from megacode.cli import arguments
 from megacode.cli.arguments import at_least, one_of, share, size
 from megacode.corpus.preprocess.conditions import parse_condition
-from megacode.corpus.preprocess.request import Request
+from megacode.corpus.preprocess.request import Request, TooLongPolicy
 from megacode.corpus.workers import available_cores, prepare_workers
 from megacode.errors import UserError
 from megacode.report.preprocessing import preprocess_visibly
+from megacode.tokenizer.chat import BUILT_IN
 from megacode.tokenizer.fast import FAST_MODULES
 
 EXAMPLE = """examples:
@@ -30,6 +32,11 @@ EXAMPLE = """examples:
     megacode preprocess starcoderdata --text-field content --split-by file.folder \\
         --where 'max_stars_count >= 10' --tokenizer tokenizer.model --added-tokens crystal --bos \\
         --output 'data/starcoder/{value}'
+
+  Conversations (OpenAI messages, ShareGPT, Alpaca, prompt and completion, input and target), by the
+  tokenizer's own chat template:
+    megacode preprocess chats.jsonl --conversations --tokenizer tokenizer.json \\
+        --max-tokens 4097 --too-long drop --output data/chats
 
 --where and --split-by take fields of the records, with dots for nested ones, and of every file:
 file.name, file.path (below the folder given), file.suffix, file.folder, file.repository (the first
@@ -64,6 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eod", action=yes_no, default=True, help="end-of-document token after each document")
     add("--exact", action="store_true", help="do without the fast backend (same ids; for doubts)")
 
+    add = parser.add_argument_group("conversations").add_argument
+    add("--conversations", action="store_true", help="records are conversations (formats: below)")
+    add("--template", metavar="NAME", help=f"chat template: a file, or {', '.join(BUILT_IN)}")
+    add("--max-tokens", type=at_least(2), metavar="N", help="of a conversation")
+    policies = get_args(TooLongPolicy)
+    add("--too-long", choices=policies, default="error", help="what becomes of longer ones (error)")
+
     add = parser.add_argument_group("what is written").add_argument
     add("--output", type=Path, required=True, metavar="PREFIX", help="PREFIX.bin, .idx and .json")
     add("--split-by", metavar="FIELD", help="a dataset for each value; {value} may be in PREFIX")
@@ -87,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     """Preprocess. UserError, after all good records are written, if too many are bad."""
     if args.validation == 1:
         raise UserError("--validation 1: leaves nothing to train on; give a share below 1")
+    if not args.conversations and (args.template or args.max_tokens):
+        raise UserError("--template, --max-tokens: need --conversations")
     if args.workers > 1:
         prepare_workers(["megacode.corpus.preprocess.tokenize", *FAST_MODULES])
     output = _prefix(args.output, "--output")
@@ -99,7 +115,11 @@ def run(args: argparse.Namespace) -> int:
         output=output,
         validation=args.validation,
         validation_output=held_out,
-        text_field=args.text_field,
+        text_field="" if args.conversations else args.text_field,
+        conversations=args.conversations,
+        template=args.template,
+        max_tokens=args.max_tokens,
+        too_long=args.too_long,
         format=args.format,
         include=tuple(args.include),
         every=args.files,

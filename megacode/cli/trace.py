@@ -76,9 +76,20 @@ def _show(facts: dict[str, Any], with_text: bool) -> None:
         said = "the batch that the run recorded" if facts["equal"] else other
         console.print(f"digest {facts['batch']}: {said}")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    heads = ("sample", "source", "epoch", "document", "tokens", "from", *["text"] * with_text)
+    chat = any("answers" in part for sample in samples for part in sample["documents"])
+    answers = ["answers", "trained on"] * chat
+    heads = (
+        "sample",
+        "source",
+        "epoch",
+        "document",
+        "tokens",
+        *answers,
+        "from",
+        *["text"] * with_text,
+    )
     for head in heads:
-        number = head in ("sample", "epoch")
+        number = head in ("sample", "epoch", "answers", "trained on")
         table.add_column(head, no_wrap=True, justify="right" if number else "left")
     for sample in samples:
         about = [str(sample["sample"]), sample["stream"], str(sample["epoch"])]
@@ -86,7 +97,8 @@ def _show(facts: dict[str, Any], with_text: bool) -> None:
             document = f"{Path(part['shard']).name}:{part['document']}"
             tokens = f"{part['first']:,}-{part['end'] - 1:,} of {part['document_tokens']:,}"
             origin = "" if part["file"] is None else f"{part['file']}:{part['record']}"
-            row = [*about, document, tokens, printable(origin)]
+            counts = [str(part.get(key, "")) for key in ("answers", "trained_tokens")] * chat
+            row = [*about, document, tokens, *counts[:2], printable(origin)]
             row += [printable(part["text"])[:80]] if with_text else []
             table.add_row(*map(Text, row))
             about = ["", "", ""]

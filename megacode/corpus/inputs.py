@@ -14,7 +14,7 @@ from typing import Literal
 from megacode.errors import UserError
 from megacode.files import leaves
 
-Form = Literal["jsonl", "parquet", "file"]
+Form = Literal["jsonl", "json", "parquet", "file"]
 Compression = Literal["gz", "zst"]
 FORMATS = ("auto", "jsonl", "parquet", "files")
 
@@ -29,7 +29,8 @@ _FORMS: dict[str, Form] = {
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file of a corpus: JSON lines, parquet, or a plain file that is one document."""
+    """One file of a corpus: JSON lines, a JSON array, parquet, or a plain file that is one
+    document."""
 
     path: Path
     form: Form
@@ -146,7 +147,7 @@ def _folder(
         return [_file(p, folder, "files") for p in paths]
     records = [_file(p, folder, format) for p in paths if _form(p) not in ("file", None)]
     if format in ("jsonl", "parquet"):
-        return [file for file in records if file.form == format]
+        return [file for file in records if file.form.removesuffix("l") == format.removesuffix("l")]
     # A .json is as often one pretty-printed value as JSON lines: it makes no folder of records.
     records = [file for file in records if not file.path.name.endswith(".json")]
     whole = sum(os.path.getsize(p) for p in paths)
@@ -224,4 +225,11 @@ def _file(path: Path, base: Path, format: str, explicit: bool = False) -> InputF
     status = path.stat()
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: this file cannot be read; change its rights, or name others")
+    if form == "jsonl" and path.suffix == ".json" and _is_array(path):
+        form = "json"
     return InputFile(path, form, compression, status.st_size, status.st_mtime_ns, base)
+
+
+def _is_array(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")

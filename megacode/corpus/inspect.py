@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from megacode.data.indexed import Shard, listed_shards, open_shard, read_manifest, with_ending
 from megacode.data.lengths import length_histogram
+from megacode.data.loss_marks import loss_prefix
 from megacode.errors import UserError
 from megacode.files import inside
 from megacode.recipe import schema
@@ -250,19 +252,29 @@ def read_tokens(shard: Shard, first: int, count: int) -> NDArray[Any]:
     return ids
 
 
-def pieces_of_text(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """Decoded ids as (kind, text): `text`; `control`, the name of a control token; `unknown`, an id
-    that the tokenizer does not have."""
+def read_marks(shard: Shard, first: int, count: int) -> NDArray[np.uint8] | None:
+    """Loss marks of tokens [first, first + count) of a shard of conversations; None for another."""
+    if not with_ending(shard.prefix, ".loss.idx").exists():
+        return None
+    return read_tokens(open_shard(loss_prefix(shard.prefix)), first, count)
+
+
+def pieces_of_text(
+    tokenizer: Tokenizer, ids: Sequence[int], answers: Sequence[bool]
+) -> Iterator[tuple[str, str, bool]]:
+    """Decoded ids as (kind, text, whether it is an answer, as `answers` says of each id): `text`;
+    `control`, the name of a control token; `unknown`, an id that the tokenizer does not have."""
     names = {token: name for name, token in tokenizer.control_tokens.items()}
-    run: list[int] = []
-    for token in ids:
+
+    def kind(token: int) -> str:
         known = 0 <= token < tokenizer.vocab_size
-        if known and token not in names:
-            run.append(token)
-            continue
-        if run:
-            yield "text", tokenizer.decode(run)
-        run = []
-        yield ("control", names[token]) if known else ("unknown", f"<id {token}>")
-    if run:
-        yield "text", tokenizer.decode(run)
+        return "unknown" if not known else "control" if token in names else "text"
+
+    for (what, answer), run in groupby(
+        zip(ids, answers, strict=True), key=lambda one: (kind(one[0]), one[1])
+    ):
+        own = [token for token, _ in run]
+        if what == "text":
+            yield what, tokenizer.decode(own), answer
+        for token in own if what != "text" else ():
+            yield what, names[token] if what == "control" else f"<id {token}>", answer

@@ -34,8 +34,9 @@ class TextDocument(NamedTuple):
     raw: bytes
     """The text as well-formed UTF-8."""
     record: int
-    """Line (from 1) of a JSONL file, row (from 0) of a parquet file, 0 for a plain file. In a byte
-    range of a JSONL file: counted from the range's first line."""
+    """Line (from 1) of a JSONL file, row (from 0) of a parquet file, place (from 0) in a JSON
+    array, 0 for a plain file. In a byte range of a JSONL file: counted from the range's first
+    line."""
     values: Mapping[str, Any] = {}
     """The whole JSON object, or the columns asked for."""
     repaired: bool = False
@@ -71,7 +72,7 @@ def read_input(
     max_document: int = MAX_DOCUMENT,
     on_lines: Callable[[int], None] | None = None,
 ) -> Iterator[Item]:
-    """Records of one file, in order.
+    """Records of one file, in order. An empty `text_field` stands for the whole record, as JSON.
 
     `span`: bytes [start, end) of an uncompressed JSONL file (the lines that begin in it) or row
     groups of a parquet file; spans that tile a file give every record exactly once. `on_bytes` is
@@ -80,7 +81,12 @@ def read_input(
     its span) has.
     """
     how = _How(text_field, columns, span, max_document, _Counter(on_bytes), on_lines)
-    read = {"parquet": _read_parquet, "jsonl": _read_jsonl, "file": _read_plain}[file.form]
+    read = {
+        "parquet": _read_parquet,
+        "jsonl": _read_jsonl,
+        "json": _read_json,
+        "file": _read_plain,
+    }[file.form]
     try:
         yield from read(file, how)
     except OSError as error:
@@ -249,6 +255,8 @@ def _parse(line: bytes, field: str, number: int) -> Item:
 
 
 def _take(record: Any, field: str, number: int, line: bytes) -> Item:
+    if not field:
+        return TextDocument(line, number, record)
     try:
         raw, repaired = record_text(record, field)
     except (LookupError, TypeError) as error:
@@ -256,6 +264,27 @@ def _take(record: Any, field: str, number: int, line: bytes) -> Item:
     if not raw:
         return BadRecord("empty text", number, line, harmless=True)
     return TextDocument(raw, number, record, repaired)
+
+
+def _read_json(file: InputFile, how: _How) -> Iterator[Item]:
+    """A file that is one array of records."""
+    with open(file.path, "rb") as disk:
+        contents = disk.read().removeprefix(_BOM)
+    how.counter.at(file.size)
+    try:
+        try:
+            records = orjson.loads(contents)
+        except ValueError:
+            records = json.loads(contents.decode())
+    except (ValueError, RecursionError) as error:
+        yield BadRecord(f"not JSON ({getattr(error, 'msg', None) or str(error)[:80]})", 0)
+        return
+    for number, record in enumerate(records):
+        line = json.dumps(record).encode()
+        if len(line) > how.limit:
+            yield BadRecord(_too_long(how.limit), number, line)
+        else:
+            yield _take(record, how.field, number, line)
 
 
 def _read_parquet(file: InputFile, how: _How) -> Iterator[Item]:
@@ -270,8 +299,10 @@ def _read_parquet(file: InputFile, how: _How) -> Iterator[Item]:
         rows = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
         row = sum(rows[: groups.start])
         # A column of structs has fields of dotted names.
+        columns = how.columns if how.field else [*names, *how.columns]
         column, *more = (
-            name if name in names else name.partition(".")[0] for name in (how.field, *how.columns)
+            name if name in names else name.partition(".")[0]
+            for name in ([how.field] if how.field else []) + [*columns]
         )
         if column not in names:
             for number in range(row, row + sum(rows[i] for i in groups)):
@@ -319,6 +350,8 @@ def _cell(value: Any) -> Any:
 
 
 def _row(values: dict[str, Any], column: str, how: _How, row: int) -> Item:
+    if not how.field:
+        return TextDocument(json.dumps(values, default=str).encode(), row, values)
     try:
         raw, repaired = record_text(values, how.field)
     except UnicodeDecodeError as error:

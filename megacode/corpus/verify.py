@@ -17,7 +17,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from megacode.corpus.inspect import manifest_of, nothing, shards_at, tokenizer_of
-from megacode.data.indexed import CHUNK, Shard, chunks, open_shard, with_ending
+from megacode.data.indexed import CHUNK, LOSS_ENDINGS, Shard, chunks, open_shard, with_ending
+from megacode.data.loss_marks import MARKS, loss_prefix
 from megacode.errors import UserError
 from megacode.tokenizer.tokenizer import Tokenizer
 
@@ -64,7 +65,8 @@ class _Findings:
 def bytes_at(prefix: Path) -> int:
     """Bytes that `verify` reads, as it counts them: all .bin and .idx files that are there."""
     shards = shards_at(prefix)
-    files = [with_ending(shard, ending) for shard in shards for ending in (".bin", ".idx")]
+    endings = (".bin", ".idx", *LOSS_ENDINGS)
+    files = [with_ending(shard, ending) for shard in shards for ending in endings]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
@@ -98,9 +100,10 @@ def verify(
     try:
         if manifest is None:
             raise UserError("no manifest says whether there is one")
-        if not manifest.get("tokenizer", {}).get("eod"):
-            raise UserError("the manifest says that there is none")
-        eod = (tokenizer or tokenizer_of(prefix, manifest)).eod_id
+        if "chat template" not in manifest:  # else the template decides how a conversation ends
+            if not manifest.get("tokenizer", {}).get("eod"):
+                raise UserError("the manifest says that there is none")
+            eod = (tokenizer or tokenizer_of(prefix, manifest)).eod_id
     except UserError as error:
         unchecked.append(f"EOD at the ends of documents: {error}")
     documents = tokens = 0
@@ -116,22 +119,13 @@ def verify(
             documents += (own or {}).get("documents", 0)
             tokens += (own or {}).get("tokens", 0)
             continue
-        index_is_whole = _check_index(shard, documents, findings, on_bytes)
         if own:
             _check_manifest(shard, own, findings)
-        segments = _checksums(shard, own, findings, unchecked)
-        if eod is not None and index_is_whole:
-            _check_no_document_is_empty(shard, documents, findings)
-        elif eod is not None:
-            unchecked.append(
-                f"EOD at the ends of documents of {one.name}: its index does not say where they end"
-            )
-        reader = _TokenCheck(shard, documents if index_is_whole else None, limit, eod, findings)
-        for position, piece in _pieces(shard):
-            segments.update(piece)
-            reader.check(position, piece)
-            on_bytes(piece.nbytes)
-        highest = max(highest, reader.highest)
+        highest = max(
+            highest, _check_shard(shard, own, documents, limit, eod, findings, unchecked, on_bytes)
+        )
+        if "chat template" in (manifest or {}):
+            _check_marks(shard, own, documents, findings, unchecked, on_bytes)
         documents, tokens = documents + shard.documents, tokens + shard.tokens
     if manifest and "shards" in manifest:
         for key, found in (("documents", documents), ("tokens", tokens)):
@@ -143,6 +137,62 @@ def verify(
     return Verification(
         findings.first(10), findings.count, tuple(unchecked), highest, documents, tokens
     )
+
+
+def _check_shard(
+    shard: Shard,
+    manifest: Mapping[str, Any] | None,
+    first: int,
+    limit: int | None,
+    eod: int | None,
+    findings: _Findings,
+    unchecked: list[str],
+    on_bytes: Callable[[int], None],
+) -> int:
+    """Index, checksums and tokens of one pair. `first`: number of its first document. The largest
+    id."""
+    index_is_whole = _check_index(shard, first, findings, on_bytes)
+    segments = _checksums(shard, manifest, findings, unchecked)
+    if eod is not None and index_is_whole:
+        _check_no_document_is_empty(shard, first, findings)
+    elif eod is not None:
+        unchecked.append(
+            f"EOD at the ends of documents of {shard.prefix.name}: its index does not say where "
+            "they end"
+        )
+    reader = _TokenCheck(shard, first if index_is_whole else None, limit, eod, findings)
+    for position, piece in _pieces(shard):
+        segments.update(piece)
+        reader.check(position, piece)
+        on_bytes(piece.nbytes)
+    return reader.highest
+
+
+def _check_marks(
+    shard: Shard,
+    manifest: Mapping[str, Any] | None,
+    first: int,
+    findings: _Findings,
+    unchecked: list[str],
+    on_bytes: Callable[[int], None],
+) -> None:
+    """The loss marks of a shard of conversations: one a token, of the same documents."""
+    try:
+        marks = open_shard(loss_prefix(shard.prefix))
+    except UserError as error:
+        findings.say("file", str(error))
+        return
+    given = (manifest or {}).get("checksums")
+    own = {"bin": given["loss.bin"], "idx": given["loss.idx"]} if given else {}
+    checksums = {"checksums": {**given, **own}} if given else None
+    _check_shard(marks, checksums, first, MARKS, None, findings, unchecked, on_bytes)
+    if (marks.tokens, marks.documents) != (shard.tokens, shard.documents) or any(
+        not np.array_equal(ours, theirs)
+        for ours, theirs in zip(shard.document_lengths(), marks.document_lengths(), strict=True)
+    ):
+        findings.say(
+            "marks", f"{marks.idx_path}: its documents are not those of {shard.idx_path.name}"
+        )
 
 
 def _check_index(

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megacode.data.loss_marks import FIRST, trained
 from megacode.data.permute import make_key, uniform_bits
+from megacode.recipe.schema import LossOn
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +43,41 @@ class Batch:
     digest: int
 
 
+@dataclass(frozen=True, eq=False)
+class Marks:
+    """What is known of the tokens of conversations, [n, S + 1] each.
+
+    Attributes:
+        known: bool [n], samples of conversations; in the others all tokens are trained on, and
+            boundaries stand after end-of-document tokens.
+        trained: bool, tokens that are predicted with a loss.
+        first: bool, first tokens of conversations.
+    """
+
+    known: NDArray[np.bool_]
+    trained: NDArray[np.bool_]
+    first: NDArray[np.bool_]
+
+    @staticmethod
+    def none(count: int, size: int) -> Marks:
+        """Of samples none of which is known to be of conversations."""
+        trained = np.ones((count, size), dtype=bool)
+        return Marks(np.zeros(count, dtype=bool), trained, ~trained)
+
+    def set(self, rows: NDArray[np.intp], marks: NDArray[np.uint8], loss_on: LossOn) -> None:
+        """Set the samples `rows` from their loss marks, uint8 [rows, S + 1]."""
+        self.known[rows] = True
+        self.trained[rows] = trained(marks, loss_on)
+        self.first[rows] = (marks & FIRST) != 0
+
+
 def make_batch(
     windows: NDArray[Any],
     stream: NDArray[np.int32],
     positions: NDArray[np.int64],
     *,
     lengths: NDArray[np.int64] | None = None,
+    marks: Marks | None = None,
     eod_id: int | None = None,
     reset_at_eod: bool = False,
     mask_eod_loss: bool = False,
@@ -56,6 +87,7 @@ def make_batch(
     Args:
         stream, positions: [n], see `Batch`.
         lengths: int64 [n], tokens of each window that are real; labels after them are masked.
+        marks: of samples of conversations.
         eod_id: needed for `reset_at_eod` and `mask_eod_loss`.
     """
     if (reset_at_eod or mask_eod_loss) and eod_id is None:
@@ -67,8 +99,12 @@ def make_batch(
     if lengths is not None and (lengths <= size).any():
         loss_mask[np.arange(1, size + 1) >= lengths[:, None]] = 0.0
     ends = tokens == eod_id if reset_at_eod or mask_eod_loss else None
+    if ends is not None and marks is not None:
+        ends &= ~marks.known[:, None]
     if mask_eod_loss:
         loss_mask[ends] = 0.0
+    if marks is not None:
+        loss_mask[~marks.trained[:, 1:]] = 0.0
     position_ids = np.empty((count, size), dtype=np.int64)
     position_ids[:] = np.arange(size, dtype=np.int64)
     segments = None
@@ -76,6 +112,8 @@ def make_batch(
         assert ends is not None
         opens = np.zeros((count, size), dtype=bool)
         opens[:, 1:] = ends[:, :-1]
+        if marks is not None:
+            opens[:, 1:] |= marks.first[:, 1:-1]
         segments = np.cumsum(opens, axis=1, dtype=np.int32)
         position_ids -= np.maximum.accumulate(np.where(opens, position_ids, 0), axis=1)
     return Batch(

@@ -46,12 +46,15 @@ class Packs:
         return len(self.first) - 1
 
 
-def pack_documents(start: Ints, tokens: Ints, capacity: int, block: int = 0) -> Packs:
+def pack_documents(
+    start: Ints, tokens: Ints, capacity: int, block: int = 0, *, together: bool = True
+) -> Packs:
     """Packs of the documents of one block.
 
     Args:
         start, tokens: int64 [documents]: where each begins, and its length (0 is no piece).
         block: its number, which keys the order of its packs.
+        together: False: each piece is a pack, in the order of the source.
     """
     whole = tokens // capacity
     rest = tokens - whole * capacity
@@ -62,6 +65,8 @@ def pack_documents(start: Ints, tokens: Ints, capacity: int, block: int = 0) -> 
     size = np.full(len(begin), capacity, dtype=np.int64)
     left = (before + whole)[rest > 0]  # pieces that are no whole pack
     size[left] = rest[rest > 0]
+    if not together:
+        return Packs(np.arange(len(begin) + 1), begin, size)
     number = np.zeros(len(begin), dtype=np.int64)
     number[size == capacity] = np.arange(len(begin) - len(left))
     bins, opened = best_fit(size[left], capacity)

@@ -222,11 +222,13 @@ def write_index(path: Path, lengths: NDArray[np.int32], dtype: np.dtype[Any]) ->
 
 
 ENDINGS = (".json", ".idx", ".bin", ".records.npy")
+LOSS_ENDINGS = (".loss.idx", ".loss.bin")
+"""Of the loss marks of conversations."""
 
 
 def files_of(prefix: Path) -> list[Path]:
     """The files of a dataset that is one shard, there or not; the manifest first."""
-    return [with_ending(prefix, ending) for ending in ENDINGS]
+    return [with_ending(prefix, ending) for ending in (*ENDINGS, *LOSS_ENDINGS)]
 
 
 def shards_beside(prefix: Path) -> list[Path]:
@@ -266,8 +268,9 @@ def is_complete(prefix: Path) -> bool:
     manifest = read_manifest(prefix)
     if manifest is None:
         return False
+    endings = ENDINGS + (LOSS_ENDINGS if "chat template" in manifest else ())
     prefixes = listed_shards(prefix) or [prefix]
-    return all(path.exists() for one in prefixes for path in files_of(one))
+    return all(with_ending(one, ending).exists() for one in prefixes for ending in endings)
 
 
 def write_manifest(prefix: Path, manifest: Mapping[str, Any]) -> None:

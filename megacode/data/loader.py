@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megacode.data.batch import Batch, make_batch
+from megacode.data.batch import Batch, Marks, make_batch
 from megacode.data.mixture import OpenMixture, StepSamples
 from megacode.data.prefetch import Prefetch
 from megacode.data.sample_reader import SampleReader, check_ids
 from megacode.data.source import TokenSource
 from megacode.errors import UserError
+from megacode.recipe.schema import LossOn
 from megacode.tokenizer.tokenizer import Tokenizer
 
 
@@ -97,12 +98,13 @@ class StepReader:
         return self._batch(self.mixture.step(step, [place]))
 
     def _batch(self, samples: StepSamples) -> Batch:
-        windows, lengths = self._samples.read(samples)
+        read = self._samples.read(samples)
         return make_batch(
-            windows,
+            read.windows,
             samples.stream,
             samples.positions,
-            lengths=lengths,
+            lengths=read.lengths,
+            marks=read.marks,
             eod_id=self._eod,
             reset_at_eod=samples.phase.reset_at_eod,
             mask_eod_loss=self._data.mask_eod_loss,
@@ -133,30 +135,43 @@ def validation_batches(
     reset_at_eod: bool = False,
     mask_eod_loss: bool = False,
     vocab_size: int | None = None,
+    loss_on: LossOn = "all",
 ) -> Iterator[Batch]:
-    """The first `samples` windows of a held-out source, in order: windows [i S, i S + S + 1).
+    """The first `samples` windows of a held-out source, in order: windows [i S, i S + S + 1); or
+    its first packs, where it has packs of S tokens.
 
     Every rank gets equally many micro-batches: what is missing is filled with fully masked samples.
     A shorter last window is padded and masked. `stream` is 0 throughout.
     """
-    available = -(-(source.tokens - 1) // sequence_length)
+    packs = source.packs.get(sequence_length)
+    available = len(packs) if packs else -(-(source.tokens - 1) // sequence_length)
     if available < 1:
         raise UserError(f"sources.{source.name}.validation: has one token, which predicts nothing")
     count, share = min(samples, available), world * micro_batch_size
     for first in range(0, count, share):
         places = np.arange(first + rank * micro_batch_size, first + (rank + 1) * micro_batch_size)
-        windows = np.zeros((micro_batch_size, sequence_length + 1), dtype=source.dtype)
-        lengths = np.zeros(micro_batch_size, dtype=np.int64)
-        for row, place in enumerate(places[places < count].tolist()):
+        pieces: list[list[tuple[int, int]]] = []
+        for place in places.tolist():
             start = place * sequence_length
-            lengths[row] = min(sequence_length + 1, source.tokens - start)
-            windows[row, : lengths[row]] = source.read(np.array([start]), int(lengths[row]))[0]
+            if place >= count:
+                pieces.append([])
+            elif packs:
+                pieces.append(packs.pieces(place))
+            else:
+                pieces.append([(start, min(sequence_length + 1, source.tokens - start))])
+        windows, lengths = source.read_pieces(pieces, sequence_length + 1, 0)
         check_ids(source, windows, vocab_size)
+        marks = None
+        if source.marks is not None:
+            marks = Marks.none(*windows.shape)
+            own = source.marks.read_pieces(pieces, sequence_length + 1, 0)[0]
+            marks.set(np.arange(len(own)), own, loss_on)
         yield make_batch(
             windows,
             np.zeros(micro_batch_size, dtype=np.int32),
             places,
             lengths=lengths,
+            marks=marks,
             eod_id=eod_id,
             reset_at_eod=reset_at_eod,
             mask_eod_loss=mask_eod_loss,

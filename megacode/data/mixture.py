@@ -5,9 +5,10 @@ How step t's batch comes about, for a batch of B sequences of S tokens:
 1. The plan says how many samples each stream gives (their sum is B) and how many it gave before.
 2. Sample k of a stream stands at ordered position p = cursor + k S. The stream is M windows of W
    tokens, so its epoch is p // (M W), and the slot in that epoch is (p mod M W) // W. The slot's
-   window is first_window + permutation(slot), keyed by (seed, stream, epoch). The sample is the
-   S + 1 tokens from p mod W of that window. So an epoch holds every sample exactly once. With
-   `packing: best_fit` a window is a pack (W = S) and the sample is what is in it.
+   window is first_window + permutation(slot), keyed by (seed, stream, epoch); with `order: file`
+   first_window + slot. The sample is the S + 1 tokens from p mod W of that window. So an epoch
+   holds every sample exactly once. Where a source is packed a window is a pack (W = S) and the
+   sample is what is in it.
 3. A permutation keyed by (seed, t) orders the B samples, so that every micro-batch of every rank
    sees the mixture.
 
@@ -42,8 +43,8 @@ class StepSamples:
         positions: int64 [n], places in the step's batch.
         stream: int32 [n], index into `phase.streams`.
         epoch: int64 [n], passes over the stream before this one.
-        start: int64 [n], number of the first token in the source; with `packing: best_fit` the
-            number of the pack times the sequence length.
+        start: int64 [n], number of the first token in the source; if it is packed the number
+            of the pack times the sequence length.
     """
 
     step: int
@@ -92,6 +93,7 @@ class _Streams:
         self.window = np.array([s.window for s in phase.streams], dtype=np.int64)
         self.windows = np.array([s.windows for s in phase.streams], dtype=np.int64)
         self.first_window = np.array([s.first_window for s in phase.streams], dtype=np.int64)
+        self.in_file_order = np.array([s.order == "file" for s in phase.streams])
 
 
 class OpenMixture:
@@ -135,6 +137,7 @@ class OpenMixture:
         epoch, rest = np.divmod(ordered, windows * window)
         slot, inside = np.divmod(rest, window)
         shuffled = permute(slot, windows, uniform_bits(arrays.keys[stream], epoch)).astype(np.int64)
+        shuffled = np.where(arrays.in_file_order[stream], slot, shuffled)
         start = (arrays.first_window[stream] + shuffled) * window + inside
         return StepSamples(step, phase, places, stream.astype(np.int32), epoch, start)
 
@@ -163,7 +166,7 @@ def open_mixture(plan: Plan) -> OpenMixture:
 
 def _check(stream: StreamPlan, source: TokenSource) -> None:
     end = stream.first_window + stream.windows
-    if stream.packing == "best_fit":
+    if stream.packing != "concatenate":
         unit, found, needed = "packs", len(source.packs[stream.sequence_length]), end
     else:
         unit, found, needed = "tokens", source.tokens, end * stream.window + 1
@@ -174,10 +177,16 @@ def _check(stream: StreamPlan, source: TokenSource) -> None:
         )
 
 
-def sample_parts(source: TokenSource, stream: StreamPlan, start: int) -> list[DocumentPart]:
-    """The parts of documents that a sample shows, in order. `start`: as in `StepSamples`."""
+def sample_pieces(source: TokenSource, stream: StreamPlan, start: int) -> list[tuple[int, int]]:
+    """(first token in the source, tokens) of each piece that makes a sample. `start`: as in
+    `StepSamples`."""
     length = stream.sequence_length
     if stream.packing == "concatenate":
-        return source.parts(start, length + 1)
-    pieces = source.packs[length].pieces(start // length)
+        return [(start, length + 1)]
+    return source.packs[length].pieces(start // length)
+
+
+def sample_parts(source: TokenSource, stream: StreamPlan, start: int) -> list[DocumentPart]:
+    """The parts of documents that a sample shows, in order. `start`: as in `StepSamples`."""
+    pieces = sample_pieces(source, stream, start)
     return [part for first, tokens in pieces for part in source.parts(first, tokens)]

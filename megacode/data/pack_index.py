@@ -1,7 +1,7 @@
 """A shard's packs on disk: made once, by one process, and read by all through a memory map.
 
-The file is PREFIX.pack-S beside the shard (S: sequence length), or in the folder `data.pack_cache`.
-Little-endian:
+The file is PREFIX.pack-S beside the shard (S: sequence length), or in the folder `data.pack_cache`;
+PREFIX.rows-S where a pack is one document. Little-endian:
 
     for each block of documents:
     int64 [pieces], int32 [pieces], uint32 [packs + 1]
@@ -37,6 +37,7 @@ from megacode.errors import UserError
 from megacode.files import replace_file
 from megacode.lock import take
 from megacode.plan.streams import PACKING_ALGORITHM
+from megacode.recipe.schema import Packing
 
 _TRAILER = struct.Struct("<QQ8s")
 _MAGIC = b"MEGAPACK"
@@ -87,13 +88,19 @@ class PackIndex:
         return starts.tolist(), tokens.tolist()
 
 
-def open_pack_index(shard: Shard, sequence_length: int, cache: Path | None = None) -> PackIndex:
+def open_pack_index(
+    shard: Shard,
+    sequence_length: int,
+    cache: Path | None = None,
+    packing: Packing = "best_fit",
+) -> PackIndex:
     """The index of a shard's packs of `sequence_length` + 1 tokens, made if none fits.
 
     Of several processes that ask for it at once, one makes it and the others wait. UserError if it
     cannot be written.
     """
-    path, identity = index_path(shard, sequence_length, cache), _identity(shard, sequence_length)
+    path = index_path(shard, sequence_length, cache, packing)
+    identity = _identity(shard, sequence_length, packing)
     try:
         if found := _read(path, identity):
             return found
@@ -114,23 +121,26 @@ def open_pack_index(shard: Shard, sequence_length: int, cache: Path | None = Non
             f"data.packing: cannot write the pack index {path} ({error.strerror or error}); set "
             "`data.pack_cache` to a folder that can be written and that every node sees"
         ) from error
-    if found is None or identity != _identity(shard, sequence_length):
+    if found is None or identity != _identity(shard, sequence_length, packing):
         raise UserError(
             f"{shard.idx_path}: changed while it was packed; start again when it is finished"
         )
     return found
 
 
-def index_path(shard: Shard, sequence_length: int, cache: Path | None) -> Path:
+def index_path(
+    shard: Shard, sequence_length: int, cache: Path | None, packing: Packing = "best_fit"
+) -> Path:
     """Beside the shard, or in the folder `cache` under a name of its own."""
     name = shard.prefix.name
     if cache is not None:
         folder = str(shard.prefix.absolute()).encode()
         name += "-" + hashlib.blake2b(folder, digest_size=4).hexdigest()
-    return (cache or shard.prefix.parent) / f"{name}.pack-{sequence_length}"
+    kind = "pack" if packing == "best_fit" else "rows"
+    return (cache or shard.prefix.parent) / f"{name}.{kind}-{sequence_length}"
 
 
-def _identity(shard: Shard, sequence_length: int) -> dict[str, int | str]:
+def _identity(shard: Shard, sequence_length: int, packing: Packing) -> dict[str, int | str]:
     """Everything that a shard's packs depend on.
 
     `index_digest` is of 16 stretches of the .idx, the header among them: another tokenization is
@@ -148,6 +158,7 @@ def _identity(shard: Shard, sequence_length: int) -> dict[str, int | str]:
         "index_bytes": status.st_size,
         "index_time": status.st_mtime_ns,
         "index_digest": digest.hexdigest(),
+        **({} if packing == "best_fit" else {"packing": packing}),
     }
 
 
@@ -158,7 +169,8 @@ def _contents(shard: Shard, identity: dict[str, int | str]) -> Iterator[bytes]:
     for number, first in enumerate(range(0, shard.documents, BLOCK)):
         edges = shard.token_edges(first, min(first + BLOCK, shard.documents))
         lengths = np.diff(edges)
-        packs = pack_documents(edges[:-1], lengths, capacity, number)
+        together = "packing" not in identity
+        packs = pack_documents(edges[:-1], lengths, capacity, number, together=together)
         parts = (packs.start.astype("<i8"), packs.tokens.astype("<i4"), packs.first.astype("<u4"))
         raw = b"".join(part.tobytes() for part in parts)
         raw += bytes(-len(raw) % 8)
@@ -203,6 +215,11 @@ class SourcePacks:
     def __len__(self) -> int:
         return self.ends[-1]
 
+    @property
+    def cut(self) -> int:
+        """Documents longer than a pack."""
+        return sum(index.cut for index in self.indexes)
+
     def pieces(self, pack: int) -> list[tuple[int, int]]:
         """(first token in the source, tokens) of each piece of a pack, in order."""
         shard = bisect_right(self.ends, pack)
@@ -212,9 +229,12 @@ class SourcePacks:
 
 
 def open_packs(
-    shards: Sequence[Shard], sequence_length: int, cache: Path | None = None
+    shards: Sequence[Shard],
+    sequence_length: int,
+    cache: Path | None = None,
+    packing: Packing = "best_fit",
 ) -> SourcePacks:
     """The packs of a source; UserError where an index cannot be made."""
-    indexes = tuple(open_pack_index(shard, sequence_length, cache) for shard in shards)
+    indexes = tuple(open_pack_index(shard, sequence_length, cache, packing) for shard in shards)
     ends = list(accumulate(index.packs for index in indexes))
     return SourcePacks(indexes, ends, list(accumulate((s.tokens for s in shards), initial=0)))

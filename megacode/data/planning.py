@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megacode.data.pack_index import open_packs
-from megacode.data.source import has_data, open_source, pack_cache
+from megacode.data.indexed import chunks
+from megacode.data.loss_marks import trained
+from megacode.data.pack_index import SourcePacks, open_packs
+from megacode.data.source import TokenSource, has_data, open_source, pack_cache
 from megacode.data.tokenizer_check import check_tokenizers
 from megacode.errors import UserError
 from megacode.plan.plan import Plan, make_plan
 from megacode.recipe.mixtures import mixture_entries
-from megacode.recipe.schema import Recipe, Source
+from megacode.recipe.schema import LossOn, Recipe, Source
 
 
 def plan_with_data(recipe: Recipe, path: Path | None = None) -> Plan:
@@ -19,7 +21,59 @@ def plan_with_data(recipe: Recipe, path: Path | None = None) -> Plan:
     UserError also for data that another tokenizer made (`check_tokenizers`).
     """
     check_tokenizers(recipe)
-    return make_plan(recipe, token_counts(recipe), path, pack_counts(recipe))
+    check_conversations(recipe)
+    return make_plan(
+        recipe, token_counts(recipe), path, pack_counts(recipe), trained_counts(recipe)
+    )
+
+
+def check_conversations(recipe: Recipe) -> None:
+    """UserError: a source with `loss_on` has no loss marks, or one with marks a FIM rate."""
+    for phase in recipe.phases:
+        for entry in mixture_entries(recipe, phase):
+            source = recipe.sources[entry.source]
+            if not has_data(source):
+                continue
+            marked = open_source(entry.source, source.paths).marks is not None
+            if source.loss_on != "all" and not marked:
+                raise UserError(
+                    f"sources.{entry.source}.loss_on: {source.paths[0]} does not say which tokens "
+                    "are answers (.loss.idx); make it with `megacode preprocess --conversations`"
+                )
+            if marked and entry.fim_rate:
+                raise UserError(
+                    f"{entry.key}.fim_rate: {entry.fim_rate:g} of a source of conversations, "
+                    "which are not rearranged; set it to 0"
+                )
+
+
+def trained_counts(recipe: Recipe) -> dict[str, int]:
+    """Tokens with a loss in each packed source that a phase weighs by tokens."""
+    counts = {}
+    for phase in recipe.phases:
+        if phase.mixture.weight_by != "tokens":
+            continue
+        for entry in mixture_entries(recipe, phase):
+            name, given = entry.source, recipe.sources[entry.source]
+            packing = recipe.packing(name)
+            if name in counts or packing == "concatenate" or not has_data(given):
+                continue
+            source = open_source(name, given.paths)
+            if source.marks is not None:
+                counts[name] = count_trained(source.marks, given.loss_on)
+            else:
+                packs = _packs(recipe, name, phase.sequence_length)
+                counts[name] = source.tokens - len(packs)
+    return counts
+
+
+def count_trained(marks: TokenSource, loss_on: LossOn) -> int:
+    """Tokens with a loss in a source of conversations."""
+    edges = chunks(marks.tokens)
+    read = (
+        marks.read_pieces([[(start, stop - start)]], stop - start, 0)[0] for start, stop in edges
+    )
+    return sum(int(trained(part, loss_on).sum()) for part in read)
 
 
 def token_counts(recipe: Recipe) -> dict[str, int]:
@@ -33,18 +87,32 @@ def token_counts(recipe: Recipe) -> dict[str, int]:
 
 
 def pack_counts(recipe: Recipe) -> dict[tuple[str, int], int]:
-    """Packs of every source read with `packing: best_fit`, by (source, sequence length).
+    """Packs of every packed source, by (source, sequence length).
 
     Exact, from the documents' lengths. Makes the pack indexes that are missing. Sources without
     data are left out: a plan estimates them.
+
+    Raises:
+        UserError: conversations with `loss_on` are longer than a pack, which would cut them.
     """
     counts = {}
     for name, length in _reads(recipe):
         source = recipe.sources[name]
-        if recipe.packing(name) == "best_fit" and has_data(source):
-            shards = open_source(name, source.paths).shards
-            counts[name, length] = len(open_packs(shards, length, pack_cache(recipe)))
+        if recipe.packing(name) != "concatenate" and has_data(source):
+            packs = _packs(recipe, name, length)
+            if source.loss_on != "all" and packs.cut:
+                raise UserError(
+                    f"sources.{name}: {packs.cut:,} conversations are longer than {length + 1:,} "
+                    "tokens and would be cut; tokenize it again with `--max-tokens "
+                    f"{length + 1} --too-long drop` (or left, right), or raise sequence_length"
+                )
+            counts[name, length] = len(packs)
     return counts
+
+
+def _packs(recipe: Recipe, name: str, length: int) -> SourcePacks:
+    shards = open_source(name, recipe.sources[name].paths).shards
+    return open_packs(shards, length, pack_cache(recipe), recipe.packing(name))
 
 
 def _reads(recipe: Recipe) -> list[tuple[str, int]]:

@@ -1,15 +1,24 @@
-"""Samples -> their tokens: windows and packs read from the sources, fill-in-the-middle applied."""
+"""Samples -> their tokens: windows and packs read from the sources, fill-in-the-middle applied;
+and which tokens of conversations are trained on."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megacode.data.batch import Marks
 from megacode.data.fim import Fim, make_fim, rearrange
 from megacode.data.fim_document import rearrange_documents
-from megacode.data.mixture import OpenMixture, StepSamples, sample_parts, stream_key
+from megacode.data.mixture import (
+    OpenMixture,
+    StepSamples,
+    sample_parts,
+    sample_pieces,
+    stream_key,
+)
 from megacode.data.permute import uniform_bits
 from megacode.data.source import TokenSource
 from megacode.errors import UserError
@@ -17,6 +26,21 @@ from megacode.tokenizer.tokenizer import Tokenizer
 
 Tokens = tuple[NDArray[Any], NDArray[np.int64]]
 """Tokens [n, S + 1], and how many of each sample's are real, int64 [n]; the rest is padding."""
+
+
+@dataclass(frozen=True, eq=False)
+class SampleTokens:
+    """Tokens of samples.
+
+    Attributes:
+        windows: [n, S + 1], any integer type.
+        lengths: int64 [n], how many of each are real; the rest is padding.
+        marks: None if no sample is of conversations.
+    """
+
+    windows: NDArray[Any]
+    lengths: NDArray[np.int64]
+    marks: Marks | None = None
 
 
 class SampleReader:
@@ -41,36 +65,41 @@ class SampleReader:
         keys = [[stream_key(recipe.seed, "fim", s) for s in phase.streams] for phase in phases]
         self._keys = [np.array(of_phase, dtype=np.uint64) for of_phase in keys]
 
-    def read(self, samples: StepSamples) -> Tokens:
+    def read(self, samples: StepSamples) -> SampleTokens:
         """UserError if a source holds ids outside the vocabulary, or cannot be read."""
-        windows, lengths = self._stored(samples)
+        stored = self._stored(samples)
         if self._fim is None:
-            return windows, lengths
+            return stored
         rates = np.array([stream.fim_rate for stream in samples.phase.streams])[samples.stream]
         if not rates.any():
-            return windows, lengths
-        return self._rearranged(self._fim, samples, rates, windows.astype(np.int64), lengths)
+            return stored
+        windows, lengths = self._rearranged(
+            self._fim, samples, rates, stored.windows.astype(np.int64), stored.lengths
+        )
+        return SampleTokens(windows, lengths, stored.marks)
 
-    def _stored(self, samples: StepSamples) -> Tokens:
+    def _stored(self, samples: StepSamples) -> SampleTokens:
         """Tokens as they are on disk, in a type that holds those of all sources."""
-        length = samples.phase.sequence_length
-        lengths = np.full(len(samples), length + 1, dtype=np.int64)
+        size, marks = samples.phase.sequence_length + 1, None
+        lengths = np.full(len(samples), size, dtype=np.int64)
         read = []
         for index in np.unique(samples.stream).tolist():
             stream, rows = samples.phase.streams[index], np.flatnonzero(samples.stream == index)
             source, starts = self.mixture.sources[stream.source], samples.start[rows]
-            if stream.packing == "best_fit":
-                tokens, lengths[rows] = source.read_packs(starts // length, length, self._pad)
-            else:
-                tokens = source.read(starts, length + 1)
+            pieces = [sample_pieces(source, stream, start) for start in starts.tolist()]
+            tokens, lengths[rows] = source.read_pieces(pieces, size, self._pad)
             check_ids(source, tokens, self._vocab_size)
             read.append((rows, tokens))
+            if source.marks is not None:
+                marks = marks or Marks.none(len(samples), size)
+                own = source.marks.read_pieces(pieces, size, 0)[0]
+                marks.set(rows, own, stream.loss_on)
         if len(read) == 1:
-            return tokens, lengths
-        windows = np.empty((len(samples), length + 1), np.result_type(*(part for _, part in read)))
+            return SampleTokens(tokens, lengths, marks)
+        windows = np.empty((len(samples), size), np.result_type(*(part for _, part in read)))
         for rows, tokens in read:
             windows[rows] = tokens
-        return windows, lengths
+        return SampleTokens(windows, lengths, marks)
 
     def _rearranged(
         self,
@@ -82,7 +111,7 @@ class SampleReader:
     ) -> Tokens:
         """Fill-in-the-middle on samples of context level, then on those of document level."""
         streams = [samples.phase.streams[index] for index in samples.stream.tolist()]
-        packed = np.array([stream.packing == "best_fit" for stream in streams])
+        packed = np.array([stream.packing != "concatenate" for stream in streams])
         by_document = np.array([stream.fim_level == "document" for stream in streams]) & (rates > 0)
         keys = uniform_bits(self._keys[samples.phase.index][samples.stream], samples.epoch)
         windows, lengths = rearrange(

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacode.data.indexed import Shard, listed_shards, open_shard
+from megacode.data.loss_marks import has_marks, open_marks
 from megacode.data.pack_index import SourcePacks, open_packs
 from megacode.errors import UserError
 from megacode.plan.plan import Plan
@@ -57,8 +58,11 @@ class DocumentPart:
 class TokenSource:
     """The concatenated token stream of a source's shards, for one thread at a time."""
 
-    def __init__(self, name: str, shards: Sequence[Shard]) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, shards: Sequence[Shard], marks: TokenSource | None = None
+    ) -> None:
+        self.name, self.marks = name, marks
+        """`marks`: the loss marks of conversations, token by token."""
         self.shards = tuple(shards)
         self.dtype = np.result_type(*(shard.dtype for shard in self.shards))
         self.packs: dict[int, SourcePacks] = {}
@@ -88,15 +92,16 @@ class TokenSource:
             self._read_row(row, start)
         return out
 
-    def read_packs(
-        self, packs: NDArray[np.int64], sequence_length: int, pad: int
+    def read_pieces(
+        self, rows: Sequence[Sequence[tuple[int, int]]], size: int, pad: int
     ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Tokens of packs, padded to [n, sequence_length + 1], and how many are real, int64 [n]."""
-        out = np.full((len(packs), sequence_length + 1), pad, dtype=self.dtype)
-        lengths = np.zeros(len(packs), dtype=np.int64)
-        for number, (row, pack) in enumerate(zip(out, packs.tolist(), strict=True)):
+        """Rows of pieces (first token, tokens), each padded to `size`: [n, size], and how many
+        tokens of each are real, int64 [n]."""
+        out = np.full((len(rows), size), pad, dtype=self.dtype)
+        lengths = np.zeros(len(rows), dtype=np.int64)
+        for number, (row, pieces) in enumerate(zip(out, rows, strict=True)):
             done = 0
-            for start, tokens in self.packs[sequence_length].pieces(pack):
+            for start, tokens in pieces:
                 self._read_row(row[done : done + tokens], start)
                 done += tokens
             lengths[number] = done
@@ -200,7 +205,17 @@ def open_source(name: str, paths: Sequence[str], key: str = "path") -> TokenSour
         raise UserError(
             f"{label}: {twice[0]} is there twice; to read a source more often, raise its weight"
         )
-    source = TokenSource(name, [open_shard(prefix, label) for prefix in prefixes])
+    shards = [open_shard(prefix, label) for prefix in prefixes]
+    marked = [has_marks(prefix) for prefix in prefixes]
+    marks = None
+    if any(marked):
+        if not all(marked):
+            raise UserError(
+                f"{label}: {prefixes[marked.index(False)]} has no loss marks (.loss.idx) and "
+                "others have; make two sources of them"
+            )
+        marks = TokenSource(name, [open_marks(shard, label) for shard in shards])
+    source = TokenSource(name, shards, marks)
     if source.tokens == 0:
         raise UserError(
             f"{label}: {', '.join(map(str, prefixes[:3]))} has no tokens; was its corpus empty?"
@@ -224,8 +239,9 @@ def open_sources(plan: Plan) -> dict[str, TokenSource]:
                 )
             sources[name] = open_source(name, paths)
         source = sources[name]
-        if stream.packing == "best_fit" and length not in source.packs:
-            source.packs[length] = open_packs(source.shards, length, pack_cache(plan.recipe))
+        if stream.packing != "concatenate" and length not in source.packs:
+            cache = pack_cache(plan.recipe)
+            source.packs[length] = open_packs(source.shards, length, cache, stream.packing)
     return sources
 
 
@@ -250,7 +266,8 @@ def matching_prefixes(path: str) -> list[Path]:
     if not glob.has_magic(prefix):
         return []
     found = glob.glob(prefix + ".bin", recursive=True) + glob.glob(prefix + ".idx", recursive=True)
-    return [Path(p) for p in sorted({_bare(p) for p in found})]
+    named = {_bare(path) for path in found}
+    return [Path(p) for p in sorted(named) if p.removesuffix(".loss") not in named - {p}]
 
 
 def _bare(path: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megacode.data.loader import StepReader
+from megacode.data.loss_marks import ANSWER, trained
 from megacode.data.mixture import OpenMixture, SampleOrigin, open_mixture
 from megacode.data.planning import plan_with_data
 from megacode.data.records import read_records
@@ -124,6 +125,7 @@ def as_dict(trace: Trace, origin: SampleOrigin, with_text: bool) -> dict[str, An
                 "first": part.first,
                 "end": part.first + part.tokens,
                 "document_tokens": part.document.tokens,
+                **_answers(trace, origin, part),
                 "file": file,
                 "record": record,
             }
@@ -140,6 +142,18 @@ def as_dict(trace: Trace, origin: SampleOrigin, with_text: bool) -> dict[str, An
         "fim_rate": stream.fim_rate,
         "documents": documents,
     }
+
+
+def _answers(trace: Trace, origin: SampleOrigin, part: DocumentPart) -> dict[str, int]:
+    """Of a part of a conversation: its answers, and how many of its tokens have a loss."""
+    marks = trace.mixture.sources[origin.stream.source].marks
+    if marks is None:
+        return {}
+    place = [[(part.document.start + part.first, part.tokens)]]
+    own = marks.read_pieces(place, part.tokens, 0)[0][0]
+    answers = np.diff((own & ANSWER) != 0, prepend=False)
+    count = int(trained(own, origin.stream.loss_on).sum())
+    return {"answers": -(-int(answers.sum()) // 2), "trained_tokens": count}
 
 
 _records = lru_cache(maxsize=256)(read_records)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from megacode.data.loader import validation_batches
-from megacode.data.source import TokenSource, open_source
+from megacode.data.pack_index import open_packs
+from megacode.data.source import TokenSource, open_source, pack_cache
 from megacode.megatron.distributed import World
 from megacode.megatron.step import forward_backward
 from megacode.plan.plan import Plan
@@ -71,10 +72,14 @@ class Validation:
         """This rank's sum of losses and number of tokens of a source: float64 `[2]`."""
         recipe, world, tokenizer = self.plan.recipe, self.world, self.tokenizer
         phase = self.plan.phase_at(max(done - 1, 0))
+        source, given = self.sources[name], recipe.sources[name]
+        packing, length = recipe.packing(name), phase.sequence_length
+        if source.marks and packing != "concatenate" and length not in source.packs:
+            source.packs[length] = open_packs(source.shards, length, pack_cache(recipe), packing)
         micro_batches = validation_batches(
-            self.sources[name],
+            source,
             phase.sequence_length,
-            recipe.sources[name].validation_samples or recipe.evaluation.samples,
+            given.validation_samples or recipe.evaluation.samples,
             rank=world.data_rank,
             world=world.data_size,
             micro_batch_size=recipe.parallel.micro_batch_size,
@@ -82,6 +87,7 @@ class Validation:
             reset_at_eod=phase.reset_at_eod,
             mask_eod_loss=recipe.data.mask_eod_loss,
             vocab_size=tokenizer.vocab_size if tokenizer else recipe.model.vocab_size,
+            loss_on=given.loss_on,
         )
         sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         stages = recipe.parallel.pipeline

@@ -60,6 +60,10 @@ def _phase(phase: PhasePlan, stop: int) -> dict[str, Any]:
             streams[stream.label]["fim_level"] = stream.fim_level
         if stream.packing != "concatenate":
             streams[stream.label]["packing"] = f"{stream.packing} {PACKING_ALGORITHM}"
+        if stream.order != "shuffled":
+            streams[stream.label]["sample order"] = stream.order
+        if stream.loss_on != "all":
+            streams[stream.label]["loss_on"] = stream.loss_on
     return {
         "first_step": phase.first_step,
         "steps": steps,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megacode.errors import UserError
-from megacode.plan.plan import Plan, phase_steps
+from megacode.plan.plan import PhasePlan, Plan, phase_steps
 from megacode.recipe.compose import did_you_mean
 from megacode.recipe.schedules import BatchSizes, learning_rate
 from megacode.recipe.schema import LearningRate, Phase, Recipe, all_keys
@@ -80,7 +80,8 @@ _PAST: dict[Kind, str] = {
         model.megatron.activation_func_fp8_input_store
     """,
     "data": """
-        seed data sources.* phases.*.steps phases.*.tokens phases.*.batch_size
+        seed data sources.* phases.*.steps phases.*.tokens phases.*.epochs phases.*.epochs_of
+        phases.*.batch_size
         phases.*.sequence_length phases.*.mixture phases.*.fim_rate phases.*.fim_level
         phases.*.cursor phases.*.reset_at_eod phases.*.within
     """,
@@ -144,7 +145,7 @@ def changed_past(before: Recipe, now: Plan, step: int) -> list[Change]:
         key, state = f"phases.{new.name}", (old.optimizer_state, new.optimizer_state)
         if state[0] != state[1] and plan.first_step:
             changes.append(Change(f"{key}.optimizer_state", *state))
-        changes += _rates(key, old, new, min(step - plan.first_step, plan.steps), plan.first_step)
+        changes += _rates(key, old, new, plan, min(step - plan.first_step, plan.steps))
     return changes
 
 
@@ -231,16 +232,18 @@ def _origin(before: Recipe, now: Recipe) -> Iterator[Change]:
         yield Change("initialize_from", old, new)
 
 
-def _rates(key: str, old: Phase, new: Phase, steps: int, first_step: int) -> Iterator[Change]:
+def _rates(key: str, old: Phase, new: Phase, plan: PhasePlan, steps: int) -> Iterator[Change]:
     """The first step of a phase whose learning rate differs; `steps` of the phase are past."""
-    (rate, (first, length)), (new_rate, (new_first, new_length)) = map(_rate, (old, new))
+    longer = old.epochs / new.epochs if old.epochs and new.epochs else 1
+    rate, (first, length) = _rate(old, round(plan.steps * longer))
+    new_rate, (new_first, new_length) = _rate(new, plan.steps)
     if (rate, first, length) == (new_rate, new_first, new_length):
         return
     for step in range(steps):
         before = learning_rate(rate, step + first, length)
         now = learning_rate(new_rate, step + new_first, new_length)
         if before != now:
-            note = f" in step {first_step + step + 1:,}"
+            note = f" in step {plan.first_step + step + 1:,}"
             if rate == new_rate:
                 note += (
                     " (it decays over the phase's own steps: state `decay_steps` as it was, or "
@@ -250,7 +253,9 @@ def _rates(key: str, old: Phase, new: Phase, steps: int, first_step: int) -> Ite
             return
 
 
-def _rate(phase: Phase) -> tuple[LearningRate, tuple[int, int]]:
-    """A phase's rate, and where in how many steps it begins."""
+def _rate(phase: Phase, of_epochs: int) -> tuple[LearningRate, tuple[int, int]]:
+    """A phase's rate, and where in how many steps it begins. `of_epochs`: its steps if it has
+    `epochs`."""
     batch = BatchSizes.of(phase.batch_size).after(phase.placed("batch_size", 0)[0])
-    return phase.learning_rate, phase.placed("learning_rate", phase_steps(phase, batch))
+    steps = phase_steps(phase, batch) or of_epochs
+    return phase.learning_rate, phase.placed("learning_rate", steps)

@@ -10,13 +10,21 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from megacode.errors import UserError
 from megacode.plan.quota import ONE, Quota, phase_quota
-from megacode.plan.streams import SourceSizes, StreamPlan, check_epochs, plan_stream, window_sizes
+from megacode.plan.streams import (
+    SourceSizes,
+    StreamPlan,
+    check_epochs,
+    epoch_steps,
+    plan_stream,
+    window_sizes,
+)
 from megacode.recipe.compose import did_you_mean
 from megacode.recipe.mixtures import mixture_entries, mixture_weights
 from megacode.recipe.schedules import BatchSizes, Floats, Ints, learning_rate
@@ -179,14 +187,16 @@ def make_plan(
     token_counts: Mapping[str, int],
     path: Path | None = None,
     pack_counts: Mapping[tuple[str, int], int] | None = None,
+    trained_counts: Mapping[str, int] | None = None,
 ) -> Plan:
     """The plan of a checked recipe.
 
     Args:
         token_counts: tokens of every source that a phase reads.
         path: of the recipe file, for messages.
-        pack_counts: packs of the sources with `packing: best_fit`, by (source, sequence length);
-            what is missing is estimated from `token_counts`.
+        pack_counts: packs of the packed sources, by (source, sequence length); what is missing is
+            estimated from `token_counts`.
+        trained_counts: tokens with a loss in these sources.
 
     Raises:
         UserError: a phase has more than `_MOST_STEPS` steps; a window is no multiple of a sequence
@@ -194,22 +204,29 @@ def make_plan(
             subset, or read more often than its `max_epochs`.
     """
     where = f"{path}: " if path else ""
-    sizes = SourceSizes(token_counts, pack_counts or {}, window_sizes(recipe, where))
+    windows = window_sizes(recipe, where)
+    sizes = SourceSizes(token_counts, pack_counts or {}, windows, trained_counts or token_counts)
     read: dict[tuple[str, float, float], StreamPlan] = {}  # what earlier phases read of a stream
     phases: list[PhasePlan] = []
     problems: list[str] = []
     for index, phase in enumerate(recipe.phases):
         batch, batch_first = BatchSizes.of(phase.batch_size), phase.placed("batch_size", 0)[0]
+        entries = mixture_entries(recipe, phase)
         steps = phase_steps(phase, batch.after(batch_first))
+        mixture_first, mixture_steps = phase.placed("mixture", steps or 0)
+        worth = partial(sizes.trained_per_sequence, length=phase.sequence_length)
+        weights = mixture_weights(phase, entries, token_counts, mixture_steps, worth)
+        quota = phase_quota(weights, batch, mixture_first, batch_first)
+        if steps is None:
+            try:
+                steps = epoch_steps(recipe, phase, entries, sizes, quota)
+            except UserError as error:
+                raise UserError(f"{where}{error}") from None
         if steps > _MOST_STEPS:
             raise UserError(
                 f"{where}phases.{phase.name}: has {steps:,} steps, and {_MOST_STEPS:,} is the "
-                "most; correct its `steps` or `tokens`, or raise `batch_size`"
+                "most; correct its `steps`, `tokens` or `epochs`, or raise `batch_size`"
             )
-        entries = mixture_entries(recipe, phase)
-        mixture_first, mixture_steps = phase.placed("mixture", steps)
-        weights = mixture_weights(phase, entries, token_counts, mixture_steps)
-        quota = phase_quota(weights, batch, mixture_first, batch_first)
         streams = []
         for column, samples in enumerate(quota.before(steps).tolist()):
             entry = entries[column]
@@ -245,9 +262,10 @@ def make_plan(
     return Plan(recipe, tuple(phases), dict(token_counts))
 
 
-def phase_steps(phase: Phase, batch: BatchSizes) -> int:
-    """`steps`, or the fewest whole steps that see `tokens`."""
+def phase_steps(phase: Phase, batch: BatchSizes) -> int | None:
+    """`steps`, or the fewest whole steps that see `tokens`; None if `epochs` say how long it is."""
     if phase.steps is not None:
         return phase.steps
-    assert phase.tokens is not None
+    if phase.tokens is None:
+        return None
     return int(batch.steps_for(np.array([-(-phase.tokens // phase.sequence_length)]))[0])

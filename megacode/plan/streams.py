@@ -1,21 +1,22 @@
 """What a phase reads of each source: which windows, from where, how often.
 
 A source is shuffled in windows: fixed stretches of its tokens, or packs of whole documents
-(`packing: best_fit`).
+(`packing: best_fit` and `one_document`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from megacode.errors import UserError
 from megacode.plan.quota import Quota
 from megacode.recipe.mixtures import Entry, mixture_entries
-from megacode.recipe.schema import FimLevel, Packing, Recipe
+from megacode.recipe.schema import FimLevel, LossOn, Packing, Phase, Recipe, SampleOrder
 
+_MOST_EPOCH_STEPS = 50_000_000
 PACKING_ALGORITHM = 1
 """Version of `megacode.data.best_fit`; raised when the same documents would be packed otherwise."""
 
@@ -24,7 +25,7 @@ PACKING_ALGORITHM = 1
 class StreamPlan:
     """One stream within one phase. Positions and sizes are in tokens of the source.
 
-    With `packing: best_fit` a window is a pack: `window` is the sequence length, `windows` counts
+    In a packed source a window is a pack: `window` is the sequence length, `windows` counts
     packs, and tokens are those of whole sequences, padding included.
 
     Attributes:
@@ -54,6 +55,8 @@ class StreamPlan:
     fim_level: FimLevel = "context"
     packing: Packing = "concatenate"
     estimated: bool = False
+    order: SampleOrder = "shuffled"
+    loss_on: LossOn = "all"
 
     @property
     def label(self) -> str:
@@ -100,11 +103,18 @@ class SourceSizes:
         tokens: of every source that a phase reads.
         packs: of the packed ones, by (source, sequence length), where they are counted.
         windows: tokens of a window of the others, `window_sizes`.
+        trained: tokens with a loss in an epoch of the packed ones, where they are counted.
     """
 
     tokens: Mapping[str, int]
     packs: Mapping[tuple[str, int], int]
     windows: Mapping[str, int]
+    trained: Mapping[str, int]
+
+    def trained_per_sequence(self, name: str, length: int) -> float:
+        """Tokens with a loss in a sequence of a source, on average."""
+        packs = self.packs.get((name, length))
+        return length if packs is None else self.trained[name] / max(packs, 1)
 
 
 def window_sizes(recipe: Recipe, where: str) -> dict[str, int]:
@@ -170,9 +180,9 @@ def plan_stream(
         )
     if entry.restart or earlier is None:
         stopped_at = 0
-    elif packing == "best_fit" and earlier.sequence_length != length:
+    elif packing != "concatenate" and earlier.sequence_length != length:
         raise UserError(
-            f"{entry.key}: source {name} is packed (best_fit) for {length:,} tokens here and for "
+            f"{entry.key}: source {name} is packed ({packing}) for {length:,} tokens here and for "
             f"{earlier.sequence_length:,} before, and the two share no order to go on in; set "
             "`cursor: restart` here, which reads it from its start again, give this phase a "
             f"`subset` of it that was not read, or set sources.{name}.packing: concatenate"
@@ -194,8 +204,44 @@ def plan_stream(
         tokens_before=earlier.tokens_after if earlier else 0,
         fim_level=entry.fim_level,
         packing=packing,
-        estimated=packing == "best_fit" and counted is None,
+        estimated=packing != "concatenate" and counted is None,
+        order=recipe.sources[name].order,
+        loss_on=recipe.sources[name].loss_on,
     )
+
+
+def epoch_steps(
+    recipe: Recipe, phase: Phase, entries: Sequence[Entry], sizes: SourceSizes, quota: Quota
+) -> int:
+    """The fewest whole steps in which a phase reads its sources (or `epochs_of`) `epochs` times.
+
+    UserError: see `plan_stream`; or a source that is to be read has no weight at the end.
+    """
+    assert phase.epochs is not None
+    needed = {}
+    for column, entry in enumerate(entries):
+        if phase.epochs_of in (None, entry.source):
+            stream = plan_stream(recipe, entry, phase.sequence_length, 0, sizes, None)
+            sequences = stream.epoch_tokens // phase.sequence_length
+            needed[column] = math.ceil(Fraction(str(phase.epochs)) * sequences)
+
+    def enough(steps: int) -> bool:
+        taken = quota.before(steps)
+        return all(taken[column] >= samples for column, samples in needed.items())
+
+    most = 1
+    while not enough(most):
+        most *= 2
+        if most > _MOST_EPOCH_STEPS:
+            raise UserError(
+                f"phases.{phase.name}.epochs: more than {_MOST_EPOCH_STEPS:,} steps; name the "
+                "source that counts with `epochs_of`, or raise its weight"
+            )
+    fewest = most // 2
+    while most - fewest > 1:
+        middle = (fewest + most) // 2
+        fewest, most = (fewest, middle) if enough(middle) else (middle, most)
+    return most
 
 
 def check_epochs(

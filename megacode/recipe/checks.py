@@ -12,6 +12,7 @@ import glob
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -283,27 +284,39 @@ def _precision(recipe: Recipe) -> Iterator[str]:
 
 
 def _packing(recipe: Recipe) -> Iterator[str]:
-    packed = [name for name in recipe.sources if recipe.packing(name) == "best_fit"]
+    packed = [name for name in recipe.sources if recipe.packing(name) != "concatenate"]
     for name in packed:
         if recipe.sources[name].window:
             yield (
-                f"sources.{name}.window: has no effect with `packing: best_fit`, which shuffles "
-                "packs; take it out, or set `packing: concatenate`"
+                f"sources.{name}.window: has no effect with `packing: {recipe.packing(name)}`, "
+                "which shuffles packs; take it out, or set `packing: concatenate`"
             )
     if recipe.data.pack_cache and not packed:
         yield (
             "data.pack_cache: has no effect without `packing: best_fit`; take it out, or pack a "
             "source"
         )
+    for name, source in recipe.sources.items():
+        packing = recipe.packing(name)
+        if source.order == "file" and packing == "best_fit":
+            yield (
+                f"sources.{name}.order: `packing: best_fit` puts documents together in an order of "
+                "its own; set `packing: one_document` or `concatenate`, or take `order` out"
+            )
+        if source.loss_on != "all" and packing == "concatenate":
+            yield (
+                f"sources.{name}.loss_on: `packing: concatenate` would cut conversations; set "
+                f"sources.{name}.packing to best_fit or one_document"
+            )
 
 
 def _phase(recipe: Recipe, phase: Phase) -> Iterator[str]:
     key, rate = f"phases.{phase.name}", phase.learning_rate
-    if (phase.steps is None) == (phase.tokens is None):
-        both = "both" if phase.steps else "neither"
+    given = [name for name in ("steps", "tokens", "epochs") if getattr(phase, name) is not None]
+    if len(given) != 1:
         yield (
-            f"{key}: has {both} of `steps` and `tokens`; give exactly one to say how long the "
-            "phase is"
+            f"{key}: has {' and '.join(f'`{name}`' for name in given) or 'no length'}; give "
+            "exactly one of `steps`, `tokens` and `epochs` to say how long the phase is"
         )
     largest = int(BatchSizes.of(phase.batch_size).sizes[-1])
     if largest > _MOST_SEQUENCES:
@@ -322,7 +335,38 @@ def _phase(recipe: Recipe, phase: Phase) -> Iterator[str]:
             f"{key}.learning_rate.final: {rate.final:g} is above the peak {rate.peak:g}; lower it"
         )
     names = list(_names(recipe, phase))
-    yield from names or _weights(recipe, phase)
+    yield from names or chain(_weights(recipe, phase), _conversations(recipe, phase))
+
+
+def _conversations(recipe: Recipe, phase: Phase) -> Iterator[str]:
+    """What conversations and epochs need of a phase."""
+    key, entries = f"phases.{phase.name}", mixture_entries(recipe, phase)
+    for name in dict.fromkeys(entry.source for entry in entries):
+        packed = recipe.packing(name) == "best_fit" and recipe.sources[name].loss_on != "all"
+        if packed and not recipe.resets(phase):
+            yield (
+                f"{key}.reset_at_eod: conversations of {name} share a sequence (best_fit) and "
+                "would see each other; set it to true, or sources."
+                + name
+                + ".packing: one_document"
+            )
+    if phase.epochs_of is not None and (
+        phase.epochs is None or all(entry.source != phase.epochs_of for entry in entries)
+    ):
+        yield (
+            f"{key}.epochs_of: {phase.epochs_of} is no source of the phase, or it has no `epochs`; "
+            "correct it, or take it out"
+        )
+    mixture = phase.mixture
+    weights = [
+        *(entry.given.weight for entry in entries),
+        *(part.ratio for part in (mixture.domains or {}).values()),
+    ]
+    if phase.epochs and any(isinstance(one, Schedule) and one.over is None for one in weights):
+        yield (
+            f"{key}.mixture: a schedule over the phase needs its length, which `epochs` takes from "
+            "the mixture; give the schedule `over`, or the phase `steps`"
+        )
 
 
 def _names(recipe: Recipe, phase: Phase) -> Iterator[str]:

@@ -6,7 +6,7 @@ phase goes on where an earlier one stopped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megacode.recipe.schedules import Weights
@@ -76,22 +76,31 @@ def mixture_entries(recipe: Recipe, phase: Phase) -> list[Entry]:
 
 
 def mixture_weights(
-    phase: Phase, entries: list[Entry], tokens: Mapping[str, int], steps: int
+    phase: Phase,
+    entries: list[Entry],
+    tokens: Mapping[str, int],
+    steps: int,
+    worth: Callable[[str], float] = lambda source: 1.0,
 ) -> Weights:
     """Weights of a phase's streams over its `steps`.
 
     Args:
         tokens: of every source; inside a domain a source without a weight gets its (subset's)
             number of tokens.
+        worth: tokens with a loss in a sequence of a source (`weight_by: tokens`).
     """
+    per_stream = None
+    if phase.mixture.weight_by == "tokens":
+        per_stream = tuple(worth(entry.source) for entry in entries)
     if phase.mixture.domains:
         ratios = tuple(part.ratio for part in phase.mixture.domains.values())
         inner = tuple((entry.group, _inner_weight(entry, tokens)) for entry in entries)
-        return Weights(ratios, inner, steps)
+        return Weights(ratios, inner, steps, worth=per_stream)
     return Weights(
         tuple(0.0 if entry.given.weight is None else entry.given.weight for entry in entries),
         tuple((entry.group, 1.0) for entry in entries),
         steps,
+        worth=per_stream,
     )
 
 

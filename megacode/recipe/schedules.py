@@ -66,12 +66,14 @@ class Weights:
         inner: per stream (group, weight within the group).
         steps: the length of schedules that have no `over`: the phase's.
         first: step of the schedules at the phase's first step; not 0 for a piece of a longer phase.
+        worth: per stream, what a sample counts where shares are not of samples; None: 1 each.
     """
 
     ratios: tuple[float | Schedule, ...]
     inner: tuple[tuple[int, float | Schedule], ...]
     steps: int
     first: int = 0
+    worth: tuple[float, ...] | None = None
 
     @property
     def settled(self) -> int:
@@ -99,7 +101,7 @@ class Weights:
             out[:, column] = ratios[group] * np.divide(
                 value, total, out=np.zeros(steps.shape), where=total > 0
             )
-        return out
+        return out if self.worth is None else out / np.array(self.worth)
 
 
 @dataclass(frozen=True, eq=False)

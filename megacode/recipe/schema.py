@@ -37,7 +37,9 @@ from megacode.recipe.schema_run import (  # noqa: F401
 )
 from megacode.recipe.section import Count, CountOrZero, Fraction, Section
 
-Packing = Literal["concatenate", "best_fit"]
+Packing = Literal["concatenate", "best_fit", "one_document"]
+LossOn = Literal["all", "answers", "last_answer"]
+SampleOrder = Literal["shuffled", "file"]
 FimLevel = Literal["context", "document"]
 
 
@@ -65,6 +67,11 @@ class Source(Section):
     """Sequences of it in an evaluation, the first ones; default: `evaluation.samples`."""
     packing: Packing | None = None
     """How its documents become samples; default: the recipe's `data.packing`."""
+    loss_on: LossOn = "all"
+    """Which tokens of conversations (`megacode preprocess --conversations`) are trained on: all,
+    those that an assistant wrote, or its last turn."""
+    order: SampleOrder = "shuffled"
+    """Of its samples: another random one in each epoch, or as they are in the files."""
 
     @property
     def paths(self) -> list[str]:
@@ -176,9 +183,10 @@ class MixtureDomain(Section):
 
 
 class Mixture(Section):
-    """Either `sources` with weights, or `domains` with ratios and weights inside.
-    Shares are of sequences."""
+    """Either `sources` with weights, or `domains` with ratios and weights inside."""
 
+    weight_by: Literal["sequences", "tokens"] = "sequences"
+    """Of what the shares are: sequences, or tokens that are trained on."""
     sources: dict[str, Mixed] | None = None
     domains: dict[str, MixtureDomain] | None = None
 
@@ -276,6 +284,11 @@ class Phase(Section):
     steps: Count | None = None
     tokens: Count | None = None
     """Instead of `steps`: as many whole steps as it takes to see at least this many tokens."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Instead of `steps`: as many whole steps as it takes to read every source of the phase (or
+    `epochs_of`) this often."""
+    epochs_of: str | None = None
+    """The source whose epochs count."""
     batch_size: Count | BatchRamp
     sequence_length: Count
     mixture: Mixture
@@ -334,10 +347,10 @@ class Data(Section):
     """How samples become batches."""
 
     packing: Packing = "concatenate"
-    """Documents end to end, cut every sequence length; or whole documents in packs that fill a
-    sequence (arXiv 2404.10830)."""
+    """Documents end to end, cut every sequence length; whole documents in packs that fill a
+    sequence (arXiv 2404.10830); or one document a sequence, padded."""
     pack_cache: str | None = None
-    """Folder for the indexes of `packing: best_fit`; default: beside the corpus."""
+    """Folder for the indexes of packed sources; default: beside the corpus."""
     reset_at_eod: bool = False
     mask_eod_loss: bool = False
     fim: FimSection = FimSection()

@@ -26,6 +26,7 @@ from megacode.run.metrics import MetricsWriter, read_metrics
 
 _Schedule = Literal["learning_rate", "batch_size", "mixture"]
 _SCHEDULES: tuple[_Schedule, ...] = ("learning_rate", "batch_size", "mixture")
+_NO_OTHER_LENGTH = {"tokens": None, "epochs": None, "epochs_of": None}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -138,7 +139,7 @@ def split(before: Plan, after: Plan, step: int) -> Recipe:
                 f"{key}: has {steps:,} steps and the fork is {done:,} into it; make it longer"
             )
         name = _free_name(phase.name, [p.name for p in phases])
-        rest = given.model_copy(update={"name": name, "steps": steps - done, "tokens": None})
+        rest = given.model_copy(update={"name": name, "steps": steps - done, **_NO_OTHER_LENGTH})
         phases[index : index + 1] = _pieces(before, index, done, rest)
     return new.model_copy(update={"phases": phases})
 
@@ -156,7 +157,7 @@ def _pieces(before: Plan, index: int, done: int, rest: Phase) -> tuple[Phase, Ph
     read = {
         (entry.source, entry.given.subset_range) for entry in mixture_entries(before.recipe, old)
     }
-    first = old.model_copy(update={"steps": done, "tokens": None, "within": Within(**whole)})
+    first = old.model_copy(update={"steps": done, **_NO_OTHER_LENGTH, "within": Within(**whole)})
     changes: dict[str, Any] = {
         "within": Within(**kept) if kept else None,
         "mixture": _continued(rest.mixture, read),

@@ -112,15 +112,27 @@ class ChatTemplate:
             return text, []
         if re.search(r"\{%-?\s*generation\s*-?%\}", self.text):
             return text, self._marked(text, messages, render)
-        spans = [self._turn(text, i, messages, render) for i in turns]
+        shown = self._shown(text, turns, messages, render)
+        spans = [
+            span or self._turn(text, i, messages, render)
+            for i, span in zip(turns, shown, strict=True)
+        ]
         if any(start < end for (_, end), (start, _) in itertools.pairwise(spans)):
             raise TemplateError("the answers of the chat template overlap")
         return text, spans
 
     def turn_end(self) -> str:
-        """The control token that ends the assistant's turn; empty if there is none."""
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        text, spans = self.render_answers(turns)
+        """The control token that ends the assistant's turn; empty if there is none, or if the
+        template takes no simple conversation."""
+        for form in ("a", [{"type": "text", "text": "a"}]):
+            turns = [{"role": role, "content": form} for role in ("user", "assistant")]
+            try:
+                text, spans = self.render_answers(turns)
+                break
+            except TemplateError:
+                continue
+        else:
+            return ""
         tokens = re.findall(alternatives(self.control_tokens), text[slice(*spans[-1])])
         return tokens[0] if tokens else ""
 
@@ -134,15 +146,7 @@ class ChatTemplate:
             marked = render(messages)
         finally:
             self._environment.marks = ("", "")
-        spans: list[Span] = []
-        plain, begin = "", 0
-        for piece in re.split(f"([{start}{end}])", marked):
-            if piece == start:
-                begin = len(plain)
-            elif piece == end:
-                spans.append((begin, len(plain)))
-            else:
-                plain += piece
+        plain, spans = _without_marks(marked, start, end)
         spans = [span for span in spans if span[0] < span[1]]
         if plain != text or not spans:
             raise TemplateError(
@@ -151,6 +155,45 @@ class ChatTemplate:
         return spans
 
     # ----------------------------------------------------------------------- spans by rendering
+
+    def _shown(
+        self, text: str, turns: Sequence[int], messages: Sequence[Message], render: Render
+    ) -> list[Span | None]:
+        """The spans of turns that the template shows in its usual form, all by one rendering: the
+        generation prompt, the turn's text as it is, the end token. None for other turns."""
+        start, end = _unused(text, 2)
+        marked = [dict(message) for message in messages]
+        for i in turns:
+            content = marked[i].get("content")
+            if set(marked[i]) - {"role", "content", "weight"} or not isinstance(content, str):
+                return [None] * len(turns)
+            marked[i]["content"] = start + content + end
+        try:
+            plain, spans = _without_marks(render(marked), start, end)
+            prompt, closing = self._frame
+        except TemplateError:
+            return [None] * len(turns)
+        if plain != text or len(spans) != len(turns):
+            return [None] * len(turns)
+        return [
+            (first, last + len(closing))
+            if text[first:last] == messages[i]["content"]
+            and text.endswith(prompt, 0, first)
+            and text.startswith(closing, last)
+            else None
+            for i, (first, last) in zip(turns, spans, strict=True)
+        ]
+
+    @cached_property
+    def _frame(self) -> tuple[str, str]:
+        """What the template writes before an answer, and the end token after it."""
+        question: list[Message] = [{"role": "user", "content": "a"}]
+        before = self.render(question)
+        prompt = self.render(question, add_generation_prompt=True)
+        after = self.render([*question, {"role": "assistant", "content": "b"}])
+        token = re.match(rf"\s*({alternatives(self.control_tokens)})", after.rpartition("b")[2])
+        written = prompt[len(before) :] if prompt.startswith(before) else ""
+        return written, token[0] if token else ""
 
     def _turn(self, text: str, number: int, messages: Sequence[Message], render: Render) -> Span:
         """The span of turn `number`, by rendering the conversation before, up to and without it."""
@@ -171,7 +214,7 @@ class ChatTemplate:
         """The characters that change when the turn says something else, and its end token."""
         (mark,) = _unused(text, 1)
         turn = messages[number]
-        other = {"role": "assistant", "content": mark}
+        other = {"role": "assistant", "content": _like(turn, mark)}
         blank = render([*messages[:number], other, *messages[number + 1 :]])
         if blank.count(mark) != 1:
             raise TemplateError(
@@ -192,14 +235,14 @@ class ChatTemplate:
             and content.split("</think>")[-1].strip() not in text[start:end]
         ):
             raise TemplateError(f"turn {number + 1} is not where the chat template shows it")
-        return start, end + len(self._turn_end(text[end:], messages[:number], render))
+        return start, end + len(self._turn_end(text[end:], messages[: number + 1], render))
 
     def _turn_end(self, following: str, messages: Sequence[Message], render: Render) -> str:
-        """The control token that ends a turn after `messages`, if `following` begins with it."""
+        """The control token that ends the last of `messages`, if `following` begins with it."""
         (mark,) = _unused(following, 1)
-        turn = {"role": "assistant", "content": mark}
+        turn = {"role": "assistant", "content": _like(messages[-1], mark)}
         try:
-            after = render([*messages, turn]).rpartition(mark)[2]
+            after = render([*messages[:-1], turn]).rpartition(mark)[2]
         except TemplateError:
             return ""
         token = re.match(rf"\s*({alternatives(self.control_tokens)})", after)
@@ -215,26 +258,34 @@ def _prefix(text: str, messages: Sequence[Message], render: Render) -> int | Non
     return len(beginning) if beginning and text.startswith(beginning) else None
 
 
-def load_chat_template(tokenizer: Tokenizer, name: str | None = None) -> ChatTemplate:
-    """The template beside the tokenizer's file, or the built-in `name`.
+def load_chat_template(
+    tokenizer: Tokenizer, name: str | None = None, option: str = "--chat"
+) -> ChatTemplate:
+    """The template beside the tokenizer's file, or `name`: a built-in one, or a file.
 
     `chat_template.jinja` comes before `chat_template` in tokenizer_config.json, as in transformers.
+    `option`: where the name was given, for messages.
 
     Raises:
-        UserError: there is none, no built-in one of that name, or the built-in one writes control
-            tokens that the tokenizer lacks.
+        UserError: there is none, no built-in one or file of that name, or the built-in one writes
+            control tokens that the tokenizer lacks.
     """
     beside = tokenizer.path.parent
     variables = _special_tokens(tokenizer)
     control = frozenset(tokenizer.control_tokens)
     if name is not None:
+        if name not in BUILT_IN and Path(name).is_file():
+            text = Path(name).read_text(encoding="utf-8", errors="replace")
+            return ChatTemplate(name, text, variables, control)
         if name not in BUILT_IN:
-            raise UserError(f"--chat {name}: give one of {', '.join(BUILT_IN)}")
+            raise UserError(
+                f"{option} {name}: give one of {', '.join(BUILT_IN)}, or the file of a template"
+            )
         file = importlib.resources.files("megacode.tokenizer") / "templates" / f"{name}.jinja"
         text = file.read_text(encoding="utf-8")
         if missing := sorted({*re.findall(r"<\|\w+\|>", text)} - control):
             raise UserError(
-                f"--chat {name}: writes {', '.join(missing)}, no control tokens of "
+                f"{option} {name}: writes {', '.join(missing)}, no control tokens of "
                 f"{tokenizer.path}; choose another template, or set `tokenizer.added_tokens`"
             )
         return ChatTemplate(name, text, variables, control)
@@ -248,8 +299,8 @@ def load_chat_template(tokenizer: Tokenizer, name: str | None = None) -> ChatTem
     if not isinstance(template, str):
         raise UserError(
             f"{tokenizer.path}: no chat template beside it (chat_template.jinja, or "
-            "`chat_template` in tokenizer_config.json); name a built-in one: --chat "
-            f"{', '.join(BUILT_IN)}"
+            "`chat_template` in tokenizer_config.json); name a built-in one: "
+            f"{option} {', '.join(BUILT_IN)}"
         )
     return ChatTemplate(str(beside / "tokenizer_config.json"), template, variables, control)
 
@@ -335,6 +386,26 @@ def _to_json(
 
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def _like(message: Message, text: str) -> str | list[dict[str, str]]:
+    """A text as the content of a turn, in the form that the message has."""
+    parts = isinstance(message.get("content"), list)
+    return [{"type": "text", "text": text}] if parts else text
+
+
+def _without_marks(marked: str, start: str, end: str) -> tuple[str, list[Span]]:
+    """The text between marks and around them, and where it was marked."""
+    spans: list[Span] = []
+    plain, begin = "", 0
+    for piece in re.split(f"([{start}{end}])", marked):
+        if piece == start:
+            begin = len(plain)
+        elif piece == end:
+            spans.append((begin, len(plain)))
+        else:
+            plain += piece
+    return plain, spans
 
 
 def _unused(text: str, count: int) -> list[str]:

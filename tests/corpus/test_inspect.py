@@ -222,12 +222,12 @@ def test_a_document_cannot_steer_the_terminal(
 def test_control_tokens_are_told_from_text_that_spells_them(tokenizer: Tokenizer) -> None:
     fim = tokenizer.control_tokens["<|fim_prefix|>"]
     ids = [fim, *tokenizer.encode("a </s>"), EOD, 5000]
-    pieces = list(inspect.pieces_of_text(tokenizer, ids))
+    pieces = list(inspect.pieces_of_text(tokenizer, ids, [False] * len(ids)))
     assert pieces == [
-        ("control", "<|fim_prefix|>"),
-        ("text", "a </s>"),
-        ("control", "</s>"),
-        ("unknown", "<id 5000>"),
+        ("control", "<|fim_prefix|>", False),
+        ("text", "a </s>", False),
+        ("control", "</s>", False),
+        ("unknown", "<id 5000>", False),
     ]
 
 

@@ -563,13 +563,13 @@ def test_shares_exclude_each_other_and_runs_of_their_own(tmp_path: Path) -> None
 
 
 def test_mistakes_are_sentences(model: Path, corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "array.json").write_text('[\n  {"text": "a"},\n  {"text": "b"}\n]\n')
+    (tmp_path / "object.json").write_text('{\n  "text": "a",\n  "id": 1\n}\n')
     (tmp_path / "content.jsonl").write_text('{"content": "a", "id": 1}\n' * 3)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "other.bin").write_bytes(b"someone's")
     (tmp_path / "data.json").write_text('{"text": "mine"}\n')
     for source, output, expected in (
-        ("array.json", "out", "one JSON value over many lines"),
+        ("object.json", "out", "one JSON value over many lines"),
         (
             "content.jsonl",
             "out",

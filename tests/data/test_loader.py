@@ -122,11 +122,11 @@ def test_an_id_outside_the_vocabulary_is_one_sentence(
 def test_what_fails_on_the_thread_says_which_step(
     make_mixture: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(self: TokenSource, starts: Any, length: int) -> None:
+    def read(self: TokenSource, rows: Any, size: int, pad: int) -> None:
         raise MemoryError("no more")
 
     with batches(StepReader(make_mixture(PHASES)), first_step=3, prefetch=2) as stream:
-        monkeypatch.setattr(TokenSource, "read", read)
+        monkeypatch.setattr(TokenSource, "read_pieces", read)
         with pytest.raises(
             RuntimeError, match=r"loading step [3-6] on data-parallel rank 0 failed: MemoryError"
         ):

@@ -65,6 +65,9 @@ CHANGES: dict[str, tuple[str, ...]] = {
     ),
     "sources.NAME.window": ("sources.docs.window=256",),
     "sources.NAME.packing": ("sources.docs.packing=best_fit",),
+    "sources.NAME.order": ("sources.docs.order=file",),
+    "sources.NAME.loss_on": (), "phases.NAME.mixture.weight_by": (),  # tests/data/test_conversations.py
+    "phases.NAME.epochs": ("phases.first.steps=null", "phases.first.epochs=3"), "phases.NAME.epochs_of": (),
     "phases.NAME.steps": ("phases.first.steps=99",),
     "phases.NAME.tokens": ("phases.first.steps=null", "phases.first.tokens=50k"),
     "phases.NAME.batch_size": ("phases.second.batch_size=8",),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from megacode.corpus.conversations import NO_CONVERSATION
 from megacode.corpus.inputs import InputFile
+from megacode.corpus.preprocess.chat import as_conversations, template_of
 from megacode.corpus.preprocess.conditions import FILE_FIELDS, field_value
 from megacode.corpus.preprocess.request import Request
 from megacode.corpus.readers import BadRecord, read_input
@@ -30,8 +32,17 @@ def check_tokens(request: Request, tokenizer: Tokenizer) -> None:
             )
 
 
-def check_fields(files: Sequence[InputFile], text_field: str, columns: Sequence[str]) -> None:
+def check_conversations(request: Request, tokenizer: Tokenizer) -> None:
+    """UserError: the chat template cannot be used, or an option does not go with conversations."""
+    if request.repository:
+        raise UserError("--repository: joins files of code; take it away, or --conversations")
+    template_of(request, tokenizer)
+
+
+def check_fields(files: Sequence[InputFile], request: Request) -> None:
     """UserError if the first hundred records show that a field's name is wrong."""
+    text_field, columns = request.text_field, request.columns
+    missing = NO_CONVERSATION if request.conversations else f"no field {text_field!r}"
     seen = 0
     found: set[str] = set()
     known: dict[str, None] = {}
@@ -40,10 +51,13 @@ def check_fields(files: Sequence[InputFile], text_field: str, columns: Sequence[
         *[f for f in files if f.form != "file"][:3],
         *[f for f in files if f.form == "file"][:3],
     ]:
-        for _, item in zip(range(100), read_input(file, text_field, columns=columns), strict=False):
+        items = read_input(file, text_field, columns=columns)
+        if request.conversations:
+            items = as_conversations(items, file.form == "parquet")
+        for _, item in zip(range(100), items, strict=False):
             if isinstance(item, BadRecord):
                 first = first or (file, item)
-                if item.reason != f"no field {text_field!r}":
+                if item.reason != missing:
                     seen += 1  # bad in another way: no reason to doubt the field
                 if file.form == "jsonl" and item.raw.strip() in (b"[", b"{"):
                     raise UserError(
@@ -54,6 +68,8 @@ def check_fields(files: Sequence[InputFile], text_field: str, columns: Sequence[
             seen += 1
             found |= {name for name in columns if field_value(file, item, name) is not None}
             known |= dict.fromkeys(item.values)
+    if first and not seen and request.conversations:
+        raise UserError(f"{first[0].path}: no conversations: a record {missing}{_fields(*first)}")
     if first and not seen:
         raise UserError(
             f"{first[0].path}: no field {text_field!r} in its records{_fields(*first)}; "

@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 
 from megacode.corpus.inputs import InputFile
+from megacode.corpus.preprocess.chat import template_of
 from megacode.corpus.preprocess.counts import SPLITS, Counts, Group
 from megacode.corpus.preprocess.folder import begin, begun, open_folder, remove_folder
 from megacode.corpus.preprocess.request import Request, Result, file_name
@@ -74,6 +75,17 @@ def run_settings(
         else None,
         "shard size": request.shard_size,
         "max document": request.max_document,
+        **(_of_conversations(request, tokenizer) if request.conversations else {}),
+    }
+
+
+def _of_conversations(request: Request, tokenizer: Tokenizer) -> dict[str, Any]:
+    template = template_of(request, tokenizer)
+    return {
+        "chat template": xxhash.xxh3_128_hexdigest(template.text.encode()),
+        "tokens of templates": dict(sorted(template.variables.items())),
+        "max tokens": request.max_tokens,
+        "too long": request.too_long if request.max_tokens else None,
     }
 
 
@@ -154,7 +166,7 @@ def check_inputs_stay(request: Request, files: Sequence[InputFile]) -> None:
     """UserError if an input has a name that may be written, whatever the values of `split_by`."""
     value = "{value}" if request.split_by else ""
     groups = [Group(split, value) for split in SPLITS[: 2 if request.validation else 1]]
-    of_dataset = (*indexed.ENDINGS, TABLE_ENDING)
+    of_dataset = (*indexed.ENDINGS, *indexed.LOSS_ENDINGS, TABLE_ENDING)
     for prefix, endings in (
         (request.name, _BESIDE),
         *((request.prefix(group), of_dataset) for group in groups),

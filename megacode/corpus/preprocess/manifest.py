@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megacode.corpus.inputs import InputFile
+from megacode.corpus.preprocess.chat import template_of
 from megacode.corpus.preprocess.counts import Counts, Group
 from megacode.corpus.preprocess.existing import TABLE_ENDING, settings_digest
 from megacode.corpus.preprocess.finished_parts import Finished, part_file
@@ -69,7 +70,7 @@ def write_manifests(
         shards = datasets[group]
         if len(rows) > LISTED_FILES:
             table = {"input files table": tables[prefix.parent].name, "input files": len(rows)}
-        common = {
+        common: dict[str, Any] = {
             "kind": "megacode dataset",
             "split": group.split,
             **({"value": group.value} if request.split_by else {}),
@@ -78,6 +79,10 @@ def write_manifests(
             "tokenizer": {**request.tokenizer.model_dump(), "fingerprint": settings["tokenizer"]},
             "settings": settings_digest(settings),
         }
+        if request.conversations:  # the template decides about BOS and EOD
+            for key in ("bos", "eod"):
+                common["tokenizer"].pop(key)
+            common["chat template"] = template_of(request, tokenizer).text
         own: dict[str, Any] = {"checksums": shards[0].checksums}
         if request.shard_size is not None:
             own = {"shards": [shard.prefix.name for shard in shards]}

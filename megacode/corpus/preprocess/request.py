@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import xxhash
 
 from megacode.corpus.preprocess.conditions import parse_condition
 from megacode.corpus.preprocess.counts import Counts, Group
 from megacode.corpus.readers import MAX_DOCUMENT
+from megacode.data import indexed
 from megacode.recipe import schema
 
+TooLongPolicy = Literal["error", "drop", "left", "right"]
 _LONGEST_NAME = 100
 """Bytes: file systems allow 255, endings and temporary names included."""
 
@@ -30,6 +34,16 @@ class Request:
     validation_output: Path | None = None
     """Default: PREFIX_validation."""
     text_field: str = "text"
+    """Empty: the whole record (`conversations`)."""
+    conversations: bool = False
+    """Records are conversations, rendered by a chat template, with loss marks."""
+    template: str | None = None
+    """A built-in template or a file; None: the one beside the tokenizer."""
+    max_tokens: int | None = None
+    """Of a conversation."""
+    too_long: TooLongPolicy = "error"
+    """What becomes of a longer one: an error, set aside, or its beginning (`left`) or end
+    (`right`) cut away."""
     format: str = "auto"
     include: tuple[str, ...] = ()
     every: tuple[int, int] = (0, 1)
@@ -60,6 +74,10 @@ class Request:
         where = parse_condition(self.where).fields if self.where else ()
         fields = (self.split_by, self.repository, self.path, *where)
         return tuple(dict.fromkeys(field for field in fields if field))
+
+    def part_dtype(self, vocab_size: int) -> np.dtype[Any]:
+        """Of tokens in the files of parts: those of conversations are joined with their marks."""
+        return np.dtype(np.uint32) if self.conversations else indexed.token_dtype(vocab_size)
 
     @property
     def name(self) -> Path:

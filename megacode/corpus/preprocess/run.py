@@ -10,12 +10,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from megacode.corpus.inputs import find_inputs
-from megacode.corpus.preprocess.checks import check_fields, check_tokens
+from megacode.corpus.preprocess.checks import check_conversations, check_fields, check_tokens
 from megacode.corpus.preprocess.counts import Counts, Group, GroupCounts
 from megacode.corpus.preprocess.existing import (
     SPLIT_GROUPS,
@@ -64,6 +61,8 @@ def preprocess(
     """
     tokenizer = load_tokenizer(request.tokenizer)
     check_tokens(request, tokenizer)
+    if request.conversations:
+        check_conversations(request, tokenizer)
     links: list[Path] = []
     files = find_inputs(
         request.inputs, request.format, request.include, request.every, on_link=links.append
@@ -76,7 +75,7 @@ def preprocess(
     # The values of --split-by are not known yet.
     splits = SPLIT_GROUPS[: 2 if request.validation else 1]
     check_free(request, () if request.split_by else splits)
-    check_fields(files, request.text_field, request.columns)
+    check_fields(files, request)
     job = Job(request, tuple(files))
     units = plan_units(files)
     most = workers if any(unit.chunk_size for unit in units) else len(units)
@@ -93,7 +92,7 @@ def preprocess(
         on_stage("writing", counts.total.tokens * dtype.itemsize, 0)
         # A dataset that was there goes first, whole: never an old index beside new data.
         remove_old(request, list(counts.groups))
-        shards = _write(job, parts, counts, dtype, pool, on_progress)
+        shards = _write(job, parts, counts, tokenizer.vocab_size, pool, on_progress)
         write_quarantine(job, parts)
         write_manifests(job, settings, tokenizer, parts, counts, shards)
         _remove_parts(job.folder, pool)
@@ -173,12 +172,12 @@ def _write(
     job: Job,
     parts: Sequence[Finished],
     counts: Counts,
-    dtype: np.dtype[Any],
+    vocab_size: int,
     workers: Workers,
     on_progress: Callable[[PartProgress], None],
 ) -> dict[Group, list[WrittenShard]]:
     """Write the datasets; `counts` becomes theirs."""
-    request = job.request
+    request, dtype = job.request, job.request.part_dtype(vocab_size)
     work = job.folder / "order"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -186,7 +185,8 @@ def _write(
     if request.deduplicate:
         blocks = without_duplicates(work, job.folder, parts, blocks, dtype, workers)
         left = sum(block.counts.documents for own in blocks.values() for block in own)
-        counts.passed_over["duplicate"] = counts.total.documents - left
+        if counts.total.documents > left:
+            counts.passed_over["duplicate"] = counts.total.documents - left
     if request.repository or request.shuffle is not None:
         framing = request.tokenizer if request.repository else None
         sizes = {group: n.tokens * dtype.itemsize for group, n in counts.groups.items()}
@@ -200,7 +200,8 @@ def _write(
             total.add(block.counts)
     shards = write_datasets(
         {prefix: blocks[group] for prefix, group in prefixes.items()},
-        dtype,
+        indexed.token_dtype(vocab_size),
+        request.conversations,
         request.shard_size,
         workers,
         lambda size: on_progress(PartProgress(input_bytes=size)),

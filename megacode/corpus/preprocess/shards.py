@@ -5,6 +5,9 @@ not at all.
 2. Workers copy the documents to their places in the shards, a piece at a time (`_fill`).
 3. Workers write each shard's index and give its files their names (`_close`).
 
+Tokens of conversations come joined with their loss marks; here they are parted into the dataset and
+`PREFIX.loss` (see `megacode.data.loss_marks`).
+
 `PREFIX.records.npy`, int64 [documents, 2], says where every document came from: number of the input
 file, record in it.
 """
@@ -26,7 +29,7 @@ from numpy.typing import NDArray
 from megacode.corpus.preprocess.counts import GroupCounts
 from megacode.corpus.preprocess.finished_parts import file_checksum
 from megacode.corpus.workers import Workers
-from megacode.data import indexed
+from megacode.data import indexed, loss_marks
 
 _PIECE = 64 << 20
 """Bytes of a .bin that one checksum covers, where they are not those of a part."""
@@ -103,8 +106,8 @@ def _file(path: Path, ending: str) -> Path:
 
 @dataclass(frozen=True)
 class Fragment:
-    """Documents [first, first + documents) of a block, which are bytes [start, start + size) of its
-    .bin."""
+    """Documents [first, first + documents) of a block, which are its tokens
+    [start, start + size)."""
 
     block: Block
     first: int
@@ -116,7 +119,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Piece:
-    """Fragments that one checksum covers. In the shard they begin at document `first`, byte
+    """Fragments that one checksum covers. In the shard they begin at document `first`, token
     `start`."""
 
     prefix: Path
@@ -141,14 +144,15 @@ class WrittenShard:
 def _cut(blocks: Sequence[Block], itemsize: int, shard_size: int | None) -> list[list[Fragment]]:
     """Fragments of each shard: as many documents as `shard_size` bytes hold, but one at least."""
     shards: list[list[Fragment]] = [[]]
-    room = limit = shard_size or sum(block.counts.tokens for block in blocks) * itemsize
+    tokens = sum(block.counts.tokens for block in blocks)
+    room = limit = tokens if shard_size is None else max(shard_size // itemsize, 1)
     for block in blocks:
-        size = block.counts.tokens * itemsize
+        size = block.counts.tokens
         if size <= room:
             shards[-1].append(Fragment(block, 0, block.counts.documents, 0, size, True))
             room -= size
             continue
-        edges = np.append(0, np.cumsum(block.lengths(), dtype=np.int64) * itemsize)
+        edges = np.append(0, np.cumsum(block.lengths(), dtype=np.int64))
         first = 0
         while first < block.counts.documents:
             start = int(edges[first])
@@ -165,17 +169,19 @@ def _cut(blocks: Sequence[Block], itemsize: int, shard_size: int | None) -> list
     return shards
 
 
-def _pieces(prefix: Path, fragments: Sequence[Fragment]) -> list[Piece]:
+def _pieces(
+    prefix: Path, fragments: Sequence[Fragment], dtype: np.dtype[Any], marked: bool
+) -> list[Piece]:
     """A whole part is a piece; other fragments are joined until they have `_PIECE` bytes."""
     joined: list[list[Fragment]] = []
     room = 0
     for fragment in fragments:
-        known = fragment.whole and fragment.block.checksum
+        known = fragment.whole and fragment.block.checksum and not marked
         if known or room <= 0:
             joined.append([])
             room = 0 if known else _PIECE
         joined[-1].append(fragment)
-        room -= fragment.size
+        room -= fragment.size * dtype.itemsize
     pieces = []
     first = start = 0
     for own in joined:
@@ -191,36 +197,43 @@ def _pieces(prefix: Path, fragments: Sequence[Fragment]) -> list[Piece]:
 def write_datasets(
     datasets: Mapping[Path, Sequence[Block]],
     dtype: np.dtype[Any],
+    marked: bool,
     shard_size: int | None,
     workers: Workers,
     on_bytes: Callable[[int], None],
 ) -> dict[Path, list[WrittenShard]]:
     """Write a dataset under each prefix. With `shard_size`: shards PREFIX-00000, PREFIX-00001, ...
-    of at most so many bytes (or one document) each."""
+    of at most so many bytes (or one document) each. `marked`: the blocks hold loss marks too."""
     shards: list[tuple[Path, list[Piece]]] = []
     for prefix, blocks in datasets.items():
         prefix.parent.mkdir(parents=True, exist_ok=True)
         for number, fragments in enumerate(_cut(blocks, dtype.itemsize, shard_size)):
             ending = "" if shard_size is None else f"-{number:05d}"
-            shards.append((prefix, _pieces(indexed.with_ending(prefix, ending), fragments)))
+            shard_prefix = indexed.with_ending(prefix, ending)
+            shards.append((prefix, _pieces(shard_prefix, fragments, dtype, marked)))
     pieces = [piece for _, own in shards for piece in own]
     digests = {}
-    for number, digest in workers.map(_fill, [(piece,) for piece in pieces]):
-        digests[pieces[number].prefix, pieces[number].start] = digest
-        on_bytes(pieces[number].size)
+    for number, found in workers.map(_fill, [(piece, dtype, marked) for piece in pieces]):
+        digests[pieces[number].prefix, pieces[number].start] = found
+        on_bytes(pieces[number].size * dtype.itemsize)
     documents = [
         sum(fragment.documents for piece in own for fragment in piece.fragments)
         for _, own in shards
     ]
     closing = [
-        (own[0].prefix, count, dtype) for (_, own), count in zip(shards, documents, strict=True)
+        (own[0].prefix, count, dtype, marked)
+        for (_, own), count in zip(shards, documents, strict=True)
     ]
     indexes = dict(workers.map(_close, closing))
     written: dict[Path, list[WrittenShard]] = {}
     for number, (prefix, own) in enumerate(shards):
-        parts = [[piece.size, digests[piece.prefix, piece.start]] for piece in own]
-        checksums = {"algorithm": "xxh3_128", "bin": parts, "idx": indexes[number]}
-        tokens = sum(piece.size for piece in own) // dtype.itemsize
+        checksums: dict[str, Any] = {"algorithm": "xxh3_128"}
+        for at, (name, itemsize) in enumerate((("", dtype.itemsize), ("loss.", 1))[: 1 + marked]):
+            checksums[f"{name}bin"] = [
+                [piece.size * itemsize, digests[piece.prefix, piece.start][at]] for piece in own
+            ]
+            checksums[f"{name}idx"] = indexes[number][at]
+        tokens = sum(piece.size for piece in own)
         shard = WrittenShard(own[0].prefix, documents[number], tokens, checksums)
         written.setdefault(prefix, []).append(shard)
     return written
@@ -230,24 +243,44 @@ def _partial(prefix: Path, ending: str) -> Path:
     return prefix.with_name(f".{prefix.name}.{ending}.partial")
 
 
-def _fill(piece: Piece) -> str:
+def _fill(piece: Piece, dtype: np.dtype[Any], marked: bool) -> list[str]:
     """Copy a piece's tokens, lengths and records to their places in the shard's partial files. The
-    tokens' XXH3-128."""
-    digest, known = xxhash.xxh3_128(), ""
+    XXH3-128 of its tokens, and of its loss marks."""
+    digests, known = [xxhash.xxh3_128() for _ in range(1 + marked)], ""
     with (
-        _open(_partial(piece.prefix, "bin"), piece.start) as tokens,
+        _open(_partial(piece.prefix, "bin"), piece.start * dtype.itemsize) as tokens,
         _open(_partial(piece.prefix, "lengths"), 4 * piece.first) as lengths,
         _open(_partial(piece.prefix, "records.npy"), _RECORDS_HEADER + 16 * piece.first) as records,
     ):
         for fragment in piece.fragments:
             block = fragment.block
-            known = block.checksum if fragment.whole else ""
-            with open(_file(block.path, "bin"), "rb", buffering=0) as source:
-                source.seek(fragment.start)
-                _copy(source, tokens, fragment.size, None if known else digest)
+            if marked:
+                _part_from_marks(piece, fragment, tokens, dtype, digests)
+            else:
+                known = block.checksum if fragment.whole else ""
+                with open(_file(block.path, "bin"), "rb", buffering=0) as source:
+                    source.seek(fragment.start * dtype.itemsize)
+                    size = fragment.size * dtype.itemsize
+                    _copy(source, tokens, size, None if known else digests[0])
             block.lengths(fragment.first, fragment.documents).tofile(lengths)
             block.records(fragment.first, fragment.documents).tofile(records)
-    return known or digest.hexdigest()
+    return [known] if known else [digest.hexdigest() for digest in digests]
+
+
+def _part_from_marks(
+    piece: Piece, fragment: Fragment, out: BinaryIO, dtype: np.dtype[Any], digests: Sequence[Any]
+) -> None:
+    """Write a fragment's ids to `out`, and its marks to the same tokens of the shard's .loss."""
+    joined = np.fromfile(
+        _file(fragment.block.path, "bin"), np.uint32, fragment.size, offset=4 * fragment.start
+    )
+    ids, marks = loss_marks.split(joined)
+    with _open(_partial(piece.prefix, "loss.bin"), out.tell() // dtype.itemsize) as loss:
+        for array, file, digest in zip(
+            (ids.astype(dtype), marks), (out, loss), digests, strict=True
+        ):
+            array.tofile(file)
+            digest.update(array.data)
 
 
 def _open(path: Path, position: int) -> BinaryIO:
@@ -282,19 +315,23 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int, digest: Any) -> None:
         size -= copied
 
 
-def _close(prefix: Path, documents: int, dtype: np.dtype[Any]) -> str:
-    """Write the index of a filled shard, and give its files their names. XXH3-128 of the index."""
-    index = indexed.with_ending(prefix, ".idx")
+def _close(prefix: Path, documents: int, dtype: np.dtype[Any], marked: bool) -> list[str]:
+    """Write the index of a filled shard (and of its marks), and give its files their names.
+    XXH3-128 of each index."""
     with open(_partial(prefix, "records.npy"), "r+b") as records:
         header = {"descr": "<i8", "fortran_order": False, "shape": (documents, 2)}
         np.lib.format.write_array_header_1_0(records, header)
         assert records.tell() == _RECORDS_HEADER
-    for ending in ("bin", "records.npy"):
+    for ending in ("bin", "records.npy", *["loss.bin"] * marked):
         with open(_partial(prefix, ending), "rb") as file:
             os.fsync(file.fileno())
         os.replace(_partial(prefix, ending), _file(prefix, ending))
     lengths = np.memmap(_partial(prefix, "lengths"), dtype="<i4", mode="r")
-    indexed.write_index(index, lengths, dtype)
+    indexes = {indexed.with_ending(prefix, ".idx"): dtype}
+    if marked:
+        indexes[indexed.with_ending(prefix, ".loss.idx")] = np.dtype(np.uint8)
+    for index, kind in indexes.items():
+        indexed.write_index(index, lengths, kind)
     del lengths
     _partial(prefix, "lengths").unlink()
-    return file_checksum(index)
+    return [file_checksum(index) for index in indexes]

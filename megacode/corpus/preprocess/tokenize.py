@@ -19,6 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacode.corpus.inputs import InputFile
+from megacode.corpus.preprocess.chat import (
+    TOO_LONG,
+    ConversationTokenizer,
+    SetAside,
+    as_conversations,
+    parse,
+)
 from megacode.corpus.preprocess.conditions import Condition, field_value, parse_condition
 from megacode.corpus.preprocess.counts import Counts, Group, GroupCounts
 from megacode.corpus.preprocess.finished_parts import HASH, PartFiles, file_checksum, part_file
@@ -75,13 +82,19 @@ def part_worker(job: Job) -> Callable[[CorpusPart], Iterator[PartProgress]]:
         _keep_memory()
     tokenizer = load_tokenizer(job.request.tokenizer)
     fast = "asked for (--exact)" if job.request.exact else load_fast(tokenizer)
+    encoder = None if isinstance(fast, str) else fast
+    chat = (
+        ConversationTokenizer(job.request, tokenizer, encoder)
+        if job.request.conversations
+        else None
+    )
     condition = parse_condition(job.request.where) if job.request.where else None
     if (
         alone
     ):  # thousands of records at a time, none of them in a cycle: looking for cycles is wasted
         gc.freeze()
         gc.disable()
-    return lambda part: _Part(job, tokenizer, fast, condition, part).run()
+    return lambda part: _Part(job, tokenizer, fast, chat, condition, part).run()
 
 
 def _keep_memory() -> None:
@@ -126,12 +139,14 @@ class _Part:
         job: Job,
         tokenizer: Tokenizer,
         fast: FastEncoder | str,
+        chat: ConversationTokenizer | None,
         condition: Condition | None,
         part: CorpusPart,
     ) -> None:
         self.job, self.request, self.part = job, job.request, part
-        self.tokenizer, self.fast, self.condition = tokenizer, fast, condition
-        self.dtype = indexed.token_dtype(tokenizer.vocab_size)
+        self.tokenizer, self.fast, self.chat = tokenizer, fast, chat
+        self.condition = condition
+        self.dtype = self.request.part_dtype(tokenizer.vocab_size)
         self.counts = Counts(exact=fast if isinstance(fast, str) else "")
         self.groups: dict[Group, int] = {}
         """Number of each group in the names of files."""
@@ -217,7 +232,7 @@ class _Part:
             chunk = chunk_path(self.job.folder, part)
             source = replace(file, path=chunk, compression=None, size=chunk.stat().st_size)
             on_bytes = None
-        for item in read_input(
+        items = read_input(
             source,
             self.request.text_field,
             part.span,
@@ -225,7 +240,10 @@ class _Part:
             columns=self.request.columns,
             max_document=self.request.max_document,
             on_lines=self._on_lines,
-        ):
+        )
+        if self.chat:
+            items = as_conversations(items, file.form == "parquet")
+        for item in items:
             last = item.record
             yield item
         if part.broken:
@@ -257,6 +275,8 @@ class _Part:
     # ----------------------------------------------------------------------------------- tokenizing
 
     def _tokenize(self, documents: list[tuple[int, TextDocument]]) -> _Batch:
+        if self.chat:
+            return self._tokenize_conversations(self.chat, documents)
         texts = [document.raw for _, document in documents]
         places: list[tuple[str, str]] = []
         if self.request.repository:
@@ -276,11 +296,37 @@ class _Part:
         if batch.lengths.all():
             return batch
         for i in np.flatnonzero(batch.lengths == 0):
-            number, document = documents[i]
-            self.counts.passed_over["no tokens"] += 1
-            bad = BadRecord("no tokens", document.record, document.raw, True)
-            write_bad(self.quarantine, self.job.files[number].path, bad)
+            self._set_aside(documents[i], "no tokens", harmless=True)
         return batch.chosen(np.flatnonzero(batch.lengths))
+
+    def _tokenize_conversations(
+        self, chat: ConversationTokenizer, documents: list[tuple[int, TextDocument]]
+    ) -> _Batch:
+        kept, texts, ids = [], [], [np.zeros(0, np.uint32)]
+        checked = chat.checked
+        encoded = chat.encode([parse(document.raw) for _, document in documents])
+        for document, found in zip(documents, encoded, strict=True):
+            if not isinstance(found, SetAside):
+                kept.append(document)
+                texts.append(found[0].encode())
+                ids.append(found[1])
+                continue
+            if found.reason == TOO_LONG and self.request.too_long == "error":
+                raise UserError(
+                    f"{self.job.files[document[0]].path}, record {document[1].record}: has more "
+                    f"than {self.request.max_tokens:,} tokens (--max-tokens); say with --too-long "
+                    "what becomes of such conversations: drop, left or right"
+                )
+            self._set_aside(document, *found)
+        self.counts.checked += chat.checked - checked
+        lengths = np.array([len(own) for own in ids[1:]], dtype=np.int64)
+        return _Batch(kept, texts, [], np.concatenate(ids), lengths)
+
+    def _set_aside(self, document: tuple[int, TextDocument], reason: str, harmless: bool) -> None:
+        (self.counts.passed_over if harmless else self.counts.bad)[reason] += 1
+        self.bad += not harmless
+        bad = BadRecord(reason, document[1].record, document[1].raw, harmless)
+        write_bad(self.quarantine, self.job.files[document[0]].path, bad)
 
     def _place(self, number: int, document: TextDocument) -> tuple[str, str]:
         """Repository and path in it. A file without a repository stands alone."""
@@ -315,7 +361,8 @@ class _Part:
             return GroupCounts()
         tokens, lengths = self._framed(batch)
         records = np.array([(n, document.record) for n, document in batch.documents], dtype="<i8")
-        sizes = np.array([len(document.raw) for _, document in batch.documents])
+        texts = batch.texts if self.chat else [document.raw for _, document in batch.documents]
+        sizes = np.array([len(text) for text in texts])
         numbers = np.array([self._number(self._group(batch, i)) for i in range(len(sizes))])
         if self.request.deduplicate:
             self.files.write("hashes", _hashes(batch.documents, numbers).tobytes())
@@ -341,8 +388,8 @@ class _Part:
         """The documents' ids with BOS before and EOD after each, and their lengths. With
         `--repository`: <filename> before each; BOS and EOD go around the whole repository."""
         tokenizer, section = self.tokenizer, self.request.tokenizer
-        before = [tokenizer.bos_id] if section.bos else []
-        after = [tokenizer.eod_id] if section.eod else []
+        before = [tokenizer.bos_id] if section.bos and not self.chat else []
+        after = [tokenizer.eod_id] if section.eod and not self.chat else []
         if self.request.repository:
             before, after = [tokenizer.token_id("<filename>")], []
         if not before and not after:

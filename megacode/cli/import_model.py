@@ -39,22 +39,16 @@ def run(args: argparse.Namespace) -> int:
     print(f"{output}: a checkpoint of {recipe.name}, {family}, vocabulary {found.vocab_size:,}")
     extends, initialize = f"`extends: {output / 'recipe.yaml'}`", f"`initialize_from: {output}`"
     print(f"A recipe goes on from it with {extends} and {initialize}.")
-    window, length = found.model.context_length, found.config.get("max_position_embeddings")
-    if window and length and window < length:
-        print(
-            f"note: its attention has a window of {window:,} tokens, and Megatron-Core's here has "
-            f"none: context_length is {window:,} instead of {length:,}, where both are the same"
-        )
-    for line in filter(None, (found.note, note)):
+    for line in filter(None, (*found.notes(), note)):
         print(f"note: {line}")
     return 0
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> tuple[TokenizerSection | None, str | None]:
     """The folder's tokenizer for the recipe, and what the user should know about it."""
-    from megacode.convert.tokenizer_files import read_tokenizer
+    from megacode.convert.tokenizer_files import has_tokenizer, read_tokenizer
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not has_tokenizer(folder):
         absent = f"{folder}: has no tokenizer.json or tokenizer.model"
         return None, f"{absent}; give the recipe's `tokenizer.path` yourself"
     return read_tokenizer(folder.resolve(), vocab_size)

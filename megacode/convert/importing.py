@@ -33,7 +33,7 @@ from megacode.recipe.schema import (
     TokenizerSection,
 )
 from megacode.run.checkpoints import INFO
-from megacode.tokenizer.tokenizer import load_tokenizer
+from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|(attention|attn)\.(bias|masked_bias))$")
 """Tensors of older files that are no weights."""
@@ -41,7 +41,7 @@ _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|(attention|attn)\.(bias|masked_bia
 
 @dataclass(frozen=True)
 class Found:
-    """A Hugging Face folder that can be imported; `note` is what the user should know of it."""
+    """A Hugging Face folder that can be imported; `head_note` says if its head is no tied one."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -49,7 +49,7 @@ class Found:
     model: Model
     vocab_size: int
     weights: HuggingFaceWeights
-    note: str | None = None
+    head_note: str | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Found:
@@ -102,7 +102,7 @@ class Found:
             "both are imported (tie_embeddings: false), as transformers 5 does, and earlier "
             "versions would drop the first"
         )
-        return replace(self, model=untied, note=note)
+        return replace(self, model=untied, head_note=note)
 
     def _check_names(self) -> None:
         """Every weight has a place and every place a weight, before anything is written."""
@@ -113,13 +113,59 @@ class Found:
                 f"{self.folder}: has no tensor {missing[0]}; "
                 "its files and its config.json belong to different models"
             )
-        tied = {"lm_head.weight", "embed_out.weight"} if self.model.tie_embeddings else set()
-        if left := sorted(n for n in there - wanted - tied if not _BUFFERS.search(n)):
+        if left := sorted(there - wanted - {*self._tied_heads(), *self._buffers()}):
             more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
             raise UserError(
                 f"{self.folder}: the tensor {left[0]} has no place in a {self.family.name} model "
                 f"as config.json describes it{more}"
             )
+
+    def _tied_heads(self) -> list[str]:
+        """Output layers in the files that are the embedding's matrix once more."""
+        tied = ("lm_head.weight", "embed_out.weight") if self.model.tie_embeddings else ()
+        return [name for name in tied if name in self.weights.files]
+
+    def _buffers(self) -> list[str]:
+        return sorted(name for name in self.weights.files if _BUFFERS.search(name))
+
+    def notes(self) -> list[str]:
+        """What the import passes over or changes, in sentences."""
+        window, length = self.model.context_length, self.config.get("max_position_embeddings")
+        notes = [self.head_note] if self.head_note else []
+        if window and length and window < length:
+            notes.append(
+                f"its attention has a window of {window:,} tokens, and Megatron-Core's here has "
+                f"none: context_length is {window:,} instead of {length:,}, where both are the same"
+            )
+        notes += [
+            f"{name} is the embedding once more (tied), left out" for name in self._tied_heads()
+        ]
+        if found := self._buffers():
+            what = "buffer, which is no weight" if len(found) == 1 else "buffers, no weights"
+            notes.append(f"left out: {len(found):,} {what} ({found[0]})")
+        kinds = [self._kinds[name][0] for slot in self.slots() for name in slot.names]
+        if others := [kind for kind in kinds if TYPES[kind] != self.dtype]:
+            names, dtype = ", ".join(sorted(set(others))), str(self.dtype).removeprefix("torch.")
+            are = "is" if len(others) == 1 else "are"
+            notes.append(f"{len(others):,} of {len(kinds):,} tensors {are} {names}, now {dtype}")
+        return notes
+
+    def info(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """megacode.json of the checkpoint that it becomes, but for the tokenizer's facts.
+
+        Args:
+            tokenizer: the folder's own.
+        """
+        return {
+            "step": 0,
+            "recipe": starting_recipe(self, None, self.dtype).name,
+            "phase": None,
+            "tokens": 0,
+            "vocab_size": self.vocab_size,
+            "imported_from": self.folder.name,
+            "family": self.family.name,
+            "imported": imported_facts(self.folder, self.config, tokenizer),
+        }
 
     def tensor(self, slot: Slot) -> torch.Tensor:
         """The Megatron-Core tensor of a slot, without padding.
@@ -144,7 +190,7 @@ class Found:
         Norms are often kept in another. UserError: some have a type that is none of weights to go
         on with, such as quantized ones.
         """
-        kinds, held = self.weights.kinds(), dict.fromkeys(TYPES, 0)
+        kinds, held = self._kinds, dict.fromkeys(TYPES, 0)
         for name in sorted({name for slot in self.slots() for name in slot.names}):
             kind, count = kinds[name]
             if kind not in TYPES:
@@ -154,6 +200,10 @@ class Found:
                 )
             held[kind] += count * TYPES[kind].itemsize
         return TYPES[max(held, key=lambda kind: held[kind])]
+
+    @cached_property
+    def _kinds(self) -> dict[str, tuple[str, int]]:
+        return self.weights.kinds()
 
     def _cast(self, name: str) -> torch.Tensor:
         stored = self.weights.tensor(name)
@@ -191,17 +241,7 @@ def import_model(
         writer.finish()
         recipe = starting_recipe(found, tokenizer, found.dtype)
         (temporary / "recipe.yaml").write_text(dump_recipe(recipe))
-        info = {
-            "step": 0,
-            "recipe": recipe.name,
-            "phase": None,
-            "tokens": 0,
-            "vocab_size": found.vocab_size,
-            "imported_from": found.folder.name,
-            "family": found.family.name,
-            "imported": imported_facts(found.folder, found.config, loaded),
-            "tokenizer": loaded.facts() if loaded else None,
-        }
+        info = {**found.info(loaded), "tokenizer": loaded.facts() if loaded else None}
         (temporary / INFO).write_text(json.dumps(info, indent=1))
     return recipe
 

@@ -193,6 +193,25 @@ def loads_differently(section: TokenizerSection, folder: Path) -> str | None:
 # ------------------------------------------------------------------------------------------ import
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a Hugging Face folder has a tokenizer that can be read."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def difference(theirs: Tokenizer, ours: Tokenizer) -> str | None:
+    """How `ours` is another tokenizer than `theirs`; None where it has added tokens at most."""
+    texts = list(_sample(theirs))
+    others = [text for text in texts if theirs.encode(text) != ours.encode(text)]
+    control = theirs.control_tokens.items() - ours.control_tokens.items()
+    said = []
+    if others:
+        said.append(f"{len(others)} of {len(texts)} texts get other ids ({others[0][:30]!r})")
+    if control:
+        names = ", ".join(sorted(name for name, _ in control)[:4])
+        said.append(f"{len(control)} control tokens are missing or have other ids ({names})")
+    return f"{ours.path} and {theirs.path}: {'; '.join(said)}" if said else None
+
+
 def read_tokenizer(folder: Path, vocab_size: int) -> tuple[TokenizerSection, str | None]:
     """The recipe's tokenizer for a Hugging Face folder, and what the user should know about it.
 

@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megacode.recipe.schema import Model
+from megacode.recipe.schema import Model, Recipe
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,9 @@ def initialize_weights(
         vocab_size: unpadded.
     """
     for name, parameter in names.items():
-        matrix = _matrix(name, parameter.shape, model, vocab_size)
-        if matrix is None:
+        share = _initial(name, parameter, model, seed, vocab_size)
+        if share is None:
             continue
-        whole = _draw(matrix, model, seed, parameter.device)
-        share = _share(whole, matrix, model).reshape(parameter.shape)
         with torch.no_grad():
             parameter.copy_(share)
         if hasattr(parameter, "_high_precision_init_val"):
@@ -58,12 +56,14 @@ def initialize_weights(
             parameter._high_precision_init_val = share.cpu()
 
 
-def fill_new_rows(names: dict[str, torch.nn.Parameter], old_vocab: int, vocab_size: int) -> None:
-    """Give rows [old_vocab, vocab_size) of embedding and output layer the mean of those before.
+def fill_new_rows(
+    names: dict[str, torch.nn.Parameter], recipe: Recipe, old_vocab: int, vocab_size: int
+) -> None:
+    """Fill rows [old_vocab, vocab_size) of embedding and output layer: `initialize_new_rows`.
 
     For weights of a smaller vocabulary, whose new rows are zeros after loading: with these, a
-    norm's gradient explodes. Sums are float64, so that every layout rounds to the same rows.
-    Collective over tensor-parallel ranks.
+    norm's gradient explodes. Sums of a mean are float64, so that every layout rounds to the same
+    rows. Collective over tensor-parallel ranks.
 
     Args:
         names: parameters by their names in the whole model (`model.global_parameter_names`).
@@ -75,10 +75,27 @@ def fill_new_rows(names: dict[str, torch.nn.Parameter], old_vocab: int, vocab_si
             continue
         first = rank * len(rows)
         old, new = (min(max(size - first, 0), len(rows)) for size in (old_vocab, vocab_size))
+        drawn = None
+        if recipe.initialize_new_rows == "init":
+            drawn = _initial(name, rows, recipe.model, recipe.seed, vocab_size)
         with torch.no_grad():
-            total = rows[:old].double().sum(0)
-            torch.distributed.all_reduce(total, group=group)
-            rows[old:new] = (total / old_vocab).to(rows.dtype)
+            if drawn is None:
+                total = rows[:old].double().sum(0)
+                torch.distributed.all_reduce(total, group=group)
+                rows[old:new] = (total / old_vocab).to(rows.dtype)
+            else:
+                rows[old:new] = drawn[old:new]
+
+
+def _initial(
+    name: str, parameter: Tensor, model: Model, seed: int, vocab_size: int
+) -> Tensor | None:
+    """float32, this rank's share of a matrix that is drawn; None for other parameters."""
+    matrix = _matrix(name, parameter.shape, model, vocab_size)
+    if matrix is None:
+        return None
+    whole = _draw(matrix, model, seed, parameter.device)
+    return _share(whole, matrix, model).reshape(parameter.shape)
 
 
 def _matrix(name: str, local: torch.Size, model: Model, vocab_size: int) -> _Matrix | None:

@@ -72,7 +72,8 @@ that is below it."""
 
 _PAST: dict[Kind, str] = {
     "training": """
-        initialize_from optimizer precision phases.*.learning_rate phases.*.optimizer_state
+        initialize_from initialize_new_rows optimizer precision phases.*.learning_rate
+        phases.*.optimizer_state
         model.dropout model.attention_dropout model.init_std model.init_distribution
         model.embedding_init_std model.output_init_std model.megatron.fp8_* model.megatron.fp4*
         model.megatron.qk_clip* model.megatron.quant_recipe model.megatron.tp_only_amax_red
@@ -222,7 +223,10 @@ def _flattened(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str
 
 
 def _origin(before: Recipe, now: Recipe) -> Iterator[Change]:
-    """`initialize_from`, unless it is the same folder or one that was moved."""
+    """`initialize_from`, unless it is the same folder or one that was moved, and its new rows."""
+    if before.initialize_new_rows != now.initialize_new_rows:
+        rows = before.initialize_new_rows, now.initialize_new_rows
+        yield Change("initialize_new_rows", *rows)
     old, new = before.initialize_from, now.initialize_from
     if old == new:
         return

@@ -31,6 +31,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
     """Every problem that can be known without files and without the number of ranks."""
     return [
         *_model(recipe),
+        *_origin(recipe),
         *_parallel(recipe),
         *_precision(recipe),
         *_packing(recipe),
@@ -86,8 +87,8 @@ def check_files(recipe: Recipe, path: Path | None = None) -> None:
         problems.append(f"tokenizer.path: there is no {recipe.tokenizer.path}; correct the path")
     if recipe.initialize_from and not Path(recipe.initialize_from).is_dir():
         problems.append(
-            f"initialize_from: there is no folder {recipe.initialize_from}; give a checkpoint "
-            "folder, or take the key out to start from fresh weights"
+            f"initialize_from: there is no folder {recipe.initialize_from}; give a run, a "
+            "checkpoint or a Hugging Face folder, or take the key out to start from fresh weights"
         )
     _raise(problems, path)
 
@@ -141,6 +142,14 @@ def _model(recipe: Recipe) -> Iterator[str]:
                 f"model.context_length {model.context_length}; raise the latter or shorten the "
                 "phase's sequences"
             )
+
+
+def _origin(recipe: Recipe) -> Iterator[str]:
+    if recipe.initialize_new_rows != "mean" and not recipe.initialize_from:
+        yield (
+            "initialize_new_rows: has no effect without initialize_from; take it out, or name the "
+            "weights that the run starts from"
+        )
 
 
 # ------------------------------------------------------------------------------------------- layout

@@ -377,7 +377,10 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
     initialize_from: str | None = None
-    """A checkpoint folder whose weights (nothing else) start this run."""
+    """A run, a checkpoint or a Hugging Face folder whose weights (nothing else) start this run."""
+    initialize_new_rows: Literal["mean", "init"] = "mean"
+    """Rows of the embedding and output layer for tokens that `initialize_from` lacks: the mean of
+    its rows, or drawn as the recipe draws a new model's."""
 
     def packing(self, source: str) -> Packing:
         """How a source's documents become samples."""

@@ -7,7 +7,7 @@ Here they meet what a checkpoint says of itself (`megacode.json`, `recipe.yaml`)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,37 @@ from megacode.tokenizer.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Weights that a new run can begin with.
+
+    Attributes:
+        path: a checkpoint, or a folder of another format.
+        info: a checkpoint's megacode.json, or what it would be.
+        recipe: that the weights were trained with; of another format, the model alone.
+        note: what the user should know of it.
+    """
+
+    path: Path
+    info: Mapping[str, Any]
+    recipe: Recipe
+    note: str = ""
+
+
+def open_checkpoint(path: Path) -> Origin:
+    """A checkpoint, or a run's latest one. UserError: there is none that is whole."""
+    notes: list[str] = []
+    checkpoint = find_checkpoint(path, notes.append)
+    return Origin(checkpoint, read_info(checkpoint), _recipe_of(checkpoint), "".join(notes))
+
+
+@dataclass(frozen=True)
 class Start:
     """What a start of a run loads.
 
     Attributes:
         step: finished steps; 0 in a new run.
-        checkpoint: a new run loads only its weights (`initialize_from`); None: weights are drawn.
+        checkpoint: a new run loads only its weights (`initialize_from`), and it may be a folder of
+            another format; None: weights are drawn.
         info: the checkpoint's megacode.json; empty without one.
         changes: accepted ones, against the recipe that made the checkpoint.
         note: why it is not the checkpoint that `latest` names; empty where it is.
@@ -50,11 +75,17 @@ class Start:
         return {"accepted": accepted, **({"imported": imported} if imported else {})}
 
 
-def find_start(run: Path, plan: Plan, accept: Sequence[str] = ()) -> Start:
+def find_start(
+    run: Path,
+    plan: Plan,
+    accept: Sequence[str] = (),
+    open_origin: Callable[[Path], Origin] = open_checkpoint,
+) -> Start:
     """The latest checkpoint of a run, or what a new run begins with.
 
     Args:
         accept: keys of the recipe whose change the user accepts (`--accept-change`).
+        open_origin: reads what `initialize_from` names.
 
     Raises:
         UserError: the checkpoint's past differs from what this recipe would have done, naming every
@@ -64,7 +95,7 @@ def find_start(run: Path, plan: Plan, accept: Sequence[str] = ()) -> Start:
     checkpoint, note = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         _refuse_lost_checkpoints(run)
-        return initial_start(plan.recipe, accept)
+        return initial_start(plan.recipe, accept, open_origin)
     info = read_info(checkpoint)
     step = int(info["step"])
     if step > plan.total_steps:
@@ -85,7 +116,11 @@ def find_start(run: Path, plan: Plan, accept: Sequence[str] = ()) -> Start:
     return Start(step, checkpoint, info, changes, note)
 
 
-def initial_start(recipe: Recipe, accept: Sequence[str] = ()) -> Start:
+def initial_start(
+    recipe: Recipe,
+    accept: Sequence[str] = (),
+    open_origin: Callable[[Path], Origin] = open_checkpoint,
+) -> Start:
     """What a new run begins with: the weights of `initialize_from`, or none.
 
     Raises:
@@ -94,21 +129,25 @@ def initial_start(recipe: Recipe, accept: Sequence[str] = ()) -> Start:
     """
     if not recipe.initialize_from:
         return Start()
-    notes: list[str] = []
-    checkpoint = find_checkpoint(recipe.initialize_from, notes.append)
-    info, before = read_info(checkpoint), _recipe_of(checkpoint)
+    origin = open_origin(Path(recipe.initialize_from))
+    before = origin.recipe
     changes = [
         *changed_function(before, recipe),
-        *(c for c in tokenizer_changes(info, before, recipe) if not _only_grows(c)),
+        *(c for c in tokenizer_changes(origin.info, before, recipe) if not _only_grows(c)),
     ]
     if refused := [change for change in changes if not _is_accepted(change, accept)]:
         options = _accept_options(changes)
         remedy = f", or accept that its weights then compute something else ({options})"
+        if not options:
+            remedy = (
+                ". No row of a vocabulary is dropped: name rows without a token in "
+                "tokenizer.added_tokens, as the recipe of `megacode import` does"
+            )
         raise UserError(
-            f"initialize_from: {checkpoint} was trained as another model: {shown(refused)}; take "
-            f"these from its recipe.yaml{remedy if options else ''}"
+            f"initialize_from: {origin.path} is another model: {shown(refused)}; set these keys as "
+            f"they were before{remedy}"
         )
-    return Start(0, checkpoint, info, changes, "".join(notes))
+    return Start(0, origin.path, origin.info, changes, origin.note)
 
 
 def nothing_to_do(

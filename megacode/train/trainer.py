@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megacode.convert.origin import as_checkpoint, open_origin
 from megacode.data.loader import StepBatch, StepReader, batches
 from megacode.data.mixture import open_mixture
 from megacode.data.packing_report import packing_line, packing_losses
@@ -112,7 +113,7 @@ class Trainer:
         stack.push(_leave)
         self.tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
         self.vocab_size = model_vocab_size(recipe, self.tokenizer)
-        start = find_start(run, plan, self._accept_changes)
+        start = find_start(run, plan, self._accept_changes, open_origin)
         self.done = start.step
         tokenizer_facts = self.tokenizer.facts() if self.tokenizer else None
         self.facts = {"tokenizer": tokenizer_facts, **start.facts()}
@@ -350,15 +351,22 @@ class Trainer:
             reports.event(self.done + 1, "accepted change", line, **asdict(change))
 
     def _load_weights(self, checkpoint: Path) -> None:
-        """Load weights only; rows of tokens that the checkpoint does not have are made up."""
-        info = load_checkpoint(checkpoint, self.model_chunks, None)
+        """Load weights only, of a checkpoint or a Hugging Face folder, and fill rows it lacks."""
+        recipe, world, say = self.recipe, self.world, self.reports.say
+        with as_checkpoint(
+            checkpoint, self.run, recipe, self.tokenizer, world.is_main, say
+        ) as folder:
+            info = load_checkpoint(folder, self.model_chunks, None)
         old, new = int(info.get("vocab_size") or self.vocab_size), self.vocab_size
         if old < new:
-            fill_new_rows(global_parameter_names(list(self.model_chunks)), old, new)
-            self.reports.say(
+            fill_new_rows(global_parameter_names(list(self.model_chunks)), recipe, old, new)
+            rows = {
+                "mean": "start as the mean of the others",
+                "init": "are drawn as the recipe draws a new model's",
+            }[recipe.initialize_new_rows]
+            say(
                 f"{checkpoint} has {old:,} tokens, the tokenizer {new:,}: rows of the "
-                f"{new - old:,} new ones start as the mean of the others, in the embedding and in "
-                "the output layer"
+                f"{new - old:,} new ones {rows}, in the embedding and in the output layer"
             )
         self.optimizer.reload_model_params()
 

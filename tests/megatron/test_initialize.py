@@ -93,7 +93,7 @@ def test_every_layout_starts_from_the_same_numbers(name, layout, single) -> None
         np.testing.assert_array_equal(got[key], value, err_msg=key)
 
 
-def grown(world, model: Model, parallel: dict[str, int], old: int):
+def grown(world, model: Model, parallel: dict[str, int], old: int, rows: str):
     """Shards of a model whose rows from `old` on were not in the weights that it starts from."""
     from megatron.core import parallel_state
 
@@ -109,19 +109,27 @@ def grown(world, model: Model, parallel: dict[str, int], old: int):
     }
     for parameter in matrices.values():
         parameter.data[max(old - rank * len(parameter), 0) :] = 0
-    fill_new_rows(names, old, VOCAB)
+    settings = recipe(model, **parallel).model_copy(
+        update={"initialize_from": "there", "initialize_new_rows": rows}
+    )
+    fill_new_rows(names, settings, old, VOCAB)
     padding = sum(
         int(p.data[max(VOCAB - rank * len(p), 0) :].count_nonzero()) for p in matrices.values()
     )
     return rank, {name: p.detach().numpy() for name, p in matrices.items()}, padding
 
 
+@pytest.mark.parametrize("rows", ["mean", "init"])
 @pytest.mark.parametrize("old", [200, 499])  # on both sides of the border between two ranks
 @pytest.mark.parametrize("name", ["crystal", "untied"])
-def test_new_rows_start_as_the_mean_of_the_others_in_every_layout(name, old, single) -> None:
+def test_new_rows_are_the_mean_of_the_others_or_drawn_in_every_layout(
+    name, old, rows, single
+) -> None:
     model = {"crystal": CRYSTAL, "untied": UNTIED}[name]
     for layout in ({}, {"tensor": 2}, {"pipeline": 2}):
-        results = run_on(2 if layout else 1, grown, model, layout, old, parallel=Parallel(**layout))
+        results = run_on(
+            2 if layout else 1, grown, model, layout, old, rows, parallel=Parallel(**layout)
+        )
         assert not any(padding for *_, padding in results)
         for key, value in assembled(model, [result[:2] for result in results]).items():
             before = single[name][
@@ -129,7 +137,8 @@ def test_new_rows_start_as_the_mean_of_the_others_in_every_layout(name, old, sin
             ]
             np.testing.assert_array_equal(value[:old], before[:old])
             mean = before[:old].astype(np.float64).mean(0).astype(np.float32)
-            np.testing.assert_array_equal(value[old:], np.broadcast_to(mean, value[old:].shape))
+            wanted = np.broadcast_to(mean, value[old:].shape) if rows == "mean" else before[old:]
+            np.testing.assert_array_equal(value[old:], wanted)
 
 
 def test_crystals_published_deviations_by_role(single) -> None:

@@ -138,6 +138,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "precision.bf16_first_layers": ("precision={compute: fp8, fp8_recipe: tensorwise, bf16_first_layers: 1}",),
     "precision.bf16_last_layers": ("precision={compute: fp8, fp8_recipe: tensorwise, bf16_last_layers: 1}",),
     "initialize_from": ("initialize_from=elsewhere",),
+    "initialize_new_rows": ("initialize_from=elsewhere", "initialize_new_rows=init"),
 }  # fmt: skip
 # Said by another key's change: the same class of the schema.
 SAME = {

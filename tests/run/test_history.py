@@ -231,6 +231,16 @@ def test_weights_start_only_the_model_that_they_are_of(run: Path, recipe_file: P
         assert next(change.key for change in initial_start(changed, ["model"]).changes) == key
 
 
+def test_how_new_rows_began_is_a_fact_of_the_past(tmp_path: Path, recipe_file: Path) -> None:
+    start = (*PLAIN, f"initialize_from={tmp_path}")
+    save(tmp_path / "other", plan_of(recipe_file, *start), 5)
+    drawn = plan_of(recipe_file, *start, "initialize_new_rows=init")
+    with pytest.raises(UserError, match="initialize_new_rows: mean before, init now"):
+        find_start(tmp_path / "other", drawn)
+    with pytest.raises(UserError, match="initialize_new_rows: has no effect without"):
+        plan_of(recipe_file, *PLAIN, "initialize_new_rows=init")
+
+
 # ------------------------------------------------------------------------------------------------- other futures
 
 

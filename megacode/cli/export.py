@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from megacode.cli.arguments import size
 from megacode.errors import UserError
 from megacode.terminal import progress_bar
+from megacode.tokenizer.chat import BUILT_IN
 
 if TYPE_CHECKING:
     from megacode.convert.export import Wanted
@@ -21,6 +22,7 @@ EXAMPLE = """examples:
   megacode export runs/crystal-tiny exported      # the latest checkpoint, in the family that fits
   megacode export runs/crystal-tiny/checkpoints/step_00000370 crystal --dtype bf16
   megacode export runs/crystal-tiny revisions --all --format crystalcoder
+  megacode export runs/crystal-tiny chat --chat-template alpaca
 
 --all keeps the folders of OUTPUT that are whole."""
 
@@ -32,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", metavar="FAMILY", help="llama, crystalcoder, qwen2 ... (the first that fits)")
     add("--dtype", choices=["bf16", "fp16", "fp32"], help="of the weights (as trained)")
     add("--shard-size", type=size, default="5GB", metavar="SIZE", help="largest file")
+    templates = f"{', '.join(BUILT_IN)}, or a file"
+    default = "that of the run's conversations, else the one beside its tokenizer"
+    add("--chat-template", metavar="TEMPLATE", help=f"{templates} ({default})")
     add("--no-tokenizer", action="store_true", help="write no tokenizer files")
     add("--overwrite", action="store_true", help="replace the output if it is an export")
     add("--all", action="store_true", help="all checkpoints of a run, each in a folder of OUTPUT")
@@ -43,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
     from megacode.convert.export import ExportSource, Wanted, export
     from megacode.convert.revisions import check_replaceable
 
-    wanted = Wanted(args.format, args.dtype, args.shard_size, not args.no_tokenizer)
+    wanted = Wanted(
+        args.format, args.dtype, args.shard_size, not args.no_tokenizer, args.chat_template
+    )
     if args.all:
         return _run_all(args, wanted)
     if args.name_pattern:

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="",
         metavar="TEMPLATE",
         help="answer each prompt as a turn of a conversation, or lines of standard input without "
-        f"--prompt; by the tokenizer's chat template, or one of {', '.join(BUILT_IN)}",
+        f"--prompt; by the tokenizer's chat template, or {', '.join(BUILT_IN)}, or a file",
     )
     add("--system", help="with --chat: the system's message")
     add("--tokens", type=at_least(1), default=64, help="how many to write at most")

@@ -1,8 +1,8 @@
 """A checkpoint of any parallel layout -> a Hugging Face folder, tensor by tensor.
 
 1. `ExportSource.open` reads the checkpoint's recipe and index; `Wanted` says how it is exported.
-2. The tokenizer's files are written and proven (`tokenizer_files`, `kept`): what cannot be said is
-   told before minutes of weights.
+2. The tokenizer's files and the chat template (`templates`) are written, and the first proven
+   (`tokenizer_files`, `kept`): what cannot be said is told before minutes of weights.
 3. The weights: each slot of the family (`layout`) is read (`checkpoint_reader`), cut, written
    (`safetensors_files`).
 4. config.json, generation_config.json, the remote code, the model card (`card`).
@@ -28,6 +28,7 @@ from megacode.convert.kept import GENERATION, outgoing
 from megacode.convert.layout import EMBEDDING, Slot, shape, unpadded
 from megacode.convert.new_folder import new_folder
 from megacode.convert.safetensors_files import Planned, write_files
+from megacode.convert.templates import template_of_export, turn_end_of
 from megacode.convert.tokenizer_files import loads_differently, token_ids, write_tokenizer
 from megacode.errors import UserError
 from megacode.files import write_json
@@ -125,12 +126,14 @@ class Wanted:
         family: name of the family; None is the first that fits.
         dtype: `bf16`, `fp16`, `fp32`; None is as stored.
         tokenizer: whether to write tokenizer files, where the recipe names a tokenizer.
+        chat_template: a built-in one's name, or a file; None is `template_of_export`'s choice.
     """
 
     family: str | None = None
     dtype: str | None = None
     shard_bytes: int = 5_000_000_000
     tokenizer: bool = True
+    chat_template: str | None = None
 
     def family_of(self, source: ExportSource) -> Family:
         """UserError: the model fits no family, or not the one asked for."""
@@ -162,29 +165,38 @@ def export(
         what the user should know, in sentences.
 
     Raises:
-        UserError: the model fits no family, the tokenizer cannot be said in a tokenizer.json, the
-            checkpoint is damaged or not its recipe's, or `out` cannot be written.
+        UserError: the model fits no family, the tokenizer cannot be said in a tokenizer.json, there
+            is no such chat template, the checkpoint is damaged or not its recipe's, or `out` cannot
+            be written.
     """
     from megacode.convert.card import write_card  # plots: matplotlib
 
     family, dtype = wanted.family_of(source), wanted.dtype_of(source)
     slots = list(family.slots(source.model))
     section, tokenizer, notes = source.recipe.tokenizer, None, []
+    template, is_other, turn_end = None, False, None
     if section is None:
         notes.append("the recipe names no tokenizer, so none is in the export")
     elif wanted.tokenizer:
         tokenizer = load_tokenizer(section)
+        template, is_other = template_of_export(source.recipe, tokenizer, wanted.chat_template)
     else:
         with contextlib.suppress(UserError):  # its file may be elsewhere
             tokenizer = load_tokenizer(section)
-    about = outgoing(source.info.get("imported"), token_ids(tokenizer), tokenizer)
+    if wanted.chat_template and not template:
+        raise UserError("--chat-template: goes with a tokenizer, and none is in the export")
+    if template and tokenizer:
+        turn_end, note = turn_end_of(template, tokenizer)
+        notes += [note] if note else []
+    about = outgoing(source.info.get("imported"), token_ids(tokenizer), tokenizer, turn_end)
     if about.note:
         notes.append(about.note)
     with new_folder(out) as folder:
         for slot in slots:
             source.check(slot)
         if section and wanted.tokenizer:
-            write_tokenizer(section, folder, source.vocab_size)
+            text = template.text if template and is_other else None
+            write_tokenizer(section, folder, source.vocab_size, text)
         planned = [source.planned(slot, dtype) for slot in slots]
         write_files(
             folder, planned, lambda n: source.tensors(slots[n]), wanted.shard_bytes, on_bytes

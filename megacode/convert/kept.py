@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megacode.errors import UserError
-from megacode.files import inside
+from megacode.files import inside, write_text
 from megacode.tokenizer.tokenizer import Tokenizer
 
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -66,7 +66,10 @@ def imported_facts(
 
 
 def outgoing(
-    imported: Mapping[str, Any] | None, own: Mapping[str, Any], tokenizer: Tokenizer | None
+    imported: Mapping[str, Any] | None,
+    own: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    turn_end: int | None = None,
 ) -> Outgoing:
     """Ids and defaults of an export.
 
@@ -74,6 +77,7 @@ def outgoing(
         imported: what the weights came with; None for those that were trained from nothing.
         own: `IDS` as the recipe's tokenizer has them.
         tokenizer: the recipe's, where it can be read.
+        turn_end: the token that ends a turn in the chat template; generation ends there, too.
     """
     ids, generation, note = {}, {}, None
     if imported:
@@ -90,37 +94,53 @@ def outgoing(
             generation = {k: v for k, v in generation.items() if not k.endswith("_token_id")}
     ids = {**own, **ids}
     known = {key: value for key, value in ids.items() if value is not None}
-    if generation:
-        return Outgoing(ids, {**known, **generation}, note)
-    return Outgoing(ids, {"_from_model_config": True, **known}, note)
+    written = {**known, **generation} if generation else {"_from_model_config": True, **known}
+    ends = written.get("eos_token_id", [])
+    ends = ends if isinstance(ends, list) else [ends]
+    if turn_end is not None and turn_end not in ends:
+        written["eos_token_id"] = [*ends, turn_end] if ends else turn_end
+        written.pop("_from_model_config", None)
+    if written.keys() & {"temperature", "top_p"}:  # without it they have no effect
+        written.setdefault("do_sample", True)
+    return Outgoing(ids, written, note)
 
 
-def tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Keys of the tokenizer_config.json beside a Hugging Face tokenizer that an export keeps."""
+def tokenizer_settings(tokenizer: Tokenizer, template: str | None = None) -> dict[str, Any]:
+    """Keys of the tokenizer_config.json beside the tokenizer's file that an export keeps.
+
+    Args:
+        template: the text of another chat template than the one beside it.
+    """
     config = tokenizer.path.with_name("tokenizer_config.json")
-    if tokenizer.kind != "huggingface" or not config.is_file():
+    if not config.is_file():
         return {}
     found = json.loads(config.read_text(encoding="utf-8"))
+    if template is not None:
+        found.pop("chat_template", None)
     return {key: found[key] for key in _CONFIG_KEYS if found.get(key) is not None}
 
 
-def copy_companions(tokenizer: Tokenizer, folder: Path) -> None:
+def copy_companions(tokenizer: Tokenizer, folder: Path, template: str | None = None) -> None:
     """Copy chat templates and the SentencePiece model from beside the tokenizer's file.
 
     Converters to other formats, such as GGUF, take the scores of pieces from tokenizer.model.
 
+    Args:
+        template: the text of a chat template, written instead of those beside it.
+
     Raises:
         UserError: one of them is a link that leads elsewhere.
     """
-    place = tokenizer.path.parent
-    names = ["tokenizer.model", "chat_template.jinja"]
+    place, names = tokenizer.path.parent, ["tokenizer.model"]
     if tokenizer.kind == "sentencepiece":
         # Named by the recipe, wherever it leads.
         shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
         names = []
-    if tokenizer.kind == "huggingface":
+    if template is None:
         templates = (place / "additional_chat_templates").glob("*.jinja")
-        names += [str(path.relative_to(place)) for path in templates]
+        names += ["chat_template.jinja", *(str(path.relative_to(place)) for path in templates)]
+    else:
+        write_text(folder / "chat_template.jinja", template)
     for name in names:
         if (place / name).is_file():
             (folder / name).parent.mkdir(exist_ok=True)

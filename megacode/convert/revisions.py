@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from megacode.convert.export import ExportSource, Wanted, export
+from megacode.convert.templates import OPTION
 from megacode.errors import UserError
 from megacode.recipe.load import load_recipe
 from megacode.run.checkpoints import INFO, complete_checkpoints
 from megacode.terminal import progress_bar
+from megacode.tokenizer.chat import template_text
 
 SUMS = "SHA256SUMS"
 ABOUT = "export.json"
@@ -142,6 +144,7 @@ def export_all(
 def _about(source: ExportSource, wanted: Wanted) -> dict[str, Any]:
     """What makes two exports the same: the checkpoint (by its description and the age and size of
     its files), and how."""
+    asked = wanted.chat_template
     identity = hashlib.sha256((source.checkpoint / INFO).read_bytes())
     for path in sorted(source.checkpoint.iterdir()):
         stat = path.stat()
@@ -154,6 +157,7 @@ def _about(source: ExportSource, wanted: Wanted) -> dict[str, Any]:
         "dtype": str(wanted.dtype_of(source)).removeprefix("torch."),
         "shard_bytes": wanted.shard_bytes,
         "tokenizer": wanted.tokenizer,
+        **({"chat_template": template_text(asked, OPTION)} if asked else {}),
     }
 
 

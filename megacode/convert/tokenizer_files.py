@@ -58,11 +58,14 @@ def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     return dict(zip(IDS, ids, strict=True))
 
 
-def write_tokenizer(section: TokenizerSection, folder: Path, vocab_size: int) -> None:
+def write_tokenizer(
+    section: TokenizerSection, folder: Path, vocab_size: int, template: str | None = None
+) -> None:
     """Write the tokenizer files of `FILES` into `folder`, and what `copy_companions` finds.
 
     Args:
         vocab_size: of the model (without padding); the tokenizer's may not be larger.
+        template: the text of a chat template, instead of those beside the tokenizer.
 
     Raises:
         UserError: the tokenizer does not fit the vocabulary, or cannot be said exactly in a
@@ -105,11 +108,11 @@ def write_tokenizer(section: TokenizerSection, folder: Path, vocab_size: int) ->
             str(token["id"]): {key: value for key, value in token.items() if key != "id"}
             for token in contents["added_tokens"]
         },
-        **tokenizer_settings(tokenizer),
+        **tokenizer_settings(tokenizer, template),
     }
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", special | {"additional_special_tokens": others})
-    copy_companions(tokenizer, folder)
+    copy_companions(tokenizer, folder, template)
 
 
 def prove(tokenizer: Tokenizer, contents: str, bos: bool) -> None:

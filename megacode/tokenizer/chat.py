@@ -1,6 +1,6 @@
 """Chat templates: a conversation -> text, and which characters of it the assistant wrote.
 
-1. `load_chat_template` finds the template: beside the tokenizer, or a built-in one by name.
+1. `load_chat_template` finds the template: beside the tokenizer, a built-in one, or a file.
 2. `ChatTemplate.render` writes a conversation as transformers does, in a sandbox.
 3. `ChatTemplate.render_answers` also gives the spans of characters that are answers, from the
    template's `{% generation %}` blocks, or by rendering the conversation up to a turn and with
@@ -258,51 +258,69 @@ def _prefix(text: str, messages: Sequence[Message], render: Render) -> int | Non
     return len(beginning) if beginning and text.startswith(beginning) else None
 
 
+def chat_template(tokenizer: Tokenizer, origin: str, text: str) -> ChatTemplate:
+    """A template with the tokenizer's special tokens."""
+    control = frozenset(tokenizer.control_tokens)
+    return ChatTemplate(origin, text, _special_tokens(tokenizer), control)
+
+
 def load_chat_template(
     tokenizer: Tokenizer, name: str | None = None, option: str = "--chat"
 ) -> ChatTemplate:
-    """The template beside the tokenizer's file, or `name`: a built-in one, or a file.
+    """The template beside the tokenizer's file, the built-in `name`, or that of the file `name`.
 
-    `chat_template.jinja` comes before `chat_template` in tokenizer_config.json, as in transformers.
-    `option`: where the name was given, for messages.
+    Args:
+        option: of the command line, that has the name; for errors.
 
     Raises:
         UserError: there is none, no built-in one or file of that name, or the built-in one writes
             control tokens that the tokenizer lacks.
     """
-    beside = tokenizer.path.parent
-    variables = _special_tokens(tokenizer)
-    control = frozenset(tokenizer.control_tokens)
-    if name is not None:
-        if name not in BUILT_IN and Path(name).is_file():
-            text = Path(name).read_text(encoding="utf-8", errors="replace")
-            return ChatTemplate(name, text, variables, control)
-        if name not in BUILT_IN:
-            raise UserError(
-                f"{option} {name}: give one of {', '.join(BUILT_IN)}, or the file of a template"
-            )
-        file = importlib.resources.files("megacode.tokenizer") / "templates" / f"{name}.jinja"
-        text = file.read_text(encoding="utf-8")
-        if missing := sorted({*re.findall(r"<\|\w+\|>", text)} - control):
-            raise UserError(
-                f"{option} {name}: writes {', '.join(missing)}, no control tokens of "
-                f"{tokenizer.path}; choose another template, or set `tokenizer.added_tokens`"
-            )
-        return ChatTemplate(name, text, variables, control)
-    file = beside / "chat_template.jinja"
-    if file.is_file():
-        return ChatTemplate(str(file), file.read_text(encoding="utf-8"), variables, control)
-    config = _config(beside / "tokenizer_config.json")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if not isinstance(template, str):
+    if name is None:
+        if found := template_beside(tokenizer):
+            return found
         raise UserError(
             f"{tokenizer.path}: no chat template beside it (chat_template.jinja, or "
-            "`chat_template` in tokenizer_config.json); name a built-in one: "
-            f"{option} {', '.join(BUILT_IN)}"
+            f"`chat_template` in tokenizer_config.json); name a built-in one: {option} "
+            f"{', '.join(BUILT_IN)}"
         )
-    return ChatTemplate(str(beside / "tokenizer_config.json"), template, variables, control)
+    text = template_text(name, option)
+    named = {*re.findall(r"<\|\w+\|>", text)} if name in BUILT_IN else set()
+    if missing := sorted(named - tokenizer.control_tokens.keys()):
+        raise UserError(
+            f"{option} {name}: writes {', '.join(missing)}, no control tokens of "
+            f"{tokenizer.path}; choose another template, or set `tokenizer.added_tokens`"
+        )
+    return chat_template(tokenizer, name, text)
+
+
+def template_text(name: str, option: str = "--chat") -> str:
+    """The built-in template `name`, or that of the file `name`. UserError: there is none."""
+    if name in BUILT_IN:
+        file = importlib.resources.files("megacode.tokenizer") / "templates" / f"{name}.jinja"
+        return file.read_text(encoding="utf-8")
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        raise UserError(
+            f"{option} {name}: give one of {', '.join(BUILT_IN)}, or a file of a template"
+        ) from None
+
+
+def template_beside(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template beside the tokenizer's file; None if there is none.
+
+    `chat_template.jinja` comes before `chat_template` in tokenizer_config.json, as in transformers.
+    """
+    file, config = (
+        tokenizer.path.with_name(name) for name in ("chat_template.jinja", "tokenizer_config.json")
+    )
+    if file.is_file():
+        return chat_template(tokenizer, str(file), file.read_text(encoding="utf-8"))
+    text = _config(config).get("chat_template")
+    if isinstance(text, list):  # several, by name
+        text = {entry["name"]: entry["template"] for entry in text}.get("default")
+    return chat_template(tokenizer, str(config), text) if isinstance(text, str) else None
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:

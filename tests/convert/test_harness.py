@@ -68,13 +68,15 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def megacode(*commands: list[Any]) -> list[str]:
+def megacode(*commands: list[Any], typed: str = "") -> list[str]:
     """What each command prints; all in one process, which imports Megatron-Core once.
 
     The export comes first: in a process that plays CUDA on the CPU transformers 5 does not fill its rotary tables.
     """
     asked = json.dumps([[str(argument) for argument in command] for command in commands])
-    done = subprocess.run([sys.executable, "-c", RUN, asked], cwd=ROOT, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, asked], cwd=ROOT, capture_output=True, input=typed.encode()
+    )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     return done.stdout.decode().split("=====\n")[1:]
 
@@ -140,36 +142,51 @@ def write_tasks(folder: Path, export: Path) -> None:
 
 
 def chatted(export: Path, conversations: list[list[dict[str, str]]], count: int) -> list[str]:
-    """What transformers answers greedily, by the chat template beside the export's tokenizer."""
+    """What transformers answers greedily, by the export's chat template; it ends as the export says."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(export, trust_remote_code=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True).eval()
-    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     texts = []
     for messages in conversations:
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         with torch.no_grad():
-            ids = model.generate(
-                **inputs, max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=ends
-            )[0]
+            ids = model.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0)[0]
         fresh = ids[inputs["input_ids"].shape[1] :]
         texts.append(tokenizer.decode(fresh, skip_special_tokens=True))
     return texts
 
 
-def test_a_run_and_its_export_chat_the_same(pair: tuple[Path, Path]) -> None:
-    run, export = pair
-    template = ROOT / "megacode" / "tokenizer" / "templates" / "chatml.jinja"
-    (export / "chat_template.jinja").write_text(template.read_text())
+def test_a_run_and_its_export_chat_the_same(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """One turn each, and a conversation that is read from standard input."""
+    run, chat = pair[0], tmp_path / "chat"
+    family = json.loads((pair[1] / "config.json").read_text())["model_type"]
+    made = [
+        "export",
+        str(run),
+        str(chat),
+        "--chat-template",
+        "chatml",
+        "--format",
+        family,
+    ]
+    assert main(made) == 0
     system = {"role": "system", "content": "Be brief"}
     asked = [[system, {"role": "user", "content": prompt}] for prompt in PROMPTS]
-    expected = chatted(export, asked, 24)
-    (export / "chat_template.jinja").unlink()
+    expected = chatted(chat, asked, 24)
     prompts = [a for prompt in PROMPTS for a in ("--prompt", prompt)]
     command = ["generate", run, "--tokens", 24, "--chat", "chatml", "--system", "Be brief"]
     (text,) = megacode([*command, *prompts])
     assert text == "".join(more + "\n" for more in expected)
+
+    talk, answers = [system], []
+    for prompt in PROMPTS[:2]:
+        talk = [*talk, {"role": "user", "content": prompt}]
+        answers += chatted(chat, [talk], 12)
+        talk = [*talk, {"role": "assistant", "content": answers[-1]}]
+    command[command.index(24)] = 12
+    (text,) = megacode(command, typed="".join(prompt + "\n" for prompt in PROMPTS[:2]))
+    assert text == "".join(more + "\n" for more in answers)
 
 
 def test_a_run_and_its_export_write_and_score_the_same(

@@ -115,6 +115,7 @@ def test_ids_of_another_tokenizer_are_not_kept_and_said(tmp_path: Path, own_mode
     own = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
     about = outgoing(imported, own, tokenizer)
     assert about.ids == own and about.generation == {
+        "do_sample": True,
         "temperature": 0.6,
         "bos_token_id": 1,
         "eos_token_id": 2,

@@ -18,7 +18,6 @@ import torch
 
 from megacode.convert.importing import Found, import_model, starting_recipe
 from megacode.convert.tokenizer_files import difference, has_tokenizer
-from megacode.errors import UserError
 from megacode.recipe.schema import Recipe, TokenizerSection
 from megacode.run.checkpoints import INFO
 from megacode.run.history import Origin, open_checkpoint
@@ -39,10 +38,7 @@ def open_origin(path: Path) -> Origin:
         UserError: it is none of them, or a model that cannot be imported.
     """
     if not is_hugging_face(path):
-        try:
-            return open_checkpoint(path)
-        except UserError as error:
-            raise UserError(f"initialize_from: {error}, or a Hugging Face model's folder") from None
+        return open_checkpoint(path)
     found = Found.open(path)
     recipe = starting_recipe(found, None, found.dtype)
     return Origin(path, found.info(_tokenizer_of(path)), recipe)

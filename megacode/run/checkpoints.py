@@ -80,11 +80,16 @@ def _print_error(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def find_checkpoint(path: str | Path, say: Callable[[str], None] = _print_error) -> Path:
+def find_checkpoint(
+    path: str | Path,
+    say: Callable[[str], None] = _print_error,
+    expected: str = "a run folder or a checkpoints/step_* folder",
+) -> Path:
     """A checkpoint's folder from its own path, a run's or a `checkpoints` folder's.
 
     Args:
         say: told where `latest` does not name the checkpoint that is taken.
+        expected: what to give instead, for the error.
 
     Raises:
         UserError: there is no complete checkpoint.
@@ -98,9 +103,7 @@ def find_checkpoint(path: str | Path, say: Callable[[str], None] = _print_error)
             say(note)
         if found:
             return found
-    raise UserError(
-        f"{path}: no complete checkpoint here; give a run folder or a checkpoints/step_* folder"
-    )
+    raise UserError(f"{path}: no complete checkpoint here; give {expected}")
 
 
 def read_info(checkpoint: Path) -> dict[str, Any]:

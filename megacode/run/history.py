@@ -44,7 +44,8 @@ class Origin:
 def open_checkpoint(path: Path) -> Origin:
     """A checkpoint, or a run's latest one. UserError: there is none that is whole."""
     notes: list[str] = []
-    checkpoint = find_checkpoint(path, notes.append)
+    expected = "initialize_from a run, a checkpoint or a Hugging Face model's folder"
+    checkpoint = find_checkpoint(path, notes.append, expected)
     return Origin(checkpoint, read_info(checkpoint), _recipe_of(checkpoint), "".join(notes))
 
 

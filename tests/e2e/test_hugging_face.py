@@ -168,4 +168,8 @@ def test_a_folder_in_bf16_starts_a_run_in_fp32_and_another_model_is_refused(
         f"initialize_from={tmp_path / 'empty'}",
         check=False,
     )
-    assert done.returncode == 2 and "or a Hugging Face model's folder" in done.stderr
+    assert (
+        done.returncode == 2
+        and "or a Hugging Face model's folder" in done.stderr
+        and "empty: no" in done.stderr
+    )

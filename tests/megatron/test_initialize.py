@@ -108,7 +108,8 @@ def grown(world, model: Model, parallel: dict[str, int], old: int, rows: str):
         if name.endswith(("word_embeddings.weight", "output_layer.weight"))
     }
     for parameter in matrices.values():
-        parameter.data[max(old - rank * len(parameter), 0) :] = 0
+        first = rank * len(parameter)
+        parameter.data[max(old - first, 0) : max(VOCAB - first, 0)] = 7  # whatever is there
     settings = recipe(model, **parallel).model_copy(
         update={"initialize_from": "there", "initialize_new_rows": rows}
     )

@@ -166,12 +166,14 @@ def test_an_output_layer_of_its_own_is_kept(
 
     weights[head] = embedding.clone()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert Found.open(folder).model.tie_embeddings, "the same matrix twice"
+    found = Found.open(folder)
+    assert found.model.tie_embeddings, "the same matrix twice"
+    assert found.notes() == [f"{head} is the embedding once more (tied), left out"]
 
     weights[head] = embedding + 0.5
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     found = Found.open(folder)
-    assert not found.model.tie_embeddings and head in str(found.note)
+    assert not found.model.tie_embeddings and head in found.notes()[0]
     assert main(["import", str(folder), str(tmp_path / "in")]) == 0
     assert f"note: {head} differs from" in capsys.readouterr().out
     reader = CheckpointReader.open(tmp_path / "in")
@@ -188,5 +190,5 @@ def test_import_says_nothing_of_a_model_without_surprises(tmp_path: Path) -> Non
     config = transformers.LlamaConfig(**{**SIZES, "hidden_size": 64, "num_attention_heads": 4})
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
     found = Found.open(tmp_path / "hf")
-    assert found.note is None and not found.model.tie_embeddings
+    assert found.notes() == [] and not found.model.tie_embeddings
     import_model(found, tmp_path / "in", None)

@@ -18,6 +18,7 @@ import torch
 
 from megacode.convert.importing import Found, import_model, starting_recipe
 from megacode.convert.tokenizer_files import difference, has_tokenizer
+from megacode.errors import UserError
 from megacode.recipe.schema import Recipe, TokenizerSection
 from megacode.run.checkpoints import INFO
 from megacode.run.history import Origin, open_checkpoint
@@ -61,18 +62,23 @@ def as_checkpoint(
         say: told what the import changes.
 
     Raises:
-        UserError: on rank 0, a weight does not fit or the folder cannot be written.
+        UserError: on all ranks, a weight does not fit or the folder cannot be written.
     """
     if not is_hugging_face(origin):
         yield origin
         return
-    place = run / _PLACE
+    place, mistake = run / _PLACE, [""]
     try:
         if is_main:
             for left in (place, *run.glob(f".{_PLACE}.*.tmp")):  # of a start that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            _import(Found.open(origin), place, recipe, tokenizer, say)
-        torch.distributed.barrier()
+            try:
+                _import(Found.open(origin), place, recipe, tokenizer, say)
+            except UserError as error:
+                mistake = [str(error)]
+        torch.distributed.broadcast_object_list(mistake, src=0)
+        if mistake[0]:
+            raise UserError(mistake[0])
         yield place
         torch.distributed.barrier()
     finally:

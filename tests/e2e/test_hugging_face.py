@@ -13,7 +13,7 @@ import yaml
 
 transformers = pytest.importorskip("transformers")
 
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from megacode import load_recipe, make_plan, open_mixture  # noqa: E402
 from megacode.data.loader import StepReader  # noqa: E402
@@ -158,6 +158,13 @@ def test_a_folder_in_bf16_starts_a_run_in_fp32_and_another_model_is_refused(
         if (record := json.loads(line)).get("event") == "initialize"
     ]
     assert event["checkpoint"] == str(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"][1:]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    done = megacode("train", recipe, "--run", tmp_path / "cut", check=False, ranks=2)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "model.norm.weight has shape (47,)" in done.stderr
+    assert not list((tmp_path / "cut").glob("*imported*"))
     (tmp_path / "empty").mkdir()
     done = megacode(
         "train",

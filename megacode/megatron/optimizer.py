@@ -15,7 +15,11 @@ from megacode.errors import UserError
 from megacode.megatron.config import MegatronConfig, refusals, with_types
 from megacode.megatron.hardware import detect
 from megacode.megatron.model import global_parameter_names
-from megacode.megatron.optimizer_state import allocate_state, inner_optimizers
+from megacode.megatron.optimizer_state import (
+    allocate_state,
+    inner_optimizers,
+    keep_places_in_buffers,
+)
 from megacode.megatron.workarounds import refuse_odd_sizes
 from megacode.recipe.schema import Model, Optimizer, Recipe
 
@@ -134,6 +138,7 @@ def build_optimizer(recipe: Recipe, model_chunks: list[DistributedDataParallel])
         config = OptimizerConfig(**fields | with_types(OptimizerConfig, settings.megatron))
         optimizer = get_megatron_optimizer(config, model_chunks, config_overrides=overrides)
     allocate_state(optimizer)
+    keep_places_in_buffers(optimizer)
     return optimizer
 
 

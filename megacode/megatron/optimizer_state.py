@@ -12,7 +12,8 @@ from a checkpoint with another Adam than the one that made it:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,19 +35,19 @@ def _parts_with_state(
     Megatron-Core chains several where parameters differ in kind; a chain of one stores its state
     as it is, a longer one by number (megatron/core/optimizer/optimizer.py, ChainedOptimizer).
     """
-    parts = _parts(optimizer)
+    parts = optimizer_parts(optimizer)
     for number, part in enumerate(parts):
         if part.optimizer is not None:
             yield part, state if len(parts) == 1 else state[number]
 
 
-def _parts(optimizer: Any) -> list[Any]:
+def optimizer_parts(optimizer: Any) -> list[Any]:
     return getattr(optimizer, "chained_optimizers", None) or [optimizer]
 
 
 def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     """The torch-style optimizers inside Megatron-Core's (chained) wrapper."""
-    return [part.optimizer for part in _parts(optimizer) if part.optimizer is not None]
+    return [part.optimizer for part in optimizer_parts(optimizer) if part.optimizer is not None]
 
 
 def _is_torch(adam: torch.optim.Optimizer) -> bool:
@@ -82,6 +83,35 @@ def reset_optimizer_state(optimizer: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------- checkpoints
+
+
+def keep_places_in_buffers(optimizer: Any) -> None:
+    """Save every parameter's state from its own place, where several buckets are padded.
+
+    Upstream fault: the distributed optimizer gathers masters and moments without the padding that
+        ends each bucket of gradients, and cuts parameters out of them by places that count it. From
+        the second bucket on, a checkpoint holds numbers of the parameters beside. A bucket is
+        padded where its size is no multiple of 128 and of the number of data-parallel ranks.
+    Versions: Megatron-Core 0.16.
+    Remove when: both sides count alike. Test: `test_padding_between_buckets`.
+    """
+    for part in optimizer_parts(optimizer):
+        if getattr(part, "buffers", None):
+            gather = part.get_parameter_state_dp_zero
+            part.get_parameter_state_dp_zero = partial(_gather_with_padding, part.buffers, gather)
+
+
+def _gather_with_padding(buffers: Sequence[Any], gather: Any, *args: Any, **keys: Any) -> Any:
+    state = gather(*args, **keys)
+    for number, buffer in enumerate(buffers if state else ()):
+        for tensors in state[number].values():
+            for name, numbers in tensors.items():
+                if torch.is_tensor(numbers) and len(buffer.buckets) > 1:
+                    parts = numbers.split([bucket.numel_unpadded for bucket in buffer.buckets])
+                    tensors[name] = numbers.new_zeros(buffer.numel)
+                    for bucket, part in zip(buffer.buckets, parts, strict=True):
+                        tensors[name][bucket.offset : bucket.offset + len(part)] = part
+    return state
 
 
 def other_multipliers(optimizer: Any, state: dict[str, Any]) -> str | None:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import FileSystemReader, load, save
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megacode.errors import UserError
-from megacode.recipe.schema import Checkpoints, Recipe
+from megacode.recipe.schema import Checkpoints, Overlap, Parallel, Recipe
 from tests.megatron.test_adams import losses as losses_of_three_adams
 from tests.megatron.test_engine_layers import loaded_into_engine_modules
 from tests.megatron.test_step import VOCAB, small
@@ -57,12 +57,13 @@ def of_a_rank(function: Callable[..., Any], *arguments: Any, ranks: int = 1) -> 
     return found[0] if ranks == 1 else found
 
 
-def optimizer_of(recipe: Recipe) -> tuple[Any, Any]:
+def optimizer_of(recipe: Recipe, ranks: int = 1) -> tuple[Any, Any]:
     from megacode.megatron.config import megatron_config
+    from megacode.megatron.hardware import detect
     from megacode.megatron.model import build_model
     from megacode.megatron.optimizer import build_optimizer, wrap_data_parallel
 
-    decided = megatron_config(recipe)
+    decided = megatron_config(recipe, detect(), ranks)
     chunks = wrap_data_parallel(decided, build_model(recipe, VOCAB, decided))
     return chunks, build_optimizer(recipe, chunks)
 
@@ -328,6 +329,22 @@ def not_adapted(world: object, folder: str) -> None:
 
 def test_another_adam(tmp_path: Path) -> None:
     of_a_rank(not_adapted, str(tmp_path))
+
+
+def gathered(world: object) -> tuple[int, int]:
+    """How many masters Megatron-Core gathers from padded buckets, and up to where it cuts parameters out of them."""
+    parallel = Parallel(overlap=Overlap(grad_reduce=True), ddp={"bucket_size": 3000})
+    _, optimizer = optimizer_of(small().model_copy(update={"parallel": parallel}), ranks=2)
+    part = optimizer.chained_optimizers[0]
+    state = type(part).get_parameter_state_dp_zero(part, return_on_all_ranks=True)
+    (tensors,) = state[0].values()
+    return len(tensors["param"]), max(end for _, end, _ in part.buffers[0].param_index_map.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on gloo")
+def test_padding_between_buckets() -> None:
+    there, needed = of_a_rank(gathered, ranks=2)[0]
+    assert there < needed
 
 
 def saved_masters(world: object) -> torch.dtype:

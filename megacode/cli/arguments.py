@@ -75,6 +75,13 @@ def one_of(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def whole_numbers(text: str) -> list[int]:
+    """`100,200` -> [100, 200]."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        _expected("whole numbers split by commas, such as 100,200,300", text)
+    return list(map(int, text.split(",")))
+
+
 def size(text: str) -> int:
     """Bytes: `10GB` -> 10^10, `32MiB` -> 2^25."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?|[KMGT]i)B?", text)

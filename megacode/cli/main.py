@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "tokenizer": ("megacode.cli.tokenizer", "train a SentencePiece tokenizer"),
     "train": ("megacode.cli.train", "train a recipe, or go on with a run"),
     "fork": ("megacode.cli.fork", "a new run that shares another's first steps"),
+    "average": ("megacode.cli.average", "the mean of a run's checkpoints, as a checkpoint"),
     "evaluate": ("megacode.cli.evaluate", "validation loss of a checkpoint, by source and domain"),
     "generate": ("megacode.cli.generate", "continue a prompt with a checkpoint"),
     "export": ("megacode.cli.export", "a checkpoint as a Hugging Face folder"),

@@ -116,7 +116,14 @@ def _lead(recipe: Recipe, info: dict[str, Any], tokens: float | None) -> str:
     facts.append(f"after {int(info['step']):,} steps")
     if tokens:
         facts.append(f"{count(tokens)} tokens seen")
-    return f"A causal language model: {', '.join(facts)}."
+    lead = f"A causal language model: {', '.join(facts)}."
+    if average := info.get("average"):
+        steps = ", ".join(f"{step:,}" for step in average["steps"])
+        kind = "moving averages (EMA) of the weights" if average["weights"] == "ema" else "weights"
+        lead += (
+            f" Its weights are the mean of the {kind} after steps {steps}; losses are the run's."
+        )
+    return lead
 
 
 def _model_rows(recipe: Recipe, info: dict[str, Any]) -> list[tuple[str, str]]:

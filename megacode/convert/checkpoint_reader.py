@@ -57,7 +57,7 @@ class CheckpointReader:
         tensors = self.metadata.state_dict_metadata
         if key in tensors:
             return key, tensors[key], layer
-        numbered = f"{LAYER}{layer}.{key.removeprefix(LAYER)}"
+        numbered = key.replace(LAYER, f"{LAYER}{layer}.", 1)
         if numbered in tensors:
             return numbered, tensors[numbered], None
         raise UserError(f"{self.folder}: holds no {key}; its recipe.yaml describes another model")

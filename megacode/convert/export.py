@@ -34,7 +34,7 @@ from megacode.errors import UserError
 from megacode.files import write_json
 from megacode.recipe.load import load_recipe
 from megacode.recipe.schema import Model, Recipe
-from megacode.run.checkpoints import find_checkpoint, read_info
+from megacode.run.checkpoints import AVERAGES, find_checkpoint, read_info
 from megacode.tokenizer.tokenizer import load_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -88,7 +88,9 @@ class ExportSource:
     def run(self) -> Path | None:
         """The run that the checkpoint lies in."""
         folder = self.checkpoint.resolve().parent
-        in_run = folder.name == "checkpoints" and (folder.parent / "recipe.yaml").is_file()
+        in_run = (
+            folder.name in ("checkpoints", AVERAGES) and (folder.parent / "recipe.yaml").is_file()
+        )
         return folder.parent if in_run else None
 
     def check(self, slot: Slot) -> None:

@@ -46,6 +46,7 @@ from megacode.megatron.optimizer_state import (
     other_multipliers,
     remainders_to_masters,
 )
+from megacode.megatron.weight_ema import WeightEma
 from megacode.megatron.workarounds import (
     leave_fp8,
     let_results_outlive_signals,
@@ -85,17 +86,23 @@ def _modules(model_chunks: Sequence[Any]) -> dict[str, Any]:
 
 
 def _sharded_state(
-    model_chunks: Sequence[Any], optimizer: Any | None, loading: bool
+    model_chunks: Sequence[Any],
+    optimizer: Any | None,
+    loading: bool,
+    ema: WeightEma | None = None,
 ) -> dict[str, Any]:
     metadata = {**_format(), "dp_cp_group": _data_parallel_group()}
     state = {
         name: module.sharded_state_dict(metadata=metadata)
         for name, module in _modules(model_chunks).items()
     }
+    averages = ema.sharded_state(state, loading) if ema else None
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(
             dict(state), is_loading=loading, metadata=metadata
         )
+    if averages is not None:
+        state["ema"] = averages
     if not loading:
         if optimizer is not None:
             remainders_to_masters(optimizer, state["optimizer"])
@@ -107,9 +114,14 @@ def _sharded_state(
 
 
 def load_checkpoint(
-    checkpoint: Path, model_chunks: Sequence[Any], optimizer: Any | None
+    checkpoint: Path,
+    model_chunks: Sequence[Any],
+    optimizer: Any | None,
+    ema: WeightEma | None = None,
 ) -> dict[str, Any]:
     """Load weights, and with an `optimizer` its state too, into this rank's model chunks.
+
+    An `ema` begins with the loaded weights where the checkpoint has none.
 
     Returns:
         the checkpoint's info.
@@ -120,7 +132,8 @@ def load_checkpoint(
     """
     info = read_info(checkpoint)
     stored = read_index(checkpoint)  # before anything else opens it: it may hold code
-    state = _sharded_state(model_chunks, optimizer, loading=True)
+    stored_ema = ema if info.get("ema") else None
+    state = _sharded_state(model_chunks, optimizer, loading=True, ema=stored_ema)
     strategy = FullyParallelLoadStrategyWrapper(
         TorchDistLoadShardedStrategy(), _data_parallel_group()
     )
@@ -140,6 +153,10 @@ def load_checkpoint(
         if why := other_multipliers(optimizer, loaded["optimizer"]):
             raise UserError(f"{checkpoint}: {why}")
         load_optimizer_state(optimizer, loaded["optimizer"])
+    if stored_ema:
+        stored_ema.load(loaded["ema"])
+    elif ema:
+        ema.restart()
     return info
 
 
@@ -227,6 +244,7 @@ class Checkpointer:
         optimizer: Any,
         info: dict[str, Any],
         recipe_text: str,
+        ema: WeightEma | None = None,
     ) -> None:
         """Start writing the state after `step` finished steps. Collective.
 
@@ -245,7 +263,7 @@ class Checkpointer:
         torch.distributed.barrier()
         let_results_outlive_signals()
         request = dist_checkpointing.save(
-            _sharded_state(model_chunks, optimizer, loading=False),
+            _sharded_state(model_chunks, optimizer, loading=False, ema=ema),
             str(temporary),
             FullyParallelSaveStrategyWrapper(
                 TorchDistSaveShardedStrategy("torch_dist", 1), _data_parallel_group()

@@ -24,6 +24,8 @@ from megacode.errors import UserError
 from megacode.files import inside
 
 INDEX = ".metadata"
+EMA = "optimizer.state.ema."
+"""Begins the names of the moving averages of weights (`optimizer.ema`), fp32."""
 _WHOLE = "give a checkpoint that was written whole"
 _DCP = "torch.distributed.checkpoint"
 _OF_INDEX = {

@@ -43,11 +43,12 @@ def stage_memory(recipe: Recipe, vocab_size: int, world_size: int, stage: int) -
     """Memory of the ranks of one pipeline stage.
 
     Weights take 2 bytes (4 in fp32), gradients 4, Adam 8 and another 4 for the master copy of
-    16-bit weights (less with Megatron-Core's precision-aware optimizer); the distributed optimizer
-    divides Adam's share over the data (x context) parallel ranks. FP8 keeps two more bytes of every
-    matrix, itself and its transpose; with `fp8_params` only these. Activations follow Korthikanti
-    et al. (arXiv 2205.05198), with this model's own widths instead of 4h and without attention
-    scores, which flash attention never stores; 1F1B keeps as many micro-batches as stages follow.
+    16-bit weights (less with Megatron-Core's precision-aware optimizer), an EMA of weights 4; the
+    distributed optimizer divides Adam's share and the EMA over the data (x context) parallel ranks.
+    FP8 keeps two more bytes of every matrix, itself and its transpose; with `fp8_params` only
+    these. Activations follow Korthikanti et al. (arXiv 2205.05198), with this model's own widths
+    instead of 4h and without attention scores, which flash attention never stores; 1F1B keeps as
+    many micro-batches as stages follow.
     Sizes are those stored, padding included.
     """
     parallel, precision, stages = recipe.parallel, recipe.precision, recipe.parallel.pipeline
@@ -61,7 +62,8 @@ def stage_memory(recipe: Recipe, vocab_size: int, world_size: int, stage: int) -
     parameters = round(matrices + edge / parallel.tensor + parts["norms"] / stages)
     full = precision.compute == "fp32"
     data = max(world_size // (parallel.tensor * parallel.pipeline), 1)
-    adam = _adam_bytes(recipe) / (data if parallel.distributed_optimizer else 1)
+    ema = 4.0 if recipe.optimizer.ema else 0.0
+    adam = (_adam_bytes(recipe) + ema) / (data if parallel.distributed_optimizer else 1)
     weights = parameters * (4.0 if full else 2.0)
     if precision.compute == "fp8":
         weights += matrices * (0.0 if precision.fp8_params else 2.0)
@@ -144,23 +146,28 @@ def _activations(recipe: Recipe, vocab_size: int, stage: int) -> float:
 
 
 def checkpoint_bytes(recipe: Recipe, vocab_size: int) -> int:
-    """Size of one checkpoint: weights as trained, fp32 master weights and two moments of every
-    stored parameter.
+    """Size of one checkpoint: weights as trained, fp32 master weights, two moments and the EMA, if
+    there is one, of every stored parameter.
 
     Megatron-Core's reshardable format holds master weights also where they are the weights (fp32).
     """
     stored = sum(_stored_parts(recipe, vocab_size).values())
-    return stored * (12 + (4 if recipe.precision.compute == "fp32" else 2))
+    return stored * (_gathered_each(recipe) + (4 if recipe.precision.compute == "fp32" else 2))
 
 
 def gathered_bytes(recipe: Recipe, parameters: int, world_size: int) -> float:
     """Host memory that every process takes while Megatron-Core gathers a checkpoint: fp32 master
-    weights and two moments of all its `parameters`, and its own share of them once more. Without
-    the distributed optimizer nothing is gathered."""
+    weights, two moments and the EMA, if there is one, of all its `parameters`, and its own share
+    of them once more. Without the distributed optimizer nothing is gathered."""
     if not recipe.parallel.distributed_optimizer:
         return 0.0
     data = max(world_size // (recipe.parallel.tensor * recipe.parallel.pipeline), 1)
-    return 12.0 * parameters * (1 + 1 / data)
+    return _gathered_each(recipe) * parameters * (1 + 1 / data)
+
+
+def _gathered_each(recipe: Recipe) -> int:
+    """Bytes of fp32 state of a parameter in a checkpoint."""
+    return 16 if recipe.optimizer.ema else 12
 
 
 def corpus_bytes(plan: Plan, vocab_size: int) -> int:

@@ -34,6 +34,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
         *_origin(recipe),
         *_parallel(recipe),
         *_precision(recipe),
+        *_ema(recipe),
         *_packing(recipe),
         *(problem for phase in recipe.phases for problem in _phase(recipe, phase)),
         *check_pass_through(recipe),
@@ -236,7 +237,16 @@ def _batch_size(recipe: Recipe, phase: Phase, data: int) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------- precision
+# ---------------------------------------------------------------------------- optimizer, precision
+
+
+def _ema(recipe: Recipe) -> Iterator[str]:
+    if recipe.optimizer.ema and recipe.optimizer.megatron.get("optimizer_cpu_offload"):
+        yield (
+            "optimizer.ema: is kept on the device, from weights there, and "
+            "optimizer.megatron.optimizer_cpu_offload keeps these on the host; take one of the two "
+            "out"
+        )
 
 
 def _precision(recipe: Recipe) -> Iterator[str]:

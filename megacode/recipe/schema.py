@@ -25,6 +25,7 @@ from megacode.recipe.schema_model import (  # noqa: F401 - all classes are read 
 )
 from megacode.recipe.schema_run import (  # noqa: F401
     Checkpoints,
+    Ema,
     Evaluation,
     Fusion,
     Logging,

@@ -19,6 +19,20 @@ class ParameterGroup(Section):
     weight_decay_mult: float = Field(default=1.0, ge=0)
 
 
+class Ema(Section):
+    """An exponential moving average of the weights, beside them: in every step
+    average = `decay` x average + (1 - `decay`) x weights, in fp32, from the run's first weights on.
+
+    Training does not read it. Checkpoints hold it, and `megacode average --weights ema` makes one
+    of it."""
+
+    short_for: ClassVar[str | None] = "decay"
+
+    decay: float = Field(gt=0, lt=1)
+    every: Count = 1
+    """Steps between updates, each with `decay` to the power of these steps."""
+
+
 class Optimizer(Section):
     """AdamW as Megatron-Core runs it. `megatron` reaches every other field of its OptimizerConfig
     that is of use for it."""
@@ -33,6 +47,8 @@ class Optimizer(Section):
     loss_denominator: Literal["tokens", "positions"] = "tokens"
     """Mean over unmasked tokens, or over all positions of the batch (Crystal)."""
     groups: list[ParameterGroup] = Field(default_factory=list)
+    ema: Ema | None = None
+    """Takes 4 bytes a parameter. `ema: 0.999` is short for `ema: {decay: 0.999}`."""
     megatron: dict[str, Any] = Field(default_factory=dict)
 
 

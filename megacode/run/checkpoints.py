@@ -17,6 +17,8 @@ from megacode.errors import UserError
 
 INFO = "megacode.json"
 LATEST = "latest"
+AVERAGES = "averages"
+"""Folder of a run with means of its checkpoints: weights alone, nothing to resume from."""
 _NAME = re.compile(r"step_(\d{8,})")
 
 

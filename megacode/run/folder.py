@@ -21,7 +21,7 @@ from megacode.lock import HeldError, Lock, take
 from megacode.plan.plan import Plan
 from megacode.plan.summary import plan_summary
 from megacode.recipe.load import dump_recipe
-from megacode.run.checkpoints import complete_checkpoints
+from megacode.run.checkpoints import INFO, complete_checkpoints
 from megacode.run.history import is_own
 from megacode.run.metrics import FILE as METRICS
 from megacode.version import __version__
@@ -80,8 +80,14 @@ def lock_run(run: Path) -> Lock:
     """Make the folder if need be and take its lock: one start trains in it at a time.
 
     Raises:
-        UserError: another process trains in this folder, or it cannot be made or written to.
+        UserError: another process trains in this folder, it is a checkpoint's, or it cannot be made
+            or written to.
     """
+    if (run / INFO).is_file():
+        raise UserError(
+            f"--run {run}: is a checkpoint, not a run's folder; choose another --run, and start "
+            "from its weights with `initialize_from`"
+        )
     try:
         run.mkdir(parents=True, exist_ok=True)
         return take(run / LOCK, wait=_GRACE)

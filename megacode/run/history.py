@@ -179,8 +179,13 @@ def past_changes(
         (differences in the batches, changes of model, tokenizer and training).
 
     Raises:
-        UserError: the checkpoint's recipe cannot be read.
+        UserError: the checkpoint's recipe cannot be read, or it holds weights alone.
     """
+    if "facts" not in info:
+        raise UserError(
+            f"{checkpoint}: holds weights alone (imported or averaged), so no run resumes from it; "
+            "move it elsewhere, and start a new run with `initialize_from`"
+        )
     step, before = int(info["step"]), _recipe_of(checkpoint)
     batches = differences(info["facts"], json.loads(json.dumps(fingerprint(plan, step))))
     tokenizer = tokenizer_changes(info, before, plan.recipe)

@@ -42,6 +42,7 @@ from megacode.megatron.step import (
     train_step,
     without_fp8,
 )
+from megacode.megatron.weight_ema import WeightEma
 from megacode.plan.fingerprint import fingerprint
 from megacode.plan.plan import PhasePlan, Plan
 from megacode.recipe.checks import check_layout
@@ -138,6 +139,9 @@ class Trainer:
         model = build_model(recipe, self.vocab_size, decided)
         self.model_chunks = wrap_data_parallel(decided, model)
         self.optimizer = build_optimizer(recipe, self.model_chunks)
+        self.ema = None
+        if recipe.optimizer.ema:
+            self.ema = WeightEma(recipe.optimizer.ema, self.optimizer, self.model_chunks)
         prepare_model_for_training(self.model_chunks, self.optimizer)
         self.reports.machine(decided.hardware, adam_of(self.optimizer), decided.overlaps)
         self.checkpointer = Checkpointer(
@@ -199,6 +203,8 @@ class Trainer:
             profiler.before(step)
             batch = next(step_batches)
             sums, norm, bf16_sums = self._update(step, phase, batch)
+            if self.ema:
+                self.ema.update(step + 1)
             garbage.collect_after(step + 1)
             # From the end of one step to the end of the next; without evaluation and saving.
             before, clock = clock, time.perf_counter()
@@ -306,6 +312,7 @@ class Trainer:
             "facts": fingerprint(plan, self.done),
             "vocab_size": self.vocab_size,
             **self.facts,
+            **({"ema": True} if self.ema else {}),
             "distributed_optimizer": recipe.parallel.distributed_optimizer,
             "layout": {
                 "tensor": recipe.parallel.tensor,
@@ -316,7 +323,7 @@ class Trainer:
         }
         with gathered_weights(self.model_chunks):
             self.checkpointer.save(
-                self.done, self.model_chunks, self.optimizer, info, dump_recipe(recipe)
+                self.done, self.model_chunks, self.optimizer, info, dump_recipe(recipe), self.ema
             )
         gc.collect()  # free its copies of tensors now
 
@@ -333,12 +340,18 @@ class Trainer:
                     f"{checkpoint}: was saved with parallel.distributed_optimizer: {saved}; set it "
                     "so, or start a new run from its weights with `initialize_from`"
                 )
-            load_checkpoint(checkpoint, self.model_chunks, self.optimizer)
+            load_checkpoint(checkpoint, self.model_chunks, self.optimizer, self.ema)
+            if self.ema and not start.info.get("ema"):
+                reports.say(f"optimizer.ema: {checkpoint} has none; it begins with these weights")
+            if start.info.get("ema") and not self.ema:
+                reports.say(f"optimizer.ema: the one in {checkpoint} is dropped")
             line = f"continuing from {checkpoint}: step {self.done:,} of {plan.total_steps:,}"
             reports.event(self.done, "resume", line, checkpoint=str(checkpoint), world_size=size)
         else:
             if checkpoint:
                 self._load_weights(checkpoint)
+            if self.ema:
+                self.ema.restart()
             scope = f"{plan.total_steps:,} steps, {plan.total_tokens:,} tokens"
             line = f"starting {recipe.name}: {scope}, {size} process{'es' * (size > 1)}"
             reports.event(0, "start", line, world_size=size)

@@ -80,6 +80,8 @@ def test_memory_splits_over_ranks(write):
     assert lean.optimizer == alone.optimizer * (2 + 1 + 2) / 12, (
         "the master copy keeps 16 bits beside the weight's"
     )
+    ema = memory_per_rank(load_recipe(path, [EXACT, "optimizer.ema=0.99"]), 1000, 4)
+    assert ema.optimizer == four.optimizer * 16 / 12
     fp32 = memory_per_rank(load_recipe(path, [EXACT, "precision=fp32"]), 1000, 1)
     assert fp32.weights == 4 * fp32.parameters and fp32.optimizer == 8 * fp32.parameters
 
@@ -129,6 +131,8 @@ def test_a_checkpoint_is_as_large_as_one_that_was_written():
     assert checkpoint_bytes(recipe, 8032) == pytest.approx(53_749_274, rel=0.01)
     half = load_recipe(ROOT / "recipes/crystal-tiny.yaml", ["precision=bf16"])
     assert checkpoint_bytes(half, 8032) / checkpoint_bytes(recipe, 8032) == 14 / 16
+    ema = load_recipe(ROOT / "recipes/crystal-tiny.yaml", ["optimizer.ema=0.99"])
+    assert checkpoint_bytes(ema, 8032) / checkpoint_bytes(recipe, 8032) == 20 / 16
 
 
 def test_days():

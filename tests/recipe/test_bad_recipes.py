@@ -117,6 +117,11 @@ OVERRIDES = {
     "model.kv_heads=3": ("model.kv_heads", ["does not divide heads 4", "use a divisor"]),
     "model.rotary_fraction=0.2": ("model.rotary_fraction", ["3 of 16", "in pairs"]),
     "precision=fp9": ("precision", ["'fp32', 'bf16' or 'fp8'", "correct the override"]),
+    "optimizer={ema: 0.9, megatron: {optimizer_cpu_offload: true}}": (
+        "optimizer.ema",
+        ["is kept on the device"],
+    ),
+    "optimizer.ema=1": ("optimizer.ema", ["less than 1"]),
     "precision.fp8_params=true": ("precision.fp8_params", ["needs `compute: fp8`"]),
     "checkpoints.every=ten": ("checkpoints.every", ["a count such as 4000"]),
     "initialize_from=[a]": ("initialize_from", ["expected text, not a list"]),

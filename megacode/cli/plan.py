@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 EXAMPLE = """examples:
   megacode plan recipes/crystal-7b.yaml --gpus 64 --device h100 --mfu 0.45 --price 2.5
   megacode plan recipes/crystal-7b.yaml --gpus 64 --suggest
-  megacode plan recipes/crystal-7b.yaml --plot plan.png --checkpoints"""
+  megacode plan recipes/crystal-7b.yaml --plot plan.png --checkpoints
+  megacode plan recipes/crystal-tiny.yaml my-recipe.yaml --compare"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", type=Path, help="recipe file")
+    add("other", type=Path, nargs="?", help="second recipe, for --compare")
     add_overrides(parser)
     add("--gpus", type=at_least(1), metavar="N", help="devices, for memory and time")
     add("--mfu", type=fraction, default=0.45, help="share of the device's peak")
@@ -38,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoints", action="store_true", help="list every checkpoint")
     add("--suggest", action="store_true", help="propose parallel layouts for --gpus, fastest first")
     add("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="joined by NVLink")
+    compare = "print what both recipes read of each source, and where totals or orders differ"
+    add("--compare", action="store_true", help=f"{compare}; --set changes both")
     add("--json", action="store_true", help="print the plan as JSON instead")
 
 
@@ -49,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     from megacode.report.plan_costs import Machine, print_costs
     from megacode.report.plan_tables import packing_table, print_plan
 
+    if args.compare or args.other:
+        return _compare(args)
     recipe = load_recipe(args.recipe, args.overrides)
     vocab_size = vocabulary(recipe)
     machine = Machine(args.gpus, args.device, args.mfu, args.price)
@@ -75,6 +81,25 @@ def run(args: argparse.Namespace) -> int:
         console.print(note)
     if args.plot:
         console.print(f"drawn: {args.plot}")
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from megacode.data.planning import plan_with_data
+    from megacode.report.plan_comparison import Comparison
+
+    if not (args.compare and args.other):
+        raise UserError("--compare: compares two recipes; give RECIPE, OTHER and --compare")
+    beside = ("gpus", "plot", "price", "checkpoints", "suggest")
+    if given := [f"--{name}" for name in beside if getattr(args, name)]:
+        raise UserError(f"--compare: takes no {given[0]}; leave it out, or plan one recipe")
+    files = (args.recipe, args.other)
+    plans = [plan_with_data(load_recipe(file, args.overrides), file) for file in files]
+    comparison = Comparison(*plans)
+    if args.json:
+        print(json.dumps(comparison.as_dict(), indent=1))
+    else:
+        comparison.print(table_console())
     return 0
 
 

@@ -115,3 +115,69 @@ def test_what_a_suggestion_prints_can_be_typed_and_keeps_what_it_was_for(capsys)
     ) and "precision={compute: fp8, fp8_recipe: tensorwise}" in arguments
     run(*arguments)
     assert "fp8" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ two recipes
+
+
+ORDERS = {  # arXiv 2309.16298: four equal phases, of which the share of code differs
+    "uniform": (0.4, 0.4, 0.4, 0.4),
+    "increase": (0.1, 0.3, 0.5, 0.7),
+    "decrease": (0.7, 0.5, 0.3, 0.1),
+}
+
+
+def ordered(write, name, shares, steps=25):
+    """A recipe of phases with these shares of code."""
+    phases = "".join(
+        f"  - {{name: p{number}, steps: {steps}, batch_size: 10, sequence_length: 32, learning_rate: {{peak: 1e-3}}, "
+        f"mixture: {{sources: {{python: {share}, docs: {1 - share:.4g}}}}}}}\n"
+        for number, share in enumerate(shares, 1)
+    )
+    return write(
+        f"name: {name}\nmodel: {{layers: 2, hidden_size: 32, heads: 2, vocab_size: 300}}\nsources:\n"
+        "  python: {path: p, domain: code, tokens: 32k}\n  docs: {path: d, tokens: 64k}\n"
+        f"phases:\n{phases}",
+        f"{name}.yaml",
+    )
+
+
+@pytest.mark.parametrize("other", ["increase", "decrease"])
+def test_orders_of_the_same_totals_are_equal_to_the_token(write, capsys, other):
+    a, b = (ordered(write, name, ORDERS[name]) for name in ("uniform", other))
+    assert run(a, b, "--compare") == 0
+    told = capsys.readouterr().out
+    assert "totals of all 2 sources are equal to the token; the order differs in 2" in told
+    row = next(line.split() for line in told.splitlines() if line.split()[:1] == ["python"])
+    assert row[:5] == ["python", "400", "400", "12,800", "12,800"] and row[5] == row[6] != "0"
+    assert row[7:] == ["equal", "differs"]
+    first = {"increase": "800", "decrease": "5,600"}[other]
+    assert f"python   {first}" in told.split("B: tokens by phase")[1]
+    assert run(a, b, "--compare", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["totals_equal"] and not found["order_equal"]
+    docs = found["sources"]["docs"][0]
+    assert docs == {"sequences": 600, "tokens": 19_200, "epochs": pytest.approx(0.3, rel=0.01)}
+
+
+def test_the_same_order_in_fewer_phases_is_equal(write, capsys):
+    a, b = ordered(write, "four", (0.4,) * 4), ordered(write, "one", (0.4,), steps=100)
+    run(a, b, "--compare")
+    assert "equal to the token, also at every end of a phase" in capsys.readouterr().out
+
+
+def test_totals_that_differ_are_told_by_source(write, capsys):
+    a, b = ordered(write, "less", (0.4, 0.4)), ordered(write, "more", (0.4, 0.5))
+    assert run(a, b, "--compare") == 0
+    told = capsys.readouterr().out
+    assert "totals differ in 2 of 2 sources: python, docs" in told
+    assert "+800" in told and "-800" in told
+    run(a, a, "--compare", "--set", "phases.p1.steps=20")
+    assert "A is less: 45 steps" in (told := capsys.readouterr().out) and "B is less: 45" in told
+
+
+@pytest.mark.parametrize("given", [["b", "--compare", "--gpus", "8"], ["b"], ["--compare"]])
+def test_a_comparison_of_less_or_more_is_refused(write, given):
+    files = {name: ordered(write, name, (0.4,)) for name in "ab"}
+    with pytest.raises(UserError, match="--compare: "):
+        run(files["a"], *(files.get(word, word) for word in given))

@@ -18,7 +18,15 @@ from megacode.files import write_json, write_text
 from megacode.plan.plan import Plan
 from megacode.recipe.load import dump_recipe, load_recipe
 from megacode.recipe.mixtures import mixture_entries
-from megacode.recipe.schema import Mixture, MixtureSource, Phase, PhasePart, Recipe, Within
+from megacode.recipe.schema import (
+    LearningRate,
+    Mixture,
+    MixtureSource,
+    Phase,
+    PhasePart,
+    Recipe,
+    Within,
+)
 from megacode.run.checkpoints import LATEST, complete_checkpoints, read_info
 from megacode.run.history import past_changes, shown
 from megacode.run.metrics import FILE as METRICS
@@ -36,8 +44,13 @@ def fork(
     new: Path,
     recipe_file: Path | None = None,
     overrides: list[str] | None = None,
+    cool_down: int | None = None,
 ) -> list[str]:
     """Make the run folder `new`, whose first `step` steps are those of the run `old`.
+
+    Args:
+        recipe_file: of what follows, the old run's by default; `overrides` change it.
+        cool_down: steps that follow, instead, with a rate that goes linearly to zero.
 
     Returns:
         lines that say what it will do.
@@ -55,7 +68,10 @@ def fork(
     checkpoint, own, overrides = there[step], old / "recipe.yaml", overrides or []
     source = recipe_file or own
     before = plan_with_data(load_recipe(own), own)
-    recipe = split(before, plan_with_data(load_recipe(source, overrides), source), step)
+    if cool_down:
+        recipe, overrides = cooled(before, step, cool_down), [f"--cool-down {cool_down}"]
+    else:
+        recipe = split(before, plan_with_data(load_recipe(source, overrides), source), step)
     if _NAME.fullmatch(new.name) and recipe.name == before.recipe.name:
         recipe = recipe.model_copy(update={"name": new.name})
     plan = plan_with_data(recipe, source)
@@ -79,6 +95,7 @@ def fork(
         f"{new}: {checkpoint.name} of {old}, then {plan.total_steps - step:,} steps of its own",
         *(f"  {change}, from step {step + 1:,} on" for change in asked),
         *_phases_to_come(plan, step),
+        *([f"  the rate goes linearly from {plan.learning_rate(step):.6g} to 0"] * bool(cool_down)),
     ]
 
 
@@ -144,13 +161,42 @@ def split(before: Plan, after: Plan, step: int) -> Recipe:
     return new.model_copy(update={"phases": phases})
 
 
+def cooled(before: Plan, step: int, steps: int) -> Recipe:
+    """The recipe that is `before`'s up to `step`, and then ends with a phase of `steps` steps.
+
+    In it the rate goes linearly to zero from where it stands; all else goes on.
+
+    Raises:
+        UserError: the rate is zero there.
+    """
+    phase = before.phase_at(step - 1)
+    old, done = before.recipe.phases[phase.index], step - phase.first_step
+    rate = phase.learning_rate(min(step, phase.last_step))
+    if not rate:
+        raise UserError(
+            f"--cool-down {steps}: the rate at step {step:,} is zero already; choose another --at"
+        )
+    changes = {
+        "name": _free_name(old.name, [given.name for given in before.recipe.phases]),
+        "steps": steps,
+        "tokens": None,
+        "learning_rate": LearningRate(schedule="linear", peak=rate),
+    }
+    first, rest = _pieces(before, phase.index, done, old.model_copy(update=changes))
+    phases = [*before.recipe.phases[: phase.index], first if done < phase.steps else old, rest]
+    return before.recipe.model_copy(update={"phases": phases})
+
+
 def _pieces(before: Plan, index: int, done: int, rest: Phase) -> tuple[Phase, Phase]:
-    """A phase of `before` up to its step `done`, and `rest` as what goes on after it."""
+    """A phase of `before` up to its step `done`, and `rest` as what goes on after it.
+
+    After the phase's end, its schedules stay where they ended.
+    """
     old, steps = before.recipe.phases[index], before.phases[index].steps
     places = {name: old.placed(name, steps) for name in _SCHEDULES}
     whole = {name: PhasePart(first=at, steps=length) for name, (at, length) in places.items()}
     kept = {
-        name: PhasePart(first=at + done, steps=length)
+        name: PhasePart(first=min(at + done, length - 1), steps=length)
         for name, (at, length) in places.items()
         if getattr(rest, name) == getattr(old, name)
     }

@@ -52,3 +52,17 @@ def test_a_changed_fork_shares_the_past_and_nothing_else(run: Path) -> None:
     assert got.batches[:10] == old.batches[:10] and got.losses[:10] == old.losses[:10]
     assert len(got.losses) == 20 and not set(got.batches[10:]) & set(old.batches[10:])
     assert json.loads((new / "fork.json").read_text())["step"] == 10
+
+
+def test_a_cool_down_trains_to_a_rate_of_zero(run: Path) -> None:
+    new = run.with_name("cooled")
+    told = megacode("fork", run, "--at", 10, "--cool-down", 4, "--to", new).stdout
+    assert "second-fork: steps 11 to 14" in told and "linearly from 0.002" in told
+    megacode("train", new / "recipe.yaml", "--run", new, ranks=2)
+    assert steps_of(new).losses[:10] == steps_of(run).losses[:10]
+    records = [json.loads(line) for line in (new / "metrics.jsonl").read_text().splitlines()]
+    rates = [record["learning_rate"] for record in records if record["kind"] == "train"][10:]
+    assert rates == pytest.approx([rates[0] * part / 4 for part in (4, 3, 2, 1)])
+    assert json.loads((new / "fork.json").read_text())["changes"] == ["--cool-down 4"]
+    done = megacode("fork", run, "--at", 10, "--cool-down", 4, "--set", "seed=1", check=False)
+    assert done.returncode == 2 and "without --recipe and --set" in done.stderr

@@ -12,7 +12,7 @@ from megacode.errors import UserError
 from megacode.plan.fingerprint import differences, fingerprint
 from megacode.plan.plan import Plan, make_plan
 from megacode.recipe.load import dump_recipe, load_recipe
-from megacode.run.fork import fork, split
+from megacode.run.fork import cooled, fork, split
 
 TOKENS = {"python": 4_000_000, "docs": 2_000_000, "rare": 100_000}
 # Shares below one sample a step (rare), ratios and batches that move, rates with a length of their own and without.
@@ -210,3 +210,40 @@ def test_a_piece_that_begins_after_its_phase(recipe: Path) -> None:
         UserError, match=r"within.mixture: `first` counts from 0 and is 9, in a schedule of 9 steps"
     ):
         load_recipe(recipe)
+
+
+@pytest.mark.parametrize("step", [1040, 2500, 3030])
+def test_a_cool_down_goes_linearly_to_zero_and_changes_nothing_else(
+    recipe: Path, step: int
+) -> None:
+    """Inside a phase, in the decay of its rate, and at its end, where what moved stays."""
+    old, path = plan_of(recipe), recipe.with_name("cooled.yaml")
+    path.write_text(dump_recipe(cooled(old, step, 50)))
+    new = plan_of(path)
+    assert facts(new, 0, step) == facts(old, 0, step) and new.total_steps == step + 50
+    assert differences(fingerprint(old, step), fingerprint(new, step)) == []
+    assert [phase.name for phase in new.phases] == ["one", "two", "two-fork"]
+    assert not new.phases[2].fresh_optimizer
+    rate = old.learning_rate(min(step, 3029))
+    rates = [new.learning_rate(each) for each in range(step, step + 50)]
+    assert rates == pytest.approx(rate * (1 - np.arange(50) / 50))
+    goes_on = min(step + 49, 3029)
+    assert new.phases[2].weights(step + 49).tolist() == pytest.approx(
+        old.phases[1].weights(goes_on).tolist(), abs=1e-6
+    )
+    assert new.phases[2].batch_size(step + 49) == old.phases[1].batch_size(goes_on)
+    for before, after in zip(old.phases[1].streams, new.phases[2].streams, strict=True):
+        assert (
+            after.label == before.label
+            and after.cursor
+            == new.phases[1].streams[new.phases[2].streams.index(after)].cursor_after
+        )
+
+
+def test_no_cool_down_from_a_rate_of_zero(recipe: Path) -> None:
+    text = recipe.read_text().replace(
+        "peak: 1e-3, warmup: 10", "schedule: linear, peak: 1e-3, decay_steps: 20"
+    )
+    recipe.write_text(text)
+    with pytest.raises(UserError, match="--cool-down 5: the rate at step 25 is zero already"):
+        cooled(plan_of(recipe), 25, 5)

@@ -6,4 +6,5 @@
    tokenizer files (`tokenizer_files`, `kept`, `templates`) and the model card (`card`);
    `revisions` does so for every checkpoint of a run.
 3. In: `importing` -> `checkpoint_writer`; `origin` does so for a run that starts from a folder.
+4. `average` reads checkpoints of a run and writes their mean as one.
 """

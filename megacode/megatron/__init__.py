@@ -5,7 +5,7 @@
 2. `config` turns a recipe into Megatron-Core's configuration; `model` builds the model chunks, and
    `initialize` their weights.
 3. `optimizer` builds the optimizer, `optimizer_state` keeps its state the same for every Adam;
-   `step` runs one training step.
+   `weight_ema` averages weights over steps; `step` runs one training step.
 4. `checkpoint` saves and loads, once `checkpoint_index` has read the index as data; `inference`
    reads a model for use.
 

@@ -14,6 +14,7 @@ import torch
 
 from megacode.recipe.schema import Fusion, Model, Precision, Recipe
 from tests.e2e.conftest import Steps, corpora, megacode, recipe, steps_of  # noqa: F401  # fixtures
+from tests.e2e import test_average as average
 from tests.gpu.common import LENGTH, LOW_RATE, VOCAB, WIDE, engine_or_skip, options, settings, train
 from tests.gpu.test_precisions import MODELS
 from tests.processes import run_on
@@ -148,6 +149,23 @@ def test_a_precision_aware_optimizer_changes_no_weight_and_resumes(
     np.testing.assert_allclose(lean, plain.losses, rtol=5e-4)
     np.testing.assert_allclose(stopped, lean, rtol=5e-4)
     np.testing.assert_allclose(other, lean, rtol=5e-4)
+
+
+@pytest.mark.parametrize("aware", [False, True])
+def test_an_ema_of_weights_on_a_stream_of_its_own_is_numpys(
+    recipe: Path, tmp_path: Path, aware: bool
+) -> None:
+    """Of masters, also where these are 16 bits beside the weight's."""
+    if aware:
+        engine_or_skip()
+    changes = (
+        *BF16,
+        f"optimizer.ema={average.DECAY}",
+        f"optimizer.megatron.use_precision_aware_optimizer={str(aware).lower()}",
+    )
+    average.train(recipe, tmp_path, *changes)
+    first = average.tensors(average.step(tmp_path, 1), average.EMA)
+    average.check_ema(tmp_path, first, 2, 6, average.MASTER)
 
 
 def test_a_profile_names_the_kernels(recipe: Path, tmp_path: Path) -> None:

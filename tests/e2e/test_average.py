@@ -17,6 +17,8 @@ pytestmark = pytest.mark.slow
 
 DECAY = 0.8
 MASTER = "optimizer.state.param."
+BUCKETS = ("parallel.overlap.grad_reduce=true", "parallel.ddp.bucket_size=3000")
+"""Of gradients, several and padded, each of which the two ranks share."""
 SHORT = [
     part
     for setting in (
@@ -69,7 +71,7 @@ def check_ema(run: Path, before: dict[str, np.ndarray], first: int, last: int, m
 def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps on two data-parallel ranks."""
     run = tmp_path_factory.mktemp("average") / "run"
-    train(recipe, run, f"optimizer.ema={DECAY}", ranks=2)
+    train(recipe, run, f"optimizer.ema={DECAY}", *BUCKETS, ranks=2)
     return run
 
 
@@ -147,7 +149,7 @@ def test_the_ema_begins_with_the_first_weights_and_follows_numpy(
     ("settings", "master"),
     [
         (["precision=bf16"], MASTER),
-        (["precision=bf16", "parallel.overlap.grad_reduce=true", "parallel.ddp.bucket_size=3000"], MASTER),
+        (["precision=bf16", *BUCKETS], MASTER),
         (["precision=bf16", "parallel.distributed_optimizer=false"], "optimizer.state.fp32_param."),
         (["parallel.pipeline=2", "model.tie_embeddings=true"], MASTER),
         (["parallel.tensor=2", "parallel.distributed_optimizer=false"], ""),
@@ -164,9 +166,9 @@ def test_a_resumed_ema_is_the_same_bit_for_bit_and_loads_in_another_layout(
     run: Path, recipe: Path, tmp_path: Path
 ) -> None:
     ema, again, other = f"optimizer.ema={DECAY}", tmp_path / "again", tmp_path / "other"
-    train(recipe, again, ema, ranks=2, until="first")
+    train(recipe, again, ema, *BUCKETS, ranks=2, until="first")
     shutil.copytree(again, other)
-    train(recipe, again, ema, ranks=2)
+    train(recipe, again, ema, *BUCKETS, ranks=2)
     expected, got = tensors(step(run, 6), EMA), tensors(step(again, 6), EMA)
     assert all(np.array_equal(expected[name], got[name]) for name in expected)
     train(recipe, other, ema, "parallel.pipeline=2", "parallel.distributed_optimizer=true", ranks=2)

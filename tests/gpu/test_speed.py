@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from megacode.recipe.schema import Fusion, Model, Precision, Recipe
-from tests.e2e.conftest import Steps, corpora, megacode, recipe, steps_of  # noqa: F401  # fixtures
 from tests.e2e import test_average as average
+from tests.e2e.conftest import Steps, corpora, megacode, recipe, steps_of  # noqa: F401  # fixtures
 from tests.gpu.common import LENGTH, LOW_RATE, VOCAB, WIDE, engine_or_skip, options, settings, train
 from tests.gpu.test_precisions import MODELS
 from tests.processes import run_on

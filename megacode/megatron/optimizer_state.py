@@ -104,9 +104,12 @@ def keep_places_in_buffers(optimizer: Any) -> None:
 def _gather_with_padding(buffers: Sequence[Any], gather: Any, *args: Any, **keys: Any) -> Any:
     state = gather(*args, **keys)
     for number, buffer in enumerate(buffers if state else ()):
+        last = buffer.buckets[-1]
+        if last.offset + last.numel_unpadded == buffer.numel_unpadded:
+            continue  # no padding but at the end
         for tensors in state[number].values():
             for name, numbers in tensors.items():
-                if torch.is_tensor(numbers) and len(buffer.buckets) > 1:
+                if torch.is_tensor(numbers):
                     parts = numbers.split([bucket.numel_unpadded for bucket in buffer.buckets])
                     tensors[name] = numbers.new_zeros(buffer.numel)
                     for bucket, part in zip(buffer.buckets, parts, strict=True):

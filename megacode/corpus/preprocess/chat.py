@@ -37,9 +37,12 @@ def as_conversations(items: Iterable[Item], from_parquet: bool) -> Iterator[Item
         except BadConversationError as error:
             yield BadRecord(str(error), item.record, item.raw)
             continue
-        text = json.dumps(vars(found), ensure_ascii=False, default=str)
-        whole = well_formed(text)
-        yield item._replace(raw=whole.encode(), repaired=whole != text)
+        try:
+            yield item._replace(raw=orjson.dumps(vars(found), default=str))
+        except TypeError:  # lone surrogates, or numbers beyond 64 bits
+            text = json.dumps(vars(found), ensure_ascii=False, default=str)
+            whole = well_formed(text)
+            yield item._replace(raw=whole.encode(), repaired=whole != text)
 
 
 def parse(raw: bytes) -> Conversation:

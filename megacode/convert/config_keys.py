@@ -63,8 +63,9 @@ def rotary_section(
             say different things.
     """
     parameters, base = _rope_parameters(config), keys["rotary_base"]
+    default_base = defaults.get(base, _DEFAULT_BASE)
     section: dict[str, Any] = {
-        "rotary_base": _one_of_two(config, base, parameters, "rope_theta", _DEFAULT_BASE)
+        "rotary_base": _one_of_two(config, base, parameters, "rope_theta", default_base)
     }
     if fraction := keys.get("rotary_fraction"):
         section["rotary_fraction"] = _one_of_two(

@@ -227,4 +227,4 @@ def _config(
         "use_cache": True,
         **ids,
         **family.config(source.model, source.length),
-    }
+    } | ids

@@ -22,6 +22,7 @@ from megacode.convert.layout import (
     transposed,
 )
 from megacode.errors import UserError
+from megacode.recipe.megatron_fields import EFFECT
 from megacode.recipe.schema import Model
 
 KEYS = {
@@ -47,13 +48,6 @@ _MAY_BE_MISSING = ("kv_heads", "head_dim", "init_std", "dropout", "attention_dro
 ACTIVATIONS = {"gelu": "gelu", "gelu-tanh": "gelu_pytorch_tanh", "relu": "relu"}
 """Plain activations: a recipe's names -> those of transformers."""
 _SAME_ACTIVATION = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
-
-_HARMLESS = (
-    "fusion", "recompute", "cpu_offload", "overlap", "cuda_graph", "deterministic", "deallocate",
-    "tp_comm", "p2p", "moe_per_layer", "attention_backend",
-    "pipeline",  # which stage has which layers
-)  # fmt: skip
-"""Parts of the names of Megatron-Core's fields that do not change what a model computes."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +100,11 @@ class Family:
         fixed: fields of the recipe's `model` that have one value in this family.
         keys: the recipe's fields -> config.json's keys. Without `kv_heads`, `head_dim`,
             `rotary_fraction` or `rotary_base` a family has no grouped queries, no heads of another
-            width, rotates whole heads, or brings its own positions.
+            width, rotates whole heads, or brings its own positions; likewise `sliding_window`.
         defaults: what transformers takes where a config.json is silent.
         only: keys of config.json that have to be this, or missing -> (value, why).
-        windowed: whether `sliding_window` limits attention.
+        windowed: whether `sliding_window` limits attention, in all layers or (without it in `keys`)
+            in some.
         scaled: whether config.json says what embeddings, attention scores and logits are multiplied
             by, as muP does.
         more_reasons: what else stands in a model's way.
@@ -137,9 +132,9 @@ class Family:
         return next(iter(self._reasons(model)), None)
 
     def _reasons(self, model: Model) -> Iterator[str]:
-        for name in model.megatron:
-            if not any(part in name for part in _HARMLESS):
-                yield f"model.megatron.{name} may change what is computed"
+        for name, given in model.megatron.items():
+            if given is not None and EFFECT.get(name, "function") == "function":
+                yield f"model.megatron.{name} changes what is computed"
         dim, heads, kv_heads = model.resolved_head_dim, model.heads, model.resolved_kv_heads
         if not self.scaled:
             if model.embedding_scale != 1.0:
@@ -151,6 +146,9 @@ class Family:
                     "attention scores are not divided by the root of head_dim "
                     "(muP, or model.softmax_scale)"
                 )
+        for name in ("sliding_window", "sliding_window_pattern", "no_rope_layer_interval"):
+            if getattr(model, name) and name not in self.keys:
+                yield f"model.{name} is set"
         if "rotary_base" in self.keys and model.position_embedding != "rotary":
             yield f"model.position_embedding is {model.position_embedding}, not rotary"
         for name, wanted in self.fixed.items():
@@ -187,7 +185,9 @@ class Family:
         if "rotary_base" in self.keys:
             section |= rotary_section(config, self.keys, self.defaults)
         window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-        if self.windowed and window:  # shorter texts are attended to in full
+        if "sliding_window" in self.keys and window:
+            section["sliding_window"] = int(window)
+        elif self.windowed and window:  # of some layers; shorter texts are attended to in full
             section["context_length"] = min(section["context_length"], int(window))
         return section | self.more_section(config)
 

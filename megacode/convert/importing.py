@@ -134,8 +134,8 @@ class Found:
         notes = [self.head_note] if self.head_note else []
         if window and length and window < length:
             notes.append(
-                f"its attention has a window of {window:,} tokens, and Megatron-Core's here has "
-                f"none: context_length is {window:,} instead of {length:,}, where both are the same"
+                f"some layers have a window of {window:,} tokens, which a recipe cannot say: "
+                f"context_length is {window:,} instead of {length:,}, where both are the same"
             )
         notes += [
             f"{name} is the embedding once more (tied), left out" for name in self._tied_heads()

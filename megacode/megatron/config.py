@@ -193,6 +193,14 @@ def transformer_fields(
         cuda_graph_impl="local" if speed["cuda_graphs"] else "none",
         use_te_rng_tracker=speed["cuda_graphs"],
     )
+    if model.sliding_window:
+        # Megatron-Core counts the tokens before the one that attends.
+        fields |= dict(
+            window_size=(model.sliding_window - 1, 0),
+            window_attn_skip_freq=model.sliding_window_pattern,
+        )
+    if every := model.no_rope_layer_interval:
+        fields |= dict(no_rope_freq=[int(i % every == 0) for i in range(1, model.layers + 1)])
     if MUP_IS_UPSTREAM and (model.embedding_scale, model.logit_scale) != (1.0, 1.0):
         # Megatron-Core's own base width stays the model's, so that it derives no factors itself.
         fields |= dict(
@@ -249,6 +257,17 @@ def _refuse(recipe: Recipe, hardware: Hardware) -> None:
         raise UserError(
             f"precision: fp8 cannot run here: {why}; use `precision: bf16`, or what is missing "
             "(`megacode doctor` says how to get it)"
+        )
+    given = recipe.model.megatron
+    modules = given.get("recompute_modules") or ()
+    wants = [
+        name for name in ("cpu_offloading", "fine_grained_activation_offloading") if given.get(name)
+    ]
+    wants += ["recompute_modules: [layernorm]"] if "layernorm" in modules else []
+    if wants and hardware.engine is None:
+        raise UserError(
+            f"model.megatron.{wants[0]}: needs Transformer Engine on CUDA devices, and there is "
+            "none here; take it out (`megacode doctor` says how to install it)"
         )
     if parallel.context > 1 and hardware.engine is None:
         missing = "has no Transformer Engine" if hardware.on_cuda else "shows no CUDA device"

@@ -13,6 +13,7 @@ from megacode.errors import UserError
 from megacode.launch import free_port
 from megacode.megatron import cpu
 from megacode.recipe.load import load_recipe
+from megacode.recipe.megatron_fields import EFFECT
 from megacode.recipe.schema import Fusion, Parallel, Precision
 from megacode.run.checkpoints import find_checkpoint
 from megacode.tokenizer.tokenizer import load_tokenizer
@@ -66,8 +67,8 @@ def open_for_inference(checkpoint: Path) -> tuple[Any, Any, Any]:
     recipe = load_recipe(path / "recipe.yaml")
     # FP8 is a way to train: the weights of a run are bf16's, and inference computes in that.
     precision = Precision(compute="bf16") if recipe.precision.compute == "fp8" else recipe.precision
-    # Which stage has which layers (`num_layers_in_first_pipeline_stage`) is the layout's, too.
-    kept = {name: value for name, value in recipe.model.megatron.items() if "pipeline" not in name}
+    given = recipe.model.megatron.items()
+    kept = {name: value for name, value in given if EFFECT.get(name) == "function"}
     model = recipe.model.model_copy(update={"megatron": kept})
     recipe = recipe.model_copy(
         update={"parallel": Parallel(), "fusion": Fusion(), "precision": precision, "model": model}

@@ -3,7 +3,7 @@
 Megatron-Core draws from a generator whose state depends on the order of the layers and on the
 layout. Here each matrix of the dense GPT has a generator of its own, the whole unpadded matrix is
 drawn on the parameter's device, and each rank keeps its share; what is padding is zero. CPU and
-CUDA draw different numbers. Matrices that only pass-through fields bring are Megatron-Core's.
+CUDA draw different numbers.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def initialize_weights(
         vocab_size: unpadded.
     """
     for name, parameter in names.items():
+        if name.endswith(".softmax_offset"):  # of `softmax_type: learnable`
+            torch.nn.init.zeros_(parameter)
         share = _initial(name, parameter, model, seed, vocab_size)
         if share is None:
             continue

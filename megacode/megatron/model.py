@@ -28,6 +28,7 @@ from megacode.errors import UserError
 from megacode.megatron.config import MegatronConfig, megatron_config
 from megacode.megatron.initialize import initialize_weights
 from megacode.megatron.workarounds import (
+    Attention,
     Gpt,
     Norm,
     accumulate_in_products,
@@ -57,6 +58,7 @@ def block_spec(
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
     attention = parts.self_attention.submodules
+    attention.core_attention = Attention
     attention.q_layernorm = attention.k_layernorm = Norm if qk_norm else IdentityOp
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=Norm)
 

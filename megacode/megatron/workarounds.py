@@ -31,6 +31,8 @@ from megatron.core.fp8_utils import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.utils import get_sliding_window_causal_mask
 from megatron.core.utils import get_batch_on_this_cp_rank, is_te_min_version
 from torch import Tensor, nn
 
@@ -69,6 +71,29 @@ class Norm(nn.Module):
         if self.rms:
             return nn.functional.rms_norm(x, self.shape, weight, self.eps)
         return nn.functional.layer_norm(x, self.shape, weight, self.bias, self.eps)
+
+
+class Attention(DotProductAttention):
+    """Attention of the local layers, whose sliding window and mask both hide.
+
+    Upstream fault: where a layer has a window, its mask is used instead of the one that is given,
+        and document boundaries are lost without a word.
+    Versions: Megatron-Core 0.16 to 0.19.
+    Remove when: `FusedScaleMaskSoftmax` joins the two. Test: `test_a_window_replaces_the_mask`.
+    """
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
+    ) -> Tensor:
+        """As upstream; `attention_mask` is bool `[b, 1, queries, keys]`, True where hidden."""
+        window, self.scale_mask_softmax.window_size = self.scale_mask_softmax.window_size, None
+        if window:
+            outside = get_sliding_window_causal_mask(len(query), len(key), window)
+            attention_mask = outside if attention_mask is None else outside | attention_mask
+        try:
+            return super().forward(query, key, value, attention_mask, **more)
+        finally:
+            self.scale_mask_softmax.window_size = window
 
 
 class Gpt(GPTModel):

@@ -1,8 +1,5 @@
 """What a run computes: parameters, FLOPs, time. Plain arithmetic on the recipe's keys; memory and
 disk are in `memory`.
-
-Fields passed through in `model.megatron` (experts, multi-token prediction, another attention) are
-not part of it.
 """
 
 from __future__ import annotations
@@ -24,6 +21,7 @@ def parameter_parts(model: Model, vocab_size: int, context_length: int = 0) -> d
     attention = hidden * (queries + 2 * keys) + queries * hidden
     attention += queries + 2 * keys if model.linear_bias or model.qkv_bias else 0
     attention += hidden if model.linear_bias else 0
+    attention += heads if model.megatron.get("softmax_type") == "learnable" else 0
     wide = inner * (2 if model.gated else 1)
     feed_forward = hidden * wide + inner * hidden + (wide + hidden if model.linear_bias else 0)
     per_norm = 2 if model.normalization == "layernorm" else 1
@@ -54,13 +52,15 @@ def flops_per_token(model: Model, vocab_size: int, sequence_length: int) -> floa
     6 for every weight of a matrix multiplication (with the output layer, without the embedding's
     look-up, biases and norms), plus 12 x layers x heads x head_dim x sequence_length for the
     attention scores and their sums: causal attention counts in full, though half of it is masked.
-    Recomputation is not counted.
+    A layer with a sliding window counts its window. Recomputation is not counted.
     """
     hidden, dim = model.hidden_size, model.resolved_head_dim
     attention = 2 * hidden * dim * (model.heads + model.resolved_kv_heads)
     feed_forward = hidden * model.resolved_ffn_size * (3 if model.gated else 2)
     weights = model.layers * (attention + feed_forward) + vocab_size * hidden
-    return 6.0 * weights + 12.0 * model.layers * model.heads * dim * sequence_length
+    windows = model.windowed_layers * min(model.sliding_window or 0, sequence_length)
+    keys = (model.layers - model.windowed_layers) * sequence_length + windows
+    return 6.0 * weights + 12.0 * model.heads * dim * keys
 
 
 def run_flops(plan: Plan, vocab_size: int) -> float:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from megacode.errors import UserError
 from megacode.plan.plan import PhasePlan, Plan, phase_steps
 from megacode.recipe.compose import did_you_mean
+from megacode.recipe.megatron_fields import EFFECT
 from megacode.recipe.schedules import BatchSizes, learning_rate
 from megacode.recipe.schema import LearningRate, Phase, Recipe, all_keys
 
@@ -37,29 +38,14 @@ _FREE = {
         optimizer.megatron.store_param_remainders optimizer.megatron.*offload*
         optimizer.megatron.pin_cpu_* optimizer.megatron.overlap_*
     """,
-    "kernels and order of communication": """
-        fusion data.prefetch model.megatron.attention_backend model.megatron.*_fusion
-        model.megatron.fused_* model.megatron.persist_layer_norm
-        model.megatron.memory_efficient_layer_norm model.megatron.*offload*
-        model.megatron.recompute_modules model.megatron.distribute_saved_activations
-        model.megatron.tp_comm_* model.megatron.cp_comm_type model.megatron.*p2p*
-        model.megatron.*parallel* model.megatron.max_seqlen_* model.megatron.num_layers_in_*
-        model.megatron.account_for_* model.megatron.microbatch_*
-        model.megatron.num_microbatches_* model.megatron.delay_wgrad_compute
-        model.megatron.defer_* model.megatron.wgrad_deferral_limit model.megatron.deallocate_*
-        model.megatron.cuda_graph_* model.megatron.clone_scatter_*
-        model.megatron.disable_parameter_transpose_cache model.megatron.variable_seq_lengths
-        model.megatron.deterministic_mode model.megatron.batch_invariant_mode
-        model.megatron.symmetric_ar_type model.megatron.use_cpu_initialization
-        model.megatron.perform_initialization model.megatron.init_model_with_meta_device
-    """,
+    "kernels and order of communication": "fusion data.prefetch",
+    "fields of Megatron-Core for memory and speed": " ".join(
+        f"model.megatron.{name}" for name, effect in EFFECT.items() if effect == "layout"
+    ),
     "saves, evaluation and logs": """
         checkpoints evaluation logging phases.*.checkpoint_every sources.*.validation
-        sources.*.validation_samples precision.compare_every model.megatron.log_*
-        model.megatron.timers model.megatron.barrier_* model.megatron.config_logger_dir
-        model.megatron.*inference* model.megatron.flash_decode
-        model.megatron.mlp_chunks_for_prefill optimizer.megatron.log_* optimizer.megatron.timers
-        optimizer.megatron.barrier_* optimizer.megatron.config_logger_dir
+        sources.*.validation_samples precision.compare_every optimizer.megatron.log_*
+        optimizer.megatron.config_logger_dir
     """,
     "limits that only refuse": "phases.*.mixture.*.max_epochs",
     "what the vocabulary and the longest sequence are compared by": """
@@ -75,11 +61,9 @@ _PAST: dict[Kind, str] = {
         initialize_from initialize_new_rows optimizer precision phases.*.learning_rate
         phases.*.optimizer_state
         model.dropout model.attention_dropout model.init_std model.init_distribution
-        model.embedding_init_std model.output_init_std model.megatron.fp8_* model.megatron.fp4*
-        model.megatron.qk_clip* model.megatron.quant_recipe model.megatron.tp_only_amax_red
-        model.megatron.enable_autocast model.megatron.disable_bf16_reduced_precision_matmul
-        model.megatron.activation_func_fp8_input_store
-    """,
+        model.embedding_init_std model.output_init_std
+    """
+    + " ".join(f"model.megatron.{name}" for name, effect in EFFECT.items() if effect == "training"),
     "data": """
         seed data sources.* phases.*.steps phases.*.tokens phases.*.epochs phases.*.epochs_of
         phases.*.batch_size

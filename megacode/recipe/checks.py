@@ -25,6 +25,7 @@ from megacode.recipe.schedules import BatchSizes, Weights
 from megacode.recipe.schema import MixtureDomain, Phase, Recipe, Schedule
 
 _MOST_SEQUENCES = 1 << 22
+_ROTARY = ("rotary_interleaved", "rotary_fraction", "rotary_scaling", "no_rope_layer_interval")
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
@@ -130,12 +131,20 @@ def _model(recipe: Recipe) -> Iterator[str]:
                 "of a head, and they go in pairs; change it or head_dim"
             )
     else:
-        for key in ("rotary_interleaved", "rotary_fraction", "rotary_scaling"):
+        for key in _ROTARY:
             if getattr(model, key) != type(model).model_fields[key].default:
                 yield (
                     f"model.{key}: has no effect with position_embedding "
                     f"{model.position_embedding!r}; take it out or use 'rotary'"
                 )
+    if model.sliding_window_pattern and not model.sliding_window:
+        yield "model.sliding_window_pattern: needs model.sliding_window; add it or take the key out"
+    for key in ("sliding_window_pattern", "no_rope_layer_interval"):
+        if (getattr(model, key) or 0) > model.layers:
+            yield (
+                f"model.{key}: {getattr(model, key)} is more than model.layers {model.layers}, so "
+                "that it has no effect; lower it or take it out"
+            )
     for phase in recipe.phases:
         if model.context_length and phase.sequence_length > model.context_length:
             yield (
@@ -188,6 +197,12 @@ def _parallel(recipe: Recipe) -> Iterator[str]:
         yield (
             "parallel.sequence: needs parallel.tensor of 2 or more; set `sequence: false` or "
             "raise tensor"
+        )
+    ring = model.megatron.get("cp_comm_type") != "a2a"
+    if parallel.context > 1 and model.sliding_window and ring:
+        yield (
+            f"model.sliding_window: with parallel.context {parallel.context} Transformer Engine "
+            "takes no window around its ring; set model.megatron.cp_comm_type to a2a"
         )
     recompute, layers = parallel.recompute, model.layers // chunks
     if recompute.granularity == "full" and recompute.layers > layers:

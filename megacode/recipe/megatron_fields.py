@@ -2,8 +2,10 @@
 importing Megatron-Core.
 
 `megatron_fields.json` holds names and types; `tools/megatron-fields` prints it from one version and
-a test keeps it true. Where another version is installed, Megatron-Core judges names that the table
-does not have, when a run starts.
+a test keeps it true. Every field of TransformerConfig has a place here: another key sets it
+(`GOVERNED`), a recipe may set it (`EFFECT`), or it is refused (`REFUSED`). Where another version is
+installed, Megatron-Core judges names of its other two classes that the table does not have, when a
+run starts.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megacode.recipe.compose import did_you_mean
 from megacode.recipe.schema import Recipe
@@ -38,6 +40,9 @@ _SET_BY = {
     "model.linear_bias": "add_bias_linear",
     "model.qkv_bias": "add_qkv_bias",
     "model.rotary_interleaved": "rotary_interleaved",
+    "model.no_rope_layer_interval": "no_rope_freq",
+    "model.sliding_window": "window_size",
+    "model.sliding_window_pattern": "window_attn_skip_freq",
     "model.dropout": "hidden_dropout",
     "model.attention_dropout": "attention_dropout",
     "model.softmax_scale": "softmax_scale mup_base_head_dim mup_attn_scale_power",
@@ -88,30 +93,81 @@ _SET_BY = {
 GOVERNED = {field: key for key, fields in _SET_BY.items() for field in fields.split()}
 """Field: the recipe key to use instead."""
 
-_LAYERS = """
-    num_moe_experts moe_* *moe_expert_parallel* expert_*_parallel_size ep_overlap_*
-    multi_latent_attention qk_l2_norm experimental_attention_variant dsa_* linear_attention_*
-    linear_*_dim linear_num_* mtp_* heterogeneous_* hetereogenous_* is_hybrid_model mamba_*
-    use_mamba_* mrope_* use_kitchen* kitchen_* use_te_activation_func
-    use_fused_weighted_squared_relu transformer_impl
-"""
-REFUSED = {
-    **dict.fromkeys(
-        _LAYERS.split(),
-        "belongs to layers of another kind than megacode's, which are dense with standard "
-        "attention",
-    ),
-    "optimizer": "rates, groups and checkpoints here are AdamW's, the only optimizer",
-    "num_distributed_optimizer_instances": "needs groups of ranks that megacode does not make",
-    "use_*_fsdp": "needs another wrapper than DistributedDataParallel, which is megacode's",
+Effect = Literal["layout", "training", "function"]
+_EFFECTS: dict[Effect, str] = {
+    "layout": """
+        account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
+        attention_backend clone_scatter_output_in_embedding config_logger_dir cp_comm_type
+        cpu_offloading cpu_offloading_activations cpu_offloading_double_buffering
+        cpu_offloading_num_layers cpu_offloading_weights cuda_graph_retain_backward_graph
+        cuda_graph_warmup_steps deallocate_pipeline_outputs defer_embedding_wgrad_compute
+        deterministic_mode disable_parameter_transpose_cache distribute_saved_activations
+        fine_grained_activation_offloading microbatch_group_size_per_vp_stage
+        min_offloaded_tensor_size num_layers_in_first_pipeline_stage
+        num_layers_in_last_pipeline_stage offload_modules overlap_p2p_comm_warmup_flush
+        pipeline_model_parallel_layout recompute_modules tp_comm_bulk_dgrad tp_comm_bulk_wgrad
+        tp_comm_overlap_ag tp_comm_overlap_disable_fc1 tp_comm_overlap_disable_qkv
+        tp_comm_overlap_rs tp_comm_overlap_rs_dgrad wgrad_deferral_limit
+    """,
+    "training": """
+        activation_func_fp8_input_store fp8_amax_compute_algo fp8_dot_product_attention fp8_margin
+        fp8_multi_head_attention fp8_wgrad tp_only_amax_red
+    """,
+    "function": "layernorm_zero_centered_gamma softmax_type",
 }
-"""Shell patterns of fields that Megatron-Core would ignore, or fail at later, because megacode does
-not build what they are for: why."""
+EFFECT: dict[str, Effect] = {f: effect for effect, text in _EFFECTS.items() for f in text.split()}
+"""The fields of TransformerConfig that a recipe may set, by what they change.
+
+* *layout*: memory, speed, which rank computes what. May change when a run goes on.
+* *training*: numbers of the training steps alone (FP8). A fact of the past; exports ignore it.
+* *function*: what the model computes from its weights. A fact of the past; exports refuse it.
+"""
+
+_WHY = {
+    "belongs to other layers than megacode's, which are dense with standard attention": """
+        num_moe_experts moe_* *moe_expert_parallel* expert_*_parallel_size ep_overlap_*
+        multi_latent_attention qk_l2_norm experimental_attention_variant dsa_* linear_attention_*
+        linear_*_dim linear_num_* mtp_* heterogeneous_* hetereogenous_* is_hybrid_model mamba_*
+        use_mamba_* mrope_* use_kitchen* kitchen_* use_te_activation_func
+        use_fused_weighted_squared_relu transformer_impl delay_wgrad_compute
+        attention_output_gate glu_linear_offset activation_func_clamp_value
+    """,
+    "belongs to Megatron-Core's inference engine, which megacode does not use": """
+        *inference* flash_decode mlp_chunks_for_prefill symmetric_ar_type
+    """,
+    "has no effect on what megacode runs": """
+        apply_query_key_layer_scaling apply_residual_connection_post_layernorm
+        async_tensor_model_parallel_allreduce barrier_with_L1_time
+        cuda_graph_scope cuda_graph_use_single_mempool disable_bf16_reduced_precision_matmul
+        fp8_interval init_model_with_meta_device log_max_attention_logit
+        memory_efficient_layer_norm persist_layer_norm pipeline_model_parallel_comm_backend qk_clip*
+        test_mode timers tp_comm_atomic_* tp_comm_bootstrap_backend tp_comm_split_*
+    """,
+    "is megacode's to set": """
+        attention_softmax_in_fp32 batch_p2p_sync enable_autocast perform_initialization
+        use_cpu_initialization finalize_model_grads_func grad_scale_func *_sync_func
+    """,
+    "needs groups of ranks that megacode does not make": """
+        hierarchical_context_parallel_sizes hybrid_context_parallel max_seqlen_per_dp_cp_rank
+        num_distributed_optimizer_instances
+    """,
+    "fails with megacode's layers or loop": """
+        batch_invariant_mode fp32_residual_connection fused_single_qkv_rope use_ring_exchange_p2p
+        variable_seq_lengths num_microbatches_with_partial_activation_checkpoints
+    """,
+    "would drop document boundaries without a word": "masked_softmax_fusion",
+    "is a precision that megacode does not have": "fp4* fp8_quantizer_factory quant_recipe",
+    "needs another wrapper than DistributedDataParallel, which is megacode's": "use_*_fsdp",
+    "would replace AdamW, whose rates, groups and checkpoints are the only ones here": "optimizer",
+}
+REFUSED = {pattern: why for why, patterns in _WHY.items() for pattern in patterns.split()}
+"""Shell patterns of fields that Megatron-Core would ignore, or fail at later: why. `null` passes,
+which takes a field out again."""
 
 
 def check_pass_through(recipe: Recipe) -> Iterator[str]:
-    """A problem for every field that Megatron-Core does not have, that another key sets, that would
-    have no effect, or whose type is wrong."""
+    """A problem for every field that is unknown, that another key sets, that would have no effect
+    or fail, or whose type is wrong."""
     sections = (
         ("model.megatron", recipe.model.megatron, "TransformerConfig"),
         ("optimizer.megatron", recipe.optimizer.megatron, "OptimizerConfig"),
@@ -119,25 +175,30 @@ def check_pass_through(recipe: Recipe) -> Iterator[str]:
     )
     for section, given, kind in sections:
         for name, value in given.items():
-            if problem := _problem(kind, name, value):
+            if problem := _problem(recipe, kind, name, value):
                 yield f"{section}.{name}: {problem}"
 
 
-def _problem(kind: str, name: str, value: Any) -> str | None:
+def _problem(recipe: Recipe, kind: str, name: str, value: Any) -> str | None:
     if name in GOVERNED:
         return f"is what `{GOVERNED[name]}` sets; use that key"
-    why = (why for pattern, why in REFUSED.items() if fnmatch.fnmatchcase(name, pattern))
-    if value not in (None, False) and (refused := next(why, None)):
-        return f"{refused}; take it out"
+    if value is None:
+        return None
+    for pattern, why in REFUSED.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            return f"{why}; take it out"
     known = fields_of(kind)
     if name in known:
+        if EFFECT.get(name) == "training" and recipe.precision.compute != "fp8":
+            return "has no effect without `precision: fp8`; take it out or change the precision"
         return _type_problem(known[name], value)
-    if not _is_the_tables_version():
+    if kind != "TransformerConfig" and not _is_the_tables_version():
         return None
     hint = did_you_mean(name, [field for field in known if field not in GOVERNED])
     near = "did you mean" in hint
     return (
-        f"Megatron-Core's {kind} has no such field{hint if near else '; its source has the names'}"
+        f"is no field of Megatron-Core's {kind} that megacode knows"
+        f"{hint if near else '; its source has the names'}"
     )
 
 

@@ -81,6 +81,13 @@ class Model(Section):
     rotary_interleaved: bool = False
     """Pairs (x0, x1), (x2, x3) ... (GPT-J, Crystal) instead of halves (Llama)."""
     rotary_scaling: RotaryScaling | None = None
+    no_rope_layer_interval: int | None = Field(default=None, gt=1)
+    """Every so many layers, the last of them has no rotary positions (SmolLM3: 4); default: all
+    have them."""
+    sliding_window: int | None = Field(default=None, gt=0)
+    """Tokens that a token attends to, itself and those just before it; default: all before it."""
+    sliding_window_pattern: int | None = Field(default=None, gt=1)
+    """Every so many layers, the last of them attends to all tokens before; default: none does."""
     tie_embeddings: bool = False
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -155,6 +162,12 @@ class Model(Section):
         return self.softmax_scale or (
             1 / self.resolved_head_dim if self.mup else self.resolved_head_dim**-0.5
         )
+
+    @property
+    def windowed_layers(self) -> int:
+        """Layers whose attention has the sliding window."""
+        full = self.layers // self.sliding_window_pattern if self.sliding_window_pattern else 0
+        return self.layers - full if self.sliding_window else 0
 
     @property
     def gated(self) -> bool:

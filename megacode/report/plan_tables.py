@@ -46,6 +46,9 @@ def _model_table(plan: Plan, vocab_size: int | None) -> Table:
     heads = f"{model.heads} heads{kv} of {model.resolved_head_dim}"
     table.add_row("shape", f"{model.layers} layers x {model.hidden_size}, {heads}")
     table.add_row("feed-forward", f"{model.resolved_ffn_size}, {model.activation}")
+    if model.sliding_window:
+        windowed = f"{model.windowed_layers} of {model.layers} layers"
+        table.add_row("attention", f"window of {model.sliding_window:,} tokens in {windowed}")
     length = max(phase.sequence_length for phase in plan.phases)
     if vocab_size is None:
         unknown = "the tokenizer is not there yet, and model.vocab_size does not say"
@@ -71,7 +74,7 @@ def _model_table(plan: Plan, vocab_size: int | None) -> Table:
     )
     if model.megatron:
         keys = ", ".join(model.megatron)
-        table.add_row("", f"model.megatron ({keys}) is not part of the counts and estimates")
+        table.add_row("model.megatron", f"{keys}: not part of the estimates")
     return table
 
 

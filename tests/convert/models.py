@@ -31,6 +31,8 @@ MODELS: dict[str, Model] = {
         layers=2, hidden_size=64, heads=4, ffn_size=96, rotary_base=5e5,
         rotary_scaling=RotaryScaling(kind="llama3", factor=32.0),
     ),
+    "mistral window": Model(layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_size=96, sliding_window=5),
+    "smollm3": Model(layers=4, hidden_size=64, heads=4, kv_heads=2, ffn_size=96, no_rope_layer_interval=2, tie_embeddings=True),
     "mistral": Model(layers=2, hidden_size=64, heads=4, kv_heads=2, head_dim=24, ffn_size=96),
     "qwen2": Model(layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_size=136, qkv_bias=True, tie_embeddings=True),
     "qwen3": Model(layers=2, hidden_size=64, heads=4, kv_heads=2, head_dim=32, qk_norm=True, norm_epsilon=1e-6),

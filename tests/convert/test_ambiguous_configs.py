@@ -56,7 +56,8 @@ def test_a_silent_config_means_what_it_means_to_transformers(kind: str) -> None:
         "norm_epsilon": next(v for k, v in vars(config).items() if k in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")),
         "tie_embeddings": config.tie_word_embeddings, "rotary_base": rope["rope_theta"],
         "rotary_fraction": rope.get("partial_rotary_factor", 1),
-        "context_length": min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 10**9),
+        "context_length": config.max_position_embeddings, "sliding_window": getattr(config, "sliding_window", None),
+        "no_rope_layer_interval": getattr(config, "no_rope_layer_interval", None),
     }  # fmt: skip
     assert {key: ours[key] for key in wanted if key in ours} == {
         key: wanted[key] for key in wanted if key in ours

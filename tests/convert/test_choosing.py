@@ -61,9 +61,9 @@ def test_the_first_family_that_fits(keys: dict, family: str) -> None:
         ),
         (GPT | SCALED, "crystalcoder", "model.rotary_scaling is set"),
         (
-            LLAMA | dict(megatron={"window_size": [16, 0]}),
+            LLAMA | dict(megatron={"softmax_type": "off-by-one"}),
             "llama",
-            "model.megatron.window_size may change",
+            "model.megatron.softmax_type changes",
         ),
         (LLAMA, "bert", "no such family; known are llama, mistral"),
     ],

@@ -46,6 +46,8 @@ PUBLISHED = {
     "Qwen3-0.6B": ("Qwen3", dict(num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, rope_theta=1e6)),
     "stablelm-2-1_6b": ("StableLm", dict(num_key_value_heads=4, use_qkv_bias=True, partial_rotary_factor=0.25)),
     "stablelm-3b-4e1t": ("StableLm", dict(num_key_value_heads=4, use_qkv_bias=False, partial_rotary_factor=0.25)),
+    "SmolLM3-3B": ("SmolLM3", dict(num_key_value_heads=2, rope_theta=5e6, num_hidden_layers=4, no_rope_layer_interval=4,
+                               pad_token_id=None, bos_token_id=1, eos_token_id=2)),
     "starcoder2-3b": ("Starcoder2", dict(num_key_value_heads=2, use_bias=True, rope_theta=999999.4, sliding_window=4096,
                                          max_position_embeddings=16384, hidden_act="gelu_pytorch_tanh")),
     "neox without parallel residual": ("GPTNeoX", dict(use_parallel_residual=False, rotary_pct=0.25, hidden_act="gelu")),
@@ -82,10 +84,9 @@ def test_published_models_run_here(tmp_path: Path) -> None:
         ours = got[name][..., :VOCAB]
         assert float((ours - theirs).abs().max()) < 1e-4, name
         assert bool((ours.argmax(-1) == theirs.argmax(-1)).all()), name
-    assert models["Mistral-7B-v0.1"].context_length == 4096, (
-        "beyond its window the model attends otherwise"
-    )
-    assert models["starcoder2-3b"].context_length == 4096
+    for name, length in (("Mistral-7B-v0.1", 32768), ("starcoder2-3b", 16384)):
+        assert (models[name].sliding_window, models[name].context_length) == (4096, length)
+    assert models["SmolLM3-3B"].no_rope_layer_interval == 4
 
 
 @pytest.mark.parametrize(

@@ -50,13 +50,15 @@ def windows(change: bool = False) -> np.ndarray:
     return made
 
 
-def losses_by_position(world, reset: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def losses_by_position(world, reset: bool, **model: int) -> tuple[torch.Tensor, torch.Tensor]:
     from megacode.data.batch import make_batch
     from megacode.megatron.model import build_model
     from megacode.megatron.step import to_device
 
     torch.manual_seed(0)
-    (chunk,) = build_model(small(), VOCAB)
+    recipe = small()
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})
+    (chunk,) = build_model(recipe, VOCAB)
     out = []
     with torch.no_grad():
         for change in (False, True):
@@ -74,6 +76,15 @@ def test_boundaries_hide_earlier_documents() -> None:
     assert not torch.allclose(before[:, 3:15], after[:, 3:15])
     ((before, after),) = run_on(1, losses_by_position, False)
     assert not torch.allclose(before[:, 16:], after[:, 16:]), "without boundaries it does see it"
+
+
+def windowed_losses(world) -> tuple[torch.Tensor, torch.Tensor]:
+    return losses_by_position(world, True, sliding_window=12)
+
+
+def test_boundaries_hide_earlier_documents_from_a_window_too() -> None:
+    ((before, after),) = run_on(1, windowed_losses)
+    assert torch.equal(before[:, 16:], after[:, 16:]), "the second document saw the first"
 
 
 def sums_and_updates(world, recipe: Recipe) -> dict:

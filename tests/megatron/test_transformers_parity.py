@@ -102,10 +102,25 @@ CASES = {
     "llama-gqa-tied": Model(
         layers=2, hidden_size=96, heads=6, kv_heads=2, tie_embeddings=True, rotary_base=5e5
     ),
+    "mistral": Model(layers=2, hidden_size=96, heads=6, kv_heads=2, sliding_window=7),
+    "qwen2 windows": Model(
+        layers=4, hidden_size=64, heads=4, qkv_bias=True, sliding_window=7, sliding_window_pattern=2
+    ),
+    "smollm3": Model(layers=4, hidden_size=96, heads=6, no_rope_layer_interval=2),
     "qwen2": Model(layers=2, hidden_size=64, heads=4, kv_heads=2, qkv_bias=True),
     "qwen3": Model(
         layers=2, hidden_size=64, heads=4, kv_heads=2, head_dim=24, qk_norm=True, norm_epsilon=1e-6
     ),
+}
+FAMILIES = {"mistral": "Mistral", "smollm3": "SmolLM3", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+MORE = {
+    "mistral": {"sliding_window": 7},
+    "qwen2 windows": {
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": None},
 }
 
 
@@ -114,12 +129,13 @@ def test_logits_equal_transformers(case: str) -> None:
     transformers = pytest.importorskip("transformers")
     model = CASES[case]
     ((weights, tokens, logits),) = run_on(1, megatron_weights_and_logits, model)
-    family = {"qwen2": "Qwen2", "qwen3": "Qwen3"}.get(case, "Llama")
+    family = FAMILIES.get(case.partition(" ")[0], "Llama")
     hf = llama_like(
         getattr(transformers, f"{family}Config"),
         getattr(transformers, f"{family}ForCausalLM"),
         model,
         weights,
+        **MORE.get(case, {}),
     )
     with torch.no_grad():
         expected = hf(tokens).logits

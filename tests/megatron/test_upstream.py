@@ -105,6 +105,27 @@ def test_norm() -> None:
     assert "sequence parallel not supported" in of_a_rank(norm)
 
 
+def hidden_twice(world: object) -> list[torch.Tensor]:
+    """Attention of a layer with a window: without a mask, and with one that hides the first token."""
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=2, window_size=(2, 0), masked_softmax_fusion=False
+    )  # fmt: skip
+    attention = DotProductAttention(config, 1, AttnMaskType.causal, "self").eval()
+    made = torch.randn(3, 4, 1, 2, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(4, 4, dtype=torch.bool).triu(1)
+    mask[1:, 0] = True
+    return [attention(*made, one) for one in (None, mask[None, None])]
+
+
+def test_a_window_replaces_the_mask() -> None:
+    without, with_mask = of_a_rank(hidden_twice)
+    assert torch.equal(without, with_mask), "the mask counts: `workarounds.Attention` can go"
+
+
 def told_capturable(world: object) -> list[bool]:
     from megatron.core import tensor_parallel
     from megatron.core.models.common.language_module import language_module

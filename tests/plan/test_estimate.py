@@ -56,6 +56,14 @@ def test_parts_sum_up_and_qk_norm_counts():
     assert parts["norms"] == 32 * (2 * 4096 + 2 * 128) + 4096
 
 
+def test_a_window_counts_itself():
+    windowed = LLAMA2.model_copy(update={"sliding_window": 1024, "sliding_window_pattern": 4})
+    saved = 12 * 24 * 4096 * (4096 - 1024)
+    full, less = (flops_per_token(model, 32000, 4096) for model in (LLAMA2, windowed))
+    assert full - less == saved
+    assert flops_per_token(windowed, 32000, 512) == flops_per_token(LLAMA2, 32000, 512)
+
+
 def test_flops_are_six_per_weight_and_attention_in_full():
     weights = (
         parameter_count(LLAMA2, 32000) - 32000 * 4096 - parameter_parts(LLAMA2, 32000)["norms"]

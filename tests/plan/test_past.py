@@ -48,6 +48,9 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "model.rotary_interleaved": ("model.rotary_interleaved=true",),
     "model.rotary_scaling.kind": ("model.rotary_scaling={kind: linear, factor: 2}",),
     "model.rotary_scaling.factor": ("model.rotary_scaling={kind: linear, factor: 4}",),
+    "model.no_rope_layer_interval": ("model.no_rope_layer_interval=2",),
+    "model.sliding_window": ("model.sliding_window=16",),
+    "model.sliding_window_pattern": ("model.sliding_window=16", "model.sliding_window_pattern=2"),
     "model.tie_embeddings": ("model.tie_embeddings=true",),
     "model.dropout": ("model.dropout=0.1",),
     "model.attention_dropout": ("model.attention_dropout=0.1",),
@@ -59,7 +62,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "model.mup.base_hidden_size": ("model.mup.base_hidden_size=64",),
     "model.mup.embedding_scale": ("model.mup.embedding_scale=2",),
     "model.mup.output_alpha": ("model.mup.output_alpha=2",),
-    "model.megatron": ("model.megatron.fp32_residual_connection=true",),
+    "model.megatron": ("model.megatron.softmax_type=off-by-one",),
     "sources.NAME.domain": (
         "sources.docs.domain=code", "phases.second.mixture.domains.text.sources=null", "sources.more={domain: text, tokens: 1M}",
     ),

@@ -116,6 +116,18 @@ OVERRIDES = {
     ),
     "model.kv_heads=3": ("model.kv_heads", ["does not divide heads 4", "use a divisor"]),
     "model.rotary_fraction=0.2": ("model.rotary_fraction", ["3 of 16", "in pairs"]),
+    "model.sliding_window_pattern=2": (
+        "model.sliding_window_pattern",
+        ["needs model.sliding_window"],
+    ),
+    "model.no_rope_layer_interval=5": (
+        "model.no_rope_layer_interval",
+        ["more than model.layers 4"],
+    ),
+    "model={sliding_window: 16, position_embedding: none, no_rope_layer_interval: 2}": (
+        "model.no_rope_layer_interval",
+        ["no effect with position_embedding 'none'"],
+    ),
     "precision=fp9": ("precision", ["'fp32', 'bf16' or 'fp8'", "correct the override"]),
     "optimizer={ema: 0.9, megatron: {optimizer_cpu_offload: true}}": (
         "optimizer.ema",

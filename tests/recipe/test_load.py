@@ -46,7 +46,7 @@ def test_an_override_path_is_relative_to_the_working_directory(write, tmp_path, 
 
 def test_writing_and_reading_give_an_equal_recipe(write, good, tmp_path):
     extra = (
-        'description: "1e5"\nmodel: {megatron: {fp8_margin: 2, num_layers_in_first_pipeline_stage: null}}\n'
+        'description: "1e5"\nmodel: {megatron: {wgrad_deferral_limit: 2, num_layers_in_first_pipeline_stage: null}}\n'
         "phases:\n  second:\n    batch_size: {start: 4, end: 16, increment: 4, over: 20}\n"
         "    mixture: {domains: {code: {shape: stepwise, values: [0.1, 1e-3], over: 10}}}\n"
         "optimizer: {groups: [{match: '*.bias', lr_mult: 1e-5}]}\n"
@@ -188,7 +188,7 @@ def test_a_source_without_a_value_reads_by_natural_weight(write, good):
         ("phases.first.learning_rate.peak=3E-4", lambda r: r.phases[0].learning_rate.peak, 3e-4),
         ("phases.first.mixture.sources.docs=2.5", lambda r: r.phases[0].mixture.sources["docs"].weight, 2.5),
         ("precision=fp32", lambda r: r.precision.compute, "fp32"),
-        ("model.megatron={fp8_margin: 1}", lambda r: r.model.megatron, {"fp8_margin": 1}),
+        ("model.megatron={wgrad_deferral_limit: 1}", lambda r: r.model.megatron, {"wgrad_deferral_limit": 1}),
         ("optimizer.groups=[{match: a, lr_mult: 2}]", lambda r: r.optimizer.groups[0].lr_mult, 2),
         ("description=a: b = c", None, "expected text, not a mapping"),
         ('description="a: b = c"', lambda r: r.description, "a: b = c"),

@@ -14,6 +14,7 @@ FAMILIES: dict[str, Family] = {
         llama.MISTRAL,
         llama.QWEN2,
         llama.QWEN3,
+        llama.SMOLLM3,
         stablelm.STABLELM,
         starcoder2.STARCODER2,
         gpt_neox.GPT_NEOX,

@@ -1,7 +1,7 @@
 """Llama and what is built like it.
 
-Mistral has the same weights, Qwen2 biases on queries, keys and values, Qwen3 norms on queries and
-keys.
+Mistral has the same weights and may have a sliding window, Qwen2 biases on queries, keys and
+values, Qwen3 norms on queries and keys, SmolLM3 layers without positions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ def _llama(model: Model, length: int) -> dict[str, Any]:
 
 
 def _mistral(model: Model, length: int) -> dict[str, Any]:
-    return _common(model, length) | {"head_dim": model.resolved_head_dim, "sliding_window": None}
+    return _common(model, length) | {
+        "head_dim": model.resolved_head_dim,
+        "sliding_window": model.sliding_window,
+    }
 
 
 def _qwen2(model: Model, length: int) -> dict[str, Any]:
@@ -41,6 +44,33 @@ def _qwen2(model: Model, length: int) -> dict[str, Any]:
 def _qwen3(model: Model, length: int) -> dict[str, Any]:
     more = {"attention_bias": False, "use_sliding_window": False}
     return _common(model, length) | {"head_dim": model.resolved_head_dim, **more}
+
+
+def _smollm3(model: Model, length: int) -> dict[str, Any]:
+    every = model.no_rope_layer_interval
+    biases = {"attention_bias": model.linear_bias, "mlp_bias": model.linear_bias}
+    rotated = [int(not every or i % every != 0) for i in range(1, model.layers + 1)]
+    return _common(model, length) | {
+        **biases,
+        "no_rope_layers": rotated,
+        "no_rope_layer_interval": every or model.layers + 1,
+        "use_sliding_window": False,
+        # Without them transformers takes those of SmolLM3's own vocabulary.
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    }
+
+
+def _rotated_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`no_rope_layer_interval` of a SmolLM3, which may list its layers instead."""
+    layers, every = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
+    for interval in (every, *range(2, layers + 2)):
+        wanted = [int(i % interval != 0) for i in range(1, layers + 1)]
+        if (config.get("no_rope_layers") or wanted) == wanted:
+            return {"no_rope_layer_interval": interval if interval <= layers else None}
+    raise UserError(
+        "config.json: no_rope_layers have no interval, and a recipe has layers without rotary "
+        "positions at equal intervals"
+    )
 
 
 def _bias_reasons(model: Model) -> Iterator[str]:
@@ -91,7 +121,7 @@ MISTRAL = Family(
     architecture="MistralForCausalLM",
     config=_mistral,
     fixed={**_SHAPE, "linear_bias": False, "qkv_bias": False, "qk_norm": False},
-    keys={**_KEYS, "head_dim": "head_dim"},
+    keys={**_KEYS, "head_dim": "head_dim", "sliding_window": "sliding_window"},
     defaults={
         **_DEFAULTS,
         "max_position_embeddings": 131072,
@@ -124,4 +154,21 @@ QWEN3 = Family(
         "attention_bias": (False, "a recipe has biases on all linear layers or none"),
     },
     windowed=True,
+)
+SMOLLM3 = Family(
+    name="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    config=_smollm3,
+    fixed={**_SHAPE, "qk_norm": False},
+    keys={**_KEYS, "no_rope_layer_interval": "no_rope_layer_interval"},
+    defaults={
+        **_DEFAULTS,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "rope_theta": 2e6,
+        "tie_word_embeddings": True,
+    },
+    only={**_ONLY, "use_sliding_window": (False, "its windows are in layers without positions")},
+    more_reasons=_bias_reasons,
+    more_section=lambda config: _biases(config) | _rotated_layers(config),
 )

@@ -16,7 +16,7 @@ def _config(model: Model, length: int) -> dict[str, Any]:
         "hidden_act": ACTIVATIONS[model.activation],
         "norm_epsilon": model.norm_epsilon,
         "use_bias": True,
-        "sliding_window": None,
+        "sliding_window": model.sliding_window,
         "residual_dropout": model.dropout,
         "embedding_dropout": model.dropout,
         **rope_keys(model, length),
@@ -38,6 +38,7 @@ STARCODER2 = Family(
         "kv_heads": "num_key_value_heads",
         "norm_epsilon": "norm_epsilon",
         "dropout": "residual_dropout",
+        "sliding_window": "sliding_window",
     },
     activations=ACTIVATIONS,
     defaults={

@@ -6,14 +6,20 @@ its own default base beside `rope_parameters`, which it does not read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from megacode.errors import UserError
 from megacode.recipe.schema import Model
 
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Of Llama 3.1 and 3.2, and of Megatron-Core's rotary scaling."""
+_ORIGINAL = "original_max_position_embeddings"
+_CONSTANTS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {"beta_fast": 32, "beta_slow": 1, "truncate": True},
+}
+"""Of the kinds of rotary scaling, which have no others here; what is silent means them."""
 _DEFAULT_BASE = 10000.0
 
 
@@ -40,8 +46,12 @@ def rope_keys(model: Model, length: int) -> dict[str, Any]:
     """Keys of rotary positions of every version of transformers; `length`: the longest sequence."""
     keys: dict[str, Any] = {"max_position_embeddings": length, "rope_theta": rotary_base(model)}
     if scaling := model.rotary_scaling:
-        constants = LLAMA3 if scaling.kind == "llama3" else {}
-        keys["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor, **constants}
+        keys["rope_scaling"] = {
+            "rope_type": scaling.kind,
+            "factor": scaling.factor,
+            **({} if scaling.kind == "yarn" else _CONSTANTS[scaling.kind]),
+            **({_ORIGINAL: scaling.original_length} if scaling.kind != "linear" else {}),
+        }
     return keys
 
 
@@ -77,29 +87,34 @@ def rotary_section(
     kind = parameters.get("rope_type") or "default"
     if kind == "default":
         return section
-    if kind not in ("linear", "llama3"):
+    if kind not in _CONSTANTS:
         raise UserError(
-            f"config.json: rope_scaling is of type {kind!r}, and Megatron-Core's rotary positions "
-            "here know linear and llama3; a model without it can be imported"
+            f"config.json: rope_scaling is of type {kind!r}, and rotary positions here know "
+            f"{', '.join(_CONSTANTS)}; a model without it can be imported"
         )
-    if kind == "llama3":
-        _check_llama3(config, parameters)
     factor = float(value(parameters, "factor"))
-    return section | {"rotary_scaling": {"kind": kind, "factor": factor}}
+    scaling: dict[str, Any] = {"kind": kind, "factor": factor}
+    attention = 0.1 * math.log(factor) + 1
+    if not math.isclose(parameters.get("attention_factor") or attention, attention):
+        refuse(parameters, "attention_factor", attention, "it follows from the factor here")
+    for key in ("mscale", "mscale_all_dim"):
+        if parameters.get(key):
+            refuse(parameters, key, None, "the attention factor follows from the factor here")
+    for key, wanted in _CONSTANTS[kind].items():
+        if kind == "llama3":
+            value(parameters, key)
+        refuse(parameters, key, wanted, f"{kind} scaling has these constants here")
+    if kind != "linear":
+        scaling["original_context_length"] = _original_length(config, parameters)
+    return section | {"rotary_scaling": scaling}
 
 
-def _check_llama3(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
-    """UserError where the constants are not those of `LLAMA3`.
-
-    Versions of transformers take the original length from different places, which must agree.
-    """
-    name = "original_max_position_embeddings"
-    found = {name: config.get("max_position_embeddings"), **parameters}
-    if config.get(name) not in (None, found[name]):
-        raise _two_values(name, config[name], "that of rotary positions", found[name])
-    for key, wanted in LLAMA3.items():
-        value(found, key)
-        refuse(found, key, wanted, "Megatron-Core's llama3 scaling has Llama 3.1's constants")
+def _original_length(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> int:
+    """UserError where it is given twice: transformers' versions take it from different places."""
+    found = parameters.get(_ORIGINAL) or config.get("max_position_embeddings")
+    if config.get(_ORIGINAL) not in (None, found):
+        raise _two_values(_ORIGINAL, config[_ORIGINAL], "that of rotary positions", found)
+    return int(value({_ORIGINAL: found}, _ORIGINAL))
 
 
 def _rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -66,6 +66,7 @@ class ExportSource:
                 "copy the run's recipe.yaml into it"
             )
         recipe = load_recipe(checkpoint / "recipe.yaml")
+        recipe = recipe.model_copy(update={"model": recipe.model_in(info.get("phase"))})
         vocab_size = info.get("vocab_size") or recipe.model.vocab_size
         if not vocab_size:
             raise UserError(
@@ -81,8 +82,8 @@ class ExportSource:
     @property
     def length(self) -> int:
         """The model's longest sequence."""
-        longest = max(phase.sequence_length for phase in self.recipe.phases)
-        return self.model.context_length or longest
+        assert self.model.context_length is not None  # `Recipe.model_in`
+        return self.model.context_length
 
     @property
     def run(self) -> Path | None:

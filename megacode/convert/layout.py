@@ -119,11 +119,6 @@ def join_qkv(model: Model, tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(parts, 1).reshape(-1, *rest)
 
 
-def rotary_dim(model: Model) -> int:
-    """How many dimensions of each head are rotated."""
-    return int(model.resolved_head_dim * model.rotary_fraction)
-
-
 def _rotary_order(model: Model, tensor: Tensor, interleaved: bool, back: bool = False) -> Tensor:
     """Rows of heads in the model's rotary order -> in the wanted one, or back.
 
@@ -132,7 +127,7 @@ def _rotary_order(model: Model, tensor: Tensor, interleaved: bool, back: bool = 
     """
     if model.position_embedding != "rotary" or model.rotary_interleaved == interleaved:
         return tensor
-    dim, rotated = model.resolved_head_dim, rotary_dim(model)
+    dim, rotated = model.resolved_head_dim, model.rotated_dimensions
     ranges = (range(0, rotated, 2), range(1, rotated, 2), range(rotated, dim))
     order = torch.tensor([i for part in ranges for i in part], device=tensor.device)
     if interleaved != back:

@@ -15,7 +15,7 @@ from megacode.megatron import cpu
 from megacode.recipe.load import load_recipe
 from megacode.recipe.megatron_fields import EFFECT
 from megacode.recipe.schema import Fusion, Parallel, Precision
-from megacode.run.checkpoints import find_checkpoint
+from megacode.run.checkpoints import find_checkpoint, read_info
 from megacode.tokenizer.tokenizer import load_tokenizer
 
 
@@ -65,11 +65,12 @@ def open_for_inference(checkpoint: Path) -> tuple[Any, Any, Any]:
 
     path = find_checkpoint(checkpoint)
     recipe = load_recipe(path / "recipe.yaml")
+    model = recipe.model_in(read_info(path).get("phase"))
     # FP8 is a way to train: the weights of a run are bf16's, and inference computes in that.
     precision = Precision(compute="bf16") if recipe.precision.compute == "fp8" else recipe.precision
-    given = recipe.model.megatron.items()
+    given = model.megatron.items()
     kept = {name: value for name, value in given if EFFECT.get(name) == "function"}
-    model = recipe.model.model_copy(update={"megatron": kept})
+    model = model.model_copy(update={"megatron": kept})
     recipe = recipe.model_copy(
         update={"parallel": Parallel(), "fusion": Fusion(), "precision": precision, "model": model}
     )

@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_block import (
 from megacode.errors import UserError
 from megacode.megatron.config import MegatronConfig, megatron_config
 from megacode.megatron.initialize import initialize_weights
+from megacode.megatron.rotary import set_rotary
 from megacode.megatron.workarounds import (
     Attention,
     Gpt,
@@ -34,7 +35,7 @@ from megacode.megatron.workarounds import (
     accumulate_in_products,
     scale_embedding_and_logits,
 )
-from megacode.recipe.schema import Model, Recipe
+from megacode.recipe.schema import Recipe
 
 _POSITION_EMBEDDINGS = {"rotary": "rope", "learned": "learned_absolute", "none": "none"}
 
@@ -101,10 +102,9 @@ def _build_chunk(decided: MegatronConfig, vocab_size: int, vp_stage: int | None)
             share_embeddings_and_output_weights=model.tie_embeddings,
             position_embedding_type=_POSITION_EMBEDDINGS[model.position_embedding],
             rotary_percent=model.rotary_fraction,
-            rotary_base=model.rotary_base,
-            **_rotary_scaling(model),
             vp_stage=vp_stage,
         )
+    set_rotary([chunk], model)
     chunk.cuda(torch.cuda.current_device())
     if config.bf16:
         chunk.bfloat16()
@@ -129,16 +129,6 @@ def _attention_in_a_sentence() -> Iterator[None]:
             "NVTE_FUSED_ATTN and NVTE_UNFUSED_ATTN, and choose with "
             "model.megatron.attention_backend (flash, fused, unfused, local or auto)"
         ) from error
-
-
-def _rotary_scaling(model: Model) -> dict[str, Any]:
-    """GPTModel's arguments."""
-    scaling = model.rotary_scaling
-    if scaling is None:
-        return {}
-    if scaling.kind == "linear":
-        return {"seq_len_interpolation_factor": scaling.factor}
-    return {"rope_scaling": True, "rope_scaling_factor": scaling.factor}
 
 
 def _mask_padding(chunk: GPTModel, vocab_size: int, stored_vocab: int) -> None:

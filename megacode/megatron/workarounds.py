@@ -134,6 +134,17 @@ class Gpt(GPTModel):
 MUP_IS_UPSTREAM = "use_mup" in TransformerConfig.__dataclass_fields__
 
 
+def tell_attention_factor(config: TransformerConfig, factor: float) -> None:
+    """Let attention multiply rotated queries and keys by YaRN's 0.1 ln(`factor`) + 1.
+
+    Upstream fault: Megatron-Core's attention reads that factor from a field of the configuration
+        that TransformerConfig does not declare, so that no constructor takes it.
+    Versions: Megatron-Core 0.16 to 0.19.
+    Remove when: the field is declared. Test: `test_yarn_is_not_declared`.
+    """
+    config.yarn_rotary_scaling_factor = factor
+
+
 def scale_embedding_and_logits(chunk: GPTModel, model: Model) -> None:
     """Multiply a chunk's embedding output and logits by muP's factors, unless Megatron-Core does.
 

@@ -59,7 +59,7 @@ that is below it."""
 _PAST: dict[Kind, str] = {
     "training": """
         initialize_from initialize_new_rows optimizer precision phases.*.learning_rate
-        phases.*.optimizer_state
+        phases.*.optimizer_state phases.*.rotary_base phases.*.rotary_scaling
         model.dropout model.attention_dropout model.init_std model.init_distribution
         model.embedding_init_std model.output_init_std
     """
@@ -130,6 +130,11 @@ def changed_past(before: Recipe, now: Plan, step: int) -> list[Change]:
         key, state = f"phases.{new.name}", (old.optimizer_state, new.optimizer_state)
         if state[0] != state[1] and plan.first_step:
             changes.append(Change(f"{key}.optimizer_state", *state))
+        models = (before.model_in(old.name), now.recipe.model_in(new.name))
+        for name in ("rotary_base", "rotary_scaling"):
+            was, is_now = (getattr(model, name) for model in models)
+            if was != is_now and (getattr(old, name) or getattr(new, name)):
+                changes.append(Change(f"{key}.{name}", was, is_now))
         changes += _rates(key, old, new, plan, min(step - plan.first_step, plan.steps))
     return changes
 

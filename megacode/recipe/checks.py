@@ -124,13 +124,20 @@ def _model(recipe: Recipe) -> Iterator[str]:
             "of it"
         )
     if model.position_embedding == "rotary":
-        rotated = int(model.resolved_head_dim * model.rotary_fraction)
+        rotated = model.rotated_dimensions
         if rotated % 2 or rotated == 0:
             yield (
                 f"model.rotary_fraction: rotates {rotated} of {model.resolved_head_dim} dimensions "
                 "of a head, and they go in pairs; change it or head_dim"
             )
     else:
+        for phase in recipe.phases:
+            for key in ("rotary_base", "rotary_scaling"):
+                if getattr(phase, key):
+                    yield (
+                        f"phases.{phase.name}.{key}: has no effect with position_embedding "
+                        f"{model.position_embedding!r}; take it out or use 'rotary'"
+                    )
         for key in _ROTARY:
             if getattr(model, key) != type(model).model_fields[key].default:
                 yield (
@@ -146,6 +153,15 @@ def _model(recipe: Recipe) -> Iterator[str]:
                 "that it has no effect; lower it or take it out"
             )
     for phase in recipe.phases:
+        scaling = phase.rotary_scaling or model.rotary_scaling
+        if scaling and scaling.kind == "yarn":
+            longest = recipe.model_in(phase.name).context_length
+            if longest and phase.sequence_length > longest:
+                yield (
+                    f"phases.{phase.name}.sequence_length: {phase.sequence_length} is longer than "
+                    f"yarn stretches to, factor {scaling.factor:g} x original_context_length "
+                    f"{scaling.original_length} = {longest}; raise one of them"
+                )
         if model.context_length and phase.sequence_length > model.context_length:
             yield (
                 f"phases.{phase.name}.sequence_length: {phase.sequence_length} is longer than "

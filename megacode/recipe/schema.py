@@ -303,6 +303,11 @@ class Phase(Section):
     reset_at_eod: bool | None = None
     """Attention and positions reset at end-of-document; default: the recipe's
     `data.reset_at_eod`."""
+    rotary_base: float | None = Field(default=None, gt=0)
+    """Of this phase; default: the model's. A checkpoint is exported and evaluated with the rotary
+    positions of its phase."""
+    rotary_scaling: RotaryScaling | None = None
+    """Of this phase; default: the model's."""
     checkpoint_every: Count | None = None
     """Steps of this phase between checkpoints, counted from its start; default:
     `checkpoints.every`."""
@@ -390,6 +395,29 @@ class Recipe(Section):
     def resets(self, phase: Phase) -> bool:
         """Whether attention and positions reset at end-of-document in a phase."""
         return self.data.reset_at_eod if phase.reset_at_eod is None else phase.reset_at_eod
+
+    def model_in(self, name: str | None) -> Model:
+        """The model as a phase trains it: with its rotary positions, and with a context length.
+
+        That is what YaRN stretches to; else the model's own, or the longest sequence: of all
+        phases, but only of those so far where phases have rotary positions of their own.
+
+        Args:
+            name: of the phase; None is before the first.
+        """
+        phases, model = self.phases, self.model
+        index = next((i for i, phase in enumerate(phases) if phase.name == name), 0)
+        own = {key: getattr(phases[index], key) for key in ("rotary_base", "rotary_scaling")}
+        if name is not None:
+            model = model.model_copy(update={k: v for k, v in own.items() if v is not None})
+        scaling, length = model.rotary_scaling, model.context_length
+        if scaling and scaling.kind == "yarn":
+            length = round(scaling.factor * scaling.original_length)
+        elif any(phase.rotary_base or phase.rotary_scaling for phase in phases):
+            length = max(phase.sequence_length for phase in phases[: index + 1])
+        elif length is None:
+            length = max(phase.sequence_length for phase in phases)
+        return model.model_copy(update={"context_length": length})
 
 
 # --------------------------------------------------------------------------- the schema's own shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megacode.recipe.section import Count, Section
 
@@ -36,10 +36,26 @@ class RotaryScaling(Section):
     """Rotary frequencies stretched for sequences longer than a model was first trained on:
     `rope_scaling` of published models."""
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn"]
     """`linear` divides every frequency; `llama3` divides low ones and leaves high ones, with the
-    constants of Llama 3.1 and 3.2 (1, 4, 8192 positions), the only ones Megatron-Core has."""
+    constants of Llama 3.1 and 3.2 (1 and 4 turns); so does `yarn` (arXiv 2309.00071; 1 and 32
+    turns), which also multiplies rotated queries and keys by 0.1 ln(factor) + 1."""
     factor: float = Field(ge=1.0)
+    original_context_length: Count | None = None
+    """Longest sequence before the stretch, within which the turns are counted. `yarn` needs it;
+    `llama3` has Llama's 8192 without it."""
+
+    @model_validator(mode="after")
+    def _counts_turns(self) -> RotaryScaling:
+        given = self.original_context_length is not None
+        if (self.kind == "linear" and given) or (self.kind == "yarn" and not given):
+            word, remedy = ("takes no", "take it out") if given else ("needs", "add it")
+            raise ValueError(f"{self.kind} {word} `original_context_length`; {remedy}")
+        return self
+
+    @property
+    def original_length(self) -> int:
+        return self.original_context_length or 8192
 
 
 class Model(Section):
@@ -63,8 +79,9 @@ class Model(Section):
     for gated ones."""
     vocab_size: Count | None = None
     context_length: Count | None = None
-    """Longest sequence the model is for (rotary tables, export); default: the longest phase's
-    sequence length."""
+    """Longest sequence the model is for (export); default: the longest phase's sequence length.
+    Where phases have rotary positions of their own, exports have the longest so far instead, and
+    with `yarn` factor x original_context_length."""
     normalization: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_epsilon: float = Field(default=1e-5, gt=0)
     qk_norm: bool = False
@@ -162,6 +179,11 @@ class Model(Section):
         return self.softmax_scale or (
             1 / self.resolved_head_dim if self.mup else self.resolved_head_dim**-0.5
         )
+
+    @property
+    def rotated_dimensions(self) -> int:
+        """Of each head; an even number."""
+        return int(self.resolved_head_dim * self.rotary_fraction)
 
     @property
     def windowed_layers(self) -> int:

@@ -14,6 +14,7 @@ from megacode.plan import estimate
 from megacode.plan.memory import checkpoint_bytes
 from megacode.plan.plan import PhasePlan, Plan
 from megacode.plan.summary import domain_shares
+from megacode.recipe.schema import Model
 from megacode.terminal import count, gigabytes, print_table, table_of
 
 
@@ -46,6 +47,8 @@ def _model_table(plan: Plan, vocab_size: int | None) -> Table:
     heads = f"{model.heads} heads{kv} of {model.resolved_head_dim}"
     table.add_row("shape", f"{model.layers} layers x {model.hidden_size}, {heads}")
     table.add_row("feed-forward", f"{model.resolved_ffn_size}, {model.activation}")
+    if model.position_embedding == "rotary":
+        table.add_row("rotary positions", _rotary(model))
     if model.sliding_window:
         windowed = f"{model.windowed_layers} of {model.layers} layers"
         table.add_row("attention", f"window of {model.sliding_window:,} tokens in {windowed}")
@@ -67,6 +70,10 @@ def _model_table(plan: Plan, vocab_size: int | None) -> Table:
             f"(residual {model.residual_init_std:.6g}), embeddings x {model.embedding_scale:g}, "
             f"logits x {model.logit_scale:g}, scores x {model.resolved_softmax_scale:.4g}",
         )
+    for phase in plan.recipe.phases:
+        if phase.rotary_base or phase.rotary_scaling:
+            own = plan.recipe.model_in(phase.name)
+            table.add_row(f"rotary positions in {phase.name}", _rotary(own))
     table.add_row(
         "layout",
         f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}, "
@@ -76,6 +83,15 @@ def _model_table(plan: Plan, vocab_size: int | None) -> Table:
         keys = ", ".join(model.megatron)
         table.add_row("model.megatron", f"{keys}: not part of the estimates")
     return table
+
+
+def _rotary(model: Model) -> str:
+    scaling, every = model.rotary_scaling, model.no_rope_layer_interval
+    text = f"base {model.rotary_base:,g}"
+    if scaling:
+        text += f", {scaling.kind} x {scaling.factor:g}"
+        text += f" of {scaling.original_length:,}" if scaling.kind != "linear" else ""
+    return text + (f", none in every {every}th layer" if every else "")
 
 
 def _phase_table(plan: Plan) -> Table:

@@ -131,7 +131,8 @@ def initial_start(
     if not recipe.initialize_from:
         return Start()
     origin = open_origin(Path(recipe.initialize_from))
-    before = origin.recipe
+    trained_as = origin.recipe.model_in(origin.info.get("phase"))
+    before = origin.recipe.model_copy(update={"model": trained_as})
     changes = [
         *changed_function(before, recipe),
         *(c for c in tokenizer_changes(origin.info, before, recipe) if not _only_grows(c)),

@@ -35,6 +35,7 @@ from megacode.megatron.initialize import fill_new_rows
 from megacode.megatron.model import build_model, global_parameter_names
 from megacode.megatron.optimizer import adam_of, build_optimizer, set_lr, wrap_data_parallel
 from megacode.megatron.optimizer_state import reset_optimizer_state
+from megacode.megatron.rotary import set_rotary
 from megacode.megatron.step import (
     forward_backward,
     gathered_weights,
@@ -154,6 +155,8 @@ class Trainer:
         )
         self.validation = Validation.open(plan, world, self.tokenizer)
         self._load(start)
+        trained_in = plan.phase_at(max(self.done - 1, 0)).name
+        set_rotary(self.model_chunks, recipe.model_in(trained_in))
 
     # ------------------------------------------------------------------------------------ training
 
@@ -193,9 +196,12 @@ class Trainer:
     ) -> int:
         """Train until `end` or a stop signal; returns the signal's number, or 0."""
         checkpoint_steps, stopped_by = {*self.plan.checkpoints(), end}, 0
+        first = self.done
         clock = time.perf_counter()
         for step in range(self.done, end):
             phase = self.plan.phase_at(step)
+            if step in (first, phase.first_step):
+                set_rotary(self.model_chunks, self.recipe.model_in(phase.name))
             if step == phase.first_step:
                 self.reports.phase(phase)
                 if phase.fresh_optimizer:

@@ -31,6 +31,10 @@ MODELS: dict[str, Model] = {
         layers=2, hidden_size=64, heads=4, ffn_size=96, rotary_base=5e5,
         rotary_scaling=RotaryScaling(kind="llama3", factor=32.0),
     ),
+    "llama yarn, tied": Model(
+        layers=2, hidden_size=64, heads=4, ffn_size=96, rotary_base=1e3, tie_embeddings=True,
+        rotary_scaling=RotaryScaling(kind="yarn", factor=4.0, original_context_length=16),
+    ),
     "mistral window": Model(layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_size=96, sliding_window=5),
     "smollm3": Model(layers=4, hidden_size=64, heads=4, kv_heads=2, ffn_size=96, no_rope_layer_interval=2, tie_embeddings=True),
     "mistral": Model(layers=2, hidden_size=64, heads=4, kv_heads=2, head_dim=24, ffn_size=96),

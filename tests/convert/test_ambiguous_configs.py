@@ -88,7 +88,7 @@ def test_a_silent_config_means_what_it_means_to_transformers(kind: str) -> None:
         ({"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}}, None, ("partial_rotary_factor", "0.5")),
         ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192}}, 10000, None),
         ({"rope_scaling": LLAMA3, "max_position_embeddings": 8192}, 10000, None),
-        ({"rope_scaling": LLAMA3, "max_position_embeddings": 131072}, None, ("131072", "8192")),
+        ({"rope_scaling": LLAMA3, "max_position_embeddings": 131072}, 10000, None),
         (
             {"rope_scaling": LLAMA3, "original_max_position_embeddings": 8192, "max_position_embeddings": 131072},
             None, ("8192", "131072"),
@@ -113,7 +113,8 @@ def test_rotary_keys_are_read_as_transformers_does_or_refused(
         scaling = section.get("rotary_scaling")
         assert (scaling["kind"] if scaling else "default") == rope["rope_type"]
         assert scaling is None or scaling["factor"] == rope["factor"]
-        assert rope.get("original_max_position_embeddings", 8192) == 8192
+        original = (scaling or {}).get("original_context_length")
+        assert original == rope.get("original_max_position_embeddings")
 
 
 @pytest.mark.parametrize(

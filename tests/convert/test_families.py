@@ -155,8 +155,8 @@ def test_what_is_broken_is_told(saved, exported, tmp_path) -> None:
         '"num_hidden_layers": 4': ('"num_hidden_layers": 5', "has no tensor model.layers.4"),
         '"hidden_act": "silu"': ('"hidden_act": "gelu"', "hidden_act is 'gelu'"),
         '"rope_theta": 500000': (
-            '"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn"}',
-            "type 'yarn'",
+            '"rope_theta": 5e5, "rope_scaling": {"rope_type": "dynamic"}',
+            "type 'dynamic'",
         ),
     }.items():
         (cut / "config.json").write_text(text.replace(change, words[0]))

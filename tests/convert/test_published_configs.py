@@ -28,6 +28,7 @@ SMALL = dict(
 )
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 PUBLISHED = {
     # class, keys as published
     "Llama-2-7b": ("Llama", dict(num_key_value_heads=4, rms_norm_eps=1e-5, max_position_embeddings=4096)),
@@ -43,6 +44,9 @@ PUBLISHED = {
     "Mistral-7B-v0.3": ("Mistral", dict(num_key_value_heads=2, sliding_window=None, rope_theta=1e6)),
     "Mistral-Nemo": ("Mistral", dict(num_key_value_heads=2, sliding_window=None, head_dim=24, rope_theta=1e6)),
     "Qwen2.5-Coder-0.5B": ("Qwen2", dict(num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1e6)),
+    "Qwen2.5-7B-1M": ("Qwen2", dict(num_key_value_heads=2, rope_theta=1e6, max_position_embeddings=128, rope_scaling=YARN)),
+    "Llama-3.1 from 4k": ("Llama", dict(num_key_value_heads=2, max_position_embeddings=32768,
+                                        rope_scaling=LLAMA3 | {"original_max_position_embeddings": 4096})),
     "Qwen3-0.6B": ("Qwen3", dict(num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, rope_theta=1e6)),
     "stablelm-2-1_6b": ("StableLm", dict(num_key_value_heads=4, use_qkv_bias=True, partial_rotary_factor=0.25)),
     "stablelm-3b-4e1t": ("StableLm", dict(num_key_value_heads=4, use_qkv_bias=False, partial_rotary_factor=0.25)),
@@ -98,14 +102,11 @@ def test_published_models_run_here(tmp_path: Path) -> None:
         ("Llama-2-7b", dict(attention_bias=True), "attention_bias is True and mlp_bias False"),
         (
             "Llama-3-8B",
-            dict(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 4096}),
-            "original_max_position_embeddings is 4096, and only 8192 can be imported exactly",
+            dict(rope_scaling=LLAMA3 | {"high_freq_factor": 8.0}),
+            "high_freq_factor is 8.0, and only 4.0 can be imported exactly",
         ),
-        (
-            "Llama-3-8B",
-            dict(rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}),
-            "rope_scaling is of type 'yarn'",
-        ),
+        ("Llama-3-8B", dict(rope_scaling=YARN | {"beta_fast": 64}), "beta_fast is 64, and only 32"),
+        ("Llama-3-8B", dict(rope_scaling=YARN | {"attention_factor": 1.0}), "attention_factor is 1.0"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_expressed_is_told(name, more, words, tmp_path) -> None:

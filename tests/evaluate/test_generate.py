@@ -19,7 +19,7 @@ from megacode.evaluate.generate import (
     next_token,
 )
 from megacode.recipe import schema
-from megacode.recipe.schema import Model
+from megacode.recipe.schema import Model, RotaryScaling
 from megacode.tokenizer.tokenizer import load_tokenizer
 from tests.megatron.test_transformers_parity import LENGTH, VOCAB, small
 from tests.processes import run_on
@@ -45,8 +45,18 @@ def cached_and_full(world, model: Model):
     return cached, tokens[len(prompt) :], stopped
 
 
-def test_cached_generation_equals_full_passes_and_stops() -> None:
-    model = Model(layers=3, hidden_size=64, heads=4, kv_heads=2, init_std=0.2)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"sliding_window": 5},
+        {"sliding_window": 5, "sliding_window_pattern": 2, "no_rope_layer_interval": 3},
+        {"rotary_scaling": RotaryScaling(kind="yarn", factor=4.0, original_context_length=64)},
+    ],
+    ids=lambda keys: " ".join(keys),
+)
+def test_cached_generation_equals_full_passes_and_stops(keys: dict) -> None:
+    model = Model(layers=3, hidden_size=64, heads=4, kv_heads=2, init_std=0.2, **keys)
     ((cached, full, stopped),) = run_on(1, cached_and_full, model)
     assert cached == full and len(set(cached)) > 3
     assert stopped == cached[: cached.index(cached[3])]

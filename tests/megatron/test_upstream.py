@@ -126,6 +126,39 @@ def test_a_window_replaces_the_mask() -> None:
     assert torch.equal(without, with_mask), "the mask counts: `workarounds.Attention` can go"
 
 
+def test_yarn_is_not_declared() -> None:
+    assert of_a_rank(declared_for_yarn) == []
+
+
+def declared_for_yarn(world: object) -> list[str]:
+    from megatron.core.transformer import TransformerConfig
+
+    return [name for name in TransformerConfig.__dataclass_fields__ if name.startswith("yarn_")]
+
+
+def told_of_packed_documents(world: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What Megatron-Core hands the kernel for packed documents, of yarn's factor and of interleaved pairs."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    told: list[Any] = []
+    config = SimpleNamespace(
+        apply_rope_fusion=True, rotary_interleaved=True, multi_latent_attention=False, mrope_section=None
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            rope_utils, "fused_apply_rotary_pos_emb_thd", lambda *a, **k: told.append((a, k))
+        )
+        group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+        rope_utils.apply_rotary_pos_emb("queries", "freqs", config, "edges", 1.3, cp_group=group)
+    return told[0]
+
+
+def test_packed_rotary_kernel_is_told_less() -> None:
+    positional, named = of_a_rank(told_of_packed_documents)
+    assert positional == ("queries", "edges", "freqs")
+    assert named == {"cp_size": 1, "cp_rank": 0}
+
+
 def told_capturable(world: object) -> list[bool]:
     from megatron.core import tensor_parallel
     from megatron.core.models.common.language_module import language_module

@@ -38,6 +38,11 @@ CASES: dict[str, tuple[Hardware, int, list[str], set[str]]] = {
     "pipeline": (H100, 1, ["parallel.pipeline=2"], FUSIONS),
     "interleaved": (H100, 1, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"], FUSIONS | {"pipeline"}),
     "geglu": (H100, 1, ["model.activation=geglu"], FUSIONS - {"activation"}),
+    "yarn in a phase": (
+        H100, 1, ["phases.second.rotary_scaling={kind: yarn, factor: 2, original_context_length: 128}"], FUSIONS - {"rope"},
+    ),
+    "interleaved positions": (H100, 1, ["model.rotary_interleaved=true"], FUSIONS),
+    "interleaved positions, packed": (H100, 1, ["model.rotary_interleaved=true", "data.reset_at_eod=true"], FUSIONS - {"rope"}),
     "learned positions": (H100, 1, ["model.position_embedding=learned"], FUSIONS - {"rope"}),
     "graphs": (H100, 1, ["fusion.cuda_graphs=true"], FUSIONS | {"cuda_graphs"}),
     "turned off": (
@@ -69,6 +74,7 @@ def test_what_is_on(case: str, write) -> None:
         (BARE, "fusion.cuda_graphs=true", "it needs Transformer Engine"),
         (H100, "{fusion.cuda_graphs: true, model.dropout: 0.1}", "dropout is drawn anew"),
         (H100, "{fusion.cuda_graphs: true, data.reset_at_eod: true}", "packs documents"),
+        (H100, "{fusion.cuda_graphs: true, phases.second.rotary_base: 1e6}", "one kind of rotary positions"),
         (H100, "{fusion.cuda_graphs: true, phases.second.sequence_length: 64}", "several sequence lengths"),
         (H100, "parallel={tensor: 2, overlap: {tensor: true}}", "it needs parallel.sequence: true"),
         (H100, "parallel={tensor: 2, sequence: true, overlap: {tensor: true}}|precision=fp32", "precision is fp32"),

@@ -47,6 +47,15 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "model.rotary_fraction": ("model.rotary_fraction=0.5",),
     "model.rotary_interleaved": ("model.rotary_interleaved=true",),
     "model.rotary_scaling.kind": ("model.rotary_scaling={kind: linear, factor: 2}",),
+    "model.rotary_scaling.original_context_length": (
+        "model.rotary_scaling={kind: llama3, factor: 2, original_context_length: 64}",
+    ),
+    "phases.NAME.rotary_base": ("phases.first.rotary_base=20000",),
+    "phases.NAME.rotary_scaling.kind": ("phases.first.rotary_scaling={kind: linear, factor: 2}",),
+    "phases.NAME.rotary_scaling.factor": ("phases.first.rotary_scaling={kind: linear, factor: 4}",),
+    "phases.NAME.rotary_scaling.original_context_length": (
+        "phases.first.rotary_scaling={kind: yarn, factor: 4, original_context_length: 64}",
+    ),
     "model.rotary_scaling.factor": ("model.rotary_scaling={kind: linear, factor: 4}",),
     "model.no_rope_layer_interval": ("model.no_rope_layer_interval=2",),
     "model.sliding_window": ("model.sliding_window=16",),
@@ -161,6 +170,8 @@ FREELY = (
     "model.kv_heads=2", "model.head_dim=16", "model.ffn_size=192", "model.softmax_scale=0.0625",  # what they are anyhow
 )  # fmt: skip
 LATER = (
+    "phases.+=[{name: third, steps: 5, batch_size: 1, sequence_length: 64, mixture: {sources: {docs: 1}}, "
+    "learning_rate: {peak: 1}, rotary_base: 1e6}]",
     "phases.second.steps=200",
     "phases.+=[{name: third, steps: 5, batch_size: 1, sequence_length: 64, mixture: {sources: {docs: 1}}, "
     "learning_rate: {peak: 1}, optimizer_state: fresh}]",

@@ -128,6 +128,10 @@ OVERRIDES = {
         "model.no_rope_layer_interval",
         ["no effect with position_embedding 'none'"],
     ),
+    "model.rotary_scaling={kind: yarn, factor: 2}": (
+        "model.rotary_scaling",
+        ["yarn needs `original_context_length`"],
+    ),
     "precision=fp9": ("precision", ["'fp32', 'bf16' or 'fp8'", "correct the override"]),
     "optimizer={ema: 0.9, megatron: {optimizer_cpu_offload: true}}": (
         "optimizer.ema",
@@ -166,6 +170,11 @@ def test_a_mistake_in_an_override_names_the_override(write, override):
         (["precision=fp8", "precision.bf16_first_layers=1"], "precision.bf16_first_layers", ["fp8_recipe: delayed"]),
         (["model.kv_heads=2", "model.heads=8", "model.hidden_size=128", "parallel.tensor=4"], None, []),
         (["parallel.recompute={granularity: full, layers: 9}"], "parallel.recompute.layers", ["lower it"]),
+        (["phases.second.rotary_scaling={kind: yarn, factor: 2, original_context_length: 32}"], "phases.second.sequence_length",
+         ["128 is longer than yarn stretches to", "= 64"]),
+        (["model.position_embedding=none", "phases.second.rotary_base=1e6"], "phases.second.rotary_base",
+         ["no effect with position_embedding 'none'"]),
+        (["model.sliding_window=32", "parallel.context=2"], "model.sliding_window", ["cp_comm_type to a2a"]),
         (["model.context_length=64"], "phases.first.sequence_length", ["longer than model.context_length 64"]),
     ],
 )  # fmt: skip

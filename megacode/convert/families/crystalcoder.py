@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megacode.convert.family import ACTIVATIONS, Family, Weights
-from megacode.convert.layout import QKV_STACKED, rotary_dim
+from megacode.convert.layout import QKV_STACKED
 from megacode.errors import UserError
 from megacode.recipe.schema import Model
 
@@ -35,7 +35,7 @@ def _scaling(model: Model) -> dict[str, bool] | None:
 
 
 def _reasons(model: Model) -> Iterator[str]:
-    rotated = rotary_dim(model)
+    rotated = model.rotated_dimensions
     if model.position_embedding == "rotary" and (rotated < 2 or rotated % 2):
         yield f"model.rotary_fraction rotates {rotated} dimensions of a head, not an even number"
     if _scaling(model) is None:
@@ -57,7 +57,7 @@ def _config(model: Model, length: int) -> dict[str, Any]:
         "activation_function": _ACTIVATIONS[model.activation],
         "layer_norm_epsilon": model.norm_epsilon,
         "position_embedding_type": model.position_embedding,
-        "rotary_dim": rotary_dim(model) if model.position_embedding == "rotary" else None,
+        "rotary_dim": model.rotated_dimensions if model.position_embedding == "rotary" else None,
         **({} if model.rotary_base == 10000 else {"rotary_base": model.rotary_base}),
         "mup_embeddings_scale": model.embedding_scale,
         "mup_output_alpha": model.mup.output_alpha if model.mup else 1.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megacode.data.batch import Batch
+from megacode.data.packed_row import pack_row, packed_length
 from megacode.megatron.distributed import World
 from megacode.megatron.hardware import transformer_engine_available
 from megacode.megatron.workarounds import (
@@ -34,8 +35,10 @@ class DeviceBatch:
         tokens, labels, position_ids: int64 `[n, S]`.
         loss_mask: float32 `[n, S]`.
         stream: number of each sample's stream, `[n]`.
+        positions: how many this rank has, padding of documents not counted.
         mask, packed: document boundaries, in one of two forms (`mask` is bool `[n, 1, S, S]`, True
-            where hidden); both None means plain causal.
+            where hidden); both None means plain causal. `packed` goes with tensors of one row and
+            `sample_tokens`, the tokens of each sample in it.
     """
 
     tokens: Tensor
@@ -43,13 +46,22 @@ class DeviceBatch:
     loss_mask: Tensor
     position_ids: Tensor
     stream: Tensor
+    positions: int
     mask: Tensor | None
     packed: PackedSeqParams | None
+    sample_tokens: tuple[int, ...] | None
 
 
-def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
-    """Copy a numpy batch to the device, with document boundaries as this machine's attention takes
-    them: Transformer Engine as one packed row of sequences, the local layers as a mask."""
+def to_device(batch: Batch, world: World, packed_row: int | None = None) -> DeviceBatch:
+    """Copy this context-parallel rank's share of a numpy batch to the device.
+
+    Document boundaries are as this machine's attention takes them: Transformer Engine as one packed
+    row of documents, the local layers as a mask.
+
+    Args:
+        packed_row: tokens of that row, over all context-parallel ranks; default: as few as can be.
+    """
+    device, size = world.device, world.context_size
 
     def move(array: Any) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -58,40 +70,52 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
         return tensor
 
     arrays: list[Any] = [batch.tokens, batch.labels, batch.loss_mask, batch.position_ids]
-    mask = packed = None
+    mask = packed = sample_tokens = None
     if batch.segments is not None and transformer_engine_available():
-        arrays = [array.reshape(1, -1) for array in arrays]
-        starts = np.ones(batch.segments.shape, dtype=bool)
-        starts[:, 1:] = batch.segments[:, 1:] != batch.segments[:, :-1]
-        edges = np.append(np.flatnonzero(starts), batch.segments.size).astype(np.int32)
-        ends, longest = move(edges), int(np.diff(edges).max())
+        row = pack_row(batch, packed_row or packed_length(batch, size), size, world.context_rank)
+        arrays = [row.tokens, row.labels, row.loss_mask, row.position_ids]
+        ends, longest = move(row.edges), int(np.diff(row.edges).max())
+        sample_tokens = row.sample_tokens
+        # Padding belongs to its document: context parallelism wants to be told so.
+        padded = {"cu_seqlens_q_padded": ends, "cu_seqlens_kv_padded": ends} if size > 1 else {}
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=ends,
             cu_seqlens_kv=ends,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
+            **padded,
         )
     elif batch.segments is not None:
         segments, length = move(batch.segments), batch.segments.shape[1]
         later = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
         mask = (later | (segments[:, :, None] != segments[:, None, :])).unsqueeze(1)
-    tokens, labels, loss_mask, position_ids = map(move, arrays)
-    stream = move(batch.stream)
-    return DeviceBatch(tokens, labels, loss_mask, position_ids, stream, mask, packed)
-
-
-def this_context_rank(batch: DeviceBatch, world: World) -> DeviceBatch:
-    """This context-parallel rank's two slices of every sequence.
-
-    The first and last of 2 x size slices are paired, the second and the one before the last, and so
-    on, so that every rank has the same causal work. Document boundaries do not go with it;
-    `megacode.recipe.checks` refuses them.
-    """
-    if world.context_size == 1:
-        return batch
     names = ("tokens", "labels", "loss_mask", "position_ids")
-    return replace(batch, **slices_of_context_rank({name: getattr(batch, name) for name in names}))
+    tensors = dict(zip(names, map(move, arrays), strict=True))
+    if size > 1 and packed is None:
+        tensors = slices_of_context_rank(tensors)
+    return DeviceBatch(
+        **tensors,
+        stream=move(batch.stream),
+        positions=batch.tokens.size // size,
+        mask=mask,
+        packed=packed,
+        sample_tokens=sample_tokens,
+    )
+
+
+def _packed_row(micro_batches: Sequence[Batch], recipe: Recipe) -> int | None:
+    """Tokens of the packed rows of a step's micro-batches, all alike as a pipeline wants them; None
+    where they are not packed."""
+    if micro_batches[0].segments is None or not transformer_engine_available():
+        return None
+    parallel = recipe.parallel
+    longest = max(packed_length(batch, parallel.context) for batch in micro_batches)
+    if parallel.context == 1:
+        return longest
+    unit = 2 * parallel.context * (parallel.tensor if parallel.sequence else 1)
+    unit *= 32 if recipe.precision.compute == "fp8" else 1  # rows of its matrices
+    return -(-longest // unit) * unit
 
 
 def _loss(
@@ -101,20 +125,32 @@ def _loss(
     losses = losses.float().reshape(batch.loss_mask.shape)
     masked = losses * batch.loss_mask
     with torch.no_grad():
-        rows, stream = batch.stream.shape[0], batch.stream.long()
+        stream = batch.stream.long()
         sums = torch.zeros(2, streams, dtype=torch.float64, device=losses.device)
         for row, values in zip(sums, (masked, batch.loss_mask), strict=True):
-            row.index_add_(0, stream, values.reshape(rows, -1).sum(1).double())
+            row.index_add_(0, stream, _by_sample(batch, values).double())
         mask = batch.loss_mask
         # Filled on the device: the host would wait for a number that it sends.
-        count = mask.new_full((), mask.numel()) if count_positions else mask.sum()
+        count = mask.new_full((), batch.positions) if count_positions else mask.sum()
     return masked.sum(), count.to(torch.int), sums
 
 
+def _by_sample(batch: DeviceBatch, values: Tensor) -> Tensor:
+    """float32 `[n]`: sums over this rank's tokens of each sample."""
+    if batch.sample_tokens and len(set(batch.sample_tokens)) > 1:
+        return torch.stack([part.sum() for part in values.reshape(-1).split(batch.sample_tokens)])
+    return values.reshape(len(batch.stream), -1).sum(1)
+
+
 def _forward(
-    streams: int, count_positions: bool, world: World, iterator: Iterator[Batch], model: Any
+    streams: int,
+    count_positions: bool,
+    world: World,
+    packed_row: int | None,
+    iterator: Iterator[Batch],
+    model: Any,
 ) -> Any:
-    batch = this_context_rank(to_device(next(iterator), world.device), world)
+    batch = to_device(next(iterator), world, packed_row)
     losses = model(
         batch.tokens,
         batch.position_ids,
@@ -140,16 +176,16 @@ def forward_backward(
         stream; zeros where this rank does not see the loss (not the last stage).
     """
     rows, length = micro_batches[0].tokens.shape
-    packed = micro_batches[0].segments is not None and transformer_engine_available()
+    packed_row = _packed_row(micro_batches, recipe)
     count_positions = recipe.optimizer.loss_denominator == "positions"
     with without_graphs(model_chunks) if forward_only else contextlib.nullcontext():
         results = get_forward_backward_func()(
-            forward_step_func=partial(_forward, streams, count_positions, world),
+            forward_step_func=partial(_forward, streams, count_positions, world, packed_row),
             data_iterator=[iter(micro_batches) for _ in model_chunks],
             model=list(model_chunks),
             num_microbatches=len(micro_batches),
-            seq_length=rows * length if packed else length,
-            micro_batch_size=1 if packed else rows,
+            seq_length=packed_row or length,
+            micro_batch_size=1 if packed_row else rows,
             forward_only=forward_only,
         )
     if not results:

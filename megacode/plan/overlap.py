@@ -100,6 +100,11 @@ def _overlaps(recipe: Recipe, hardware: Hardware, data_size: int) -> dict[str, _
                 _NO,
                 "its buffers have one size, and the phases have several sequence lengths",
             ),
+            (
+                parallel.context > 1 and any(map(recipe.resets, recipe.phases)),
+                _NO,
+                "its buffers have one size, and rows of padded documents have many",
+            ),
             (True, _ON, "tensor-parallel exchanges go on during the matrix products"),
         ],
         "parallel.overlap.pipeline": [

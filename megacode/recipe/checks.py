@@ -214,7 +214,12 @@ def _parallel(recipe: Recipe) -> Iterator[str]:
             "parallel.sequence: needs parallel.tensor of 2 or more; set `sequence: false` or "
             "raise tensor"
         )
-    ring = model.megatron.get("cp_comm_type") != "a2a"
+    ring = model.megatron.get("cp_comm_type") in (None, "p2p")
+    if "a2a+p2p" in str(model.megatron.get("cp_comm_type")):
+        yield (
+            "model.megatron.cp_comm_type: a2a+p2p needs groups of ranks that megacode does not "
+            "make; use p2p, a2a or all_gather"
+        )
     if parallel.context > 1 and model.sliding_window and ring:
         yield (
             f"model.sliding_window: with parallel.context {parallel.context} Transformer Engine "
@@ -227,10 +232,11 @@ def _parallel(recipe: Recipe) -> Iterator[str]:
             "pipeline stage; lower it"
         )
     for phase in recipe.phases:
-        if parallel.context > 1 and recipe.resets(phase):
+        if parallel.context > 1 and recipe.resets(phase) and not ring:
             yield (
-                f"phases.{phase.name}.reset_at_eod: parallel.context {parallel.context} would cut "
-                "a sequence across its documents; set one of the two otherwise"
+                f"phases.{phase.name}.reset_at_eod: with parallel.context {parallel.context} "
+                "Transformer Engine knows documents around its ring only; take "
+                "model.megatron.cp_comm_type out, or set one of the two otherwise"
             )
         parts = (
             {f"parallel.tensor {tensor} (sequence parallel)": tensor} if parallel.sequence else {}

@@ -53,7 +53,7 @@ def cached_and_full(world, model: Model):
         {"sliding_window": 5, "sliding_window_pattern": 2, "no_rope_layer_interval": 3},
         {"rotary_scaling": RotaryScaling(kind="yarn", factor=4.0, original_context_length=64)},
     ],
-    ids=lambda keys: " ".join(keys),
+    ids=" ".join,
 )
 def test_cached_generation_equals_full_passes_and_stops(keys: dict) -> None:
     model = Model(layers=3, hidden_size=64, heads=4, kv_heads=2, init_std=0.2, **keys)

@@ -23,6 +23,8 @@ from tests.gpu.common import (
 )
 from tests.processes import run_on
 
+EOD = 2
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
@@ -111,7 +113,9 @@ def test_context_parallel_trains_as_one_device_does(recipe: Path, tmp_path: Path
     np.testing.assert_allclose(two.norms, one.norms, rtol=2e-2)
 
 
-def losses_by_sample(world, folder: str) -> tuple[list[float], list[float], list[float]]:
+def losses_by_sample(
+    world, folder: str, resets: bool
+) -> tuple[list[float], list[float], list[float]]:
     """Loss sums and label counts of four samples, over all context-parallel ranks, from the checkpoint in `folder` (made where
     there is none); and the sums once more with the first half of every sample changed."""
     from megacode.data.batch import make_batch
@@ -138,10 +142,15 @@ def losses_by_sample(world, folder: str) -> tuple[list[float], list[float], list
     ).numpy()
     changed = windows.copy()
     changed[:, : LENGTH // 2] = windows[::-1, : LENGTH // 2]
+    if resets:  # documents of lengths that no slices divide; the last one begins in the first half
+        for row in (windows, changed):
+            row[:, [6, LENGTH // 3]] = EOD
     out = []
     for rows in (windows, changed):
         # The loss of the second half only: there, both ranks have a quarter that looks back at the other one's keys.
-        batch = make_batch(rows, np.arange(4, dtype=np.int32), np.arange(4))
+        batch = make_batch(
+            rows, np.arange(4, dtype=np.int32), np.arange(4), eod_id=EOD, reset_at_eod=resets
+        )
         batch.loss_mask[:, : LENGTH // 2] = 0
         with torch.no_grad():
             sums = forward_backward(chunks, [batch], 4, run, world, forward_only=True)
@@ -150,10 +159,11 @@ def losses_by_sample(world, folder: str) -> tuple[list[float], list[float], list
     return out[0][0], out[0][1], out[1][0]
 
 
-def test_context_parallel_attention_looks_at_the_whole_sample(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resets", [False, True], ids=["plain", "documents"])
+def test_context_parallel_attention_looks_at_the_whole_sample(resets: bool, tmp_path: Path) -> None:
     engine_or_skip()
-    ((one, counts, changed),) = run_on(1, losses_by_sample, str(tmp_path))
-    first, second = run_on(2, losses_by_sample, str(tmp_path), parallel=Parallel(context=2))
+    ((one, counts, changed),) = run_on(1, losses_by_sample, str(tmp_path), resets)
+    first, second = run_on(2, losses_by_sample, str(tmp_path), resets, parallel=Parallel(context=2))
     assert first == second and first[1] == counts == [LENGTH / 2] * 4
     np.testing.assert_allclose(first[0], one, rtol=1e-2)
     np.testing.assert_allclose(first[2], changed, rtol=1e-2)

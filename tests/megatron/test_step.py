@@ -65,7 +65,7 @@ def losses_by_position(world, reset: bool, **model: int) -> tuple[torch.Tensor, 
             rows = make_batch(
                 windows(change), np.zeros(2, np.int32), np.arange(2), eod_id=EOD, reset_at_eod=reset
             )
-            batch = to_device(rows, world.device)
+            batch = to_device(rows, world)
             out.append(chunk(batch.tokens, batch.position_ids, batch.mask, labels=batch.labels))
     return out[0], out[1]
 
@@ -208,11 +208,10 @@ def test_what_cannot_be_here_is_refused_in_a_sentence() -> None:
 
 def own_slices(world) -> tuple[list[int], list[int]]:
     from megacode.data.batch import make_batch
-    from megacode.megatron.step import this_context_rank, to_device
+    from megacode.megatron.step import to_device
 
     rows = np.arange(2 * 9).reshape(2, 9)
-    batch = to_device(make_batch(rows, np.zeros(2, np.int32), np.arange(2)), world.device)
-    own = this_context_rank(batch, world)
+    own = to_device(make_batch(rows, np.zeros(2, np.int32), np.arange(2)), world)
     assert (own.tokens + 1 == own.labels).all() and own.loss_mask.shape == own.tokens.shape
     return own.tokens[1].tolist(), own.position_ids[1].tolist()
 

@@ -6,15 +6,16 @@
     prompt          completion; each a text or messages
     input           target
 
-Messages keep all their keys, in their order: a chat template shows names, tool calls and reasoning
-as they are written.
+Any of them may have `chat_template_kwargs`, variables of the template; an assistant message of
+`weight` 0 is not to be learned. Messages keep all their keys, in their order: a chat template shows
+names, tool calls and reasoning as they are written.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]
@@ -36,6 +37,7 @@ NO_CONVERSATION = (
     "has none of `messages`, `conversations`, `instruction` and `output`, `prompt` and "
     "`completion`, `input` and `target`"
 )
+_OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", "documents"}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -45,11 +47,13 @@ class BadConversationError(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """`untrained`: numbers of assistant messages that are context, not answers to learn."""
+    """`untrained`: numbers of assistant messages that are context, not answers to learn.
+    `variables`: of the chat template, such as `enable_thinking`."""
 
     messages: list[Message]
     tools: list[Any] | None = None
     untrained: tuple[int, ...] = ()
+    variables: dict[str, Any] = field(default_factory=dict)
 
 
 def read_conversation(record: Any) -> Conversation:
@@ -75,7 +79,10 @@ def read_conversation(record: Any) -> Conversation:
         if message["role"] == "assistant"
         and (number < len(context) or message.get("weight", 1) == 0)
     )
-    return Conversation(messages, tools or None, untrained)
+    variables = record.get("chat_template_kwargs") or {}
+    if not isinstance(variables, dict) or variables.keys() & _OWN_VARIABLES:
+        raise BadConversationError("`chat_template_kwargs` is not an object of own variables")
+    return Conversation(messages, tools or None, untrained, variables)
 
 
 def without_nulls(value: Any) -> Any:

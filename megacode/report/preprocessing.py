@@ -94,6 +94,7 @@ def _results_table(result: Result, seconds: float | None) -> Table:
     if counts.checked:
         which = f"{counts.checked:,} documents at random"
         notes.append(f"checked: {which} have the reference library's ids")
+    notes += result.notes
     if counts.exact:
         notes.append(f"tokenized by the reference library alone: {counts.exact}")
     for what, reasons in (("bad", counts.bad), ("passed over", counts.passed_over)):

@@ -136,6 +136,19 @@ class ChatTemplate:
         tokens = re.findall(alternatives(self.control_tokens), text[slice(*spans[-1])])
         return tokens[0] if tokens else ""
 
+    def default_system(self) -> str:
+        """The system prompt that the template writes where a conversation has none; or empty."""
+        system, user = _unused("", 2)
+        question = {"role": "user", "content": user}
+        try:
+            given = self.render([{"role": "system", "content": system}, question])
+            bare = self.render([question]).partition(user)[0]
+        except TemplateError:
+            return ""
+        before, _, after = given.partition(user)[0].partition(system)
+        is_there = bare.startswith(before) and bare.endswith(after)
+        return bare[len(before) : len(bare) - len(after)].strip() if is_there else ""
+
     # ------------------------------------------------------------------------ spans by blocks
 
     def _marked(self, text: str, messages: Sequence[Message], render: Render) -> list[Span]:

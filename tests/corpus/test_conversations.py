@@ -23,7 +23,7 @@ from megacode.corpus.conversations import (
 )
 from megacode.corpus.inspect import open_dataset, read_marks, read_tokens
 from megacode.corpus.preprocess import Request, preprocess
-from megacode.corpus.preprocess.chat import ConversationTokenizer, SetAside
+from megacode.corpus.preprocess.chat import ConversationTokenizer, SetAside, notes_on
 from megacode.data.loss_marks import ANSWER, FIRST, LAST_ANSWER, split
 from megacode.errors import UserError
 from megacode.recipe import schema
@@ -471,6 +471,75 @@ def test_answers_of_the_prompt_are_no_answers_to_learn(tokenizer: Tokenizer) -> 
     )
     ids, marks = split(found[0][1])  # type: ignore[arg-type]
     assert tokenizer.decode(ids[(marks & ANSWER) != 0].tolist(), control=True) == "end<|im_end|>"
+
+
+def test_variables_of_a_record_and_what_the_template_adds(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """`enable_thinking: false` puts an empty block into the prompt, where it is not trained on."""
+    template = write_template(
+        tmp_path,
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Q.<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}{{ strftime_now('') }}",
+    )
+    ours = ConversationTokenizer(request(tokenizer, template=template), tokenizer, None)
+    for variables, shown in (({"enable_thinking": False}, True), ({}, False)):
+        row = {"messages": [USER, SAYS], "chat_template_kwargs": variables}
+        text, joined = ours.encode([read_conversation(row)])[0]  # type: ignore[misc]
+        ids, marks = split(joined)
+        assert ("<think>" in text) == shown
+        assert tokenizer.decode(ids[(marks & ANSWER) != 0].tolist(), control=True) == "a<|im_end|>"
+    assert notes_on(ours.template) == [
+        "the chat template writes a system prompt of its own: 'You are Q.'",
+        "the chat template writes the current date; another day gives other ids",
+    ]
+    chatml = ConversationTokenizer(request(tokenizer, template="chatml"), tokenizer, None)
+    assert notes_on(chatml.template) == []
+
+
+def test_spans_at_the_very_start_and_around_stripped_blanks(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    for text in (
+        "{% for m in messages %}{% generation %}{{ m.content | trim }}<|im_end|>{% endgeneration %}\n{% endfor %}",
+        "{% for m in messages %}{{ m.content | trim }}<|im_end|>\n{% endfor %}",
+    ):
+        asked = request(tokenizer, template=write_template(tmp_path, text))
+        ours = ConversationTokenizer(asked, tokenizer, fast(tokenizer))
+        says = [{"role": "assistant", "content": f"  {word} \n"} for word in ("one", "two")]
+        shown, joined = ours.encode([Conversation(says)])[0]  # type: ignore[misc]
+        ids, marks = split(joined)
+        answers = ["".join(tokenizer.decode([i], control=True) for i, m in zip(ids, marks, strict=True) if m & bit)
+                   for bit in (ANSWER, LAST_ANSWER)]  # fmt: skip
+        assert answers == ["one<|im_end|>two<|im_end|>", "two<|im_end|>"] and shown.startswith(
+            "one"
+        )
+
+
+def test_a_table_of_tool_calls_gives_no_nulls_to_the_template(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    rows = [
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "f", "arguments": {key: "1"}}}]}, SAYS]}
+        for key in ("x", "y")
+    ]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    template = write_template(
+        tmp_path,
+        "{% for m in messages %}{% generation %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"
+        "<|im_end|>{% endgeneration %}{% endfor %}",
+    )
+    asked = request(
+        tokenizer, inputs=(str(tmp_path / "c.parquet"),), output=tmp_path / "o", template=template
+    )
+    preprocess(asked)
+    texts = [tokenizer.decode(ids, control=True) for ids, _ in documents(tmp_path / "o")]
+    call = '[{"type": "function", "function": {"name": "f", "arguments": {"%s": "1"}}}]'
+    assert texts == [f"q<|im_end|>{call % key}<|im_end|>a<|im_end|>" for key in ("x", "y")]
 
 
 def test_mistakes_of_the_request(tokenizer: Tokenizer, chats: Path, tmp_path: Path) -> None:

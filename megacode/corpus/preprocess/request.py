@@ -135,6 +135,8 @@ class Result:
     parts: int
     parts_kept: int
     quarantine: Path | None
+    notes: tuple[str, ...] = ()
+    """What else a person should know."""
 
     @property
     def bad_share(self) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megacode.corpus.inputs import find_inputs
+from megacode.corpus.preprocess.chat import notes_on, template_of
 from megacode.corpus.preprocess.checks import check_conversations, check_fields, check_tokens
 from megacode.corpus.preprocess.counts import Counts, Group, GroupCounts
 from megacode.corpus.preprocess.existing import (
@@ -98,7 +99,8 @@ def preprocess(
         _remove_parts(job.folder, pool)
         remove_folder(job.folder)
     outputs = {group: request.prefix(group) for group in shards}
-    return Result(outputs, counts, False, len(parts), kept, quarantine_of(request))
+    notes = notes_on(template_of(request, tokenizer)) if request.conversations else ()
+    return Result(outputs, counts, False, len(parts), kept, quarantine_of(request), tuple(notes))
 
 
 def _tokenize(

@@ -33,10 +33,11 @@ EXAMPLE = """examples:
         --where 'max_stars_count >= 10' --tokenizer tokenizer.model --added-tokens crystal --bos \\
         --output 'data/starcoder/{value}'
 
-  Conversations (OpenAI messages, ShareGPT, Alpaca, prompt and completion, input and target), by the
-  tokenizer's own chat template:
-    megacode preprocess chats.jsonl --conversations --tokenizer tokenizer.json \\
-        --max-tokens 4097 --too-long drop --output data/chats
+  Conversations (OpenAI messages, ShareGPT, Alpaca, prompt and completion, input and target), by a
+  chat template; without --template, by the one beside the tokenizer:
+    megacode preprocess chats.jsonl --conversations --tokenizer tokenizer.model \\
+        --added-tokens crystal --template crystal --max-tokens 4097 --too-long drop \\
+        --output data/chats
 
 --where and --split-by take fields of the records, with dots for nested ones, and of every file:
 file.name, file.path (below the folder given), file.suffix, file.folder, file.repository (the first

@@ -36,8 +36,8 @@ class StreamPlan:
         samples: that the phase takes.
         sequence_length: the phase's.
         tokens_before: read from this stream in earlier phases.
-        estimated: `windows` is worked out from the declared `tokens`, as if packs were full: the
-            data is not there.
+        estimated: `windows` is worked out from the declared `tokens`, as if packs were full, or
+            `documents`: the data is not there.
     """
 
     source: str
@@ -166,7 +166,9 @@ def plan_stream(
         )
     else:
         window, shown = length, f"packs of {length + 1:,} tokens"
-        total = -(-tokens // (length + 1)) if counted is None else counted
+        documents = recipe.sources[name].documents if packing == "one_document" else None
+        estimate = documents or -(-tokens // (length + 1))
+        total = estimate if counted is None else counted
         empty = "has no documents; give it data, or take it out of the mixture"
     if total == 0:
         raise UserError(f"{entry.key}: source {name} {empty}")

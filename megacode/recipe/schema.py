@@ -59,6 +59,7 @@ class Source(Section):
     """Expected size, to plan before the corpus is there. A corpus that is there is
     counted instead."""
     documents: Count | None = None
+    """Expected number, to plan `packing: one_document` before the corpus is there."""
     window: Count | None = None
     """Shuffle unit in tokens; default: the sequence length of the first phase that
     reads the source."""

@@ -13,6 +13,7 @@ from megacode.data.packing_report import PackingLosses
 from megacode.plan import estimate
 from megacode.plan.memory import checkpoint_bytes
 from megacode.plan.plan import PhasePlan, Plan
+from megacode.plan.streams import StreamPlan
 from megacode.plan.summary import domain_shares
 from megacode.recipe.schema import Model
 from megacode.terminal import count, gigabytes, print_table, table_of
@@ -134,7 +135,8 @@ def _stream_table(phase: PhasePlan) -> Table:
         "so far",
         "FIM",
     )
-    table = table_of(f"{phase.name}: what it reads", *columns, left=2)
+    kinds = [_kind(stream) for stream in phase.streams]
+    table = table_of(f"{phase.name}: what it reads", *columns, *["read as"] * any(kinds), left=2)
     shares = phase.weights_at(np.array([phase.first_step, phase.last_step]))
     ends = [0, phase.steps - 1] if phase.quota.weights.settled else [0]
     given = phase.quota.weights.at(np.array(ends))
@@ -152,6 +154,7 @@ def _stream_table(phase: PhasePlan) -> Table:
             f"{stream.epochs:.3g}",
             Text(f"{stream.epochs_after:.3g}", style="yellow" if stream.epochs_after > 4 else ""),
             f"{stream.fim_rate:g}{by_document}" if stream.fim_rate else "",
+            *[kinds[number]] * any(kinds),
         )
     table.add_section()
     total = " → ".join(f"{weight:.6g}" for weight in given.sum(axis=1))
@@ -161,6 +164,13 @@ def _stream_table(phase: PhasePlan) -> Table:
     if len(domains) > 1:
         table.caption = " · ".join(f"{name} {_percent(share)}" for name, share in domains.items())
     return table
+
+
+def _kind(stream: StreamPlan) -> str:
+    """How a source is read, where it is not as shuffled text."""
+    trained = {"answers": "loss on answers", "last_answer": "loss on last answers"}
+    order = "in file order" if stream.order == "file" else ""
+    return ", ".join(filter(None, (trained.get(stream.loss_on), order)))
 
 
 def _percent(share: float) -> str:

@@ -145,6 +145,16 @@ def test_epochs_say_how_long_a_phase_is(folder: Path) -> None:
             "shape": "linear", "start": 1, "end": 0, "over": 3}}}})  # fmt: skip
 
 
+def test_a_plan_without_data_counts_declared_documents() -> None:
+    """Of a document a row; packs are estimated from tokens, as if full."""
+    declared = {"tokens": 16_000, "documents": 3_000, "loss_on": "answers"}
+    phase = {"steps": None, "epochs": 2, "batch_size": 10, "reset_at_eod": True}
+    phase["mixture"] = {"sources": {"chats": 1}}
+    for packing, steps in (("one_document", 600), ("best_fit", 2 * 942 // 10 + 1)):
+        sources = {"chats": {**declared, "packing": packing}}
+        assert plan_with_data(recipe_of(sources, [phase])).total_steps == steps
+
+
 def test_shares_of_tokens_are_shares_of_trained_tokens(folder: Path) -> None:
     """Half of the tokens from each: many more sequences of conversations, of which few tokens count."""
     mixture = {"weight_by": "tokens", "sources": {"chats": 1, "text": 1}}

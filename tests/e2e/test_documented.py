@@ -168,6 +168,12 @@ def make_inputs(place: Place) -> None:
     for i, line in enumerate(lines):
         line["meta"] = {"redpajama_set_name": ("RedPajamaGithub", "RedPajamaBook")[i % 2]}
     write_lines(folder / "corpus/a.jsonl", lines)
+    roles = ("user", "assistant") * 2
+    chats = [
+        {"messages": [{"role": role, "content": f"{role} says {i}"} for role in roles]}
+        for i in range(300)
+    ]
+    write_lines(folder / "chats.jsonl", chats)
     for name in (
         "my/a",
         "my/b",

@@ -63,6 +63,7 @@ _GIVES = {
     "huggingface": "running what was exported",
     "tiktoken": "tiktoken vocabularies",
     "harness": "megacode evaluate --harness",
+    "studies": "tools/study-data",
     "cuda": "on CUDA: fused layers, flash attention, FP8, context parallel, FusedAdam",
     "apex": "on CUDA: FusedAdam without Transformer Engine, fused gradient accumulation",
 }

@@ -160,17 +160,17 @@ def _sizes(files: dict[str, Path]) -> dict[str, int]:
 
 def _code(corpus: _Corpus, in_code: set[Path]) -> Iterator[bytes]:
     """JSONL lines of source files, whose paths it adds to `in_code`."""
-    for origin, root, paths in _sources():
+    for origin, root, paths in python_sources():
         for path in paths:
             if corpus.full:
                 return
-            text = _read(path, 400, 120_000)
+            text = read_source(path, 400, 120_000)
             if text is not None and _like_code(text) and corpus.is_new(text):
                 in_code.add(path)
                 yield corpus.line(origin, path.relative_to(root).as_posix(), text)
 
 
-def _sources() -> Iterator[tuple[str, Path, list[Path]]]:
+def python_sources() -> Iterator[tuple[str, Path, list[Path]]]:
     """(origin, root, Python files): the standard library by path, then packages by hash of path, so
     that a few MB come from all of them."""
     standard = Path(sysconfig.get_paths()["stdlib"])
@@ -199,7 +199,7 @@ def _path_hash(path: Path) -> bytes:
     return hashlib.blake2b(path.as_posix().encode(errors="surrogateescape"), digest_size=8).digest()
 
 
-def _read(path: Path, smallest: int, largest: int) -> str | None:
+def read_source(path: Path, smallest: int, largest: int) -> str | None:
     """A file's text if its size is within bounds and it is UTF-8."""
     try:
         if not smallest <= path.stat().st_size <= largest:
@@ -237,12 +237,12 @@ def _prose(in_code: set[Path]) -> Iterator[tuple[str, str, list[str]]]:
         yield "language reference", name, paragraphs(topics[name])
     for folder in _package_folders():
         for path in sorted(folder.glob("*.dist-info/METADATA")):
-            metadata = _read(path, 0, 1_000_000)
+            metadata = read_source(path, 0, 1_000_000)
             if metadata is not None:
                 _, _, body = metadata.partition("\n\n")  # after the headers
                 yield "package descriptions", path.parent.name, paragraphs(body)
-    everything = [(root, path) for _, root, paths in _sources() for path in paths]
+    everything = [(root, path) for _, root, paths in python_sources() for path in paths]
     for root, path in sorted(everything, key=lambda pair: pair[1] in in_code):
-        source = _read(path, 2_000, 400_000)
+        source = read_source(path, 2_000, 400_000)
         if source is not None:
             yield "docstrings", path.relative_to(root).as_posix(), docstring_prose(source)

@@ -1,0 +1,101 @@
+"""Data of the tiny studies: the same records for the same seed, nothing held out is trained on, answers are right."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megacode.quickstart import studies
+from megacode.quickstart.studies import STUDIES
+
+NEEDS_GYM = pytest.mark.skipif(
+    importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed"
+)
+ALL = ["chat", *(pytest.param(name, marks=NEEDS_GYM) for name in ("code-stage", "math-cpt"))]
+
+
+@pytest.fixture(scope="module")
+def functions() -> list[tuple[str, str, str, str]]:
+    return list(studies._functions())
+
+
+@pytest.fixture(autouse=True)
+def _read_once(monkeypatch: pytest.MonkeyPatch, functions: list[tuple[str, str, str, str]]) -> None:
+    """Parsing a library takes seconds."""
+    monkeypatch.setattr(studies, "_functions", lambda: functions)
+    prose = [f"Page {number}.\n" for number in range(99)]
+    monkeypatch.setattr(studies, "_sympy_prose", lambda: prose)
+
+
+@pytest.mark.parametrize("study", ALL)
+def test_a_seed_gives_its_records_again_and_another_seed_others(study: str) -> None:
+    first, again, other = STUDIES[study](1), STUDIES[study](1), STUDIES[study](2)
+    assert first == again and first.keys() == other.keys()
+    for name, records in first.items():
+        assert records != other[name]
+        if name in ("problems/train", "text/train"):  # drawn, not chosen from a fixed set
+            both = {record["input"] for record in records} & {one["input"] for one in other[name]}
+            assert len(both) < 0.05 * len(records)
+
+
+def test_questions_that_are_held_out_or_come_twice_are_left_out() -> None:
+    records = [{"input": question, "target": str(i)} for i, question in enumerate("abcab")]
+    assert studies._new(records, {"c"}) == records[:2]
+
+
+@NEEDS_GYM
+def test_templates_that_are_held_out_are_not_trained_on() -> None:
+    import reasoning_gym
+
+    made, templates = STUDIES["math-cpt"](1), {}
+    for seed in (10_000_000, 11_000_000, 12_000_000):  # seed 1: to train on, held out, new
+        drawn = reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=3000)
+        questions = (drawn[i]["question"].strip() + "\n" for i in range(len(drawn)))
+        templates |= dict(zip(questions, drawn.task_indices, strict=True))
+    found = {
+        name: {templates[one["input"]] for one in made[name] if one["input"] in templates}
+        for name in ("problems/train", "worded/valid", "worded-new/valid")
+    }
+    assert len(found["worded-new/valid"]) > 10 and found["worded/valid"] <= found["problems/train"]
+    assert not found["worded-new/valid"] & found["problems/train"]
+
+
+@NEEDS_GYM
+def test_sums_are_right_and_code_is_code() -> None:
+    made = STUDIES["math-cpt"](1)
+    for record in made["sums/valid"][:50]:
+        expression = record["input"].strip().rpartition(": ")[2].removesuffix("=")
+        assert eval(expression) == int(record["target"])
+    tasks = STUDIES["code-stage"](1)["code/valid"]
+    assert len(tasks) > 250 and all(ast.parse(record["target"]) for record in tasks)
+
+
+def test_conversations_ask_for_summary_and_code() -> None:
+    made = STUDIES["chat"](1)
+    assert len(made["train"]) > 40 * len(made["valid"]) > 2000
+    for record in made["valid"]:
+        _, summary, _, code = (message["content"] for message in record["messages"])
+        (function,) = ast.parse(code).body
+        assert summary.endswith(".") and isinstance(function, ast.FunctionDef)
+        assert f"What does {function.name} of " in record["messages"][0]["content"]
+
+
+def test_a_missing_package_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+
+    def without(name: str, *rest: Any) -> Any:
+        return None if name == "reasoning_gym" else found(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["study-data", "math-cpt"])
+    assert studies.main() == 2
+    assert "pip install 'megacode[studies]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -63,6 +63,7 @@ def installs(calls: list[list[str]]) -> list[str]:
     [
         ("quickstart", ["python", "-m", "megacode.quickstart"], "."),
         ("test", ["python", "-m", "pytest"], ".[test]"),
+        ("study-data", ["python", "-m", "megacode.quickstart.studies"], ".[studies]"),
     ],
 )
 def test_options_reach_the_verb_and_not_the_environment(
@@ -101,7 +102,7 @@ def test_preprocess_installs_nothing(checkout: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("tool", ["quickstart", "test", "preprocess"])
+@pytest.mark.parametrize("tool", ["quickstart", "test", "preprocess", "study-data"])
 def test_the_exit_code_is_the_verb_s(checkout: Path, tool: str) -> None:
     call(checkout, tool, code=3)
 

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,6 +99,7 @@ class Place:
             [str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
         )
         python_path = os.pathsep.join([str(site), str(ROOT)])
+        self.installed = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         self.environment = {
             **os.environ,
             "PATH": path,
@@ -116,13 +117,13 @@ class Place:
             if path not in self.kept and not path.parent.is_symlink():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def bash(self, line: str, code: int = 0) -> str:
+    def bash(self, line: str, code: int = 0, **environment: str) -> str:
         """Standard output and error of a command line that ends with `code`."""
         command = ["bash", "-euo", "pipefail", "-c", line]
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env=self.environment,
+            env={**self.environment, **environment},
             capture_output=True,
             text=True,
             timeout=300,
@@ -145,6 +146,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         assert usual in text, usual
         text = text.replace(usual, small)
     tiny.write_text(text)
+    chat = folder / "recipes/crystal-chat-tiny.yaml"
+    for twin in (chat, *(folder / "recipes/studies").rglob("*-tiny.yaml")):
+        shorter = re.sub(r"^( +)(steps|epochs): \d+$", r"\1steps: 20", twin.read_text(), flags=re.M)
+        twin.write_text(shorter)
+    chat.write_text(f"{chat.read_text()}model: {{context_length: 256}}\n")
     for name in ("megacode", "tools", "slurm", "bench", "docs"):
         (folder / name).symlink_to(ROOT / name)
     made = Place(folder, site)
@@ -159,8 +165,11 @@ def make_inputs(place: Place) -> None:
     """What commands take as the reader's own: corpora, a tokenizer, recipes, a Hugging Face model, other runs."""
     folder = place.folder
     tokenizer, run = folder / "data/quickstart/tokenizer.model", folder / "runs/crystal-tiny"
-    for name in ("tokenizer.model", "my.model"):
+    (folder / "data/crystal").mkdir()
+    for name in ("tokenizer.model", "my.model", "data/crystal/tokenizer.model"):
         shutil.copy(tokenizer, folder / name)
+    chats = [{"input": f"What is {i} + 1?", "target": str(i + 1)} for i in range(50)]
+    write_lines(folder / "chats.jsonl", chats)
     lines = [
         {"text": f"Document {i}: a few words, and then some more of them.", "meta": {}}
         for i in range(300)
@@ -209,7 +218,7 @@ def make_inputs(place: Place) -> None:
     srun.chmod(0o755)
 
 
-def write_lines(path: Path, lines: list[dict[str, object]]) -> None:
+def write_lines(path: Path, lines: Sequence[Mapping[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -282,7 +291,7 @@ def checked(command: Command) -> bool:
             normal(extra) for extra in metadata.metadata("megacode").get_all("Provides-Extra") or []
         }
         return all(set(re.findall(r"\w+", word.partition("[")[2])) <= extras for word in asked)
-    if program in ("tools/quickstart", "tools/test"):  # the fixture; what runs this
+    if program in ("tools/quickstart", "tools/test", "tools/study-data"):  # run otherwise
         return (ROOT / program).is_file()
     if program.startswith("slurm/"):  # tests/slurm
         recipes = [word for word in words if word.startswith("recipes/")]
@@ -358,7 +367,14 @@ def run_all(place: Place, commands: list[Command]) -> None:
     ):
         place.bash("megacode export runs/crystal-tiny exported")
     for command in commands:
-        if not re.match(r"(megacode|tools/(preprocess|convert)|srun|torchrun|jq)\b", command.line):
+        if command.line.startswith("tools/study-data"):  # without its installation, with its extra
+            line = command.line.replace("tools/study-data", "python -m megacode.quickstart.studies")
+            if "chat" not in line and not find_spec("reasoning_gym"):
+                pytest.skip(f"{command.where}: reasoning-gym is not installed")
+            place.bash(line, PYTHONPATH=place.installed)
+        elif not re.match(
+            r"(megacode|tools/(preprocess|convert)|srun|torchrun|jq)\b", command.line
+        ):
             assert checked(command), f"{command.where}: neither run nor checked: {command.line}"
         elif "--harness" in command.line:
             told = place.bash(command.line, code=2)

@@ -168,8 +168,6 @@ def make_inputs(place: Place) -> None:
     (folder / "data/crystal").mkdir()
     for name in ("tokenizer.model", "my.model", "data/crystal/tokenizer.model"):
         shutil.copy(tokenizer, folder / name)
-    chats = [{"input": f"What is {i} + 1?", "target": str(i + 1)} for i in range(50)]
-    write_lines(folder / "chats.jsonl", chats)
     lines = [
         {"text": f"Document {i}: a few words, and then some more of them.", "meta": {}}
         for i in range(300)

@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="",
         metavar="TEMPLATE",
         help="answer each prompt as a turn of a conversation, or lines of standard input without "
-        f"--prompt; by the tokenizer's chat template, or {', '.join(BUILT_IN)}, or a file",
+        "--prompt; by the chat template of the run's conversations, else the one beside the "
+        f"tokenizer, or by {', '.join(BUILT_IN)}, or a file",
     )
     add("--system", help="with --chat: the system's message")
     add("--tokens", type=at_least(1), default=64, help="how many to write at most")
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     try:
         if args.chat is not None:
-            chat(args, model, tokenizer, sampling)
+            chat(args, model, recipe, tokenizer, sampling)
             return 0
         for prompt in prompts_of(args, recipe, tokenizer):
             text = write_on(
@@ -128,13 +129,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def chat(args: argparse.Namespace, model: Any, tokenizer: Any, sampling: Any) -> None:
+def chat(args: argparse.Namespace, model: Any, recipe: Any, tokenizer: Any, sampling: Any) -> None:
     """Print the answer to each prompt, or to each line of standard input in one conversation."""
+    from megacode.convert.templates import template_of_export
     from megacode.evaluate.generate import answer
     from megacode.tokenizer.chat import load_chat_template
     from megacode.tokenizer.chat_encoding import ChatEncoder
 
-    template, encoder = load_chat_template(tokenizer, args.chat or None), ChatEncoder(tokenizer)
+    template, _ = template_of_export(recipe, tokenizer, args.chat or None, "--chat")
+    template = template or load_chat_template(tokenizer)  # says that there is none
+    encoder = ChatEncoder(tokenizer)
     beginning = [{"role": "system", "content": args.system}] if args.system else []
 
     def say(messages: list[dict[str, str]]) -> str:

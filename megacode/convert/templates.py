@@ -1,4 +1,4 @@
-"""Which chat template an export has."""
+"""Which chat template an export has, and a chat with the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTION = "--chat-template"
 
 
 def template_of_export(
-    recipe: Recipe, tokenizer: Tokenizer, asked: str | None
+    recipe: Recipe, tokenizer: Tokenizer, asked: str | None, option: str = OPTION
 ) -> tuple[ChatTemplate | None, bool]:
     """The template, and whether it is another than the one beside the tokenizer.
 
@@ -29,18 +29,19 @@ def template_of_export(
 
     Args:
         asked: a built-in template's name, or a file.
+        option: of the command line, that asks; for errors.
 
     Raises:
         UserError: there is none of that name, or `template_of_run` knows none.
     """
     if asked is not None:
-        return load_chat_template(tokenizer, asked, OPTION), True
-    if (text := template_of_run(recipe)) is not None:
+        return load_chat_template(tokenizer, asked, option), True
+    if (text := template_of_run(recipe, option)) is not None:
         return chat_template(tokenizer, "the template of the conversations", text), True
     return template_beside(tokenizer), False
 
 
-def template_of_run(recipe: Recipe) -> str | None:
+def template_of_run(recipe: Recipe, option: str = OPTION) -> str | None:
     """Text of the template that the recipe's conversations were rendered with, by the manifests of
     the sources that it trains on answers of; None if there are none.
 
@@ -59,13 +60,13 @@ def template_of_run(recipe: Recipe) -> str | None:
     if None in found:
         raise UserError(
             f"sources.{found[None][0]}: no manifest of it here names the chat template of its "
-            f"conversations; name it with {OPTION}"
+            f"conversations; name it with {option}"
         )
     if len(found) > 1:
         names = "; ".join(", ".join(names) for names in found.values())
         raise UserError(
             f"sources: the conversations were rendered with different chat templates ({names}); "
-            f"choose one with {OPTION}"
+            f"choose one with {option}"
         )
     return next(iter(found), None)
 

@@ -88,11 +88,11 @@ def _model_table(plan: Plan, vocab_size: int | None) -> Table:
 
 def _rotary(model: Model) -> str:
     scaling, every = model.rotary_scaling, model.no_rope_layer_interval
-    text = f"base {model.rotary_base:,g}"
+    text = f"base {model.rotary_base:,.10g}"
     if scaling:
         text += f", {scaling.kind} x {scaling.factor:g}"
         text += f" of {scaling.original_length:,}" if scaling.kind != "linear" else ""
-    return text + (f", none in every {every}th layer" if every else "")
+    return text + (f", none in 1 of {every} layers" if every else "")
 
 
 def _phase_table(plan: Plan) -> Table:

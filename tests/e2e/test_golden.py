@@ -44,19 +44,24 @@ def framed(seed: int, count: int, low: int, high: int) -> list[list[int]]:
     return [[BOS, *document[:-1], EOD] for document in documents(seed, count, low, high)]
 
 
-@pytest.fixture
-def golden_recipe(tmp_path: Path) -> Path:
+def byte_corpora(folder: Path) -> None:
+    """Corpora for the tiny recipes' two sources, and a tokenizer whose tokens are bytes."""
     build_corpora(
-        tmp_path,
+        folder,
         {
             "python": framed(1, 500, 33, 90), "python_valid": framed(2, 40, 33, 90),
             "docs": framed(3, 500, 60, 127), "docs_valid": framed(4, 40, 60, 127),
         },
     )  # fmt: skip
     ranks = (f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
-    (tmp_path / "bytes.tiktoken").write_text("".join(ranks))
+    (folder / "bytes.tiktoken").write_text("".join(ranks))
     described = {"pattern": r"[\s\S]", "special_tokens": {"<s>": BOS, "</s>": EOD}}
-    (tmp_path / "bytes.tiktoken.json").write_text(json.dumps(described))
+    (folder / "bytes.tiktoken.json").write_text(json.dumps(described))
+
+
+@pytest.fixture
+def golden_recipe(tmp_path: Path) -> Path:
+    byte_corpora(tmp_path)
     path = tmp_path / "golden.yaml"
     path.write_text(RECIPE)
     return path

@@ -188,7 +188,8 @@ def sources(run: Run) -> Table:
             ", ".join(f"{number:.3g}" for number in epochs.values()) or "–",
             f"{consumed / size:.3g}" if size and len(sizes) == 1 else "–",
         )
-        rows.append(Row(name, cells, source.domain))
+        label = name if source.loss_on == "all" else f"{name} (loss on {source.loss_on})"
+        rows.append(Row(label, cells, source.domain))
     columns = ("source", "tokens in an epoch", "planned", "consumed")
     return Table((*columns, "epochs planned", "epochs consumed"), tuple(rows))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,6 @@ def model_folder(data: Path, folder: Path, name: str) -> Path:
 def recipe_of(path: Path, data: Path, folder: Path, name: str) -> Path:
     rate = {"schedule": "constant", "peak": 3e-3, "warmup": 2}
     same = {"batch_size": 8, "sequence_length": LENGTH, "learning_rate": rate}
-    validation = next(data.glob("*valid*.idx")).with_suffix("")
     recipe = {
         "name": name,
         "initialize_from": str(folder),
@@ -110,7 +110,7 @@ def recipe_of(path: Path, data: Path, folder: Path, name: str) -> Path:
             "code": {"path": str(data / "code"), "domain": "code"},
             "talks": {
                 "path": str(data / "talks"), "domain": "chat", "packing": "best_fit", "loss_on": "answers",
-                "validation": str(validation),
+                "validation": str(data / "talks_validation"),
             },
         },
         "phases": [
@@ -142,13 +142,17 @@ def test_a_folder_becomes_a_chat(data: Path, tmp_path: Path, name: str) -> None:
     reader = StepReader(open_mixture(make_plan(loaded)), rank=0, world=1, tokenizer=tokenizer)
     first = np.concatenate([part.tokens for part in reader.read(0).micro_batches])
     assert all((first == tokenizer.token_id(name)).any() for name in SPECIAL[1:4])
-    losses = steps_of(run).losses
+    losses, records = steps_of(run).losses, read_metrics(run)
     assert losses[-1] < 0.7 * losses[6], "tuning learns the answers"
-    by_source = [r["loss_by_source"] for r in read_metrics(run) if r["kind"] == "train"]
+    by_source = [r["loss_by_source"] for r in records if r["kind"] == "train"]
     assert set(by_source[0]) == {"code"} and set(by_source[-1]) == {"talks"}
-    assert any(
-        r["kind"] == "validation" and "talks" in r["loss_by_source"] for r in read_metrics(run)
-    )
+    before, after = [r["loss_by_source"] for r in records if r["kind"] == "validation"]
+    assert after["talks"] < 0.7 * before["talks"]
+    if name == "llama":
+        shown = megacode("plan", recipe).stdout
+        assert "loss on" in shown and re.search(r"talks +chat .* 6\.\d+ +answers", shown)
+        megacode("report", run)
+        assert "talks (loss on answers)" in (run / "report.html").read_text()
 
     megacode("export", run, out)
     assert (out / "chat_template.jinja").read_text() == template_text("chatml")

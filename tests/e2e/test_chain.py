@@ -26,7 +26,7 @@ from tests.e2e.conftest import megacode, steps_of  # noqa: E402
 
 SPECIAL = ["<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"]
 ADDED = ["<|im_start|>", "<|im_end|>"]
-PROMPTS = ["add two numbers", "sort the list"]
+PROMPTS = ["add the numbers", "sort the list"]
 LENGTH = 128
 SHAPE = dict(
     hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -115,7 +115,7 @@ def recipe_of(path: Path, data: Path, folder: Path, name: str) -> Path:
         },
         "phases": [
             {**same, "name": "code", "steps": 6, "fim_rate": 0.5, "mixture": {"sources": {"code": 1}}},
-            {**same, "name": "tune", "epochs": 6, "reset_at_eod": True, "mixture": {"sources": {"talks": 1}}},
+            {**same, "name": "tune", "epochs": 24, "reset_at_eod": True, "mixture": {"sources": {"talks": 1}}},
         ],
         "data": {"fim": {key: f"<fim_{key}>" for key in ("prefix", "middle", "suffix", "pad")}},
         "parallel": {"micro_batch_size": 4},
@@ -150,15 +150,15 @@ def test_a_folder_becomes_a_chat(data: Path, tmp_path: Path, name: str) -> None:
     assert after["talks"] < 0.7 * before["talks"]
     if name == "llama":
         shown = megacode("plan", recipe).stdout
-        assert "loss on" in shown and re.search(r"talks +chat .* 6\.\d+ +answers", shown)
+        assert re.search(r"talks +chat .* 2[3-6][.\d]* +loss on answers", shown)
         megacode("report", run)
         assert "talks (loss on answers)" in (run / "report.html").read_text()
 
     megacode("export", run, out)
     assert (out / "chat_template.jinja").read_text() == template_text("chatml")
     asked = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    expected = chatted(out, asked, 24)
+    expected = chatted(out, asked, 64)
     assert any("def" in text for text in expected) and len(set("".join(expected))) > 5
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    done = megacode("generate", run, "--chat", "--tokens", 24, *prompts)
+    done = megacode("generate", run, "--chat", "--tokens", 64, *prompts)
     assert done.stdout == "".join(text + "\n" for text in expected)

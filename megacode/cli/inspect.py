@@ -23,8 +23,10 @@ from megacode.cli.trace import printable
 from megacode.corpus import inspect
 from megacode.data.indexed import with_ending
 from megacode.data.lengths import log_edges, merged
-from megacode.data.loss_marks import trained
+from megacode.data.loss_marks import has_marks, open_marks, trained
+from megacode.data.planning import count_trained
 from megacode.data.records import input_files
+from megacode.data.source import TokenSource
 from megacode.errors import UserError
 from megacode.terminal import print_table, progress_bar, table_console
 from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -154,6 +156,9 @@ def _summary(prefix: Path) -> tuple[dict[str, Any], np.ndarray]:
             "documents": merged(numbers.histogram, edges)[0].tolist(),
         },
     }
+    if all(has_marks(shard.prefix) for shard in dataset.shards):
+        marks = TokenSource(prefix.name, [open_marks(shard) for shard in dataset.shards])
+        facts["tokens of answers"] = count_trained(marks, "answers")
     if manifest.get("bytes") and numbers.tokens:
         facts["bytes per token"] = manifest["bytes"] / numbers.tokens
     if manifest:

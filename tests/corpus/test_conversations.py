@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +289,7 @@ def test_files_of_conversations_become_a_dataset_with_marks(
 
 
 def test_marks_follow_their_conversations_in_any_order_of_output(
-    tokenizer: Tokenizer, chats: Path, tmp_path: Path
+    tokenizer: Tokenizer, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Split by a field, a part held out, duplicates taken away, shuffled, cut into shards, on two processes."""
     common = {"inputs": (str(chats), str(chats)), "template": "chatml"}
@@ -300,6 +301,11 @@ def test_marks_follow_their_conversations_in_any_order_of_output(
         split_by="kind", validation=0.2, deduplicate=True, shuffle=3, shard_size=400,
     )  # fmt: skip
     result = preprocess(asked, workers=2)
+    assert main(["inspect", str(tmp_path / "plain")]) == 0
+    answers = sum(
+        bool(mark & ANSWER) for _, marks in documents(tmp_path / "plain") for mark in marks
+    )
+    assert re.search(rf"tokens of answers +{answers:,}\b", capsys.readouterr().out)
     assert len(result.outputs) == 4 and plain.counts.total.documents == 60
     found = [doc for prefix in result.outputs.values() for doc in documents(prefix)]
     assert sorted(found) == sorted(documents(tmp_path / "plain"))

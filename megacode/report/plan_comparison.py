@@ -6,6 +6,7 @@ Orders are equal if, at each end of a phase of either, both have read as much of
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 from rich.console import Console
@@ -110,7 +111,8 @@ def _total(plan: Plan, source: str) -> Total:
     return Total(
         sum(stream.samples for stream in streams),
         sum(stream.tokens for stream in streams),
-        sum(stream.epochs * (stream.high - stream.low) for stream in streams),
+        # As fractions: equal totals give equal numbers, whatever their parts.
+        float(sum(Fraction(s.tokens, s.epoch_tokens) * Fraction(s.high - s.low) for s in streams)),
     )
 
 

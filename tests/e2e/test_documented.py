@@ -148,7 +148,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     tiny.write_text(text)
     chat = folder / "recipes/crystal-chat-tiny.yaml"
     for twin in (chat, *(folder / "recipes/studies").rglob("*-tiny.yaml")):
-        shorter = re.sub(r"^( +)(steps|epochs): \d+$", r"\1steps: 20", twin.read_text(), flags=re.M)
+        shorter = re.sub(r"^( +)(steps|epochs): \d+$", r"\1steps: 4", twin.read_text(), flags=re.M)
         twin.write_text(shorter)
     chat.write_text(f"{chat.read_text()}model: {{context_length: 256}}\n")
     for name in ("megacode", "tools", "slurm", "bench", "docs"):

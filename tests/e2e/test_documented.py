@@ -149,7 +149,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     chat = folder / "recipes/crystal-chat-tiny.yaml"
     for twin in (chat, *(folder / "recipes/studies").rglob("*-tiny.yaml")):
         shorter = re.sub(r"^( +)(steps|epochs): \d+$", r"\1steps: 4", twin.read_text(), flags=re.M)
-        twin.write_text(shorter)
+        twin.write_text(re.sub(r"samples: \d+", "samples: 4", shorter))
     chat.write_text(f"{chat.read_text()}model: {{context_length: 256}}\n")
     for name in ("megacode", "tools", "slurm", "bench", "docs"):
         (folder / name).symlink_to(ROOT / name)

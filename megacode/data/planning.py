@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 from megacode.data.indexed import chunks
-from megacode.data.loss_marks import trained
-from megacode.data.pack_index import SourcePacks, open_packs
-from megacode.data.source import TokenSource, has_data, open_source, pack_cache
+from megacode.data.loss_marks import has_marks, trained
+from megacode.data.pack_index import open_packs
+from megacode.data.source import (
+    TokenSource,
+    has_data,
+    matching_prefixes,
+    open_source,
+    pack_cache,
+)
 from megacode.data.tokenizer_check import check_tokenizers
 from megacode.errors import UserError
 from megacode.plan.plan import Plan, make_plan
@@ -28,42 +36,66 @@ def plan_with_data(recipe: Recipe, path: Path | None = None) -> Plan:
 
 
 def check_conversations(recipe: Recipe) -> None:
-    """UserError: a source with `loss_on` has no loss marks, or one with marks a FIM rate."""
+    """Sources of conversations, and what is held out of them.
+
+    Raises:
+        UserError: a source with `loss_on` has no loss marks, or conversations longer than a pack,
+            which would cut them; or one with marks has a FIM rate.
+    """
+    lengths: dict[str, dict[int, None]] = {}
+    for name, length in _reads(recipe):
+        lengths.setdefault(name, {})[length] = None
+    held_out = dict.fromkeys(phase.sequence_length for phase in recipe.phases)
+    for name, source in recipe.sources.items():
+        if source.loss_on == "all":
+            continue
+        for key, paths, read in (
+            ("path", source.paths, lengths.get(name, {})),
+            ("validation", source.validation_paths, held_out),
+        ):
+            if read and any(map(matching_prefixes, paths)):
+                _check_marked(recipe, open_source(name, paths, key), f"sources.{name}.{key}", read)
     for phase in recipe.phases:
         for entry in mixture_entries(recipe, phase):
             source = recipe.sources[entry.source]
-            if not has_data(source):
-                continue
-            marked = open_source(entry.source, source.paths).marks is not None
-            if source.loss_on != "all" and not marked:
-                raise UserError(
-                    f"sources.{entry.source}.loss_on: {source.paths[0]} does not say which tokens "
-                    "are answers (.loss.idx); make it with `megacode preprocess --conversations`"
-                )
-            if marked and entry.fim_rate:
+            if entry.fim_rate and any(map(has_marks, chain(*map(matching_prefixes, source.paths)))):
                 raise UserError(
                     f"{entry.key}.fim_rate: {entry.fim_rate:g} of a source of conversations, "
                     "which are not rearranged; set it to 0"
                 )
 
 
+def _check_marked(recipe: Recipe, source: TokenSource, label: str, lengths: Iterable[int]) -> None:
+    if source.marks is None:
+        raise UserError(
+            f"{label}: {source.shards[0].prefix} does not say which tokens are answers "
+            f"(.loss.idx), for `loss_on: {recipe.sources[source.name].loss_on}`; make it with "
+            "`megacode preprocess --conversations`"
+        )
+    for length in lengths:
+        packing = recipe.packing(source.name)
+        packs = open_packs(source.shards, length, pack_cache(recipe), packing)
+        if packs.cut:
+            raise UserError(
+                f"{label}: {packs.cut:,} conversations are longer than {length + 1:,} tokens and "
+                f"would be cut; tokenize it again with `--max-tokens {length + 1} --too-long drop` "
+                "(or left, right), or raise sequence_length"
+            )
+
+
 def trained_counts(recipe: Recipe) -> dict[str, int]:
-    """Tokens with a loss in each packed source that a phase weighs by tokens."""
+    """Tokens with a loss in each packed source of conversations that a phase weighs by tokens."""
     counts = {}
     for phase in recipe.phases:
         if phase.mixture.weight_by != "tokens":
             continue
-        for entry in mixture_entries(recipe, phase):
-            name, given = entry.source, recipe.sources[entry.source]
-            packing = recipe.packing(name)
-            if name in counts or packing == "concatenate" or not has_data(given):
+        for name in dict.fromkeys(entry.source for entry in mixture_entries(recipe, phase)):
+            given = recipe.sources[name]
+            if recipe.packing(name) == "concatenate" or not has_data(given):
                 continue
-            source = open_source(name, given.paths)
-            if source.marks is not None:
-                counts[name] = count_trained(source.marks, given.loss_on)
-            else:
-                packs = _packs(recipe, name, phase.sequence_length)
-                counts[name] = source.tokens - len(packs)
+            marks = open_source(name, given.paths).marks
+            if marks is not None and name not in counts:
+                counts[name] = count_trained(marks, given.loss_on)
     return counts
 
 
@@ -91,28 +123,14 @@ def pack_counts(recipe: Recipe) -> dict[tuple[str, int], int]:
 
     Exact, from the documents' lengths. Makes the pack indexes that are missing. Sources without
     data are left out: a plan estimates them.
-
-    Raises:
-        UserError: conversations with `loss_on` are longer than a pack, which would cut them.
     """
     counts = {}
     for name, length in _reads(recipe):
-        source = recipe.sources[name]
-        if recipe.packing(name) != "concatenate" and has_data(source):
-            packs = _packs(recipe, name, length)
-            if source.loss_on != "all" and packs.cut:
-                raise UserError(
-                    f"sources.{name}: {packs.cut:,} conversations are longer than {length + 1:,} "
-                    "tokens and would be cut; tokenize it again with `--max-tokens "
-                    f"{length + 1} --too-long drop` (or left, right), or raise sequence_length"
-                )
-            counts[name, length] = len(packs)
+        source, packing = recipe.sources[name], recipe.packing(name)
+        if packing != "concatenate" and has_data(source):
+            shards = open_source(name, source.paths).shards
+            counts[name, length] = len(open_packs(shards, length, pack_cache(recipe), packing))
     return counts
-
-
-def _packs(recipe: Recipe, name: str, length: int) -> SourcePacks:
-    shards = open_source(name, recipe.sources[name].paths).shards
-    return open_packs(shards, length, pack_cache(recipe), recipe.packing(name))
 
 
 def _reads(recipe: Recipe) -> list[tuple[str, int]]:

@@ -196,7 +196,7 @@ def make_plan(
         path: of the recipe file, for messages.
         pack_counts: packs of the packed sources, by (source, sequence length); what is missing is
             estimated from `token_counts`.
-        trained_counts: tokens with a loss in these sources.
+        trained_counts: tokens with a loss in those of conversations.
 
     Raises:
         UserError: a phase has more than `_MOST_STEPS` steps; a window is no multiple of a sequence
@@ -205,7 +205,7 @@ def make_plan(
     """
     where = f"{path}: " if path else ""
     windows = window_sizes(recipe, where)
-    sizes = SourceSizes(token_counts, pack_counts or {}, windows, trained_counts or token_counts)
+    sizes = SourceSizes(token_counts, pack_counts or {}, windows, trained_counts or {})
     read: dict[tuple[str, float, float], StreamPlan] = {}  # what earlier phases read of a stream
     phases: list[PhasePlan] = []
     problems: list[str] = []

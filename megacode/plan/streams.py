@@ -103,7 +103,7 @@ class SourceSizes:
         tokens: of every source that a phase reads.
         packs: of the packed ones, by (source, sequence length), where they are counted.
         windows: tokens of a window of the others, `window_sizes`.
-        trained: tokens with a loss in an epoch of the packed ones, where they are counted.
+        trained: tokens with a loss in an epoch of packed sources of conversations.
     """
 
     tokens: Mapping[str, int]
@@ -114,7 +114,10 @@ class SourceSizes:
     def trained_per_sequence(self, name: str, length: int) -> float:
         """Tokens with a loss in a sequence of a source, on average."""
         packs = self.packs.get((name, length))
-        return length if packs is None else self.trained[name] / max(packs, 1)
+        if packs is None:
+            return length
+        # Of text, the first token of a pack has no loss.
+        return self.trained.get(name, self.tokens[name] - packs) / max(packs, 1)
 
 
 def window_sizes(recipe: Recipe, where: str) -> dict[str, int]:

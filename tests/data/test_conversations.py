@@ -225,7 +225,21 @@ def test_data_that_cannot_be_read_so_is_one_sentence(folder: Path, tmp_path: Pat
     for given, expected in (
         (recipe(folder, path=str(folder / "text")), "does not say which tokens are answers"),
         (recipe(folder, {"fim_rate": 0.5}, loss_on="all"), r"fim_rate: 0\.5 of a source of conv"),
-        (recipe(folder, {"sequence_length": 8}), r"sources\.chats: 10 conversations are longer"),
+        (recipe(folder, {"sequence_length": 8}), r"sources\.chats\.path: 10 conversations are"),
+        (
+            recipe(folder, validation=str(folder / "text")),
+            r"sources\.chats\.validation: .* does not say which tokens are answers",
+        ),
+        (
+            recipe(
+                folder,
+                {"sequence_length": 8},
+                validation=str(folder / "chats"),
+                path=None,
+                tokens=9,
+            ),
+            r"sources\.chats\.validation: 10 conversations are longer than 9 tokens",
+        ),
     ):
         with pytest.raises(UserError, match=expected):
             plan_with_data(given)

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.resources
 import itertools
 import json
@@ -23,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 
 from megacode.errors import UserError
+from megacode.tokenizer.chat_environment import ChatEnvironment
 from megacode.tokenizer.tokenizer import Tokenizer
 
 BUILT_IN = ("chatml", "crystal", "llama-3", "alpaca", "plain")
@@ -54,10 +52,10 @@ class ChatTemplate:
     text: str
     variables: Mapping[str, str]
     control_tokens: frozenset[str]
-    _environment: _Environment = field(init=False, repr=False, compare=False)
+    _environment: ChatEnvironment = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_environment", _Environment())
+        object.__setattr__(self, "_environment", ChatEnvironment())
 
     @cached_property
     def _template(self) -> jinja2.Template:
@@ -88,7 +86,7 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # the template is data: whatever it raises is its refusal
             raise TemplateError(f"the chat template refuses it: {error}") from None
 
     def render_answers(
@@ -359,40 +357,6 @@ def _config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not JSON ({error}); mend it or take it away") from None
 
 
-# -------------------------------------------------------------------------------- the sandbox
-
-
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja as transformers sets it for chat templates. `marks`: put around `generation` blocks."""
-
-    marks: tuple[str, str] = ("", "")
-
-    def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
-        for name in ("lipsum", "cycler", "joiner"):  # no template needs them
-            del self.globals[name]
-        self.filters["tojson"] = _to_json
-        self.globals["raise_exception"] = _raise
-        self.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: what the assistant writes."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Any) -> str:
-        start, end = self.environment.marks  # type: ignore[attr-defined]
-        return f"{start}{caller()}{end}"
-
-
 def _with_reasoning(message: Message) -> Message:
     """A turn's reasoning under each of the names that templates read it by."""
     names = ("reasoning_content", "thinking", "reasoning")
@@ -400,23 +364,6 @@ def _with_reasoning(message: Message) -> Message:
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 def _like(message: Message, text: str) -> str | list[dict[str, str]]:

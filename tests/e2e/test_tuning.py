@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from megacode.corpus.inspect import open_dataset, read_marks, read_tokens
+from megacode.corpus.inspect import open_dataset
 from megacode.data.loss_marks import trained
 from megacode.tokenizer.training import train_tokenizer
+from tests.corpus.test_conversations import documents
 from tests.e2e.conftest import megacode, steps_of
 
 RECIPE = """
@@ -125,18 +126,6 @@ def test_layouts_agree_on_conversations_of_very_unequal_length(
     np.testing.assert_allclose(got.norms, expected.norms, rtol=1e-5)
 
 
-def documents(prefix: Path) -> list[tuple[torch.Tensor, np.ndarray]]:
-    dataset = open_dataset(prefix)
-    found = []
-    for number in range(dataset.documents):
-        shard, first, count = dataset.span(number)
-        marks = read_marks(shard, first, count)
-        assert marks is not None
-        ids = read_tokens(shard, first, count).astype(np.int64)
-        found.append((torch.from_numpy(ids), marks))
-    return found
-
-
 def by_transformers(folder: Path, data: Path, loss_on: Any) -> tuple[float, float]:
     """Mean loss over the trained tokens of all conversations, and the norm of its gradient: one
     conversation after another, nothing packed or padded."""
@@ -144,9 +133,11 @@ def by_transformers(folder: Path, data: Path, loss_on: Any) -> tuple[float, floa
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     total, count = torch.zeros(()), 0
-    for ids, marks in documents(data / "chats"):
+    for tokens, marks in documents(data / "chats"):
+        ids = torch.tensor(tokens)
         logits = model(ids[None]).logits[0, :-1]
-        labels = torch.where(torch.from_numpy(trained(marks, loss_on)), ids, -100)[1:]
+        learned = trained(np.array(marks, dtype=np.uint8), loss_on)
+        labels = torch.where(torch.from_numpy(learned), ids, -100)[1:]
         total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         count += int((labels != -100).sum())
     (total / count).backward()

@@ -231,6 +231,14 @@ def test_answers_that_cannot_be_found_are_refused(text: str, refusal: str) -> No
         chat(text).render_answers(CONVERSATIONS["turns"][:2])
 
 
+@pytest.mark.parametrize(
+    "text", ["{{ 1 / 0 }}", "{% for i in range(10 ** 9) %}{% endfor %}", "{{ 'a' | nothing }}"]
+)
+def test_whatever_a_template_raises_is_its_refusal(text: str) -> None:
+    with pytest.raises((TemplateError, UserError)):
+        chat(text).render(CONVERSATIONS["turns"])
+
+
 def test_templates_are_data() -> None:
     """A template reaches no attribute of Python's, and changes no message."""
     for text in (

@@ -1,6 +1,6 @@
 """Conversations to ids and masks: records a second, beside TRL's own preparation of the same file.
 
-    python bench/conversations.py [--records 20000] [--table FILE.md]
+    python bench/conversations.py [--records 60000] [--table FILE.md]
 
 Both sides get one JSONL file of `messages` (two to six turns of source code and prose from this
 machine's Python), one tokenizer.json of byte-level BPE (8,000 pieces trained on it), one chat
@@ -151,7 +151,7 @@ def differences(prefix: Path, prepared: Any) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--records", type=int, default=20_000)
+    parser.add_argument("--records", type=int, default=60_000)
     parser.add_argument("--table", type=Path, help="write the table there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -28,6 +28,11 @@ from megacode.tokenizer.chat_environment import ChatEnvironment
 from megacode.tokenizer.tokenizer import Tokenizer
 
 BUILT_IN = ("chatml", "crystal", "llama-3", "alpaca", "plain")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_LOOKS_BACK = re.compile(r"\{%-?\s*(filter|macro|call|block|set\s+[^=%]*%\})|\bloop\(")
+"""Jinja's ways to get at what has been rendered."""
+_MARKS = ("\U000f0000", "\U000f0001")
+"""Private-use characters, put around answers."""
 Message = Mapping[str, Any]
 Span = tuple[int, int]
 Render = Callable[..., str]
@@ -104,12 +109,12 @@ class ChatTemplate:
         def render(part: Sequence[Message], **also: Any) -> str:
             return self.render(part, tools, **{**more, **also})
 
-        text = render(messages)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if turns and _GENERATION.search(self.text):
+            return self._marked(messages, render)
+        text = render(messages)
         if not turns:
             return text, []
-        if re.search(r"\{%-?\s*generation\s*-?%\}", self.text):
-            return text, self._marked(text, messages, render)
         shown = self._shown(text, turns, messages, render)
         spans = [
             span or self._turn(text, i, messages, render)
@@ -149,21 +154,38 @@ class ChatTemplate:
 
     # ------------------------------------------------------------------------ spans by blocks
 
-    def _marked(self, text: str, messages: Sequence[Message], render: Render) -> list[Span]:
-        """The spans of `{% generation %}` blocks: rendered with marks around them."""
-        start, end = _unused(text, 2)
-        self._environment.marks = (start, end)
-        try:
-            marked = render(messages)
-        finally:
-            self._environment.marks = ("", "")
-        plain, spans = _without_marks(marked, start, end)
+    def _marked(self, messages: Sequence[Message], render: Render) -> tuple[str, list[Span]]:
+        """The text, and the spans of `{% generation %}` blocks: rendered with marks around them.
+
+        A template that looks at what it has written (`_LOOKS_BACK`) could see the marks, and a
+        message could spell them. It is then rendered without marks too, for comparison.
+        """
+        marked, blocks = self._with_marks(_MARKS, messages, render)
+        text, spans = _without_marks(marked, *_MARKS)
+        same = all(marked.count(mark) == blocks for mark in _MARKS)
+        if not same or _LOOKS_BACK.search(self.text):
+            plain = render(messages)
+            start, end = _unused(plain, 2)
+            text, spans = _without_marks(
+                self._with_marks((start, end), messages, render)[0], start, end
+            )
+            same = text == plain
         spans = [span for span in spans if span[0] < span[1]]
-        if plain != text or not spans:
+        if not same or not spans:
             raise TemplateError(
                 "the `generation` blocks of the chat template do not mark an answer"
             )
-        return spans
+        return text, spans
+
+    def _with_marks(
+        self, marks: tuple[str, str], messages: Sequence[Message], render: Render
+    ) -> tuple[str, int]:
+        """The text with marks around `generation` blocks, and how many blocks were rendered."""
+        self._environment.marks, self._environment.blocks = marks, 0
+        try:
+            return render(messages), self._environment.blocks
+        finally:
+            self._environment.marks = ("", "")
 
     # ----------------------------------------------------------------------- spans by rendering
 

@@ -16,9 +16,10 @@ import jinja2.sandbox
 
 
 class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """`marks`: put around `generation` blocks."""
+    """`marks`: put around `generation` blocks. `blocks`: how many were rendered."""
 
     marks: tuple[str, str] = ("", "")
+    blocks = 0
 
     def __init__(self) -> None:
         super().__init__(
@@ -43,6 +44,7 @@ class _Generation(jinja2.ext.Extension):
 
     def _mark(self, caller: Any) -> str:
         start, end = self.environment.marks  # type: ignore[attr-defined]
+        self.environment.blocks += 1  # type: ignore[attr-defined]
         return f"{start}{caller()}{end}"
 
 

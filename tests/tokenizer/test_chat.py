@@ -231,6 +231,29 @@ def test_answers_that_cannot_be_found_are_refused(text: str, refusal: str) -> No
         chat(text).render_answers(CONVERSATIONS["turns"][:2])
 
 
+@pytest.mark.parametrize("content", ["  plain\n", "\U000f0000 \U000f0001", "\U000f0001"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+        "{% for m in messages %}{% set shown %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% endset %}{{ shown | trim }}{% endfor %}",
+        "{% for m in messages %}{% filter upper %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% endfilter %}{% endfor %}",
+    ],
+)
+def test_marks_around_blocks_are_never_taken_for_text(text: str, content: str) -> None:
+    """Also where a turn spells them, or the template looks at what it has written."""
+    messages = [{"role": "assistant", "content": content}]
+    shown = chat(text).render(messages)
+    try:
+        rendered, spans = chat(text).render_answers(messages)
+    except TemplateError:
+        assert "trim" in text, "blanks that are trimmed are no part of a marked block"
+        return
+    assert rendered == shown and [rendered[a:b] for a, b in spans] == [shown]
+
+
 @pytest.mark.parametrize(
     "text", ["{{ 1 / 0 }}", "{% for i in range(10 ** 9) %}{% endfor %}", "{{ 'a' | nothing }}"]
 )

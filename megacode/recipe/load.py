@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -16,7 +16,10 @@ from megacode.errors import UserError
 from megacode.recipe.checks import check_recipe
 from megacode.recipe.compose import compose, did_you_mean, split_key
 from megacode.recipe.schema import Recipe, all_keys, sections_at
-from megacode.recipe.yaml_tree import Tree, describe, dump_yaml
+from megacode.recipe.section import Section
+from megacode.recipe.yaml_tree import Tree, describe, dump_yaml, read_yaml
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -37,13 +40,28 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     data = dict(tree)
     if isinstance(tree.get("phases"), Tree):
         data["phases"] = list(tree["phases"].values())
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        raise UserError("\n".join(dict.fromkeys(_sentences(error, tree)))) from None
+    recipe = _validated(Recipe, data, tree)
     if problems := check_recipe(recipe):
         raise UserError("\n".join(f"{_place(tree, problem)}: {problem}" for problem in problems))
     return recipe
+
+
+def load_section(kind: type[AnySection], path: Path) -> AnySection:
+    """Another YAML file than a recipe, named after its section (a task, a sweep), checked with the
+    same sentences.
+
+    Raises:
+        UserError: every mistake found, a line each.
+    """
+    tree = read_yaml(path, kind.__name__.lower())
+    return _validated(kind, dict(tree), tree)
+
+
+def _validated(kind: type[AnySection], data: dict[str, Any], tree: Tree) -> AnySection:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise UserError("\n".join(dict.fromkeys(_sentences(error, tree, kind)))) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -89,7 +107,7 @@ _SECTIONS = {
 }
 
 
-def _sentences(error: ValidationError, tree: Tree) -> Iterator[str]:
+def _sentences(error: ValidationError, tree: Tree, kind: type[Section]) -> Iterator[str]:
     """One sentence per mistake."""
     errors: dict[tuple[str, ...], list[_Error]] = {}
     for item in error.errors(include_url=False):
@@ -101,7 +119,7 @@ def _sentences(error: ValidationError, tree: Tree) -> Iterator[str]:
         below = any(other != keys and other[: len(keys)] == keys for other in errors)
         is_mapping = isinstance(items[0]["value"], dict) and (own or below)
         if meant := own if is_mapping else items:
-            yield _sentence(keys, meant)
+            yield _sentence(keys, meant, kind)
 
 
 def _located(error: _Error, tree: Tree) -> _Error:
@@ -124,15 +142,16 @@ def _located(error: _Error, tree: Tree) -> _Error:
     return {**error, "keys": tuple(keys), "place": place, "value": node}
 
 
-def _sentence(keys: tuple[str, ...], errors: list[_Error]) -> str:
+def _sentence(keys: tuple[str, ...], errors: list[_Error], kind: type[Section]) -> str:
     error = next((one for one in errors if one["type"] == "value_error"), errors[0])
-    value, start = error["value"], f"{error['place']}: {'.'.join(keys) or 'the recipe'}: "
+    whole = "the recipe" if kind is Recipe else "the file"
+    value, start = error["value"], f"{error['place']}: {'.'.join(keys) or whole}: "
     if error["type"] == "missing":
         parent = ".".join(keys[:-1])
-        where = f"under {parent}" if parent else "to the recipe"
+        where = f"under {parent}" if parent else f"to {whole}"
         return f"{start}is missing; add `{keys[-1]}:` {where}"
     if error["type"] == "extra_forbidden":
-        return f"{start}unknown key{_suggestion(keys)}"
+        return f"{start}unknown key{_suggestion(keys, kind)}"
     if error["type"] == "value_error":
         return start + str(error["ctx"]["error"])
     expected = " or ".join(dict.fromkeys(map(_expected, errors)))
@@ -155,9 +174,11 @@ def _remedy(value: Any, place: str) -> str:
     return "correct the value" if value is not None else "give it a value or take the key out"
 
 
-def _suggestion(keys: tuple[str, ...]) -> str:
+def _suggestion(keys: tuple[str, ...], kind: type[Section]) -> str:
     """What an unknown key was probably meant to be: a key beside it, else the same key elsewhere in
     the schema."""
-    hint = did_you_mean(keys[-1], [k for one in sections_at(keys[:-1]) for k in one.model_fields])
-    elsewhere = [dotted for dotted in all_keys() if dotted.rsplit(".", 1)[-1] == keys[-1]]
+    hint = did_you_mean(
+        keys[-1], [k for one in sections_at(keys[:-1], kind) for k in one.model_fields]
+    )
+    elsewhere = [dotted for dotted in all_keys(kind) if dotted.rsplit(".", 1)[-1] == keys[-1]]
     return f"; there is `{elsewhere[0]}`" if elsewhere and "did you mean" not in hint else hint

@@ -424,10 +424,10 @@ class Recipe(Section):
 # --------------------------------------------------------------------------- the schema's own shape
 
 
-def sections_at(path: Sequence[str]) -> list[type[Section]]:
+def sections_at(path: Sequence[str], root: type[Section] = Recipe) -> list[type[Section]]:
     """The sections that may stand at a path of keys; entries of lists and mappings may
     have any name."""
-    kinds: list[Any] = [Recipe]
+    kinds: list[Any] = [root]
     for key in path:
         kinds = [inner for kind in kinds for inner in _under(kind, key)]
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]

@@ -68,8 +68,8 @@ for _name, (_pattern, _first) in _RESOLVERS.items():
         _Dumper.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
 
 
-def read_yaml(path: Path) -> Tree:
-    """The tree of a file.
+def read_yaml(path: Path, what: str = "recipe") -> Tree:
+    """The tree of a file, a `what`.
 
     Raises:
         UserError: the file is not there, not text, not YAML, or not a mapping.
@@ -77,17 +77,17 @@ def read_yaml(path: Path) -> Tree:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such recipe; check the path") from None
+        raise UserError(f"{path}: there is no such {what}; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path}: cannot be read ({error}); a recipe is a YAML file in UTF-8"
+            f"{path}: cannot be read ({error}); a {what} is a YAML file in UTF-8"
         ) from error
     tree = parse_yaml(text, str(path))
     if tree is None:
         return Tree({}, f"{path}:1", {})
     if not isinstance(tree, Tree):
         raise UserError(
-            f"{path}: expected `key: value` lines at the top of a recipe, not {describe(tree)}"
+            f"{path}: expected `key: value` lines at the top of a {what}, not {describe(tree)}"
         )
     return tree
 

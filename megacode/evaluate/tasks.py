@@ -1,0 +1,227 @@
+"""Tasks that a model is scored on: a YAML file that says how, and a JSONL file of items.
+
+    name: brackets
+    data: brackets.jsonl              # beside the YAML file
+    ranking: {score: label, normalise: none}
+
+An item of a `ranking` task is `{"prompt", "choices", "answer", "continuation"}`: the text of choice
+i is prompt + choices[i] + continuation, and the choice whose scored part is the likeliest should be
+number `answer`. An item of a `generation` task is `{"prompt", "answer"}`, or `{"prompt", "tests"}`
+where what the model writes is run. Both may have a `group`, whose accuracy is told apart, and a
+`cluster` (a template, a file): items of one cluster are not independent, and intervals say so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from megacode.errors import UserError
+from megacode.files import inside
+from megacode.recipe.load import load_section
+from megacode.recipe.section import Count, Section
+
+
+class Ranking(Section):
+    """Which of an item's choices is the likeliest."""
+
+    preset: Literal["channel"] | None = None
+    """`channel` is the score of arXiv 2309.16298: `score: continuation`, `normalise: token`."""
+    score: Literal["continuation", "label", "whole"] = "label"
+    """What the likelihood is of: the text after the choice given all before it, the choice given
+    the prompt, or the whole text."""
+    normalise: Literal["token", "byte", "none"] = "none"
+    """Divide the log-likelihood by the tokens or the UTF-8 bytes of the text that is scored."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("preset") == "channel":
+            return {"score": "continuation", "normalise": "token", **value}
+        return value
+
+
+class Generation(Section):
+    """What the model writes after an item's prompt, compared with the answer or run."""
+
+    check: Literal["exact", "run"] = "exact"
+    """`exact`: equal to the item's `answer` without blanks around. `run`: prompt + written text +
+    the item's `tests` is a Python program that ends without an error, in a sandbox."""
+    max_tokens: Count = 64
+    stop: list[str] = Field(default=[])
+    """The written text ends before the first of these."""
+    answer_after: str | None = None
+    """`exact` compares what follows the last of these in both texts, such as `####`."""
+    samples: Count = 1
+    """Texts for each item."""
+    k: list[Count] = Field(default=[1])
+    """pass@k for these k, from all samples of an item by the unbiased estimator."""
+    temperature: float = Field(default=0.0, ge=0)
+    top_k: int = Field(default=0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seconds: float = Field(default=5.0, gt=0)
+    """Limit of a program, of CPU time and of wall time."""
+    memory_mb: Count = 512
+    """Limit of a program's address space."""
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> Generation:
+        if not self.k or max(self.k) > self.samples:
+            raise ValueError(f"pass@k needs `samples` of at least k: k is {self.k}")
+        if self.samples > 1 and not self.temperature:
+            raise ValueError("several samples at temperature 0 are all the same; give one")
+        return self
+
+
+class Task(Section):
+    """A task's YAML file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    description: str = ""
+    data: str
+    """JSONL file of items, in the folder of the YAML file."""
+    ranking: Ranking | None = None
+    generation: Generation | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Task:
+        if (self.ranking is None) == (self.generation is None):
+            raise ValueError("a task has either `ranking:` or `generation:`")
+        return self
+
+
+@dataclass(frozen=True)
+class RankingItem:
+    """A choice among texts; `answer` is the right one's number."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    continuation: str
+    answer: int
+    group: str
+    cluster: str
+
+
+@dataclass(frozen=True)
+class GenerationItem:
+    """A prompt and the answer to it, or the tests of a program that begins with it."""
+
+    prompt: str
+    answer: str
+    tests: str
+    group: str
+    cluster: str
+
+
+@dataclass(frozen=True)
+class OpenTask:
+    """A task and its items, in the order of the file."""
+
+    task: Task
+    items: tuple[RankingItem, ...] | tuple[GenerationItem, ...]
+
+
+def open_task(path: Path) -> OpenTask:
+    """The task of a YAML file.
+
+    Raises:
+        UserError: the file or an item is not as it should be, with file and line.
+    """
+    task = load_section(Task, path)
+    data = inside(path.parent, task.data, f"{path}: data")
+    read: Any = _ranking_item if task.ranking else _generation_item
+    items = []
+    for number, record in _records(data):
+        try:
+            items.append(read(record, str(number), task))
+        except (KeyError, TypeError, ValueError) as error:
+            missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{data}, line {number}: {missing}; correct the item") from None
+    if not items:
+        raise UserError(f"{data}: has no items; a task needs at least one")
+    return OpenTask(task, tuple(items))
+
+
+def open_tasks(paths: Sequence[str | Path]) -> list[OpenTask]:
+    """Tasks of YAML files, and of all YAML files of folders, by name.
+
+    Raises:
+        UserError: a path is neither, a folder has none, or two tasks have the same name.
+    """
+    found: dict[str, OpenTask] = {}
+    for path in map(Path, paths):
+        files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"{path}: has no task (*.yaml); give a folder with tasks, or a file")
+        for file in files:
+            task = open_task(file)
+            if task.task.name in found:
+                raise UserError(f"{file}: another task is named {task.task.name}, too; rename one")
+            found[task.task.name] = task
+    return list(found.values())
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number, from 1, and object of each line."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); a task's items are JSONL") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number}: is no JSON object; correct or remove the line")
+        yield number, record
+
+
+def _ranking_item(record: dict[str, Any], number: str, task: Task) -> RankingItem:
+    assert task.ranking
+    choices, answer = record["choices"], record["answer"]
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise ValueError("`choices` is a list of two texts or more")
+    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise ValueError(f"`answer` is the number of a choice, 0 to {len(choices) - 1}")
+    item = RankingItem(
+        _text(record, "prompt", ""),
+        tuple(_text({"choices": choice}, "choices") for choice in choices),
+        _text(record, "continuation", ""),
+        answer,
+        _text(record, "group", ""),
+        _text(record, "cluster", number),
+    )
+    if task.ranking.score == "continuation" and not item.continuation:
+        raise ValueError("`score: continuation` needs a `continuation`")
+    if task.ranking.score == "label" and not all(item.choices):
+        raise ValueError("`score: label` needs choices with text")
+    return item
+
+
+def _generation_item(record: dict[str, Any], number: str, task: Task) -> GenerationItem:
+    assert task.generation
+    needed = {"exact": "answer", "run": "tests"}[task.generation.check]
+    if needed not in record:
+        raise KeyError(needed)
+    return GenerationItem(
+        _text(record, "prompt"),
+        _text(record, "answer", ""),
+        _text(record, "tests", ""),
+        _text(record, "group", ""),
+        _text(record, "cluster", number),
+    )
+
+
+def _text(record: dict[str, Any], key: str, default: str | None = None) -> str:
+    value = record[key] if default is None else record.get(key, default)
+    if not isinstance(value, str):
+        raise ValueError(f"`{key}` is a text, not {value!r:.60}")
+    return value

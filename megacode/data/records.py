@@ -77,6 +77,14 @@ def input_files(prefix: Path) -> tuple[str, ...]:
     return tuple(str(file["path"]) for file in manifest["input files"])
 
 
+def text_bytes(prefix: Path) -> int | None:
+    """Bytes of the text that a dataset was made of; None where no manifest says so."""
+    try:
+        return int(_manifest(prefix)[1]["bytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _manifest(prefix: Path) -> tuple[Path, dict[str, Any]]:
     path = with_ending(prefix, ".json")
     return path, json.loads(path.read_text(encoding="utf-8"))

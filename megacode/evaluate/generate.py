@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megacode.errors import UserError
-from megacode.megatron.inference import cached_forward
+from megacode.evaluate.model import LoadedModel
+from megacode.megatron.inference import CachedModel, for_inference
 from megacode.recipe.schema import Recipe
 from megacode.tokenizer.chat import ChatTemplate, Message, TemplateError
 from megacode.tokenizer.chat_encoding import ChatEncoder
@@ -43,7 +44,6 @@ def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -
     return int(torch.multinomial(probabilities / probabilities.sum(), 1, generator=generator))
 
 
-@torch.no_grad()
 def continue_tokens(
     model: Any,
     prompt: Sequence[int],
@@ -54,17 +54,75 @@ def continue_tokens(
 ) -> Iterator[int]:
     """Yield up to `limit` tokens after `prompt`, one by one; ends before a token of `stop`.
 
-    The whole prompt passes once and fills the cache; then one position a step.
+    On one process. The whole prompt passes once and fills the cache; then one position a step.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
-    read = cached_forward(model, len(prompt) + limit)
-    tokens = list(prompt)
-    for _ in range(limit):
-        drawn = next_token(read(tokens)[:vocab_size], sampling, generator)
-        if drawn in stop:
-            return
-        yield drawn
-        tokens = [drawn]
+    with for_inference([model]):
+        cached = CachedModel([model], 1, len(prompt) + limit)
+        tokens = list(prompt)
+        for _ in range(limit):
+            logits = cached.read(torch.tensor([tokens]))
+            assert logits is not None
+            drawn = next_token(logits[0, :vocab_size].cpu(), sampling, generator)
+            if drawn in stop:
+                return
+            yield drawn
+            tokens = [drawn]
+
+
+def continue_batch(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    ended: Callable[[list[int]], bool],
+) -> list[list[int]]:
+    """Up to `limit` tokens after each prompt, all at once, on the ranks of one pipeline together.
+
+    The first tokens of all prompts, as many as the shortest has, pass at once; then one position a
+    step, where a longer prompt goes on with its own tokens. What is written depends on neither the
+    other prompts nor the layout, but for rounding.
+
+    Args:
+        seeds: of each prompt's generator, where `sampling` has a temperature.
+        ended: whether what was written after a prompt, a list that grows, is the end. Equal on all
+            ranks.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    written: list[list[int]] = [[] for _ in prompts]
+    done = [False] * len(prompts)
+    position, longest = min(map(len, prompts)), max(map(len, prompts))
+    with for_inference(model.chunks):
+        cached = CachedModel(model.chunks, len(prompts), longest + limit)
+        tokens = torch.tensor([list(prompt[:position]) for prompt in prompts])
+        while position < longest + limit and not all(done):
+            logits = cached.read(tokens)
+            rows = [i for i, p in enumerate(prompts) if position >= len(p) and not done[i]]
+            drawn = None
+            if logits is not None:
+                drawn = torch.zeros(len(prompts), dtype=torch.int64)
+                drawn[rows] = _draw(
+                    logits[rows, : model.vocab_size], sampling, [generators[i] for i in rows]
+                )
+            tokens = cached.share(drawn, len(prompts))[:, None]
+            for row, prompt in enumerate(prompts):
+                if position < len(prompt):
+                    tokens[row] = prompt[position]
+            for row in rows:
+                written[row].append(int(tokens[row]))
+                done[row] = ended(written[row]) or len(written[row]) == limit
+            position += 1
+    return written
+
+
+def _draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """Draw from `logits`, float `[rows, vocab]`: int64 `[rows]`, on the host."""
+    if sampling.temperature <= 0:
+        return logits.argmax(-1).cpu()
+    rows = zip(logits.cpu(), generators, strict=True)
+    drawn = [next_token(row, sampling, generator) for row, generator in rows]
+    return torch.tensor(drawn, dtype=torch.int64)
 
 
 def write_on(

@@ -42,8 +42,14 @@ def run_tasks(
     """
     if not trust_remote_code:
         _check_code(target)
+    names, manager = find_tasks(tasks, folder)
+    model = _model(target, batch_size, trust_remote_code)
+    return ask(model, names, manager, shots, limit, batch_size)
+
+
+def find_tasks(tasks: Sequence[str], folder: Path | None = None) -> tuple[list[str], Any]:
+    """(names of tasks, the harness' manager of tasks), loaded; errors as of `run_tasks`."""
     try:
-        import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise _not_installed(error) from None
@@ -68,12 +74,21 @@ def run_tasks(
         raise UserError(
             f"--harness {', '.join(names)}: cannot be loaded: {type(error).__name__}: {first}"
         ) from error
+    return names, manager
+
+
+def ask(
+    model: Any, names: list[str], manager: Any, shots: int | None, limit: int | None, size: int
+) -> dict[str, dict[str, float]]:
+    """What `find_tasks` found, asked of a model of the harness; as of `run_tasks`."""
+    import lm_eval
+
     results = lm_eval.simple_evaluate(
-        model=_model(target, batch_size, trust_remote_code),
+        model=model,
         tasks=names,
         num_fewshot=shots,
         limit=limit,
-        batch_size=batch_size,
+        batch_size=size,
         bootstrap_iters=1000,
         log_samples=False,
         task_manager=manager,
@@ -112,9 +127,9 @@ def _not_installed(error: ImportError) -> UserError:
 def _model(target: Path, batch_size: int, trust_remote_code: bool) -> Any:
     if not (target / "config.json").is_file():
         from megacode.evaluate.harness_model import MegatronLM
-        from megacode.megatron.inference import open_for_inference
+        from megacode.evaluate.model import open_model
 
-        return MegatronLM(*open_for_inference(target), batch_size)
+        return MegatronLM(open_model(target), batch_size)
     import torch
 
     try:

@@ -7,41 +7,32 @@ beginning, answers are greedy unless a task asks otherwise.
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from rich.progress import track
 
 from megacode.errors import UserError
-from megacode.evaluate.generate import Sampling, continue_tokens
-from megacode.recipe.schema import Recipe
-from megacode.tokenizer.tokenizer import Tokenizer
+from megacode.evaluate.generate import Sampling, continue_batch
+from megacode.evaluate.likelihood import log_likelihoods
+from megacode.evaluate.model import LoadedModel
 
 _MOST_TOKENS = 256
 """Of an answer, where the task does not say: the harness' own number."""
 
 
 class MegatronLM(TemplateLM):
-    """Log-likelihoods and continuations of a Megatron-Core model in this process.
+    """Log-likelihoods and continuations of a model in any layout. Every rank has one, and is asked
+    the same."""
 
-    Args:
-        model: in evaluation mode.
-        batch_size: texts in a forward pass.
-    """
-
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, model: Any, batch_size: int) -> None:
+    def __init__(self, model: LoadedModel, batch_size: int) -> None:
         super().__init__()
-        self.recipe = recipe
-        self.text = tokenizer
-        self.model = model
-        self.size = batch_size
-        self.max_length = recipe.model.context_length or max(
-            phase.sequence_length for phase in recipe.phases
-        )
+        self.model, self.size = model, batch_size
+        self.text, self.max_length = model.tokenizer, model.context_length
 
     @property
     def eot_token_id(self) -> int:
@@ -54,8 +45,7 @@ class MegatronLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        assert self.recipe.tokenizer is not None
-        bos = self.recipe.tokenizer.bos if add_special_tokens is None else add_special_tokens
+        bos = self.model.bos if add_special_tokens is None else add_special_tokens
         start = [self.text.base.bos_id] if bos and self.text.base.bos_id is not None else []
         return [*start, *self.text.encode(string)]
 
@@ -66,33 +56,8 @@ class MegatronLM(TemplateLM):
         **_: Any,
     ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether it is the greedy answer) of each request."""
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        lengths = [len(context) + len(answer) for _, context, answer in requests]
-        order = sorted(range(len(requests)), key=lambda i: -lengths[i])
-        groups = [order[i : i + self.size] for i in range(0, len(order), self.size)]
-        for group in track(groups, "log-likelihoods", transient=True, disable=disable_tqdm):
-            windows = [(requests[i][1] + requests[i][2])[-(self.max_length + 1) :] for i in group]
-            logits = self._logits([window[:-1] for window in windows])
-            for i, window, row in zip(group, windows, logits, strict=True):
-                length = len(requests[i][2])
-                expected = torch.tensor(window[-length:], device=row.device)
-                scores = row[len(window) - 1 - length : len(window) - 1].log_softmax(-1)
-                greedy = bool((scores.argmax(-1) == expected).all())
-                found[i] = (float(scores.gather(-1, expected[:, None]).sum()), greedy)
-        return found
-
-    @torch.no_grad()
-    def _logits(self, windows: Sequence[list[int]]) -> torch.Tensor:
-        """float32 `[windows, longest, vocab]`; shorter windows are padded at their ends."""
-        longest = max(map(len, windows))
-        device = next(self.model.parameters()).device
-        tokens = torch.tensor(
-            [window + [0] * (longest - len(window)) for window in windows], device=device
-        )
-        positions = torch.arange(longest, device=device).expand_as(tokens)
-        mask = torch.ones(longest, longest, dtype=torch.bool, device=device).triu(1)[None, None]
-        logits = self.model(tokens, positions, mask, runtime_gather_output=True)
-        return logits[..., : self.text.vocab_size].float()
+        found = log_likelihoods(self.model, [(context, text) for _, context, text in requests])
+        return [(one.log_likelihood, one.greedy) for one in found]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -129,10 +94,20 @@ class MegatronLM(TemplateLM):
                     f"and the model's context of {self.max_length:,} has to hold the question too; "
                     "give the task a smaller max_gen_toks"
                 )
-        shown = track(requests, "answers", transient=True, disable=disable_tqdm)
-        return [self._answer(*request.args) for request in shown]
+        asked = [request.args[1] for request in requests]
+        kinds = [json.dumps(one, default=str) for one in asked]
+        wanted = sorted(range(len(asked)), key=lambda i: (kinds[i], len(requests[i].args[0])))
+        texts = [""] * len(asked)
+        for _, same in itertools.groupby(wanted, key=lambda i: kinds[i]):
+            numbers = list(same)
+            for first in range(0, len(numbers), self.size):
+                part = numbers[first : first + self.size]
+                answers = self._answers([requests[i].args[0] for i in part], asked[part[0]])
+                for i, text in zip(part, answers, strict=True):
+                    texts[i] = text
+        return texts
 
-    def _answer(self, context: str, asked: dict[str, Any]) -> str:
+    def _answers(self, contexts: Sequence[str], asked: dict[str, Any]) -> list[str]:
         asked = normalize_gen_kwargs(dict(asked), _MOST_TOKENS)
         stops, limit = [stop for stop in asked["until"] if stop], int(asked["max_gen_toks"])
         sampling = Sampling(
@@ -140,16 +115,18 @@ class MegatronLM(TemplateLM):
             int(asked.get("top_k") or 0),
             float(asked.get("top_p") or 1.0),
         )
-        prompt = self.tok_encode(context)[-(self.max_length - limit) :]
-        written: list[int] = []
-        text = ""
-        for token in continue_tokens(
-            self.model, prompt, limit, [self.eot_token_id], sampling, self.text.vocab_size
-        ):
-            written.append(token)
+        end = self.eot_token_id
+
+        def ended(written: list[int]) -> bool:
             text = self.text.decode(written)
-            if any(stop in text for stop in stops):
-                break
-        for stop in stops:
-            text = text.split(stop, maxsplit=1)[0]
-        return text
+            return written[-1] == end or any(stop in text for stop in stops)
+
+        prompts = [self.tok_encode(one)[-(self.max_length - limit) :] for one in contexts]
+        seeds = [sampling.seed] * len(prompts)
+        found = []
+        for written in continue_batch(self.model, prompts, limit, sampling, seeds, ended):
+            text = self.text.decode(written[:-1] if written[-1] == end else written)
+            for stop in stops:
+                text = text.split(stop, maxsplit=1)[0]
+            found.append(text)
+        return found

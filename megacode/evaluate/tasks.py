@@ -123,7 +123,7 @@ class OpenTask:
     """A task and its items, in the order of the file."""
 
     task: Task
-    items: tuple[RankingItem, ...] | tuple[GenerationItem, ...]
+    items: tuple[RankingItem | GenerationItem, ...]
 
 
 def open_task(path: Path) -> OpenTask:

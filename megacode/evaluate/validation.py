@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from megacode.data.loader import validation_batches
 from megacode.data.pack_index import open_packs
+from megacode.data.records import text_bytes
 from megacode.data.source import TokenSource, open_source, pack_cache
 from megacode.megatron.distributed import World
 from megacode.megatron.step import forward_backward
@@ -33,6 +35,7 @@ class Validation:
     world: World
     tokenizer: Tokenizer | None
     sources: Mapping[str, TokenSource]
+    bytes_per_token: Mapping[str, float]
 
     @classmethod
     def open(cls, plan: Plan, world: World, tokenizer: Tokenizer | None) -> Validation | None:
@@ -42,7 +45,12 @@ class Validation:
             for name, source in plan.recipe.sources.items()
             if source.validation_paths
         }
-        return cls(plan, world, tokenizer, sources) if sources else None
+        ratios = {
+            name: ratio
+            for name, source in sources.items()
+            if plan.recipe.sources[name].loss_on == "all" and (ratio := _bytes_per_token(source))
+        }
+        return cls(plan, world, tokenizer, sources, ratios) if sources else None
 
     @torch.no_grad()
     def losses(self, model_chunks: Sequence[Any], done: int) -> dict[str, tuple[float, int]]:
@@ -100,6 +108,37 @@ class Validation:
                 some += [blank] * (-len(some) % stages)
             sums += forward_backward(model_chunks, some, 1, recipe, world, forward_only=True)[:, 0]
         return sums
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """Validation losses in bits per byte of text, by source and domain.
+
+    A loss of l nats a token is l / ln 2 x tokens / bytes, with the tokens (end-of-document ones
+    too) and the bytes of the whole held-out set, as its manifest has them. Sets without a manifest,
+    and conversations of which only answers are scored, have none.
+    """
+
+    by_source: dict[str, float]
+    by_domain: dict[str, float]
+
+    @classmethod
+    def of(cls, validation: Validation, losses: Mapping[str, tuple[float, int]]) -> BitsPerByte:
+        recipe, ratios = validation.plan.recipe, validation.bytes_per_token
+        sums: dict[str, tuple[float, float]] = {}
+        by_source = {}
+        for name, (loss, tokens) in losses.items():
+            if tokens and name in ratios:
+                bits, size = loss * tokens / math.log(2), tokens * ratios[name]
+                by_source[name] = bits / size
+                total, count = sums.get(recipe.sources[name].domain, (0.0, 0.0))
+                sums[recipe.sources[name].domain] = total + bits, count + size
+        return cls(by_source, {domain: bits / size for domain, (bits, size) in sums.items()})
+
+
+def _bytes_per_token(source: TokenSource) -> float | None:
+    sizes = [text_bytes(shard.prefix) for shard in source.shards]
+    return None if None in sizes else sum(filter(None, sizes)) / source.tokens
 
 
 def by_domain(recipe: Recipe, losses: Mapping[str, tuple[float, int]]) -> dict[str, float]:

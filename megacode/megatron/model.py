@@ -147,7 +147,8 @@ def _mask_padding(chunk: GPTModel, vocab_size: int, stored_vocab: int) -> None:
         # Under autograd this would copy the whole gradient. It may be detached: the gradient of a
         # logit without probability is zero.
         logits = output[0].detach()
-        logits[..., valid:] = torch.finfo(logits.dtype).min / 2
+        first = valid if logits.shape[-1] == share else vocab_size  # gathered for inference
+        logits[..., first:] = torch.finfo(logits.dtype).min / 2
         return output
 
     chunk.output_layer.register_forward_hook(mask)

@@ -13,6 +13,7 @@ import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megacode.data.batch import Batch
@@ -175,12 +176,32 @@ def forward_backward(
         float64 `[2, streams]` on the device: this rank's sums of loss and of loss-bearing tokens by
         stream; zeros where this rank does not see the loss (not the last stage).
     """
-    rows, length = micro_batches[0].tokens.shape
     packed_row = _packed_row(micro_batches, recipe)
     count_positions = recipe.optimizer.loss_denominator == "positions"
+    forward = partial(_forward, streams, count_positions, world, packed_row)
+    results = run_schedule(model_chunks, micro_batches, forward, packed_row, forward_only)
+    if not results:
+        return torch.zeros(2, streams, dtype=torch.float64, device=world.device)
+    return torch.stack(results).sum(0)
+
+
+def run_schedule(
+    model_chunks: Sequence[Any],
+    micro_batches: Sequence[Batch],
+    forward: Callable[[Iterator[Batch], Any], Any],
+    packed_row: int | None = None,
+    forward_only: bool = True,
+) -> list[Any]:
+    """What `forward` gives of each micro-batch, on the last stage; micro-batches have one shape.
+
+    Args:
+        forward: Megatron-Core's `forward_step_func`.
+        packed_row: tokens of a row, where documents are packed into one.
+    """
+    rows, length = micro_batches[0].tokens.shape
     with without_graphs(model_chunks) if forward_only else contextlib.nullcontext():
-        results = get_forward_backward_func()(
-            forward_step_func=partial(_forward, streams, count_positions, world, packed_row),
+        results: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward,
             data_iterator=[iter(micro_batches) for _ in model_chunks],
             model=list(model_chunks),
             num_microbatches=len(micro_batches),
@@ -188,9 +209,7 @@ def forward_backward(
             micro_batch_size=1 if packed_row else rows,
             forward_only=forward_only,
         )
-    if not results:
-        return torch.zeros(2, streams, dtype=torch.float64, device=world.device)
-    return torch.stack(results).sum(0)
+    return results
 
 
 def prepare_model_for_training(model_chunks: Sequence[Any], optimizer: Any) -> None:
@@ -233,7 +252,7 @@ def without_fp8(model_chunks: Sequence[Any]) -> Iterator[None]:
 
     Megatron-Core asks its configuration at every forward.
     """
-    configs = [chunk.module.config for chunk in model_chunks]
+    configs = [get_model_config(chunk) for chunk in model_chunks]
     before = [config.fp8 for config in configs]
     for config in configs:
         config.fp8 = None

@@ -101,7 +101,10 @@ def _with_absolute_paths(tree: Tree, folder: Path) -> Tree:
         (tree, "initialize_from"),
         (tree.get("tokenizer"), "path"),
         (tree.get("data"), "pack_cache"),
+        (tree.get("evaluation"), "tasks"),
     ]
+    if isinstance(tree.get("evaluation"), Tree):
+        found.append((tree["evaluation"].get("harness"), "folder"))
     for source in sources.values() if isinstance(sources, Tree) else ():
         found += [(source, "path"), (source, "validation")]
     for section, key in found:

@@ -28,6 +28,7 @@ from megacode.recipe.schema_run import (  # noqa: F401
     Ema,
     Evaluation,
     Fusion,
+    HarnessTasks,
     Logging,
     Optimizer,
     Overlap,

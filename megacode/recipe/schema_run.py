@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from megacode.recipe.section import Count, Section
+from megacode.recipe.section import Count, CountOrZero, Section
 
 
 class ParameterGroup(Section):
@@ -163,11 +163,31 @@ class Checkpoints(Section):
     asynchronous: bool = True
 
 
+class HarnessTasks(Section):
+    """Tasks of lm-evaluation-harness (the extra `harness`)."""
+
+    tasks: list[str] = Field(min_length=1)
+    folder: str | None = None
+    """Further tasks as the harness' YAML files."""
+    shots: CountOrZero | None = None
+    """Examples before each question; default: the task's."""
+    limit: Count | None = None
+    """Questions of each task; default: all."""
+
+
 class Evaluation(Section):
-    """Validation loss on every source that has `validation`."""
+    """Validation loss on every source that has `validation`, and tasks."""
 
     every: Count | None = None
+    at_start: bool = False
+    """Also before the first step."""
     at_phase_end: bool = True
+    tasks: list[str] = Field(default=[])
+    """Tasks that the model is scored on: YAML files, or folders of them (docs/tasks.md)."""
+    tasks_every: Count | None = None
+    """Steps between scores; default: `every`. At the start and at a phase's end as validation."""
+    harness: HarnessTasks | None = None
+    """On the same steps as `tasks`."""
     samples: Count = 64
     """Sequences per source, the first of its validation set; a source's own
     `validation_samples` go first."""

@@ -45,7 +45,12 @@ _TAGS: dict[str, dict[str, str]] = {
         "tokens/source": "tokens_by_source",
         "ratio/domain": "ratio_by_domain",
     },
-    "validation": {"loss/valid/source": "loss_by_source", "loss/valid/domain": "loss_by_domain"},
+    "validation": {
+        "loss/valid/source": "loss_by_source",
+        "loss/valid/domain": "loss_by_domain",
+        "bits_per_byte/source": "bits_per_byte_by_source",
+        "bits_per_byte/domain": "bits_per_byte_by_domain",
+    },
 }
 """TensorBoard's tag -> key of the record, by kind; an object has a tag for each of its names."""
 
@@ -137,6 +142,11 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
             values |= {f"{tag}/{name}": number for name, number in value.items()}
         else:
             values[tag] = value
+    for name, numbers in record.get("tasks", {}).items():
+        own = {key: number for key, number in numbers.items() if key not in ("items", "cut")}
+        for group, number in own.pop("groups", {}).items():
+            own[f"group {group}"] = number
+        values |= {f"task/{name}/{key}": number for key, number in own.items()}
     return {tag: float(value) for tag, value in values.items() if value is not None}
 
 

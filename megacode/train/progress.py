@@ -108,23 +108,34 @@ class Progress:
         sources = self.plan.recipe.sources
         by_source = record["loss_by_source"]
         names = [name for name in sources if by_source.get(name) is not None]
-        rows = [("domain", "source", "loss", "change" if self._validated else "")]
+        bits = record.get("bits_per_byte_by_source", {})
+        all_bits = record.get("bits_per_byte_by_domain", {})
+        changed = "change" if self._validated else ""
+        rows = [("domain", "source", "loss", changed, "bits/byte" if bits else "")]
         rows += [
-            (sources[name].domain, name, *self._change(name, by_source[name])) for name in names
+            (sources[n].domain, n, *self._change(n, by_source[n]), _number(bits.get(n), ".4f", ""))
+            for n in names
         ]
         for domain, loss in record["loss_by_domain"].items():
             if loss is not None and sum(sources[name].domain == domain for name in names) > 1:
-                rows.append((domain, "(all)", *self._change(f"{domain}/", loss)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+                more = _number(all_bits.get(domain), ".4f", "")
+                rows.append((domain, "(all)", *self._change(f"{domain}/", loss), more))
         samples = f", {record['samples']} sequences a source" if "samples" in record else ""
-        lines = [f"validation after step {record['step']:,} ({record['phase']}){samples}"]
-        for domain, source, *numbers in rows:
-            cells = [domain.ljust(widths[0]), source.ljust(widths[1])]
-            cells += [
-                number.rjust(width) for number, width in zip(numbers, widths[2:], strict=True)
-            ]
-            lines.append(f"  {'  '.join(cells)}".rstrip())
-        self.say("\n".join(lines))
+        title = f"validation after step {record['step']:,} ({record['phase']}){samples}"
+        self.say(_aligned(title, rows))
+
+    def scores(self, record: Mapping[str, Any]) -> None:
+        """Scores of tasks as a small table."""
+        rows = [("task", "items", "score", "")]
+        for name, numbers in record["tasks"].items():
+            first = "accuracy" if "accuracy" in numbers else next(iter(numbers))
+            groups = numbers.get("groups", {})
+            parts = [f"{group} {_number(value, '.3f')}" for group, value in groups.items()]
+            parts += [f"cut {numbers['cut']:,}"] if numbers.get("cut") else []
+            items = f"{numbers['items']:,}" if "items" in numbers else ""
+            rows.append((name, items, _number(numbers[first], ".4f"), ", ".join(parts)))
+        title = f"tasks after step {record['step']:,} ({record['phase']})"
+        self.say(_aligned(title, rows, left=(0, 3)))
 
     def _change(self, key: str, loss: float) -> tuple[str, str]:
         """A loss, and its change since the last time."""
@@ -196,8 +207,21 @@ def _move(first: float, last: float, form: str) -> str:
     return a if a == b else f"{a} → {b}"
 
 
-def _number(value: float | None, form: str) -> str:
-    return "not finite" if value is None or not math.isfinite(value) else format(value, form)
+def _number(value: float | None, form: str, absent: str = "not finite") -> str:
+    return absent if value is None or not math.isfinite(value) else format(value, form)
+
+
+def _aligned(title: str, rows: Sequence[Sequence[str]], left: Sequence[int] = (0, 1)) -> str:
+    """Rows below a title, columns of one width; numbers stand to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [title]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(f"  {'  '.join(cells)}".rstrip())
+    return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacode.evaluate.validation import by_domain
+from megacode.evaluate.validation import BitsPerByte, by_domain
 from megacode.megatron.distributed import World
 from megacode.plan.devices import peak_flops
 from megacode.plan.estimate import flops_per_token
@@ -230,7 +230,9 @@ class StepReports(AbstractContextManager["StepReports"]):
     def checkpoint(self, step: int, path: Path) -> None:
         self.event(step, "checkpoint", f"checkpoint {path.name}", path=path.name)
 
-    def validated(self, done: int, losses: Mapping[str, tuple[float, int]]) -> None:
+    def validated(
+        self, done: int, losses: Mapping[str, tuple[float, int]], bits: BitsPerByte
+    ) -> None:
         """Write and show validation losses: source -> (nats a token, tokens)."""
         if self.writer and self.progress:
             record = {
@@ -239,10 +241,25 @@ class StepReports(AbstractContextManager["StepReports"]):
                 "phase": self.plan.phase_at(max(done - 1, 0)).name,
                 "loss_by_source": {name: loss for name, (loss, _) in losses.items()},
                 "loss_by_domain": by_domain(self.plan.recipe, losses),
+                "bits_per_byte_by_source": bits.by_source,
+                "bits_per_byte_by_domain": bits.by_domain,
                 "samples": self.plan.recipe.evaluation.samples,
             }
             self.writer.write(record)
             self.progress.validation(record)
+
+    def scored(self, done: int, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write and show scores: task -> its numbers."""
+        if self.writer and self.progress:
+            record = {
+                "kind": "tasks",
+                "step": done,
+                "phase": self.plan.phase_at(max(done - 1, 0)).name,
+                "tokens": self.plan.tokens_before(done),
+                "tasks": tasks,
+            }
+            self.writer.write(record)
+            self.progress.scores(record)
 
     def end(self, done: int, stopped_by: int) -> None:
         """The end of the run, or of as much as was asked for, or a stop by a signal. Collective."""

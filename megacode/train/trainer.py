@@ -26,11 +26,14 @@ from megacode.data.planning import plan_with_data
 from megacode.data.tokenizer_check import unknown_makers
 from megacode.errors import UserError
 from megacode.evaluate.generate import Sampling, write_on
-from megacode.evaluate.validation import Validation
+from megacode.evaluate.model import LoadedModel
+from megacode.evaluate.scoring import RunTasks, write_results
+from megacode.evaluate.validation import BitsPerByte, Validation
 from megacode.megatron.checkpoint import Checkpointer, load_checkpoint
 from megacode.megatron.config import megatron_config
 from megacode.megatron.distributed import initialize, read_launch, seed_step, shutdown
 from megacode.megatron.hardware import detect, userbuffers
+from megacode.megatron.inference import for_inference
 from megacode.megatron.initialize import fill_new_rows
 from megacode.megatron.model import build_model, global_parameter_names
 from megacode.megatron.optimizer import adam_of, build_optimizer, set_lr, wrap_data_parallel
@@ -154,6 +157,7 @@ class Trainer:
             is_own=lambda checkpoint: is_own(checkpoint, plan, accepted),
         )
         self.validation = Validation.open(plan, world, self.tokenizer)
+        self.tasks = RunTasks.open(recipe)
         self._load(start)
         trained_in = plan.phase_at(max(self.done - 1, 0)).name
         set_rotary(self.model_chunks, recipe.model_in(trained_in))
@@ -202,6 +206,10 @@ class Trainer:
             phase = self.plan.phase_at(step)
             if step in (first, phase.first_step):
                 set_rotary(self.model_chunks, self.recipe.model_in(phase.name))
+            if step == 0 and self.recipe.evaluation.at_start:
+                self.evaluate()
+                self.score()
+                clock = time.perf_counter()
             if step == phase.first_step:
                 self.reports.phase(phase)
                 if phase.fresh_optimizer:
@@ -225,10 +233,13 @@ class Trainer:
                 self.reports.flush()
                 self.checkpointer.wait()  # one from before may be under way
                 raise UserError(_divergence(self.checkpointer.folder, phase.name, self.done, norm))
-            if _due(self.done, self.recipe.evaluation.every) or (
-                step == phase.last_step and self.recipe.evaluation.at_phase_end
-            ):
+            evaluation = self.recipe.evaluation
+            at_end = step == phase.last_step and evaluation.at_phase_end
+            if at_end or _due(self.done, evaluation.every):
                 self.evaluate()
+                clock = time.perf_counter()
+            if at_end or _due(self.done, evaluation.tasks_every or evaluation.every):
+                self.score()
                 clock = time.perf_counter()
             stopped_by = stop.should_stop() if self.done < end else 0
             if self.done in checkpoint_steps or stopped_by:
@@ -274,9 +285,28 @@ class Trainer:
         self.reports.flush()
         with gathered_weights(self.model_chunks):
             losses = self.validation.losses(self.model_chunks, self.done)
-        self.reports.validated(self.done, losses)
+        self.reports.validated(self.done, losses, BitsPerByte.of(self.validation, losses))
         gc.collect()
         return losses
+
+    def score(self) -> dict[str, dict[str, Any]]:
+        """Numbers of every task of `evaluation.tasks` and `evaluation.harness`, by name; the items'
+        scores go to `RUN/evaluations`. Collective."""
+        if self.tasks is None or self.tokenizer is None:
+            return {}
+        self.reports.flush()
+        model = self.recipe.model_in(self.plan.phase_at(max(self.done - 1, 0)).name)
+        assert model.context_length
+        loaded = LoadedModel(
+            self.recipe, self.tokenizer, self.model_chunks, self.world, model.context_length
+        )
+        with gathered_weights(self.model_chunks), for_inference(self.model_chunks):
+            numbers, results = self.tasks.score(loaded)
+        if self.world.is_main:
+            write_results(self.run / "evaluations" / f"step_{self.done:08d}", results)
+        self.reports.scored(self.done, numbers)
+        gc.collect()
+        return numbers
 
     def generate(self, prompt: str, tokens: int = 64, sampling: Sampling | None = None) -> str:
         """Text that goes on from `prompt`; greedy without `sampling`.

@@ -100,7 +100,7 @@ def bare(
     made: Any = object.__new__(Trainer)
     vars(made).update(
         plan=plan, recipe=plan.recipe, world=world, reports=reports, checkpointer=checkpointer, optimizer=optimizer, done=done,
-        model_chunks=[], ema=None, validation=None, vocab_size=10, facts={},
+        model_chunks=[], ema=None, validation=None, tasks=None, tokenizer=None, vocab_size=10, facts={},
     )  # fmt: skip
     return made
 

@@ -190,8 +190,11 @@ def _run(source: str, token: str, result_file: int) -> None:
     sys.argv = [""]
     try:
         exec(compile(source, "<program>", "exec", dont_inherit=True), module.__dict__)
-        flush()
         result = token
+    except BaseException as error:
+        result = _described(error)
+    try:
+        flush()
     except BaseException as error:
         result = _described(error)
     write(result_file, result.encode(errors="backslashreplace"))

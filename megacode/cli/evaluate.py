@@ -1,25 +1,35 @@
-"""The verb `evaluate`: a checkpoint's validation loss, or tasks of lm-evaluation-harness."""
+"""The verb `evaluate`: checkpoints' validation losses and scores of tasks."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from rich.progress import track
 from rich.table import Table
 
 from megacode.cli.arguments import at_least
 from megacode.errors import UserError
+from megacode.recipe.load import load_recipe
 from megacode.recipe.schema import Recipe
-from megacode.terminal import print_table, table_console
+from megacode.run.checkpoints import complete_checkpoints, find_checkpoint
+from megacode.run.evaluations import FOLDER, add_to_curve, items_folder
+from megacode.terminal import count, print_table, table_console, table_of
 
 EXAMPLE = """examples:
   megacode evaluate runs/crystal-tiny
   megacode evaluate runs/crystal-tiny/checkpoints/step_00000110 --samples 500 --json
+  megacode evaluate runs/crystal-tiny --tasks tasks/brackets.yaml tasks/copying.yaml
+  megacode evaluate runs/crystal-tiny --all-checkpoints --samples 16
   megacode evaluate runs/crystal-tiny --harness arc_easy,hellaswag --limit 200
-  megacode evaluate exported --harness my_task --harness-tasks tasks/ --trust-remote-code"""
+  megacode evaluate exported --harness my_task --harness-tasks tasks/ --trust-remote-code
+
+With --all-checkpoints RUN/evaluations gets checkpoints.jsonl and checkpoints.png, the curve
+over its tokens, which `megacode report` shows too. docs/tasks.md says what a task is."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint", type=Path, help="run or checkpoint; with --harness a Hugging Face folder, too"
     )
     add("--samples", type=at_least(1), help="sequences per source (default: the recipe's)")
+    add("--tasks", type=Path, nargs="+", metavar="YAML", help="tasks, or folders (the recipe's)")
+    add("--all-checkpoints", action="store_true", help="every checkpoint of a run: a curve")
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--harness", metavar="TASKS", help="tasks of lm-evaluation-harness, split by commas")
     add("--harness-tasks", type=Path, metavar="FOLDER", help="more tasks, as YAML; no network")
@@ -44,53 +56,92 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "--trust-remote-code: is for --harness on a Hugging Face folder; leave it out"
         )
-    from megacode.megatron.inference import open_for_inference
+    checkpoints = [find_checkpoint(args.checkpoint)]
+    if args.all_checkpoints:
+        checkpoints = [path for _, path in complete_checkpoints(args.checkpoint / "checkpoints")]
+        if not checkpoints:
+            raise UserError(f"--all-checkpoints: {args.checkpoint} is no run's folder; give one")
+    recipe = load_recipe(checkpoints[-1] / "recipe.yaml")
 
-    recipe, tokenizer, model = open_for_inference(args.checkpoint)
+    from megacode.megatron import cpu
 
-    from megacode.data.planning import plan_with_data
-    from megacode.evaluate.validation import Validation, by_domain
-    from megacode.megatron.distributed import current_world, shutdown
-    from megacode.run.checkpoints import find_checkpoint, read_info
+    cpu.prepare()
+    from megacode.evaluate.checkpoints import evaluate_checkpoints
+    from megacode.evaluate.scoring import check_tasks, write_results
+    from megacode.evaluate.tasks import open_tasks
+    from megacode.megatron.distributed import shutdown
 
-    if args.samples:
-        recipe = _with_samples(recipe, args.samples)
-    checkpoint = find_checkpoint(args.checkpoint)
-    plan = plan_with_data(recipe, checkpoint / "recipe.yaml")
-    world = current_world()
-    validation = Validation.open(plan, world, tokenizer)
-    if validation is None:
-        raise UserError(
-            f"{args.checkpoint}: its recipe gives no source a `validation` set; "
-            "there is nothing to evaluate on"
-        )
-    step = int(read_info(checkpoint)["step"])
-    losses = validation.losses([model], step)
-    domains = by_domain(recipe, losses)
+    tasks = open_tasks(args.tasks or recipe.evaluation.tasks)
+    check_tasks(tasks)
+    records = []
+    found = evaluate_checkpoints(checkpoints, tasks, args.samples)
+    hidden = len(checkpoints) == 1 or args.json
+    for record, results in track(found, "checkpoints", len(checkpoints), disable=hidden):
+        records.append(record)
+        if args.all_checkpoints:
+            write_results(items_folder(args.checkpoint, record["step"]), results)
+            add_to_curve(args.checkpoint, record)
     shutdown()
     if args.json:
-        found = {
-            "step": step,
-            "loss_by_source": {name: loss for name, (loss, _) in losses.items()},
-            "tokens_by_source": {name: tokens for name, (_, tokens) in losses.items()},
-            "loss_by_domain": domains,
-        }
-        print(json.dumps(found))
+        for record in records:
+            print(json.dumps(record))
+    elif args.all_checkpoints:
+        print_table(table_console(), _curve(recipe.name, records))
     else:
-        table = _table(recipe, losses, domains)
-        table.title = f"{recipe.name}, step {step:,}: validation"
-        print_table(table_console(), table)
+        _print(recipe, records[0])
+    if args.all_checkpoints:
+        _draw(args.checkpoint)
     return 0
 
 
-def _with_samples(recipe: Recipe, samples: int) -> Recipe:
-    """The recipe with this number of validation samples for each source."""
-    evaluation = recipe.evaluation.model_copy(update={"samples": samples})
-    sources = {
-        name: source.model_copy(update={"validation_samples": None})
-        for name, source in recipe.sources.items()
-    }
-    return recipe.model_copy(update={"evaluation": evaluation, "sources": sources})
+def _print(recipe: Recipe, record: Mapping[str, Any]) -> None:
+    if "loss_by_source" in record:
+        table = _validation(recipe, record)
+        table.title = f"{recipe.name}, step {record['step']:,}: validation"
+        print_table(table_console(), table)
+    if tasks := record.get("tasks"):
+        title = f"{recipe.name}, step {record['step']:,}: tasks"
+        table = table_of(title, "task", "group", "items", "accuracy", "more", left=2)
+        for name, numbers in tasks.items():
+            more = [f"{k} {v:.4g}" for k, v in numbers.items() if k not in _NOT_MORE]
+            accuracy = f"{numbers['accuracy']:.4f}"
+            table.add_row(name, "", f"{numbers['items']:,}", accuracy, ", ".join(more))
+            for group, value in numbers.get("groups", {}).items():
+                table.add_row("", group, "", f"{value:.4f}", "")
+        print_table(table_console(), table)
+
+
+_NOT_MORE = "accuracy", "items", "groups"
+
+
+def _curve(name: str, records: Sequence[Mapping[str, Any]]) -> Table:
+    """A row a checkpoint: losses by domain, bits per byte, and scores."""
+    domains = list(records[-1].get("loss_by_domain", {}))
+    sized = list(records[-1].get("bits_per_byte_by_domain", {}))
+    tasks = list(records[-1].get("tasks", {}))
+    heads = [*(f"loss {d}" for d in domains), *(f"bits/byte {d}" for d in sized), *tasks]
+    table = table_of(f"{name}: checkpoints", "step", "tokens", "phase", *heads, left=0)
+    for record in records:
+        values = [record.get("loss_by_domain", {}).get(domain) for domain in domains]
+        values += [record.get("bits_per_byte_by_domain", {}).get(domain) for domain in sized]
+        values += [record.get("tasks", {}).get(task, {}).get("accuracy") for task in tasks]
+        cells = ["–" if value is None else f"{value:.4f}" for value in values]
+        tokens = count(record["tokens"]) if record["tokens"] else "–"
+        table.add_row(f"{record['step']:,}", tokens, str(record["phase"]), *cells)
+    return table
+
+
+def _draw(run: Path) -> None:
+    from megacode.report.drawing import save
+    from megacode.report.figures import scores
+    from megacode.report.palette import domain_colours
+    from megacode.report.run_data import read_run
+
+    data = read_run(run)
+    path = run / FOLDER / "checkpoints.png"
+    if figure := scores(data, domain_colours(list(data.domains))):
+        save(figure, path)
+        print(f"curve: {path}")
 
 
 def _run_harness(args: argparse.Namespace) -> int:
@@ -119,18 +170,22 @@ def _run_harness(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(
-    recipe: Recipe, losses: Mapping[str, tuple[float, int]], domains: Mapping[str, float]
-) -> Table:
+def _validation(recipe: Recipe, record: Mapping[str, Any]) -> Table:
     table = Table("source", "domain", title_justify="left")
-    for head in ("tokens", "loss (nats/token)", "perplexity"):
+    for head in ("tokens", "loss (nats/token)", "perplexity", "bits/byte"):
         table.add_column(head, justify="right")
     rows = [
-        (name, recipe.sources[name].domain, f"{n:,}", loss) for name, (loss, n) in losses.items()
+        (name, recipe.sources[name].domain, f"{record['tokens_by_source'][name]:,}", loss, bits)
+        for name, loss in record["loss_by_source"].items()
+        for bits in [record["bits_per_byte_by_source"].get(name)]
     ]
-    totals = [("all", domain, "", loss) for domain, loss in domains.items()]
+    totals = [
+        ("all", domain, "", loss, record["bits_per_byte_by_domain"].get(domain))
+        for domain, loss in record["loss_by_domain"].items()
+    ]
     for part in (rows, totals):
-        for *words, loss in part:
-            table.add_row(*words, f"{loss:.4f}", f"{math.exp(min(loss, 700)):,.2f}")
+        for *words, loss, bits in part:
+            size = "–" if bits is None else f"{bits:.4f}"
+            table.add_row(*words, f"{loss:.4f}", f"{math.exp(min(loss, 700)):,.2f}", size)
         table.add_section()
     return table

@@ -45,8 +45,8 @@ class TaskResult:
         groups: mean score of each group, where items have groups.
         scores: of each item, 0 to 1, in the order of the file.
         given: of each item, what the model gave: the number of a choice, or the texts it wrote.
-        more: further numbers by name: `answer_loss` (nats a scored token of the right choice) of a
-            ranking, `pass@k` of programs and answers.
+        more: further numbers by name: `answer_loss` (nats a scored token of the right choice) and
+            `chance` (accuracy of a guess) of a ranking, `pass@k` of programs and answers.
         cut: items whose text lost its beginning, because it was longer than the model's context.
     """
 
@@ -148,11 +148,11 @@ class RunTasks:
         return numbers, results
 
 
-def check_tasks(tasks: Sequence[OpenTask], recipe: Recipe) -> None:
+def check_tasks(tasks: Sequence[OpenTask], recipe: Recipe | None = None) -> None:
     """UserError where a task cannot be done in the recipe's layout or on this machine."""
     for task in tasks:
         how = task.task.generation
-        if how and recipe.parallel.context > 1:
+        if how and recipe and recipe.parallel.context > 1:
             raise UserError(
                 f"task {task.task.name}: writes text, and parallel.context cuts sequences over "
                 "ranks; leave it out of the run, and score checkpoints with `megacode evaluate "
@@ -184,7 +184,9 @@ def _rank(model: LoadedModel, how: Ranking, items: Sequence[RankingItem]) -> _An
         losses, tokens = losses - right.log_likelihood, tokens + right.tokens
         first += len(item.choices)
     cut = _count_cut(model, [len(context) + len(text) - 1 for context, text in pairs])
-    return _Answers(scores, given, {"answer_loss": losses / max(tokens, 1)}, cut)
+    chance = _mean([1 / len(item.choices) for item in items])
+    more = {"answer_loss": losses / max(tokens, 1), "chance": chance}
+    return _Answers(scores, given, more, cut)
 
 
 def _parts(how: Ranking, item: RankingItem, choice: str) -> tuple[str, str]:

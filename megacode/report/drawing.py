@@ -104,9 +104,9 @@ def across(runs: list[Run]) -> str:
     return "step" if len(runs) == 1 else "tokens"
 
 
-def common_bands(runs: list[Run]) -> list[tuple[str, float, float]]:
+def common_bands(runs: list[Run], number: str | None = None) -> list[tuple[str, float, float]]:
     """(phase, start, end) along the horizontal axis; none if the runs' phases differ."""
-    all_bands = [run.bands(across(runs)) for run in runs]
+    all_bands = [run.bands(number or across(runs)) for run in runs]
     longest = max(all_bands, key=lambda bands: bands[-1][2])
     for bands in all_bands:
         if [band[:2] for band in bands] != [band[:2] for band in longest[: len(bands)]]:
@@ -114,14 +114,26 @@ def common_bands(runs: list[Run]) -> list[tuple[str, float, float]]:
     return longest
 
 
-def frame(axes: Axes, runs: list[Run], ticks: int, labels: bool = True, shade: bool = True) -> None:
-    """The horizontal axis and phases as bands: every other one shaded, names where they fit."""
-    end = max(run.train[across(runs)][-1] for run in runs)
+def frame(
+    axes: Axes,
+    runs: list[Run],
+    ticks: int,
+    labels: bool = True,
+    shade: bool = True,
+    number: str | None = None,
+) -> None:
+    """The horizontal axis and phases as bands: every other one shaded, names where they fit.
+
+    Args:
+        number: what the axis counts, `step` or `tokens`; default: as `across` says.
+    """
+    number = number or across(runs)
+    end = max(run.train[number][-1] for run in runs)
     axes.set_xlim(0, end)
-    count_axis(axes, "steps" if len(runs) == 1 else "tokens", ticks)
+    count_axis(axes, "steps" if number == "step" else "tokens", ticks)
     figure = axes.get_figure(root=True)
     letters = 13 * figure.get_size_inches()[0] if figure else 0  # along the whole figure
-    bands = common_bands(runs)
+    bands = common_bands(runs, number)
     for index, (name, start, stop) in enumerate(bands):
         if shade and index % 2 == 0 and len(bands) > 1:
             axes.axvspan(start, stop, color=BAND, linewidth=0, zorder=-5)

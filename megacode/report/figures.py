@@ -137,6 +137,43 @@ def mixture(run: Run, colours: dict[str, str]) -> Figure | None:
     return figure
 
 
+@styled
+def scores(run: Run, colours: dict[str, str]) -> Figure | None:
+    """Bits per byte by domain, and a panel a task: its accuracy, groups faint; over tokens."""
+    bits = {domain: run.over_tokens("bits_per_byte_by_domain", domain) for domain in run.domains}
+    bits = {domain: curve for domain, curve in bits.items() if len(curve[0])}
+    names = list(dict.fromkeys(name for record in run.scores for name in record.get("tasks", {})))
+    panels = ["bits per byte"] * bool(bits) + names
+    if not panels:
+        return None
+    rows, columns = -(-len(panels) // 3), min(len(panels), 3)
+    description = f"Bits per byte and accuracy in tasks of {run.label} over tokens"
+    figure = new_figure(10, 2.6 * rows + 0.3, description)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        axes.set_title(panel, pad=16)  # above the phases' names
+        labels = []
+        if panel == "bits per byte" and bits:
+            for domain, (at, values) in bits.items():
+                curve(axes, at, values, color=colours[domain], linewidth=1.7)
+                labels.append((float(values[-1]), domain, colours[domain]))
+        else:
+            if (chance := run.chance(panel)) is not None:
+                axes.axhline(chance, color=FAINT, linewidth=1, linestyle=":")
+            for group, (at, values) in run.task(panel).items():
+                look: Any = {"linewidth": 1.9} if not group else {"linewidth": 0.9, "alpha": 0.55}
+                curve(axes, at, values, color=INK if not group else FAINT, **look)
+                if group:
+                    labels.append((float(values[-1]), group, FAINT))
+            axes.set_ylim(-0.02, 1.02)
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        frame(axes, [run], 4, number="tokens")
+        end_labels(axes, labels, 8)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    return figure
+
+
 def planned_shares(phase: dict[str, Any], names: Sequence[str]) -> tuple[Floats, Floats]:
     """(finished steps, shares of the domains `names` [domains, steps]) of a phase of the plan."""
     at = np.array(phase["curves"]["share_steps"], dtype=np.float64)

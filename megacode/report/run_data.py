@@ -15,6 +15,7 @@ from megacode.errors import UserError
 from megacode.plan.summary import plan_summary
 from megacode.recipe.load import load_recipe
 from megacode.recipe.schema import Recipe
+from megacode.run.evaluations import read_curve
 from megacode.run.metrics import FILE, Record, read_metrics
 
 Floats = NDArray[np.float64]
@@ -71,6 +72,7 @@ class Run:
     plan: dict[str, Any]
     train: Series
     validations: list[Record]
+    scores: list[Record]
     events: list[Record]
     environment: dict[str, Any]
     samples: str
@@ -101,6 +103,36 @@ class Run:
         known = {step: loss for step, loss in losses.items() if loss is not None}
         return np.array(list(known), np.float64), np.array(list(known.values()), np.float64)
 
+    def over_tokens(self, group: str, name: str) -> tuple[Floats, Floats]:
+        """(tokens, values) of a name in a group of validations and of evaluated checkpoints."""
+        values = {one["step"]: one.get(group, {}).get(name) for one in self._evaluations()}
+        known = {step: value for step, value in sorted(values.items()) if value is not None}
+        return self.at(list(known), "tokens"), np.array(list(known.values()), np.float64)
+
+    def _evaluations(self) -> list[Record]:
+        return [*self.validations, *self.scores]
+
+    def task(self, name: str) -> dict[str, tuple[Floats, Floats]]:
+        """group -> (tokens, accuracy) of a task of its own or of the harness; "" is all of it."""
+        found: dict[str, dict[int, float]] = {"": {}}
+        for record in self.scores:
+            if numbers := record.get("tasks", {}).get(name):
+                first = next(iter(numbers))
+                own = {"": numbers.get("accuracy", numbers[first])} | numbers.get("groups", {})
+                for group, value in own.items():
+                    if value is not None:
+                        found.setdefault(group, {})[record["step"]] = value
+        return {
+            group: (self.at(list(values), "tokens"), np.array(list(values.values()), np.float64))
+            for group, values in found.items()
+            if values
+        }
+
+    def chance(self, name: str) -> float | None:
+        """Accuracy of a guess in a task; None where it is not known."""
+        found = [record.get("tasks", {}).get(name, {}).get("chance") for record in self.scores]
+        return next((one for one in reversed(found) if one is not None), None)
+
     def last_validation(self) -> dict[str, float]:
         """Domain -> loss in the last validation, where it is a number."""
         losses = self.validations[-1]["loss_by_domain"] if self.validations else {}
@@ -117,7 +149,7 @@ def read_run(folder: Path, until: int | None = None) -> Run:
     if not recipe_path.exists():
         missing = "has no recipe.yaml" if folder.is_dir() else "there is no such folder"
         raise UserError(f"{folder}: {missing}; give a run's folder, such as runs/crystal-tiny")
-    kinds: dict[str, list[Record]] = {"train": [], "validation": [], "event": []}
+    kinds: dict[str, list[Record]] = {"train": [], "validation": [], "tasks": [], "event": []}
     for record in read_metrics(folder / FILE):
         if until is None or record["step"] <= until:
             kinds.setdefault(record["kind"], []).append(record)
@@ -134,6 +166,7 @@ def read_run(folder: Path, until: int | None = None) -> Run:
         plan=plan,
         train=train,
         validations=kinds["validation"],
+        scores=_scores(folder, kinds["tasks"], until),
         events=kinds["event"],
         environment=_read_json(folder / "environment.json"),
         samples=samples.read_text(errors="replace").strip("\n") if samples.exists() else "",
@@ -186,6 +219,15 @@ def _series(records: list[Record]) -> Series:
         ratio_by_domain=columns("ratio_by_domain", 0.0),
         tokens_by_source=columns("tokens_by_source", 0.0),
     )
+
+
+def _scores(folder: Path, trained: list[Record], until: int | None) -> list[Record]:
+    """Records with `tasks` or bits per byte, by step: scored while training, or a checkpoint's."""
+    later = [one for one in read_curve(folder) if until is None or one["step"] <= until]
+    found: dict[int, Record] = {}
+    for record in (*trained, *later):
+        found[record["step"]] = found.get(record["step"], {}) | record
+    return [found[step] for step in sorted(found)]
 
 
 def _domains(recipe: Recipe, plan: dict[str, Any], train: Series) -> tuple[str, ...]:

@@ -53,6 +53,7 @@ from megacode.recipe.checks import check_layout
 from megacode.recipe.load import dump_recipe
 from megacode.recipe.schema import Recipe
 from megacode.run.checkpoints import complete_checkpoints, remove_unfinished
+from megacode.run.evaluations import items_folder
 from megacode.run.folder import lock_run, put_other_futures_aside, start_over, write_start
 from megacode.run.history import Start, find_start, is_own
 from megacode.tokenizer.tokenizer import load_tokenizer, model_vocab_size
@@ -303,7 +304,7 @@ class Trainer:
         with gathered_weights(self.model_chunks), for_inference(self.model_chunks):
             numbers, results = self.tasks.score(loaded)
         if self.world.is_main:
-            write_results(self.run / "evaluations" / f"step_{self.done:08d}", results)
+            write_results(items_folder(self.run, self.done), results)
         self.reports.scored(self.done, numbers)
         gc.collect()
         return numbers

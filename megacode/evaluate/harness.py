@@ -50,7 +50,7 @@ def run_tasks(
 def find_tasks(tasks: Sequence[str], folder: Path | None = None) -> tuple[list[str], Any]:
     """(names of tasks, the harness' manager of tasks), loaded; errors as of `run_tasks`."""
     try:
-        from lm_eval.tasks import TaskManager
+        import lm_eval.tasks
     except ImportError as error:
         raise _not_installed(error) from None
     for name in ("lm_eval", "lm-eval"):
@@ -59,7 +59,7 @@ def find_tasks(tasks: Sequence[str], folder: Path | None = None) -> tuple[list[s
         raise UserError(
             f"--harness-tasks {folder}: no such folder; give the one with the tasks' YAML files"
         )
-    manager = TaskManager(include_path=str(folder) if folder else None)
+    manager = lm_eval.tasks.TaskManager(include_path=str(folder) if folder else None)
     matches = {task: manager.match_tasks([task]) for task in tasks}
     if unknown := [task for task, names in matches.items() if not names]:
         raise UserError(

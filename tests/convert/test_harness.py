@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -141,6 +141,18 @@ def write_tasks(folder: Path, export: Path) -> None:
         )  # JSON is YAML
 
 
+def write_own_task(folder: Path, data: Path) -> None:
+    """`local_choice` as a task of megacode; the harness puts a blank before a choice."""
+    folder.mkdir()
+    (folder / "own.yaml").write_text("name: own\ndata: own.jsonl\nranking: {score: label}\n")
+    with open(folder / "own.jsonl", "w") as out:
+        for line in data.read_text().splitlines():
+            item = json.loads(line)
+            choices = [f" {choice}" for choice in item["choices"]]
+            one = {"prompt": item["question"], "choices": choices, "answer": item["answer"]}
+            out.write(json.dumps(one) + "\n")
+
+
 def chatted(export: Path, conversations: list[list[dict[str, str]]], count: int) -> list[str]:
     """What transformers answers greedily, by the export's chat template; it ends as the export says."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(export, trust_remote_code=True)
@@ -208,7 +220,13 @@ def test_a_run_and_its_export_write_and_score_the_same(
             5,
             "--trust-remote-code",
         ]
-        commands = [["evaluate", target, *asked] for target in (export, run)] + commands
+        own = tmp_path / "own"
+        write_own_task(own, tmp_path / "tasks" / "data.jsonl")
+        commands = [
+            *(["evaluate", target, *asked] for target in (export, run)),
+            ["evaluate", run, "--tasks", own, "--json"],
+            *commands,
+        ]
     *results, text = megacode(*commands)
     expected = "".join(
         prompt + more + "\n"
@@ -217,7 +235,8 @@ def test_a_run_and_its_export_write_and_score_the_same(
     assert text == expected
     if not harness:
         pytest.skip("lm-eval is not installed; the text is equal")
-    exported, direct = (json.loads(result.splitlines()[-1]) for result in results)
+    exported, direct, own_scores = (json.loads(result.splitlines()[-1]) for result in results)
+    assert own_scores["tasks"]["own"]["accuracy"] == exported["local_choice"]["acc"]
     assert direct.keys() == exported.keys() == TASKS.keys()
     for task, numbers in direct.items():
         assert numbers.keys() == exported[task].keys() and numbers
@@ -230,6 +249,7 @@ def test_a_run_and_its_export_write_and_score_the_same(
 def test_an_answer_leaves_room_for_the_question(monkeypatch: Any) -> None:
     pytest.importorskip("lm_eval")
     from megacode.evaluate import harness_model
+    from megacode.evaluate.model import LoadedModel
 
     recipe = small(Model(layers=1, hidden_size=64, heads=4))
     recipe = recipe.model_copy(update={"tokenizer": TokenizerSection(path="none")})
@@ -238,9 +258,11 @@ def test_an_answer_leaves_room_for_the_question(monkeypatch: Any) -> None:
         decode=lambda ids: bytes(ids).decode(),
     )  # fmt: skip
     monkeypatch.setattr(
-        harness_model, "continue_tokens", lambda model, prompt, *settings: iter(prompt)
+        harness_model,
+        "continue_batch",
+        lambda model, prompts, *settings: [list(p) for p in prompts],
     )
-    model = harness_model.MegatronLM(recipe, letters, None, 1)
+    model = harness_model.MegatronLM(LoadedModel(recipe, letters, [], cast(Any, None), LENGTH), 1)
     question = "".join(map(chr, range(40, 40 + LENGTH)))
     asked = [
         SimpleNamespace(task_name="some", args=(question, {"until": [], "max_gen_toks": n}))

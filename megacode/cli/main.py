@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "fork": ("megacode.cli.fork", "a new run that shares another's first steps"),
     "average": ("megacode.cli.average", "the mean of a run's checkpoints, as a checkpoint"),
     "evaluate": ("megacode.cli.evaluate", "validation loss of a checkpoint, by source and domain"),
+    "tasks": ("megacode.cli.tasks", "write tasks that models are scored on, from a seed"),
     "generate": ("megacode.cli.generate", "continue a prompt with a checkpoint"),
     "export": ("megacode.cli.export", "a checkpoint as a Hugging Face folder"),
     "import": ("megacode.cli.import_model", "a Hugging Face model as a checkpoint to start from"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import marshal
 import os
 import resource
 import select
@@ -29,7 +28,7 @@ _SIGINT, _SIGKILL = 2, 9  # `signal` and `typing` take longer to import than all
 _PDEATHSIG, _DUMPABLE, _SECCOMP, _NO_NEW_PRIVS = 1, 4, 22, 38
 # By machine: AUDIT_ARCH, column of _DENIED, capset, pivot_root, clone.
 _MACHINES = {"x86_64": (0xC000003E, 0, 126, 155, 56), "aarch64": (0xC00000B7, 1, 91, 41, 220)}
-_CLONE3, _MOUNT_SETATTR = 435, 442
+_PIDFD_OPEN, _CLONE3, _MOUNT_SETATTR = 434, 435, 442
 # Numbers on x86-64 and aarch64.
 _DENIED = {
     "socket": (41, 198), "ptrace": (101, 117), "process_vm_readv": (310, 270),
@@ -54,10 +53,8 @@ _DENIED = {
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def main(order_file: int, state_file: int, result_file: int) -> None:
+def main(order: dict, state_file: int, result_file: int) -> None:
     """Follow the order. `state_file` tells how far it came: empty, `started`, and how it ended."""
-    order: dict = marshal.loads(os.read(order_file, os.fstat(order_file).st_size))
-    os.close(order_file)
     _prctl(_PDEATHSIG, _SIGKILL)
     if order["visible"] is not None:
         _outer(order["visible"], order["uid"])
@@ -78,7 +75,7 @@ def main(order_file: int, state_file: int, result_file: int) -> None:
 def _watched(program: int, seconds: float) -> bytes:
     """How the program ends: `exit N`, `signal N` or `time`."""
     end = select.poll()
-    end.register(os.pidfd_open(program), select.POLLIN)
+    end.register(_syscall("pidfd_open", _PIDFD_OPEN, program, 0), select.POLLIN)
     if not end.poll(seconds * 1000):
         return b"time"
     code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
@@ -179,7 +176,8 @@ def _give_up_rights(order: dict, filter_: bytes) -> None:
     _prctl(_NO_NEW_PRIVS, 1)
     code = ctypes.create_string_buffer(filter_)
     program = struct.pack("HxxxxxxQ", len(filter_) // 8, ctypes.addressof(code))
-    _checked("seccomp", _libc.prctl(_SECCOMP, 2, program, 0, 0))
+    address = ctypes.create_string_buffer(program)
+    _prctl(_SECCOMP, 2, ctypes.addressof(address))
 
 
 def _run(source: str, token: str, result_file: int) -> None:
@@ -237,14 +235,16 @@ def _machine() -> tuple[int, int, int, int, int]:
     return _MACHINES[name]
 
 
-def _prctl(option: int, value: int) -> None:
-    _checked("prctl", _libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0))
+def _prctl(option: int, *values: int) -> None:
+    _checked("prctl", _libc.prctl(option, *map(ctypes.c_ulong, (*values, *[0] * 4)[:4])))
 
 
-def _syscall(name: str, number: int, *arguments: int | bytes) -> None:
-    _checked(name, _libc.syscall(ctypes.c_long(number), *arguments))
+def _syscall(name: str, number: int, *arguments: int | bytes) -> int:
+    longs = [ctypes.c_long(one) if isinstance(one, int) else one for one in arguments]
+    return _checked(name, _libc.syscall(ctypes.c_long(number), *longs))
 
 
-def _checked(name: str, result: int) -> None:
+def _checked(name: str, result: int) -> int:
     if result < 0:
         raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+    return result

@@ -82,13 +82,17 @@ def left_over() -> list[str]:
 
 def test_a_good_program_is_ok_and_its_output_is_there(run: Run) -> None:
     source = """
-        import dataclasses, math, sys, typing
+        import asyncio, dataclasses, math, sys, threading, typing
         @dataclasses.dataclass
         class P:
             x: int
         assert P(3).x == 3 and __name__ == "__main__"
         open("/tmp/own", "w").write("mine")
         assert open("own").read() == "mine"
+        thread = threading.Thread(target=open, args=("/tmp/thread", "w"))
+        thread.start()
+        thread.join()
+        assert open("thread").read() == "" and asyncio.run(asyncio.sleep(0, 7)) == 7
         print(input(), "äöü", file=sys.stdout)
     """
     assert run(source, stdin="first line\nsecond") == Outcome(True, "", "first line äöü\n")
@@ -109,6 +113,7 @@ def test_a_good_program_is_ok_and_its_output_is_there(run: Run) -> None:
         ("import os; os.kill(os.getpid(), 9)", "ended by signal 9"),
         ("class E(Exception):\n def __str__(self): raise SystemExit(0)\nraise E", "E"),
         ("import os; os.closerange(0, 64)\nx = 1", "left before its last line"),
+        ("import os\nfor file in range(3, 64): os.dup2(1, file)", "left before its last line"),
         ("import os\nos.write = print\nos._exit = print\nraise ValueError(1)", "ValueError: 1"),
         ("\ud800", "UnicodeEncodeError"),
     ],

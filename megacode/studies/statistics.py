@@ -2,11 +2,11 @@
 
 A study has S runs that differ in their seeds, each scored on the same n items. Seeds and items are
 *crossed*: both are samples of what the claim is about, and an item that is hard is hard for every
-seed. The bootstrap here is the pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics 1:386):
-seeds and items are each drawn with replacement, independently, and all drawn seeds have the same
-drawn items. Items drawn anew for every seed would treat an item's difficulty as S independent draws;
-the intervals would be too short by up to √S. The pigeonhole bootstrap errs to the safe side: it
-counts noise of a pair of seed and item up to three times.
+seed. The bootstrap here is the pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics 1,
+386): seeds and items are each drawn with replacement, independently, and all drawn seeds have the
+same drawn items. Items drawn anew for every seed would treat an item's difficulty as S independent
+draws; the intervals would be too short by up to √S. The pigeonhole bootstrap errs to the safe side:
+it counts noise of a pair of seed and item up to three times.
 
 Percentiles of so few seeds are too short (of three seeds, 95 % becomes 75 %). So the interval is
 mean ± t × standard deviation of the draws, with the degrees of freedom of Satterthwaite (1946):

@@ -66,7 +66,7 @@ _PAST: dict[Kind, str] = {
     + " ".join(f"model.megatron.{name}" for name, effect in EFFECT.items() if effect == "training"),
     "data": """
         seed data sources.* phases.*.steps phases.*.tokens phases.*.epochs phases.*.epochs_of
-        phases.*.batch_size
+        phases.*.budget phases.*.batch_size
         phases.*.sequence_length phases.*.mixture phases.*.fim_rate phases.*.fim_level
         phases.*.cursor phases.*.reset_at_eod phases.*.within
     """,

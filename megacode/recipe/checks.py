@@ -372,7 +372,7 @@ def _phase(recipe: Recipe, phase: Phase) -> Iterator[str]:
     if len(given) != 1:
         yield (
             f"{key}: has {' and '.join(f'`{name}`' for name in given) or 'no length'}; give "
-            "exactly one of `steps`, `tokens` and `epochs` to say how long the phase is"
+            "exactly one of `steps`, `tokens`, `epochs` and `budget` to say how long the phase is"
         )
     largest = int(BatchSizes.of(phase.batch_size).sizes[-1])
     if largest > _MOST_SEQUENCES:
@@ -428,10 +428,19 @@ def _conversations(recipe: Recipe, phase: Phase) -> Iterator[str]:
 def _names(recipe: Recipe, phase: Phase) -> Iterator[str]:
     """Names in a mixture: sources that exist, domains that have sources."""
     key = f"phases.{phase.name}.mixture"
-    for name in phase.mixture.sources or {}:
+    for name, entry in (phase.mixture.sources or {}).items():
         if name not in recipe.sources:
             yield _unknown(recipe, f"{key}.sources", name)
+        if entry.weight is None:
+            yield (
+                f"{key}.sources.{name}: needs a weight (natural weights exist inside `domains` "
+                "only); add one, or give the phase a `budget`"
+            )
     for domain, part in (phase.mixture.domains or {}).items():
+        if part.ratio is None:
+            yield (
+                f"{key}.domains.{domain}.ratio: is missing; add it, or give the phase a `budget`"
+            )
         yield from _domain(recipe, f"{key}.domains.{domain}", domain, part)
 
 

@@ -9,8 +9,8 @@ Besides:
   phases.
 * `null` takes a key back to its default.
 * Short forms merge with long ones: `c4: 0.3` over `c4: {fim_rate: 0.5}` sets its weight.
-* Keys that exclude each other replace each other: `tokens` and `steps`, `domains` and `sources`,
-  two schedules.
+* Keys that exclude each other replace each other: `steps`, `tokens` and `budget`, `domains` and
+  `sources`, two schedules, two forms of a budget.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ from megacode.recipe.schema import MixtureDomain, sections_at
 from megacode.recipe.section import is_plain
 from megacode.recipe.yaml_tree import Tree, describe, parse_yaml, read_yaml
 
-_EXCLUSIVE = {"steps": "tokens", "tokens": "steps", "sources": "domains", "domains": "sources"}
+_EXCLUSIVE = (
+    {"steps", "tokens", "budget"},
+    {"sources", "domains"},
+    {"competitive", "additive", "split"},
+)
 
 
 def compose(path: Path, overrides: Sequence[str]) -> Tree:
@@ -127,7 +131,8 @@ def _merge(base: Any, over: Any, path: tuple[str, ...]) -> Any:
     for key, value in over.items():
         here = (*path, key)
         if path[:1] == ("phases",) and value is not None:
-            values.pop(_EXCLUSIVE.get(key, ""), None)
+            for other in next((keys - {key} for keys in _EXCLUSIVE if key in keys), ()):
+                values.pop(other, None)
         if value is None and key in values:
             del values[key]
             continue

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from megacode.errors import UserError
+from megacode.recipe.budgets import with_budgets
 from megacode.recipe.checks import check_recipe
 from megacode.recipe.compose import compose, did_you_mean, split_key
 from megacode.recipe.schema import Recipe, all_keys, sections_at
@@ -40,8 +41,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     data = dict(tree)
     if isinstance(tree.get("phases"), Tree):
         data["phases"] = list(tree["phases"].values())
-    recipe = _validated(Recipe, data, tree)
-    if problems := check_recipe(recipe):
+    recipe, problems = with_budgets(_validated(Recipe, data, tree))
+    if problems := problems or check_recipe(recipe):
         raise UserError("\n".join(f"{_place(tree, problem)}: {problem}" for problem in problems))
     return recipe
 

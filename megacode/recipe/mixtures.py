@@ -93,11 +93,11 @@ def mixture_weights(
     if phase.mixture.weight_by == "tokens":
         per_stream = tuple(worth(entry.source) for entry in entries)
     if phase.mixture.domains:
-        ratios = tuple(part.ratio for part in phase.mixture.domains.values())
+        ratios = tuple(part.ratio or 0.0 for part in phase.mixture.domains.values())
         inner = tuple((entry.group, _inner_weight(entry, tokens)) for entry in entries)
         return Weights(ratios, inner, steps, worth=per_stream)
     return Weights(
-        tuple(0.0 if entry.given.weight is None else entry.given.weight for entry in entries),
+        tuple(entry.given.weight or 0.0 for entry in entries),
         tuple((entry.group, 1.0) for entry in entries),
         steps,
         worth=per_stream,

@@ -37,7 +37,7 @@ from megacode.recipe.schema_run import (  # noqa: F401
     Precision,
     Recompute,
 )
-from megacode.recipe.section import Count, CountOrZero, Fraction, Section
+from megacode.recipe.section import Count, CountOrZero, Fraction, Section, parse_count
 
 Packing = Literal["concatenate", "best_fit", "one_document"]
 LossOn = Literal["all", "answers", "last_answer"]
@@ -179,7 +179,8 @@ class MixtureDomain(Section):
 
     short_for: ClassVar[str | None] = "ratio"
 
-    ratio: Weight
+    ratio: Weight | None = None
+    """Share of sequences before normalisation. Needed, except beside a `budget`."""
     sources: Annotated[dict[str, Mixed], BeforeValidator(_names_are_enough)] | None = None
     fim_rate: Fraction | None = None
     fim_level: FimLevel | None = None
@@ -199,11 +200,59 @@ class Mixture(Section):
             raise ValueError(
                 "a mixture has either `sources` (name: weight) or `domains` (name: ratio)"
             )
-        for name, entry in (self.sources or {}).items():
-            if entry.weight is None:
-                raise ValueError(
-                    f"sources.{name}: needs a weight (natural weights exist inside `domains` only)"
-                )
+        return self
+
+
+Tokens = Annotated[float, BeforeValidator(parse_count), Field(ge=0)]
+
+
+class BudgetPart(Section):
+    """Tokens (or a weight) of several domains together, and how they share them."""
+
+    weight: Tokens
+    split: dict[str, Tokens]
+
+
+class Competitive(Section):
+    """The total is fixed, and code takes tokens from language (Petty et al., arXiv 2409.04556)."""
+
+    total: Count
+    m: Fraction
+    """Share of the total that `of` has."""
+    of: str
+    """Domain (or source) of the mixture. The others share the rest by their ratios."""
+
+
+class Additive(Section):
+    """Language is fixed, and code comes on top: the total is `language` / (1 - `m`)."""
+
+    language: Count
+    """Tokens of all others together, which share them by their ratios."""
+    m: float = Field(ge=0, lt=1)
+    """Share of the total that `of` has."""
+    of: str
+    """Domain (or source) of the mixture."""
+
+
+class Budget(Section):
+    """Tokens of everything in a phase's mixture; they decide its ratios and the phase's `tokens`.
+    Exactly one of `split`, `competitive` and `additive`. Loading replaces it by what it comes to.
+    """
+
+    total: Count | None = None
+    """With `split`, whose numbers are weights then; default: their sum, in tokens."""
+    split: dict[str, Tokens | BudgetPart] | None = None
+    """Tokens of each domain (or source) of the mixture; some may share theirs:
+    `{general: 48.3B, rest: {weight: 14.7B, split: {math: 7, problems: 3}}}`."""
+    competitive: Competitive | None = None
+    additive: Additive | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Budget:
+        if sum(form is not None for form in (self.split, self.competitive, self.additive)) != 1:
+            raise ValueError("a budget has exactly one of `split`, `competitive` and `additive`")
+        if self.total is not None and self.split is None:
+            raise ValueError("`total` goes with `split`; a competitive budget has its own")
         return self
 
 
@@ -292,6 +341,8 @@ class Phase(Section):
     `epochs_of`) this often."""
     epochs_of: str | None = None
     """The source whose epochs count."""
+    budget: Budget | None = None
+    """Instead of `steps` and of the mixture's ratios."""
     batch_size: Count | BatchRamp
     sequence_length: Count
     mixture: Mixture

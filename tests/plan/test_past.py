@@ -82,6 +82,10 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "phases.NAME.epochs": ("phases.first.steps=null", "phases.first.epochs=3"), "phases.NAME.epochs_of": (),
     "phases.NAME.steps": ("phases.first.steps=99",),
     "phases.NAME.tokens": ("phases.first.steps=null", "phases.first.tokens=50k"),
+    "phases.NAME.budget.total": ("phases.first.budget={total: 90k, split: {docs: 1, python: 1}}",),
+    "phases.NAME.budget.split.NAME.weight": ("phases.first.budget={split: {both: {weight: 90k, split: {docs: 1, python: 1}}}}",),
+    "phases.NAME.budget.competitive.total": ("phases.first.budget={competitive: {total: 90k, m: 0.5, of: docs}}",),
+    "phases.NAME.budget.additive.language": ("phases.first.budget={additive: {language: 90k, m: 0.5, of: docs}}",),
     "phases.NAME.batch_size": ("phases.second.batch_size=8",),
     "phases.NAME.batch_size.start": ("phases.first.batch_size.start=6", "phases.first.batch_size.increment=2"),
     "phases.NAME.batch_size.end": ("phases.first.batch_size.end=12",),
@@ -156,6 +160,9 @@ CHANGES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Said by another key's change: the same class of the schema.
 SAME = {
+    "phases.NAME.budget.split.NAME.split": "phases.NAME.budget.split.NAME.weight",
+    **{f"phases.NAME.budget.competitive.{key}": "phases.NAME.budget.competitive.total" for key in ("m", "of")},
+    **{f"phases.NAME.budget.additive.{key}": "phases.NAME.budget.additive.language" for key in ("m", "of")},
     "phases.NAME.within.batch_size.steps": "phases.NAME.within.batch_size.first",
     "phases.NAME.within.mixture.steps": "phases.NAME.within.mixture.first",
     "phases.NAME.mixture.domains.NAME.sources.NAME.fim_level": "phases.NAME.mixture.sources.NAME.fim_level",

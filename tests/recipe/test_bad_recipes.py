@@ -46,7 +46,7 @@ MISTAKES = {
         CODE, "code: {ratio: 1, sources: {python: 1, docs: }}", 24, "phases.second.mixture.domains.code.sources",
         ["give all of them one"],
     ),
-    "source without weight": (DOCS, "docs: {}", 16, "phases.first.mixture", ["needs a weight"]),
+    "source without weight": (DOCS, "docs: {}", 17, "phases.first.mixture.sources.docs", ["needs a weight"]),
     "incomplete schedule": (
         DOCS, "docs: {shape: linear, start: 1}", 17, "phases.first.mixture.sources.docs", ["takes `start` and `end`"],
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -119,21 +120,40 @@ def _packed_row(micro_batches: Sequence[Batch], recipe: Recipe) -> int | None:
     return -(-longest // unit) * unit
 
 
+_WEIGHT_UNIT = 2**10
+"""Weighted tokens are counted in units of at least 1/1024: Megatron-Core adds denominators up as
+int32. A power of two leaves gradients exact."""
+
+
 def _loss(
-    batch: DeviceBatch, streams: int, count_positions: bool, losses: Tensor
+    batch: DeviceBatch,
+    streams: int,
+    count_positions: bool,
+    weights: Tensor | None,
+    losses: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Masked sum of losses (`[n, S]`), its denominator, sums by stream (float64 `[2, streams]`)."""
+    """Masked sum of losses (`[n, S]`), its denominator, sums by stream (float64 `[2, streams]`).
+
+    With `weights` (float32 `[streams]`) the first two are of weighted tokens.
+    """
     losses = losses.float().reshape(batch.loss_mask.shape)
     masked = losses * batch.loss_mask
+    stream = batch.stream.long()
     with torch.no_grad():
-        stream = batch.stream.long()
         sums = torch.zeros(2, streams, dtype=torch.float64, device=losses.device)
         for row, values in zip(sums, (masked, batch.loss_mask), strict=True):
             row.index_add_(0, stream, _by_sample(batch, values).double())
         mask = batch.loss_mask
         # Filled on the device: the host would wait for a number that it sends.
         count = mask.new_full((), batch.positions) if count_positions else mask.sum()
-    return masked.sum(), count.to(torch.int), sums
+    if weights is None:
+        return masked.sum(), count.to(torch.int), sums
+    weight = weights[stream]
+    with torch.no_grad():
+        each = weight.new_full(weight.shape, batch.positions / len(weight))
+        counts = each if count_positions else _by_sample(batch, mask)
+        count = (weight.double() * counts.double()).sum().round()
+    return (weight * _by_sample(batch, masked)).sum(), count.to(torch.int), sums
 
 
 def _by_sample(batch: DeviceBatch, values: Tensor) -> Tensor:
@@ -148,6 +168,7 @@ def _forward(
     count_positions: bool,
     world: World,
     packed_row: int | None,
+    weights: Tensor | None,
     iterator: Iterator[Batch],
     model: Any,
 ) -> Any:
@@ -159,7 +180,7 @@ def _forward(
         labels=batch.labels,
         packed_seq_params=batch.packed,
     )
-    return losses, partial(_loss, batch, streams, count_positions)
+    return losses, partial(_loss, batch, streams, count_positions, weights)
 
 
 def forward_backward(
@@ -169,8 +190,13 @@ def forward_backward(
     recipe: Recipe,
     world: World,
     forward_only: bool = False,
+    loss_weights: Sequence[float] | None = None,
 ) -> Tensor:
     """Run one rank's micro-batches through the pipeline schedule.
+
+    Args:
+        loss_weights: of the streams. Gradients are those of sum(weight x loss) / sum(weight) over
+            all tokens of the step.
 
     Returns:
         float64 `[2, streams]` on the device: this rank's sums of loss and of loss-bearing tokens by
@@ -178,7 +204,13 @@ def forward_backward(
     """
     packed_row = _packed_row(micro_batches, recipe)
     count_positions = recipe.optimizer.loss_denominator == "positions"
-    forward = partial(_forward, streams, count_positions, world, packed_row)
+    weights = None
+    if loss_weights is not None:
+        most = max(loss_weights) * micro_batches[0].tokens.size * len(micro_batches)
+        unit = 2.0 ** math.floor(30 - math.log2(max(most * world.data_size, 1)))
+        weights = torch.tensor(loss_weights, dtype=torch.float32, device=world.device)
+        weights *= min(_WEIGHT_UNIT, unit)
+    forward = partial(_forward, streams, count_positions, world, packed_row, weights)
     results = run_schedule(model_chunks, micro_batches, forward, packed_row, forward_only)
     if not results:
         return torch.zeros(2, streams, dtype=torch.float64, device=world.device)
@@ -270,6 +302,7 @@ def train_step(
     streams: int,
     recipe: Recipe,
     world: World,
+    loss_weights: Sequence[float] | None = None,
 ) -> tuple[Tensor, float | None]:
     """Forward, backward, clip, update. Rates are set beforehand (`optimizer.set_lr`).
 
@@ -281,6 +314,8 @@ def train_step(
     for chunk in model_chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    sums = forward_backward(model_chunks, micro_batches, streams, recipe, world)
+    sums = forward_backward(
+        model_chunks, micro_batches, streams, recipe, world, loss_weights=loss_weights
+    )
     _, norm, _ = optimizer.step()
     return sums, None if norm is None else float(norm)

@@ -64,6 +64,8 @@ def _phase(phase: PhasePlan, stop: int) -> dict[str, Any]:
             streams[stream.label]["sample order"] = stream.order
         if stream.loss_on != "all":
             streams[stream.label]["loss_on"] = stream.loss_on
+        if stream.loss_weight != 1:
+            streams[stream.label]["loss_weight"] = stream.loss_weight
     return {
         "first_step": phase.first_step,
         "steps": steps,

@@ -21,6 +21,7 @@ from megacode.plan.streams import (
     SourceSizes,
     StreamPlan,
     check_epochs,
+    clipped_weights,
     epoch_steps,
     plan_stream,
     window_sizes,
@@ -50,6 +51,8 @@ class PhasePlan:
     rate: LearningRate
     rate_place: tuple[int, int]
     """The rate's step at the phase's first step, and how many steps it is made for."""
+    asked: tuple[int, ...] | None = None
+    """Samples of each stream that the recipe's weights would take, where `max_epochs` clips."""
 
     @property
     def end(self) -> int:
@@ -59,6 +62,12 @@ class PhasePlan:
     @property
     def last_step(self) -> int:
         return self.end - 1
+
+    @property
+    def loss_weights(self) -> tuple[float, ...] | None:
+        """Of the streams; None if all are 1."""
+        weights = tuple(stream.loss_weight for stream in self.streams)
+        return None if set(weights) == {1.0} else weights
 
     @property
     def samples(self) -> int:
@@ -227,6 +236,15 @@ def make_plan(
                 f"{where}phases.{phase.name}: has {steps:,} steps, and {_MOST_STEPS:,} is the "
                 "most; correct its `steps`, `tokens` or `epochs`, or raise `batch_size`"
             )
+        asked = None
+        if phase.mixture.over_epochs == "clip":
+            try:
+                clipped = clipped_weights(recipe, phase, entries, sizes, quota, steps, read)
+            except UserError as error:
+                raise UserError(f"{where}{error}") from None
+            if clipped:
+                asked = quota.before(steps)
+                quota = phase_quota(clipped, batch, 0, batch_first)
         streams = []
         for column, samples in enumerate(quota.before(steps).tolist()):
             entry = entries[column]
@@ -255,6 +273,7 @@ def make_plan(
                 quota=quota,
                 rate=phase.learning_rate,
                 rate_place=phase.placed("learning_rate", steps),
+                asked=None if asked is None else tuple(asked.tolist()),
             )
         )
     if problems:

@@ -11,9 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
+
 from megacode.errors import UserError
-from megacode.plan.quota import Quota
+from megacode.plan.quota import ONE, Quota
 from megacode.recipe.mixtures import Entry, mixture_entries
+from megacode.recipe.schedules import Weights
 from megacode.recipe.schema import FimLevel, LossOn, Packing, Phase, Recipe, SampleOrder
 
 _MOST_EPOCH_STEPS = 50_000_000
@@ -57,6 +60,7 @@ class StreamPlan:
     estimated: bool = False
     order: SampleOrder = "shuffled"
     loss_on: LossOn = "all"
+    loss_weight: float = 1.0
 
     @property
     def label(self) -> str:
@@ -212,6 +216,7 @@ def plan_stream(
         estimated=packing != "concatenate" and counted is None,
         order=recipe.sources[name].order,
         loss_on=recipe.sources[name].loss_on,
+        loss_weight=entry.given.loss_weight,
     )
 
 
@@ -247,6 +252,56 @@ def epoch_steps(
         middle = (fewest + most) // 2
         fewest, most = (fewest, middle) if enough(middle) else (middle, most)
     return most
+
+
+def clipped_weights(
+    recipe: Recipe,
+    phase: Phase,
+    entries: Sequence[Entry],
+    sizes: SourceSizes,
+    quota: Quota,
+    steps: int,
+    read: Mapping[tuple[str, float, float], StreamPlan],
+) -> Weights | None:
+    """Weights under which no stream is read more often than its `max_epochs`; None if none is.
+
+    What a stream may not read goes to the others by their weights, until all fit.
+
+    Args:
+        read: what earlier phases read of streams.
+
+    Raises:
+        UserError: see `plan_stream`; or every stream has a cap, and together they do not fill the
+            phase.
+    """
+    total = int(quota.batch.before(np.array([steps]))[0])
+    first = quota.shares(np.array([0]))[0] / ONE
+    wanted, caps = first * total, np.full(len(entries), np.inf)
+    for column, entry in enumerate(entries):
+        if entry.given.max_epochs is not None:
+            earlier = read.get((entry.source, *entry.given.subset_range))
+            stream = plan_stream(recipe, entry, phase.sequence_length, 0, sizes, earlier)
+            most = Fraction(str(entry.given.max_epochs)) * stream.epoch_tokens
+            samples = int(most - stream.tokens_before) // stream.sequence_length
+            caps[column] = max(samples, 0)
+    full = np.zeros(len(entries), dtype=bool)
+    while (over := ~full & (wanted > caps)).any():
+        full |= over
+        free = first[~full].sum()
+        if free <= 0:
+            have = int(caps[first > 0].sum())
+            raise UserError(
+                f"phases.{phase.name}.mixture.over_epochs: its sources have {have:,} sequences "
+                f"within their max_epochs, and the phase has {total:,}; shorten it or raise "
+                "max_epochs"
+            )
+        # Half a sample less: rounding does not take one more than the cap.
+        capped = np.maximum(caps - 0.5, 0)
+        wanted = np.where(full, capped, first * (total - capped[full].sum()) / free)
+    if not full.any():
+        return None
+    inner = tuple((column, 1.0) for column in range(len(entries)))
+    return Weights(tuple(wanted.tolist()), inner, steps)
 
 
 def check_epochs(

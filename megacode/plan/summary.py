@@ -97,6 +97,7 @@ def _phase_as_dict(phase: PhasePlan) -> dict[str, Any]:
         **_attributes(phase, "fresh_optimizer reset_at_eod"),
         "domains": domain_shares(phase),
         "streams": [_stream_as_dict(stream, share) for stream, share in streams],
+        **({"samples_without_clipping": list(phase.asked)} if phase.asked else {}),
     }
 
 
@@ -106,7 +107,7 @@ def _stream_as_dict(stream: StreamPlan, share: list[float]) -> dict[str, Any]:
         "subset": [stream.low, stream.high],
         "share": share,
         **_attributes(stream, "fim_rate fim_level packing estimated samples tokens epochs"),
-        **_attributes(stream, "epochs_after cursor window first_window windows"),
+        **_attributes(stream, "epochs_after cursor window first_window windows loss_weight"),
     }
 
 

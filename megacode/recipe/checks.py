@@ -418,6 +418,15 @@ def _conversations(recipe: Recipe, phase: Phase) -> Iterator[str]:
         *(entry.given.weight for entry in entries),
         *(part.ratio for part in (mixture.domains or {}).values()),
     ]
+    if entries and not any(entry.given.loss_weight for entry in entries):
+        yield f"{key}.mixture: every loss_weight is 0; give a source more"
+    if mixture.over_epochs == "clip":
+        moving = any(isinstance(one, Schedule) for one in weights)
+        if moving or phase.epochs or (phase.within and phase.within.mixture):
+            yield (
+                f"{key}.mixture.over_epochs: clip takes weights that do not move, in a phase of "
+                "`steps`, `tokens` or a `budget` that is whole; change these or set it to error"
+            )
     if phase.epochs and any(isinstance(one, Schedule) and one.over is None for one in weights):
         yield (
             f"{key}.mixture: a schedule over the phase needs its length, which `epochs` takes from "

@@ -139,6 +139,9 @@ class MixtureSource(Section):
     """The plan refuses to read the source more often than this over the run so far."""
     cursor: Literal["continue", "restart"] | None = None
     """Go on where earlier phases stopped, or from the first sample; default: the phase's."""
+    loss_weight: float = Field(default=1.0, ge=0)
+    """What the loss of its tokens counts: a step's loss is the sum of weight x loss over the sum of
+    weights. Reported losses are not weighted."""
 
     @property
     def subset_range(self) -> tuple[float, float]:
@@ -191,6 +194,10 @@ class Mixture(Section):
 
     weight_by: Literal["sequences", "tokens"] = "sequences"
     """Of what the shares are: sequences, or tokens that are trained on."""
+    over_epochs: Literal["error", "clip"] = "error"
+    """Where a source would be read more often than its `max_epochs`: refuse, or read it that often
+    and give what is left to the other sources by their weights. The shares of a clipped phase
+    depend on its length, so that it cannot be made longer in a run that has begun."""
     sources: dict[str, Mixed] | None = None
     domains: dict[str, MixtureDomain] | None = None
 

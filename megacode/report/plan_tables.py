@@ -161,8 +161,16 @@ def _stream_table(phase: PhasePlan) -> Table:
     sums = (total, _percent(1.0), f"{phase.samples:,}", count(phase.tokens))
     table.add_row("sum", "", *sums, style="dim")
     domains = domain_shares(phase)
+    captions = []
     if len(domains) > 1:
-        table.caption = " · ".join(f"{name} {_percent(share)}" for name, share in domains.items())
+        captions = [" · ".join(f"{name} {_percent(share)}" for name, share in domains.items())]
+    captions += [
+        f"{stream.label}: clipped to {stream.epochs_after:.3g} epochs (max_epochs), "
+        f"{asked - stream.samples:,} of {asked:,} samples go to other sources"
+        for stream, asked in zip(phase.streams, phase.asked or (), strict=False)
+        if asked > stream.samples
+    ]
+    table.caption = "\n".join(captions) or None
     return table
 
 
@@ -170,7 +178,8 @@ def _kind(stream: StreamPlan) -> str:
     """How a source is read, where it is not as shuffled text."""
     trained = {"answers": "loss on answers", "last_answer": "loss on last answers"}
     order = "in file order" if stream.order == "file" else ""
-    return ", ".join(filter(None, (trained.get(stream.loss_on), order)))
+    weight = f"loss x {stream.loss_weight:g}" if stream.loss_weight != 1 else ""
+    return ", ".join(filter(None, (trained.get(stream.loss_on), order, weight)))
 
 
 def _percent(share: float) -> str:

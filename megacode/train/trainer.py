@@ -271,7 +271,15 @@ class Trainer:
                 )
             seed_step(recipe, step, world)  # both drop the same units
         set_lr(self.optimizer, phase.learning_rate(step), recipe.optimizer.weight_decay)
-        sums, norm = train_step(model, self.optimizer, batch.micro_batches, streams, recipe, world)
+        sums, norm = train_step(
+            model,
+            self.optimizer,
+            batch.micro_batches,
+            streams,
+            recipe,
+            world,
+            phase.loss_weights,
+        )
         return sums, norm, bf16_sums
 
     # --------------------------------------------------------------------- what the model is asked

@@ -83,8 +83,12 @@ def loss_of_shares(world: Any) -> tuple[Any, Any, Any]:
     assert moved.packed is not None and moved.mask is None
     assert moved.tokens.shape[1] == int(moved.packed.cu_seqlens_q[-1]) // world.context_size
     losses = moved.labels.float() / 7 + moved.position_ids
-    total, trained, sums = step._loss(moved, STREAMS, False, losses)
-    return float(total), (int(trained), int(step._loss(moved, STREAMS, True, losses)[1])), sums
+    total, trained, sums = step._loss(moved, STREAMS, False, None, losses)
+    return (
+        float(total),
+        (int(trained), int(step._loss(moved, STREAMS, True, None, losses)[1])),
+        sums,
+    )
 
 
 @pytest.mark.parametrize("context", [2, 3])

@@ -345,3 +345,81 @@ def test_every_share_of_the_batch_and_every_stage_drops_other_units() -> None:
     assert all(seed == first[(0, *place)] for (_, *place), seed in first.items())
     assert len({*first.values(), *second.values()}) == 2 * 8
     assert first[0, 0, 0, 0] == 7 * 1_000_003
+
+
+def gradients(
+    world, recipe: Recipe, weights: tuple[float, ...] | None, rows: list[int], rank_rows: bool
+) -> torch.Tensor:
+    """All gradients, end to end, of a step of samples of 32, 24 ... trained tokens: sample i is of stream i."""
+    from megacode.data.batch import make_batch
+    from megacode.megatron.config import megatron_config
+    from megacode.megatron.model import build_model, global_parameter_names
+    from megacode.megatron.optimizer import build_optimizer, wrap_data_parallel
+    from megacode.megatron.step import forward_backward, prepare_model_for_training
+
+    torch.manual_seed(0)
+    config = megatron_config(recipe)
+    chunks = wrap_data_parallel(config, build_model(recipe, VOCAB, config))
+    prepare_model_for_training(chunks, build_optimizer(recipe, chunks))
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    mine = [rows[world.data_rank]] if rank_rows else rows
+    parts = [
+        make_batch(
+            windows()[i : i + 1],
+            np.array([i], np.int32),
+            np.array([i]),
+            lengths=np.array([LENGTH + 1 - 8 * i]),
+        )
+        for i in mine
+    ]
+    sums = forward_backward(chunks, parts, 2, recipe, world, loss_weights=weights)
+    assert sums[1].tolist() == [LENGTH - 8 * i if i in mine else 0 for i in range(2)], (
+        "reported tokens have no weight"
+    )
+    return torch.cat(
+        [p.main_grad.flatten().clone() for p in global_parameter_names(chunks).values()]
+    )
+
+
+def weighted_gradients(world, denominator: str) -> list[torch.Tensor]:
+    recipe, cases = (
+        small(loss_denominator=denominator),
+        (None, (1.0, 1.0), (3.0, 3.0), (1.0, 0.3), (1.0, 0.0)),
+    )
+    alone = [gradients(world, recipe, None, [i], False) for i in range(2)]
+    return [*alone, *(gradients(world, recipe, case, [0, 1], False) for case in cases)]
+
+
+@pytest.mark.parametrize("denominator", ["tokens", "positions"])
+def test_loss_weights_are_those_of_a_weighted_mean(denominator: str) -> None:
+    """sum(w loss) / sum(w): of the gradients of each sample alone, by hand."""
+    ((first, second, plain, ones, threes, mixed, only),) = run_on(
+        1, weighted_gradients, denominator
+    )
+    counts = (32, 24) if denominator == "tokens" else (32, 32)
+
+    def mean(a: float, b: float) -> torch.Tensor:
+        a, b = a * counts[0], b * counts[1]
+        return (a * first + b * second) / (a + b)
+
+    for found, expected in (
+        (plain, mean(1, 1)),
+        (ones, plain),
+        (threes, plain),
+        (mixed, mean(1, 0.3)),
+        (only, first),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(mixed, plain, rtol=1e-2)
+
+
+def on_ranks(world, rank_rows: bool) -> torch.Tensor:
+    whole = small().model_copy(update={"parallel": Parallel(distributed_optimizer=False)})
+    return gradients(world, whole, (1.0, 0.3), [0, 1], rank_rows)
+
+
+def test_loss_weights_are_the_same_on_two_ranks() -> None:
+    (alone,) = run_on(1, on_ranks, False)
+    for found in run_on(2, on_ranks, True):
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-6)

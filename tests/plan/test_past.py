@@ -128,6 +128,11 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "phases.NAME.mixture.domains.NAME.sources.NAME.fim_rate": (f"{SECOND}.sources={{docs: {{fim_rate: 0.5}}}}",),
     "phases.NAME.mixture.domains.NAME.sources.NAME.subset": (f"{SECOND}.sources={{docs: {{subset: 0.0-0.5}}}}",),
     "phases.NAME.mixture.domains.NAME.sources.NAME.cursor": (f"{SECOND}.sources={{docs: {{cursor: restart}}}}",),
+    "phases.NAME.mixture.sources.NAME.loss_weight": (f"{FIRST}.loss_weight=0.5",),
+    "phases.NAME.mixture.domains.NAME.sources.NAME.loss_weight": (f"{SECOND}.sources={{docs: {{loss_weight: 0.5}}}}",),
+    "phases.NAME.mixture.over_epochs": (
+        "phases.second.mixture={sources: {docs: 1, python: {weight: 1, max_epochs: 0.1}}, over_epochs: clip}",
+    ),
     "data.packing": ("data.packing=best_fit",),
     "data.reset_at_eod": ("data.reset_at_eod=true",),
     "data.mask_eod_loss": ("data.mask_eod_loss=true",),
@@ -161,8 +166,14 @@ CHANGES: dict[str, tuple[str, ...]] = {
 # Said by another key's change: the same class of the schema.
 SAME = {
     "phases.NAME.budget.split.NAME.split": "phases.NAME.budget.split.NAME.weight",
-    **{f"phases.NAME.budget.competitive.{key}": "phases.NAME.budget.competitive.total" for key in ("m", "of")},
-    **{f"phases.NAME.budget.additive.{key}": "phases.NAME.budget.additive.language" for key in ("m", "of")},
+    **{
+        f"phases.NAME.budget.competitive.{key}": "phases.NAME.budget.competitive.total"
+        for key in ("m", "of")
+    },
+    **{
+        f"phases.NAME.budget.additive.{key}": "phases.NAME.budget.additive.language"
+        for key in ("m", "of")
+    },
     "phases.NAME.within.batch_size.steps": "phases.NAME.within.batch_size.first",
     "phases.NAME.within.mixture.steps": "phases.NAME.within.mixture.first",
     "phases.NAME.mixture.domains.NAME.sources.NAME.fim_level": "phases.NAME.mixture.sources.NAME.fim_level",

@@ -154,6 +154,73 @@ def test_max_epochs_suggestions_fit(write):
         plan_of(path, cap, "phases.first.steps=33", tokens=tokens)
 
 
+def test_clipped_sources_are_read_to_their_cap_and_the_others_fill_the_phase(write):
+    path = write()
+    tokens = {"python": 5121, "docs": 10**6, "more": 10**6}
+    text = path.read_text().replace(
+        "sources: {docs: 0.7, python: 0.3}", "sources: {docs: 0.4, python: 0.4, more: 0.2}"
+    )
+    path.write_text(text.replace("phases:", "  more: {path: data/more, tokens: 1M}\nphases:", 1))
+    cap = ["phases.first.mixture.sources.python.max_epochs=2"]
+    with pytest.raises(UserError, match="max_epochs"):
+        plan_of(path, *cap, tokens=tokens)
+    cap += ["phases.first.mixture.over_epochs=clip"]
+    first = plan_of(path, *cap, tokens=tokens).phases[0]
+    docs, python, more = first.streams
+    assert 2 * 40 - 1 <= python.samples <= 2 * 40
+    assert docs.samples + python.samples + more.samples == 800
+    assert abs(docs.samples - 480) <= 1, "2:1 of the 720 that are left"
+    assert first.asked == (320, 320, 160)
+    # Nothing to clip: the plan is the one without it.
+    free = plan_of(
+        path, *cap, "phases.first.mixture.sources.python.max_epochs=20", tokens=tokens
+    ).phases[0]
+    assert free.asked is None and free.streams[1].samples == 320
+    # A second phase counts what the first one read.
+    again = [
+        "phases.second.mixture={sources: {docs: 1, python: {weight: 1, max_epochs: 3}}, over_epochs: clip}"
+    ]
+    second = plan_of(path, *cap, *again, tokens=tokens).phases[1]
+    assert 3 - 128 / 5120 <= second.streams[1].epochs_after <= 3 and second.streams[1].epochs <= 1
+    everything = [
+        f"phases.first.mixture.sources.{name}.max_epochs=0.001" for name in ("docs", "more")
+    ]
+    with pytest.raises(
+        UserError, match=r"phases.first.mixture.over_epochs: its sources have .* the phase has 800"
+    ):
+        plan_of(path, *cap, *everything, tokens=tokens)
+    with pytest.raises(UserError, match="clip takes weights that do not move"):
+        plan_of(
+            path,
+            *cap,
+            "phases.first.mixture.sources.docs={shape: linear, start: 0, end: 1}",
+            tokens=tokens,
+        )
+
+
+def test_a_cascade_of_caps_clips_those_that_only_the_rest_fills(write):
+    path = write()
+    path.write_text(
+        path.read_text().replace(
+            "{docs: 0.7, python: 0.3}", "{docs: 1, python: 8, more: {weight: 1, max_epochs: 1}}"
+        )
+    )
+    path.write_text(
+        path.read_text().replace("phases:", "  more: {path: data/more, tokens: 1M}\nphases:", 1)
+    )
+    caps = [
+        "phases.first.mixture.sources.python.max_epochs=1",
+        "phases.first.mixture.over_epochs=clip",
+    ]
+    (docs, python, more) = (
+        plan_of(path, *caps, tokens={"python": 128 * 100 + 1, "more": 128 * 100 + 1, "docs": 10**6})
+        .phases[0]
+        .streams
+    )
+    assert docs.samples + python.samples + more.samples == 800
+    assert {99, 100} >= {python.samples, more.samples}
+
+
 def test_checkpoints_count_the_runs_steps_and_phases_their_own(write):
     path = write()
     plan = plan_of(path, "checkpoints={every: 30, keep_every: 60}", "phases.second.steps=50")

@@ -102,7 +102,9 @@ def test_a_share_is_one_key_of_a_sweep_and_forms_replace_each_other(write) -> No
     other = load_recipe(path, ["phases.main.budget.additive={language: 132B, m: 0.5, of: code}"])
     assert other.phases[0].tokens == 264_000_000_000
     assert (
-        load_recipe(path, ["phases.main.steps=10", "phases.main.mixture.domains={text: 1, code: 1}"])
+        load_recipe(
+            path, ["phases.main.steps=10", "phases.main.mixture.domains={text: 1, code: 1}"]
+        )
         .phases[0]
         .steps
         == 10

@@ -30,12 +30,14 @@ from megacode.recipe.schema_run import (  # noqa: F401
     Fusion,
     HarnessTasks,
     Logging,
+    MlflowLogging,
     Optimizer,
     Overlap,
     Parallel,
     ParameterGroup,
     Precision,
     Recompute,
+    WandbLogging,
 )
 from megacode.recipe.section import Count, CountOrZero, Fraction, Section, parse_count
 

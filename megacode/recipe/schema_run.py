@@ -193,6 +193,31 @@ class Evaluation(Section):
     `validation_samples` go first."""
 
 
+class WandbLogging(Section):
+    """Weights & Biases (`pip install 'megacode[wandb]'`)."""
+
+    project: str = Field(min_length=1)
+    entity: str | None = None
+    """Team or user; default: that of the login."""
+    mode: Literal["online", "offline"] = "online"
+    """`offline` writes to RUN/wandb, for `wandb sync` later."""
+
+
+class MlflowLogging(Section):
+    """MLflow (`pip install 'megacode[mlflow]'`)."""
+
+    tracking_uri: str = Field(min_length=1)
+    """A server (`http://host:5000`) or a database in a file (`sqlite:///mlflow.db`)."""
+    experiment: str = Field(default="megacode", min_length=1)
+
+
 class Logging(Section):
+    """A logger that fails while it trains is said once and dropped; training goes on."""
+
     every: Count = 10
+    """Steps between exchanges of numbers between the ranks, and between lines in a log."""
     tensorboard: bool = True
+    wandb: WandbLogging | None = None
+    """Also log to Weights & Biases."""
+    mlflow: MlflowLogging | None = None
+    """Also log to MLflow."""

@@ -15,13 +15,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from megacode.errors import UserError
 from megacode.files import write_text
+from megacode.run.loggers import Logger
 
 FILE = "metrics.jsonl"
 Record = dict[str, Any]
@@ -95,22 +96,33 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         tensorboard: also write TensorBoard events.
         first_step: finished steps that this start goes on after. Records of later steps are dropped
             first: the file is rewritten whole, or not at all.
+        loggers: get the same values as TensorBoard; they are closed with this.
     """
 
-    def __init__(self, run: Path, tensorboard: bool = True, first_step: int = 0) -> None:
+    def __init__(
+        self,
+        run: Path,
+        tensorboard: bool = True,
+        first_step: int = 0,
+        loggers: Sequence[Logger] = (),
+    ) -> None:
         run.mkdir(parents=True, exist_ok=True)
         if (run / FILE).exists():
             _drop_after(run / FILE, first_step)
         self._file = (run / FILE).open("a", buffering=1, encoding="utf-8")
         self._events = _EventFile(run / "tensorboard", first_step) if tensorboard else None
+        self._loggers = loggers
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record of JSON's types with `kind` and `step`."""
         record = _finite(record)
         line = json.dumps(record, allow_nan=False, separators=(",", ":"), default=str)
         self._file.write(line + "\n")  # one call: a reader sees whole lines, or a torn last one
+        values = scalars(record)
         if self._events:
-            self._events.add(record["step"], scalars(record))
+            self._events.add(record["step"], values)
+        for logger in self._loggers:
+            logger.add(record["step"], values)
 
     def event(self, step: int, event: str, **facts: Any) -> None:
         """Append an event: start, resume, checkpoint, phase, end ..."""
@@ -128,13 +140,15 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         self._file.close()
         if self._events:
             self._events.writer.close()
+        for logger in self._loggers:
+            logger.close()
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """TensorBoard's tags and values of a record; none for an event."""
+    """Tags and values of a record for TensorBoard and other loggers; none for an event."""
     values: dict[str, Any] = {}
     for tag, key in _TAGS.get(record["kind"], {}).items():
         value = record.get(key)

@@ -73,7 +73,7 @@ def fit(shares: Floats, losses: Floats, kind: Kind) -> LossModel:
     return MixingLaw(np.array([c for c, _ in laws]), np.stack([logs for _, logs in laws]))
 
 
-def _law(shares: Floats, losses: Floats) -> tuple[float, Floats]:
+def _law(shares: Floats, losses: Floats) -> tuple[float, NDArray[Any]]:
     """(c, a) of least squares: a grid over c in [0, min L), with a by Gauss and Newton at each, and
     a finer one around the best."""
     least = float(losses.min())
@@ -87,7 +87,7 @@ def _law(shares: Floats, losses: Floats) -> tuple[float, Floats]:
     return floor, logs
 
 
-def _at_floor(shares: Floats, losses: Floats, floor: float) -> tuple[float, Floats]:
+def _at_floor(shares: Floats, losses: Floats, floor: float) -> tuple[float, NDArray[Any]]:
     """(sum of squared errors, a) with c given, from least squares on log(L - c)."""
     above = losses - floor
 
@@ -96,11 +96,13 @@ def _at_floor(shares: Floats, losses: Floats, floor: float) -> tuple[float, Floa
             return float(((np.exp(shares @ logs) - above) ** 2).sum())
 
     # An error of log(L - c) is one of L over L - c.
-    logs: Floats = np.linalg.lstsq(shares * above[:, None], np.log(above) * above, rcond=None)[0]
+    logs: NDArray[Any] = np.linalg.lstsq(
+        shares * above[:, None], np.log(above) * above, rcond=None
+    )[0]
     current = error(logs)
     for _ in range(20):
         fitted = np.exp(shares @ logs)
-        step: Floats = np.linalg.lstsq(shares * fitted[:, None], above - fitted, rcond=None)[0]
+        step = np.linalg.lstsq(shares * fitted[:, None], above - fitted, rcond=None)[0]
         while (after := error(logs + step)) > current and np.abs(step).max() > 1e-9:
             step = step / 2
         if after >= current * (1 - 1e-10):
@@ -113,9 +115,9 @@ def _trees(shares: Floats, losses: Floats) -> Trees:
     """RegMix's settings; a fifth of the rows says when to stop (RegMix looked at its test set)."""
     try:
         import lightgbm
-    except ImportError:
+    except ImportError as error:
         raise UserError(
-            "trees need LightGBM; pip install 'megacode[trees]', or take --kind law"
+            f"trees need LightGBM ({error}); pip install 'megacode[trees]', or take --kind law"
         ) from None
     settings = {"objective": "regression", "learning_rate": 0.01, "seed": 42, "verbosity": -1}
     settings |= {"num_threads": 1, "deterministic": True}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from megacode.report.drawing import new_figure, number_axis, save, styled
-from megacode.report.palette import FAINT, INK, domain_colours
+from megacode.report.palette import INK, domain_colours
 from megacode.studies.mixing_law import Fit
 from megacode.studies.mixing_table import Floats
 
@@ -45,11 +46,11 @@ def _figure(fit: Fit, axis: int) -> Figure:
     for column, (target, axes) in enumerate(zip(targets, panels, strict=False)):
         colour = colours[target]
         axes.plot(x[inside], line[inside, column], color=colour)
-        left_out = {"marker": "x", "s": 22, "linewidths": 1, "color": FAINT}
-        axes.scatter(shares, fit.left_out[:, column], label="predicted, left out", **left_out)
         axes.scatter(
-            shares, table.losses[:, column], s=24, color=colour, label="measured", zorder=3
+            shares, table.losses[:, column], s=26, color=colour, label="measured", zorder=3
         )
+        left_out: Any = {"marker": "x", "s": 26, "linewidths": 1, "color": INK, "zorder": 4}
+        axes.scatter(shares, fit.left_out[:, column], label="predicted, left out", **left_out)
         axes.axvline(fit.shares[axis], color=INK, linestyle=":", linewidth=1.2, label="optimum")
         axes.set_title(f"loss on {target}")
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))

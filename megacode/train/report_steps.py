@@ -24,6 +24,7 @@ from megacode.plan.estimate import flops_per_token
 from megacode.plan.hardware import Hardware
 from megacode.plan.overlap import OverlapDecision
 from megacode.plan.plan import PhasePlan, Plan
+from megacode.run.loggers import check_loggers, open_loggers
 from megacode.run.metrics import MetricsWriter
 from megacode.train.progress import Progress, phase_line
 
@@ -59,11 +60,17 @@ class StepReports(AbstractContextManager["StepReports"]):
         self.cuda = world.device.type == "cuda"
         self.device = torch.cuda.get_device_name() if self.cuda else "cpu"
         self.peak = peak_flops(self.device, plan.recipe.precision.compute)
+        check_loggers(plan.recipe.logging)
         self.writer: MetricsWriter | None = None
         self.progress: Progress | None = None
         if world.is_main:
-            self.writer = MetricsWriter(run, plan.recipe.logging.tensorboard, first_step)
             self.progress = Progress(run, plan, first_step)
+            self.writer = MetricsWriter(
+                run,
+                plan.recipe.logging.tensorboard,
+                first_step,
+                open_loggers(run, plan.recipe, self.say),
+            )
         self._flops = {
             phase.sequence_length: flops_per_token(
                 plan.recipe.model, vocab_size, phase.sequence_length
@@ -76,8 +83,8 @@ class StepReports(AbstractContextManager["StepReports"]):
 
     def __exit__(self, *error: object) -> None:
         if self.progress and self.writer:
-            self.progress.close()
             self.writer.close()
+            self.progress.close()
 
     # --------------------------------------------------------------------------------------- steps
 

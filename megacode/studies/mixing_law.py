@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 Kind = Literal["law", "trees"]
 LAW_DOMAINS = 5
 """More domains than these are fitted by trees unless told otherwise."""
-_FLOORS = np.concatenate([np.linspace(0, 0.98, 99), 1 - np.logspace(-1.8, -4, 30)])
+_FLOORS = np.concatenate([np.linspace(0, 0.96, 25), 1 - np.logspace(-1.5, -4, 12)])
 _DRAWS, _BEST = 100_000, 128
 
 
@@ -184,7 +184,7 @@ def _descend(law: MixingLaw, goal: Goal) -> Floats:
     weights = goal.weights[:, None] * law.logs
     shares = _within(goal.natural.copy(), goal.most)
     rate, current = 1.0, float(goal.value(law, shares[None])[0])
-    for _ in range(5000):
+    for _ in range(2000):
         gradient = np.exp(shares @ law.logs.T) @ weights
         gradient = gradient + goal.kl * np.log(np.maximum(shares, 1e-300) / goal.natural)
         step = -rate * (gradient - gradient.min())
@@ -192,12 +192,11 @@ def _descend(law: MixingLaw, goal: Goal) -> Floats:
         value = float(goal.value(law, moved[None])[0])
         if value > current:
             rate /= 2
-            if rate < 1e-12:
-                break
             continue
-        if np.abs(moved - shares).max() < 1e-10:
+        gained, shares, current = current - value, moved, value
+        if gained < 1e-11:
             break
-        shares, current, rate = moved, value, rate * 1.5
+        rate *= 1.5
     return shares
 
 

@@ -92,7 +92,7 @@ def read_table(path: Path) -> MixtureTable:
     losses = _numbers(rows, [f"loss.{name}" for name in targets])
     steps = _numbers(rows, ["step"])[:, 0] if "step" in names else np.zeros(len(rows))
     sums = shares.sum(1)
-    bad = np.flatnonzero((shares < 0).any(1) | (sums > 1.01) | (sums <= 0))
+    bad = np.flatnonzero((shares < 0).any(1) | (sums > 1.01))
     if len(bad):
         raise UserError(
             f"{rows[bad[0]][0]}: its shares sum to {sums[bad[0]]:.4g}; shares are 0 or more, and 1 "

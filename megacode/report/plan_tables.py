@@ -116,6 +116,12 @@ def _phase_table(plan: Plan) -> Table:
             phase.rate.schedule,
             adam if phase.index else "",
         )
+    asked = [
+        f"{phase.name}: {given.tokens:,} tokens asked for, {phase.tokens:,} in whole steps"
+        for phase, given in zip(plan.phases, plan.recipe.phases, strict=True)
+        if given.tokens and given.tokens != phase.tokens
+    ]
+    table.caption = "\n".join(asked) or None
     return table
 
 

@@ -207,6 +207,10 @@ def make_inputs(place: Place) -> None:
     (folder / "my-recipe.yaml").write_text(
         f"extends: recipes/crystal-tiny.yaml\nname: mine\nphases:\n{short}"
     )
+    shares = [(i / 5, 2 - i / 5, 1 + i / 5, step) for i in range(6) for step in (100, 200, 300)]
+    rows = [f"{a},{1 - a},{code + 30 / step},{text},{step}" for a, code, text, step in shares]
+    table = "\n".join(["share.code,share.text,loss.code,loss.text,step", *rows])
+    (folder / "mixtures.csv").write_text(table + "\n")
     for share in (25, 50, 75):
         shutil.copytree(
             run, folder / f"runs/code-{share}", ignore=shutil.ignore_patterns("checkpoints")

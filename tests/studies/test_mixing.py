@@ -77,6 +77,19 @@ def test_left_out_mixtures_of_the_authors_tables(size: str) -> None:
     assert errors[1:-1].max() <= 0.0085
     assert errors[[0, -1]].max() <= 0.025
     assert result.seeds is None and result.kind == "law"
+    alone = fit(shares[1:], rows[1:, 1:], "law").predict(shares[:1])
+    np.testing.assert_allclose(result.left_out[0], alone[0])
+    residuals = abs(result.model.predict(shares) - rows[:, 1:])
+    assert errors.sum() > 2 * residuals.sum(), "a fit of the others is worse than one of all"
+    # Least squares of losses, not of their logarithms: no change of one parameter is better.
+    law = result.model
+    assert isinstance(law, MixingLaw)
+    for index in np.ndindex(law.logs.shape):
+        for change in (-1e-2, 1e-2):
+            logs = law.logs.copy()
+            logs[index] += change
+            moved = MixingLaw(law.floors, logs).predict(shares) - rows[:, 1:]
+            assert (moved**2).sum(0)[index[0]] >= (residuals**2).sum(0)[index[0]]
 
 
 def test_the_optimum_is_the_minimum() -> None:

@@ -2,6 +2,7 @@
 
     chat        functions of the standard library: what one does, and its code
     code-stage  worded reasoning problems, and programming tasks with their code (reasoning-gym)
+    code-share  the quickstart's corpora, and tasks from probes
     math-cpt    sums, equations and worded problems with their solutions (reasoning-gym), and the
                 prose of sympy's docstrings
 
@@ -30,6 +31,7 @@ from rich.console import Console
 from megacode.corpus.preprocess import Request
 from megacode.corpus.workers import available_cores
 from megacode.errors import UserError
+from megacode.evaluate.probes import make_probe
 from megacode.files import write_text
 from megacode.quickstart.__main__ import DATA
 from megacode.quickstart.corpora import prepare, python_sources, read_source
@@ -49,7 +51,8 @@ _APART = 1_000_000
 
 
 def make(study: str, folder: Path, console: Console, seed: int = 1) -> None:
-    """Write `folder/STUDY/records/NAME.jsonl` and the datasets `folder/STUDY/NAME`, and a table.
+    """Write `folder/STUDY/records/NAME.jsonl` and the datasets `folder/STUDY/NAME`, the study's
+    tasks, and a table.
 
     Of records to train on, those whose question is held out or comes twice are left out. The
     tokenizer is the quickstart's, which is made first, with its corpora, where it is missing.
@@ -62,7 +65,7 @@ def make(study: str, folder: Path, console: Console, seed: int = 1) -> None:
     section = schema.TokenizerSection(
         path=str(tokenizer), added_tokens="crystal", bos=True, eod=True
     )
-    table = table_of("", "dataset", "records", "repeated, left out", left=1)
+    table = table_of("", "dataset or task", "records", "repeated, left out", left=1)
     held_out = {_question(one) for name in found if _is_held_out(name) for one in found[name]}
     for name, given in found.items():
         records = given if _is_held_out(name) else _new(given, held_out)
@@ -84,6 +87,9 @@ def make(study: str, folder: Path, console: Console, seed: int = 1) -> None:
         preprocess_visibly(request, available_cores(), console, title=name)
         repeated = len(given) - len(records)
         table.add_row(f"{folder / study / name}", f"{len(records):,}", f"{repeated:,}")
+    for probe in PROBES.get(study, ()):
+        for one in make_probe(probe, seed, folder / study / "tasks"):
+            table.add_row(str(one.path), f"{sum(one.groups.values()):,}", "")
     print_table(console, table)
 
 
@@ -139,8 +145,9 @@ def math_cpt(seed: int) -> dict[str, list[Record]]:
 
 
 STUDIES: dict[str, Callable[[int], dict[str, list[Record]]]] = {
-    "chat": chat, "code-stage": code_stage, "math-cpt": math_cpt,
+    "chat": chat, "code-share": lambda seed: {}, "code-stage": code_stage, "math-cpt": math_cpt,
 }  # fmt: skip
+PROBES = {"code-share": ("brackets", "quotes", "copying", "agreement")}
 
 
 # --------------------------------------------------------------------------------------- records

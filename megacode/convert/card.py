@@ -72,7 +72,7 @@ def write_card(
         tokenizer=(folder / "tokenizer.json").is_file(),
         fim=recipe.data.fim if any(stream["fim_rate"] for stream in streams) else None,
         version=__version__,
-        seed=recipe.seed,
+        seed=recipe.seeds,
         checkpoint=checkpoint.name,
         versions=", ".join(tables.versions(past)) if past else "",
     )

@@ -105,8 +105,8 @@ class OpenMixture:
     def __init__(self, plan: Plan, sources: Mapping[str, TokenSource]) -> None:
         self.plan = plan
         self.sources = sources
-        self._phases = [_Streams(phase, plan.recipe.seed) for phase in plan.phases]
-        self._step_key = make_key(plan.recipe.seed, "step")
+        self._phases = [_Streams(phase, plan.recipe.resolved_data_seed) for phase in plan.phases]
+        self._step_key = make_key(plan.recipe.resolved_data_seed, "step")
         for phase in plan.phases:
             for stream in phase.streams:
                 _check(stream, sources[stream.source])

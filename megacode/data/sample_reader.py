@@ -62,7 +62,10 @@ class SampleReader:
                     "tokenizer: fill-in-the-middle and its tokens need one; name it in the recipe"
                 )
             self._fim = make_fim(recipe.data.fim, tokenizer)
-        keys = [[stream_key(recipe.seed, "fim", s) for s in phase.streams] for phase in phases]
+        keys = [
+            [stream_key(recipe.resolved_data_seed, "fim", s) for s in phase.streams]
+            for phase in phases
+        ]
         self._keys = [np.array(of_phase, dtype=np.uint64) for of_phase in keys]
 
     def read(self, samples: StepSamples) -> SampleTokens:

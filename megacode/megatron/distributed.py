@@ -288,7 +288,7 @@ def seed_step(recipe: Recipe, step: int, world: World) -> None:
     if recipe.model.dropout or recipe.model.attention_dropout:
         from megatron.core import tensor_parallel
 
-        value = dropout_seed(recipe.seed, step, world)
+        value = dropout_seed(recipe.resolved_model_seed, step, world)
         torch.manual_seed(value)
         tensor_parallel.model_parallel_cuda_manual_seed(value)
 

@@ -166,7 +166,7 @@ def open_for_inference(checkpoint: Path) -> tuple[Any, Any, Any]:
         )
     tokenizer = load_tokenizer(recipe.tokenizer)
     alone = Launch(0, 1, 0, "127.0.0.1", free_port(), "single process")
-    initialize(recipe.parallel, recipe.seed, alone)
+    initialize(recipe.parallel, recipe.resolved_model_seed, alone)
     model_chunks = build_model(recipe, tokenizer.vocab_size)
     load_checkpoint(path, model_chunks, None)
     return recipe, tokenizer, model_chunks[0].eval()

@@ -79,7 +79,7 @@ def fill_new_rows(
         old, new = (min(max(size - first, 0), len(rows)) for size in (old_vocab, vocab_size))
         drawn = None
         if recipe.initialize_new_rows == "init":
-            drawn = _initial(name, rows, recipe.model, recipe.seed, vocab_size)
+            drawn = _initial(name, rows, recipe.model, recipe.resolved_model_seed, vocab_size)
         with torch.no_grad():
             if drawn is None:
                 total = rows[:old].double().sum(0)

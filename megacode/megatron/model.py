@@ -108,7 +108,9 @@ def _build_chunk(decided: MegatronConfig, vocab_size: int, vp_stage: int | None)
     chunk.cuda(torch.cuda.current_device())
     if config.bf16:
         chunk.bfloat16()
-    initialize_weights(global_parameter_names([chunk]), model, recipe.seed, vocab_size)
+    initialize_weights(
+        global_parameter_names([chunk]), model, recipe.resolved_model_seed, vocab_size
+    )
     scale_embedding_and_logits(chunk, model)
     _mask_padding(chunk, vocab_size, stored_vocab)
     if decided.overlaps["gradient_accumulation"].on:

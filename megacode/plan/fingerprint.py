@@ -29,7 +29,7 @@ def fingerprint(plan: Plan, step: int) -> dict[str, Any]:
     ]
     fim = any(stream["fim_rate"] for phase in phases for stream in phase["streams"].values())
     return {
-        "seed": plan.recipe.seed,
+        "seed": plan.recipe.resolved_data_seed,
         "mask_eod_loss": data.mask_eod_loss,
         "fim": data.fim.model_dump(exclude={"level"}) if fim else None,
         "phases": phases,

@@ -58,15 +58,15 @@ that is below it."""
 
 _PAST: dict[Kind, str] = {
     "training": """
-        initialize_from initialize_new_rows optimizer precision phases.*.learning_rate
+        model_seed initialize_from initialize_new_rows optimizer precision phases.*.learning_rate
         phases.*.optimizer_state phases.*.rotary_base phases.*.rotary_scaling
         model.dropout model.attention_dropout model.init_std model.init_distribution
         model.embedding_init_std model.output_init_std
     """
     + " ".join(f"model.megatron.{name}" for name, effect in EFFECT.items() if effect == "training"),
     "data": """
-        seed data sources.* phases.*.steps phases.*.tokens phases.*.epochs phases.*.epochs_of
-        phases.*.budget phases.*.batch_size
+        seed data_seed data sources.* phases.*.steps phases.*.tokens phases.*.epochs
+        phases.*.epochs_of phases.*.budget phases.*.batch_size
         phases.*.sequence_length phases.*.mixture phases.*.fim_rate phases.*.fim_level
         phases.*.cursor phases.*.reset_at_eod phases.*.within
     """,
@@ -199,7 +199,12 @@ def _facts(recipe: Recipe) -> dict[str, Any]:
         facts = {key: value for key, value in facts.items() if not key.startswith("rotary_")}
     if recipe.precision.compute != "fp8":
         precision = {"compute": recipe.precision.compute}
-    sections = {"model": facts, "optimizer": recipe.optimizer.model_dump(), "precision": precision}
+    sections = {
+        "model_seed": recipe.resolved_model_seed,
+        "model": facts,
+        "optimizer": recipe.optimizer.model_dump(),
+        "precision": precision,
+    }
     return {key: value for key, value in _flattened(sections) if value is not None}
 
 

@@ -432,6 +432,10 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     description: str = ""
     seed: int = Field(default=1234, ge=0, lt=2**63)
+    model_seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Of initial weights and dropout; default: `seed`."""
+    data_seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Of the order of samples and of fill-in-the-middle; default: `seed`."""
     tokenizer: TokenizerSection | None = None
     model: Model
     sources: dict[str, Source]
@@ -449,6 +453,20 @@ class Recipe(Section):
     initialize_new_rows: Literal["mean", "init"] = "mean"
     """Rows of the embedding and output layer for tokens that `initialize_from` lacks: the mean of
     its rows, or drawn as the recipe draws a new model's."""
+
+    @property
+    def resolved_model_seed(self) -> int:
+        return self.seed if self.model_seed is None else self.model_seed
+
+    @property
+    def resolved_data_seed(self) -> int:
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def seeds(self) -> str:
+        """`7`, or `1 (model), 2 (data)` where they differ."""
+        model, data = self.resolved_model_seed, self.resolved_data_seed
+        return str(data) if model == data else f"{model} (model), {data} (data)"
 
     def packing(self, source: str) -> Packing:
         """How a source's documents become samples."""

@@ -108,8 +108,8 @@ class Model(Section):
     tie_embeddings: bool = False
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """What is dropped is a function of seed, step and layout: a resumed run drops the same, another
-    layout drops other units."""
+    """What is dropped is a function of model_seed, step and layout: a resumed run drops the same,
+    another layout drops other units."""
     init_std: float = Field(default=0.02, gt=0)
     """Of every matrix without a key of its own. Biases start at 0, norms at 1."""
     init_distribution: Literal["normal", "truncated_normal"] = "normal"

@@ -32,7 +32,7 @@ def print_plan(
     console.print(Text(recipe.name, style="bold"), Text(recipe.description, style="dim"))
     phases = f"{len(plan.phases)} phase{'s' * (len(plan.phases) > 1)}"
     tokens = f"{count(plan.total_tokens)} tokens"
-    console.print(f"{plan.total_steps:,} steps · {tokens} · {phases} · seed {recipe.seed}\n")
+    console.print(f"{plan.total_steps:,} steps · {tokens} · {phases} · seed {recipe.seeds}\n")
     print_table(console, _model_table(plan, vocab_size))
     print_table(console, _phase_table(plan))
     for phase in plan.phases:

@@ -74,7 +74,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     ]
     if accepted:
         rows["Changed on the way"] = "; ".join(accepted)
-    return [*rows.items(), ("Seed", str(run.recipe.seed))]
+    return [*rows.items(), ("Seed", run.recipe.seeds)]
 
 
 def _machine(run: Run) -> dict[str, str]:

@@ -122,8 +122,8 @@ def split(before: Plan, after: Plan, step: int) -> Recipe:
         UserError: `after` differs in what lies before `step`, or ends there.
     """
     old, new = before.recipe, after.recipe
-    for key in ("model", "tokenizer", "seed"):
-        if getattr(old, key) != getattr(new, key):
+    for key, name in (("model", "model"), ("tokenizer", "tokenizer"), ("seed", "seeds")):
+        if getattr(old, name) != getattr(new, name):
             raise UserError(
                 f"{key}: a fork goes on with the same {key}; leave it as it is, or start a run "
                 "with `initialize_from`"

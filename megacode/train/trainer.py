@@ -114,7 +114,7 @@ class Trainer:
         if lock and self._restart and (aside := start_over(run)):
             print(f"starting over; the earlier run is kept as {aside}", flush=True)
         self.world = world = initialize(
-            recipe.parallel, recipe.seed, launch, bool(recipe.fusion.cuda_graphs)
+            recipe.parallel, recipe.resolved_model_seed, launch, bool(recipe.fusion.cuda_graphs)
         )
         stack.push(_leave)
         self.tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None

@@ -28,7 +28,7 @@ BASE = (
 FIRST, SECOND = "phases.first.mixture.sources.docs", "phases.second.mixture.domains.text"
 # Key -> a change of it (several keys where one alone says nothing). NAME stands for the names in the recipe above.
 CHANGES: dict[str, tuple[str, ...]] = {
-    "seed": ("seed=8",),
+    "seed": ("seed=8",), "model_seed": ("model_seed=8",), "data_seed": ("data_seed=8",),
     "tokenizer.kind": (), "tokenizer.added_tokens": (), "tokenizer.bos": (), "tokenizer.eod": (),  # tests/run/test_history.py
     "model.layers": ("model.layers=2",),
     "model.hidden_size": ("model.hidden_size=32",),

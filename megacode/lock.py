@@ -172,6 +172,14 @@ def take(
     return Lock(path, me, on_lost, heartbeat)
 
 
+def is_held(path: Path) -> bool:
+    """Whether a living owner holds a lock, as far as that shows without waiting."""
+    owner, me = _read(path), this_process()
+    if owner is None or (age := _age(path, me)) is None or _gone(owner, me):
+        return False
+    return age <= STALE or (bool(owner.boot) and owner.boot == me.boot)
+
+
 def this_process(environment: Mapping[str, str] = os.environ) -> Owner:
     """The owner that this process would be."""
     job = environment.get("SLURM_JOB_ID", "")

@@ -5,6 +5,7 @@
 # plain `sbatch slurm/phase1.sh` say them there, or once in your environment (SBATCH_ACCOUNT, SBATCH_PARTITION; man sbatch).
 sbatch_flags=()        # e.g. (--account=abc --partition=gpu)
 train_flags=()         # e.g. (--nodes=32 --time=48:00:00 --exclusive)
+sweep_flags=()         # for the cells of a sweep (megacode sweep --sbatch), e.g. (--time=2:00:00)
 
 # Flags for srun, e.g. a container: (--container-image=/shared/megacode.sqsh --container-mounts=/shared --cpu-bind=none)
 srun_flags=()

@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "inspect": ("megacode.cli.inspect", "what is in a dataset, and whether it is whole"),
     "tokenizer": ("megacode.cli.tokenizer", "train a SentencePiece tokenizer"),
     "train": ("megacode.cli.train", "train a recipe, or go on with a run"),
+    "sweep": ("megacode.cli.sweep", "train variants of a recipe and compare them on one page"),
     "mix": ("megacode.cli.mix", "the best mixture, from the losses of runs with several"),
     "fork": ("megacode.cli.fork", "a new run that shares another's first steps"),
     "average": ("megacode.cli.average", "the mean of a run's checkpoints, as a checkpoint"),

@@ -28,7 +28,7 @@ EXAMPLE = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("recipe", type=Path, help="recipe file")
+    add("recipe", type=Path, help="recipe file, or a sweep's")
     add("other", type=Path, nargs="?", help="second recipe, for --compare")
     add_overrides(parser)
     add("--gpus", type=at_least(1), metavar="N", help="devices, for memory and time")
@@ -52,9 +52,12 @@ def run(args: argparse.Namespace) -> int:
     from megacode.plan.summary import plan_as_dict, vocabulary
     from megacode.report.plan_costs import Machine, print_costs
     from megacode.report.plan_tables import packing_table, print_plan
+    from megacode.studies.sweep import is_sweep
 
     if args.compare or args.other:
         return _compare(args)
+    if is_sweep(args.recipe):
+        return _sweep(args)
     recipe = load_recipe(args.recipe, args.overrides)
     vocab_size = vocabulary(recipe)
     machine = Machine(args.gpus, args.device, args.mfu, args.price)
@@ -81,6 +84,27 @@ def run(args: argparse.Namespace) -> int:
         console.print(note)
     if args.plot:
         console.print(f"drawn: {args.plot}")
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from megacode.report.plan_costs import Machine
+    from megacode.studies.sweep import open_sweep
+    from megacode.studies.tables import plan_rows, print_plan
+
+    beside = {
+        "set": "overrides",
+        "plot": "plot",
+        "checkpoints": "checkpoints",
+        "suggest": "suggest",
+    }
+    if given := [f"--{option}" for option, name in beside.items() if getattr(args, name)]:
+        raise UserError(f"{given[0]}: {args.recipe} is a sweep; plan one of its recipes for that")
+    sweep, machine = open_sweep(args.recipe), Machine(args.gpus, args.device, args.mfu, args.price)
+    if args.json:
+        print(json.dumps(plan_rows(sweep, machine), indent=1))
+    else:
+        print_plan(sweep, machine, table_console())
     return 0
 
 

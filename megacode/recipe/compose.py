@@ -33,12 +33,12 @@ _EXCLUSIVE = (
 )
 
 
-def compose(path: Path, overrides: Sequence[str]) -> Tree:
+def compose(path: Path, overrides: Sequence[str], folder: Path | None = None) -> Tree:
     """The tree of a recipe with what it extends and its overrides; `phases` by name,
-    paths absolute."""
+    paths absolute: those in overrides against `folder`, by default the working directory."""
     tree = _read(path, ())
     for override in overrides:
-        tree = _merge(tree, _override(tree, override), ())
+        tree = _merge(tree, _override(tree, override, folder or Path.cwd()), ())
     return tree
 
 
@@ -64,7 +64,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> Tree:
     return _merge(_read(other, (*above, resolved)), tree, ())
 
 
-def _override(tree: Tree, text: str) -> Tree:
+def _override(tree: Tree, text: str, folder: Path) -> Tree:
     """`a.b=value` as a tree to merge. Phases go by name or number."""
     origin = f"--set {text}"
     dotted, equals, value_text = text.partition("=")
@@ -78,7 +78,7 @@ def _override(tree: Tree, text: str) -> Tree:
     value = parse_yaml(value_text.strip(), origin)
     for key in reversed(split_key(tree, parts)):
         value = Tree({key: value}, origin, {key: origin})
-    return _with_absolute_paths(value, Path.cwd())
+    return _with_absolute_paths(value, folder.resolve())
 
 
 def split_key(node: Any, parts: Sequence[str]) -> list[str]:

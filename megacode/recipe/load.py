@@ -23,12 +23,14 @@ from megacode.recipe.yaml_tree import Tree, describe, dump_yaml, read_yaml
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), folder: Path | None = None
+) -> Recipe:
     """The recipe of a file, checked.
 
     Relative paths in it (sources, validation, tokenizer, pack_cache, initialize_from) come back
-    absolute, resolved against the file they were written in; those in an override against the
-    working directory.
+    absolute, resolved against the file they were written in; those in an override against
+    `folder`, by default the working directory.
 
     Args:
         overrides: `KEY=VALUE` each, the value in YAML; phases by name or number
@@ -37,7 +39,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: every mistake found, a line each.
     """
-    tree = compose(Path(path), overrides)
+    tree = compose(Path(path), overrides, folder)
     data = dict(tree)
     if isinstance(tree.get("phases"), Tree):
         data["phases"] = list(tree["phases"].values())

@@ -14,11 +14,13 @@ source "$SLURM_SUBMIT_DIR/slurm/job.sh"
 name="$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$2")"
 logs="$(dirname "$2")/logs"
 
-# `megacode sweep --list` reads this file. A code of 75 is a cell that was stopped, not one that failed.
+# `megacode sweep --list` reads this file. 75 and 143 (SIGTERM) are of a cell that was stopped.
 failed() {
     local code=$?
-    mkdir -p "$logs"
-    [ $code = 0 ] || [ $code = 75 ] || echo "exit code $code in job $SLURM_JOB_ID" >"$logs/$name.failed"
+    case $code in
+        0 | 75 | 143) ;;
+        *) mkdir -p "$logs" && echo "exit code $code in Slurm job $SLURM_JOB_ID" >"$logs/$name.failed" ;;
+    esac
 }
 trap failed EXIT
 

@@ -347,7 +347,7 @@ def _with_shared(cells: Sequence[Cell], folder: Path) -> tuple[list[Cell], list[
             longest[tuple(members)] = index, key
     shared: list[Cell] = []
     parent: dict[int, Cell] = {}
-    for of, (index, key) in sorted(longest.items(), key=lambda one: one[1]):
+    for of, (index, key) in sorted(longest.items(), key=lambda one: (one[1][0], one[0])):
         plan = cells[of[0]].plan
         phase = plan.phases[index].name
         name = f"shared-{phase}_{key}"

@@ -1,6 +1,10 @@
 """What many runs say together.
 
-1. `statistics` gives intervals over seeds and items, paired differences, slopes, adjusted p values.
-2. `budgets` turns a total and a share into tokens of every source.
-3. `mixing_law` fits losses against shares and proposes the next mixture.
+1. `sweep` makes the cells of a sweep file, `state` reads how far they are, `pool` trains them here or
+   as a Slurm array, `tables` shows them on a terminal.
+2. `results` collects what finished cells measured, `compare` sets arms against each other, `page`
+   draws it.
+3. `statistics` gives intervals over seeds and items, paired differences, slopes, adjusted p values.
+4. `budgets` turns a total and a share into tokens of every source.
+5. `mixing_law` fits losses against shares and proposes the next mixture.
 """

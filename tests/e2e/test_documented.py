@@ -152,6 +152,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     for twin in (chat, *(folder / "recipes/studies").rglob("*-tiny.yaml")):
         shorter = re.sub(r"^( +)(steps|epochs): \d+$", r"\1steps: 4", twin.read_text(), flags=re.M)
         twin.write_text(re.sub(r"samples: \d+", "samples: 4", shorter))
+    sweep = folder / "recipes/sweeps/code-share-tiny.yaml"
+    base = sweep.with_name("code-share-base-tiny.yaml")
+    base.write_text(base.read_text().replace("steps: 120", "steps: 4"))
+    text = (
+        sweep.read_text().replace("[0, 0.25, 0.5, 0.75, 1]", "[0, 1]").replace("[1, 2, 3]", "[1]")
+    )
+    sweep.write_text(text.replace("[1, 0.75, 0.5, 0.25, 0]", "[1, 0]"))
     chat.write_text(f"{chat.read_text()}model: {{context_length: 256}}\n")
     for name in ("megacode", "tools", "slurm", "bench", "docs"):
         (folder / name).symlink_to(ROOT / name)

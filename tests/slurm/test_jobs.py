@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import megacode, steps_of
+from tests.e2e.conftest import ROOT, megacode, steps_of
 from tests.slurm.conftest import FLAGS, Checkout, Cluster, sh, wait_for
 
 pytestmark = pytest.mark.slow
@@ -244,3 +247,51 @@ def task(job: int, rank: int) -> int:
         if wanted <= set(environment) and b"megacode.cli" in command:
             return int(folder.name)
     raise AssertionError(f"job {job} has no task {rank}")
+
+
+def test_a_sweep_is_an_array_of_its_unfinished_cells(checkout: Checkout) -> None:
+    """Two arms share their first phases: an array of one prefix, then one of two cells; then one cell again."""
+    path = checkout.path / "sweep.yaml"
+    path.write_text(
+        "name: array\nrecipe: tiny.yaml\ngrid:\n  rate: {phases.phase3.learning_rate.peak: [0.001, 0.003]}\n"
+    )
+    submit = f"PYTHONPATH={ROOT} {sys.executable} -m megacode.cli sweep sweep.yaml"
+
+    def submitted() -> list[int]:
+        out = subprocess.run(
+            ["bash", "-c", f"{submit} --sbatch slurm/sweep.sh"],
+            cwd=checkout.path,
+            capture_output=True,
+            text=True,
+        )
+        assert out.returncode == 0, out.stderr
+        return [int(job) for job in re.findall(r"^job (\d+): ", out.stdout, re.MULTILINE)]
+
+    def ended(jobs: list[int]) -> str:
+        wait_for(lambda: not any(sh(f"squeue -h -j {job}").strip() for job in jobs), 300, logs)
+        return logs()
+
+    def logs() -> str:
+        return "".join(
+            log.read_text() for log in sorted(checkout.path.glob("megacode-sweep-*.log"))
+        )
+
+    jobs = submitted()
+    assert len(jobs) == 2, "the prefix first"
+    log = ended(jobs)
+    runs = checkout.path / "runs/array"
+    cells = sorted(runs.glob("rate-*"))
+    assert len(cells) == 2 and [len(steps_of(cell).losses) for cell in cells] == [40, 40], log
+    straight = checkout.run("sweep-straight")
+    megacode(
+        "train", runs / f"recipes/{cells[0].name}.yaml", "--run", straight, OMP_NUM_THREADS="1"
+    )
+    assert steps_of(straight) == steps_of(cells[0])
+    assert not list(runs.glob("logs/*.failed"))
+    shutil.rmtree(cells[1])
+    (again,) = submitted()
+    ended([again])
+    assert len(steps_of(cells[1]).losses) == 40
+    told = sh(f"cd {checkout.path} && {submit} --sbatch slurm/sweep.sh && {submit} --results")
+    assert "nothing to do: every cell is finished" in told and "2 of 2 cells finished" in told
+    assert "one seed" in told and (runs / "sweep.html").is_file()

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.results:
         _results(sweep)
     elif args.sbatch:
-        from megacode.studies.pool import submit
+        from megacode.studies.array import submit
 
         print("\n".join(submit(sweep, args.sbatch)))
     elif args.cell:
@@ -79,10 +79,10 @@ def _train(sweep: OpenSweep, args: argparse.Namespace) -> int:
     if outcome.failed:
         console.print(f"{len(outcome.failed)} failed; the same command tries them again:")
         print_failures(outcome.failed, console)
-    if outcome.stopped:
+    left = bool(unfinished(sweep))
+    if outcome.stopped and left:
         console.print("stopped by a signal; the same command goes on")
         return STOPPED
-    left = len(unfinished(sweep))
     return 1 if outcome.failed else STOPPED if left else 0
 
 
@@ -93,9 +93,9 @@ def _results(sweep: OpenSweep) -> None:
     from megacode.studies.tables import print_results
 
     console, results = table_console(), collect(sweep)
-    if results:
-        print_results(sweep, compare(sweep, results), console)
-    paths = [*write_results(sweep, results), write_page(sweep, results)]
+    metrics = compare(sweep, results)
+    print_results(sweep, metrics, console)
+    paths = [*write_results(sweep, results), write_page(sweep, results, metrics)]
     console.print(
         f"{len(results)} of {len(sweep.cells)} cells finished: {', '.join(map(str, paths))}"
     )

@@ -61,11 +61,17 @@ class ArmSeries:
 
 @dataclass(frozen=True)
 class MetricResult:
-    """A metric over the sweep. `missing`: finished cells that have not measured it."""
+    """A metric over the sweep.
+
+    Attributes:
+        missing: finished cells that have not measured it.
+        early: cells that were last evaluated before their end.
+    """
 
     name: str
     series: tuple[ArmSeries, ...]
     missing: int
+    early: int
 
     @property
     def seeds(self) -> int:
@@ -113,7 +119,8 @@ def _metric(sweep: OpenSweep, name: str, results: Sequence[CellResult]) -> Metri
             others = ", ".join(f"{axis} {value}" for axis, value in arm.items())
             runs.setdefault(others, {}).setdefault(label, []).append(result)
     series = tuple(_series(key, name, arms) for key, arms in runs.items())
-    return MetricResult(name, series, sum(name not in result.metrics for result in results))
+    missing = sum(name not in result.metrics for result in results)
+    return MetricResult(name, series, missing, sum(r.step < r.cell.end for r in results))
 
 
 def _series(key: str, name: str, runs: dict[str, list[CellResult]]) -> ArmSeries:

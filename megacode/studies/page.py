@@ -18,7 +18,7 @@ from megacode.report.curves import dots
 from megacode.report.drawing import MARKERS, new_figure, number_axis, styled
 from megacode.report.page import environment
 from megacode.studies import tables
-from megacode.studies.compare import MetricResult, compare, number
+from megacode.studies.compare import MetricResult, number
 from megacode.studies.results import CellResult
 from megacode.studies.state import state_of
 from megacode.studies.sweep import OpenSweep
@@ -28,10 +28,11 @@ from megacode.version import __version__
 PAGE = "sweep.html"
 
 
-def write_page(sweep: OpenSweep, results: Sequence[CellResult]) -> Path:
+def write_page(
+    sweep: OpenSweep, results: Sequence[CellResult], metrics: Sequence[MetricResult]
+) -> Path:
     """`RUNS/sweep.html`, over the cells that are finished."""
     template = environment(Path(__file__).parent).get_template("sweep.html.j2")
-    metrics = compare(sweep, results)
     text = template.render(
         title=sweep.sweep.name,
         sweep=sweep,

@@ -78,7 +78,7 @@ def _costs(row: dict[str, Any]) -> tuple[str, ...]:
         count(row["tokens"]),
         "vocabulary not known" if flops is None else f"{flops:.3g}",
         "" if days is None else duration(days),
-        "" if price is None else f"{price:,.2f}",
+        "" if price is None else f"{price:,.2f}" if price >= 1 else f"{price:.2g}",
     )
 
 
@@ -139,6 +139,8 @@ def notes(sweep: OpenSweep, metric: MetricResult) -> list[str]:
         )
     if metric.missing:
         lines.append(f"{metric.missing} finished cells have not measured {metric.name}")
+    if metric.early:
+        lines.append(f"{metric.early} cells were last evaluated before their end")
     return lines
 
 

@@ -82,6 +82,11 @@ def finish(cell: Cell, tasks: bool = True, items: bool = True) -> None:
         )
 
 
+def page_of(sweep: OpenSweep) -> Path:
+    results = collect(sweep)
+    return write_page(sweep, results, compare(sweep, results))
+
+
 def by_name(sweep: OpenSweep, results: list[CellResult]):
     return {metric.name: metric for metric in compare(sweep, results)}
 
@@ -172,7 +177,7 @@ def test_few_seeds_are_told_in_words(
     for cell in sweep.cells:
         finish(cell, items=False)
     results = collect(sweep)
-    page = write_page(sweep, results).read_text()
+    page = write_page(sweep, results, compare(sweep, results)).read_text()
     print_results(sweep, compare(sweep, results), table_console())
     out = capsys.readouterr().out
     for text in (page, out):
@@ -186,7 +191,7 @@ def test_the_page_shows_every_metric_with_its_intervals(opened) -> None:
     for cell in sweep.cells[:-1]:
         finish(cell)
     write_text(sweep.cells[-1].failure, "exit code 1: no <memory>\n")
-    page = write_page(sweep, collect(sweep)).read_text()
+    page = page_of(sweep).read_text()
     assert (
         page.count("<svg") == 3 == page.count("Slope against rate") and "&lt;of rates&gt;" in page
     )
@@ -198,7 +203,7 @@ def test_the_page_shows_every_metric_with_its_intervals(opened) -> None:
 
 def test_a_page_without_results_says_so(opened) -> None:
     sweep = opened()
-    page = write_page(sweep, collect(sweep)).read_text()
+    page = page_of(sweep).read_text()
     assert "No finished cell has measured a metric yet" in page
 
 
@@ -224,6 +229,17 @@ def test_cells_that_lack_a_metric_are_counted(opened) -> None:
     assert len(arm.values) == 3 and arm.difference and arm.difference.seeds == 2, (
         "by the seeds that both have"
     )
+
+
+def test_an_evaluation_before_the_end_is_told(opened) -> None:
+    sweep = opened()
+    for cell in sweep.cells:
+        finish(cell, tasks=False)
+    metrics = sweep.cells[0].folder / "metrics.jsonl"
+    metrics.write_text("".join(line + "\n" for line in metrics.read_text().splitlines()[:2]))
+    (metric,) = compare(sweep, collect(sweep))
+    assert metric.series[0].arms[0].values[1, 1] == 9.0
+    assert "1 cells were last evaluated before their end" in notes(sweep, metric)
 
 
 def test_scores_of_other_items_are_refused(opened) -> None:

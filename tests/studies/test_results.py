@@ -75,7 +75,8 @@ def finish(cell: Cell, tasks: bool = True, items: bool = True) -> None:
             {"item": n, "group": "", "cluster": f"t{n % 8}", "score": score}
             for n, score in enumerate(scores_of(cell))
         ]
-        lines.reverse()  # the file's order is not trusted
+        if cell.recipe.resolved_data_seed == 2:
+            lines.reverse()  # the file's order is not trusted
         write_text(
             cell.folder / f"evaluations/step_{step:08d}/a.jsonl",
             "".join(json.dumps(line) + "\n" for line in lines),

@@ -1,7 +1,8 @@
 """Finished cells -> a table: what each measured at its end, by metric.
 
 A metric is `loss.NAME` or `bits_per_byte.NAME` of a domain (or of a source, where no domain has
-that name), `tasks.NAME` (the accuracy), or `tasks.NAME/GROUP`.
+that name), `tasks.NAME` (the accuracy), or `tasks.NAME/WHAT`: a group's accuracy, or another number
+of the task's record, such as `answer_loss`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from megacode.errors import UserError
 from megacode.files import write_text
 from megacode.recipe.compose import did_you_mean
-from megacode.run.checkpoints import checkpoint_name
+from megacode.run.evaluations import items_folder, read_curve
 from megacode.run.metrics import read_metrics
 from megacode.studies.state import state_of
 from megacode.studies.sweep import Cell, OpenSweep
@@ -127,24 +128,26 @@ def _row(result: CellResult) -> dict[str, Any]:
 
 
 def _result(cell: Cell) -> CellResult:
+    """The last of every number: of validations and tasks in the run, and of its checkpoints that
+    were evaluated later."""
     metrics: dict[str, float | None] = {}
     items: dict[str, Path] = {}
     step = 0
-    for record in read_metrics(cell.folder):
-        if record["kind"] == "validation":
-            step = record["step"]
-            for name in ("loss", "bits_per_byte"):
-                for group in ("source", "domain"):  # a domain replaces a source of its name
-                    found = record.get(f"{name}_by_{group}", {})
-                    metrics |= {f"{name}.{key}": value for key, value in found.items()}
-        elif record["kind"] == "tasks":
-            step = record["step"]
-            folder = cell.folder / "evaluations" / checkpoint_name(step)
-            for task, scores in record["tasks"].items():
-                groups = scores.get("groups", {}).items()
-                metrics[f"tasks.{task}"] = scores["accuracy"]
-                metrics |= {f"tasks.{task}/{group}": value for group, value in groups}
-                if (path := folder / f"{task}.jsonl").is_file():
-                    items[task] = path
+    records = [r for r in read_metrics(cell.folder) if r["kind"] in ("validation", "tasks")]
+    for record in sorted((*records, *read_curve(cell.folder)), key=lambda one: one["step"]):
+        step = record["step"]
+        for name in ("loss", "bits_per_byte"):
+            for group in ("source", "domain"):  # a domain replaces a source of its name
+                found = record.get(f"{name}_by_{group}", {})
+                metrics |= {f"{name}.{key}": value for key, value in found.items()}
+        for task, scores in record.get("tasks", {}).items():
+            numbers = {k: v for k, v in scores.items() if isinstance(v, int | float)}
+            if numbers:  # of the harness' the first is what the task is scored by
+                first = numbers.get("accuracy", next(iter(numbers.values())))
+                metrics[f"tasks.{task}"] = first
+            numbers |= scores.get("groups", {})
+            metrics |= {f"tasks.{task}/{key}": value for key, value in numbers.items()}
+            if (path := items_folder(cell.folder, step) / f"{task}.jsonl").is_file():
+                items[task] = path
     known = {name: value for name, value in metrics.items() if value is not None}
     return CellResult(cell, known, items, step)

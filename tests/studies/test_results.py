@@ -12,6 +12,7 @@ import pytest
 from megacode.errors import UserError
 from megacode.files import write_text
 from megacode.run.checkpoints import INFO
+from megacode.run.evaluations import add_to_curve
 from megacode.studies.compare import compare
 from megacode.studies.page import plot, write_page
 from megacode.studies.results import CellResult, collect, write_results
@@ -102,6 +103,8 @@ def test_results_are_the_last_of_each_finished_run(opened) -> None:
     assert first.step == first.cell.end and first.seed == (1, 1)
     assert first.metrics == {
         "loss.python": loss_of(first.cell), "loss.code": loss_of(first.cell), "bits_per_byte.code": loss_of(first.cell) / 3,
+        "tasks.a/accuracy": np.mean(scores_of(first.cell)), "tasks.b/accuracy": np.mean(scores_of(first.cell)),
+        "tasks.a/items": 40, "tasks.b/items": 40,
         "tasks.a": np.mean(scores_of(first.cell)), "tasks.b": np.mean(scores_of(first.cell)), "tasks.a/deep": 0.5, "tasks.b/deep": 0.5,
     }  # fmt: skip
     paths = write_results(sweep, results)
@@ -241,6 +244,32 @@ def test_an_evaluation_before_the_end_is_told(opened) -> None:
     (metric,) = compare(sweep, collect(sweep))
     assert metric.series[0].arms[0].values[1, 1] == 9.0
     assert "1 cells were last evaluated before their end" in notes(sweep, metric)
+
+
+def test_checkpoints_that_were_evaluated_later_count_by_their_step(opened) -> None:
+    sweep = opened()
+    cell = sweep.cells[0]
+    finish(cell)
+    late = {
+        "step": cell.end,
+        "tasks": {
+            "late": {"accuracy": 0.75},
+            "harness.x": {"acc,none": 0.5, "acc_stderr,none": 0.1},
+        },
+    }
+    early = {"step": 50, "tasks": {"a": {"accuracy": 0.0}}}
+    for record in (early, late):
+        add_to_curve(cell.folder, record)
+    (result,) = collect(sweep)
+    assert result.metrics["tasks.late"] == 0.75 and result.metrics["tasks.harness.x"] == 0.5
+    assert result.metrics["tasks.a"] == np.mean(scores_of(cell)), "the last by step"
+    assert [metric.name for metric in compare(sweep, [result])] == [
+        "loss.code",
+        "tasks.a",
+        "tasks.b",
+        "tasks.late",
+        "tasks.harness.x",
+    ]
 
 
 def test_scores_of_other_items_are_refused(opened) -> None:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from megacode.cli.arguments import add_overrides, at_least, fraction
 from megacode.errors import UserError
+from megacode.files import write_text
 from megacode.plan.devices import DEVICES
+from megacode.plan.trajectory import fixed, recorded
 from megacode.recipe.checks import check_layout
-from megacode.recipe.load import load_recipe
+from megacode.recipe.load import dump_recipe, load_recipe
 from megacode.recipe.schema import Recipe
 from megacode.terminal import print_table, table_console
 
@@ -23,12 +25,13 @@ EXAMPLE = """examples:
   megacode plan recipes/crystal-7b.yaml --gpus 64 --device h100 --mfu 0.45 --price 2.5
   megacode plan recipes/crystal-7b.yaml --gpus 64 --suggest
   megacode plan recipes/crystal-7b.yaml --plot plan.png --checkpoints
-  megacode plan recipes/crystal-tiny.yaml my-recipe.yaml --compare"""
+  megacode plan recipes/crystal-tiny.yaml my-recipe.yaml --compare
+  megacode plan runs/crystal-tiny                     # a run's folder: as it was started"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("recipe", type=Path, help="recipe file, or a sweep's")
+    add("recipe", type=Path, help="recipe file, a run's folder, or a sweep's file")
     add("other", type=Path, nargs="?", help="second recipe, for --compare")
     add_overrides(parser)
     add("--gpus", type=at_least(1), metavar="N", help="devices, for memory and time")
@@ -42,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="joined by NVLink")
     compare = "print what both recipes read of each source, and where totals or orders differ"
     add("--compare", action="store_true", help=f"{compare}; --set changes both")
+    fix = "also write the recipe with the shares that the run has recorded (mixture.online)"
+    add("--fixed-mixture", type=Path, metavar="FILE", help=fix)
     add("--json", action="store_true", help="print the plan as JSON instead")
 
 
@@ -58,7 +63,10 @@ def run(args: argparse.Namespace) -> int:
         return _compare(args)
     if is_sweep(args.recipe):
         return _sweep(args)
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = _load(args.recipe, args.overrides)
+    if args.fixed_mixture:
+        recipe = fixed(recipe)
+        write_text(args.fixed_mixture, dump_recipe(recipe))
     vocab_size = vocabulary(recipe)
     machine = Machine(args.gpus, args.device, args.mfu, args.price)
     if args.suggest:
@@ -84,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(note)
     if args.plot:
         console.print(f"drawn: {args.plot}")
+    if args.fixed_mixture:
+        console.print(f"written: {args.fixed_mixture}")
     return 0
 
 
@@ -108,17 +118,24 @@ def _sweep(args: argparse.Namespace) -> int:
     return 0
 
 
+def _load(path: Path, overrides: list[str]) -> Recipe:
+    """A recipe, or that of a run with the shares that it has recorded."""
+    if path.is_dir():
+        return recorded(load_recipe(path / "recipe.yaml", overrides), path)
+    return load_recipe(path, overrides)
+
+
 def _compare(args: argparse.Namespace) -> int:
     from megacode.data.planning import plan_with_data
     from megacode.report.plan_comparison import Comparison
 
     if not (args.compare and args.other):
         raise UserError("--compare: compares two recipes; give RECIPE, OTHER and --compare")
-    beside = ("gpus", "plot", "price", "checkpoints", "suggest")
-    if given := [f"--{name}" for name in beside if getattr(args, name)]:
+    beside = ("gpus", "plot", "price", "checkpoints", "suggest", "fixed_mixture")
+    if given := [f"--{name.replace('_', '-')}" for name in beside if getattr(args, name)]:
         raise UserError(f"--compare: takes no {given[0]}; leave it out, or plan one recipe")
     files = (args.recipe, args.other)
-    plans = [plan_with_data(load_recipe(file, args.overrides), file) for file in files]
+    plans = [plan_with_data(_load(file, args.overrides), file) for file in files]
     comparison = Comparison(*plans)
     if args.json:
         print(json.dumps(comparison.as_dict(), indent=1))

@@ -112,15 +112,20 @@ class StepReader:
 
 
 def batches(
-    reader: StepReader, first_step: int = 0, prefetch: int | None = None
+    reader: StepReader,
+    first_step: int = 0,
+    prefetch: int | None = None,
+    end_step: int | None = None,
 ) -> Prefetch[StepBatch]:
-    """A rank's batches from `first_step` to the run's end. Close it (or use `with`) to end early.
+    """A rank's batches from `first_step` to `end_step` (default: the run's end). Close it (or use
+    `with`) to end early.
 
     `prefetch`: steps prepared ahead on a thread; default: the recipe's `data.prefetch`.
     """
     plan = reader.mixture.plan
     depth = plan.recipe.data.prefetch if prefetch is None else prefetch
-    return Prefetch(map(reader.read, range(first_step, plan.total_steps)), depth)
+    steps = range(first_step, plan.total_steps if end_step is None else end_step)
+    return Prefetch(map(reader.read, steps), depth)
 
 
 def validation_batches(

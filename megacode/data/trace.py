@@ -18,6 +18,7 @@ from megacode.data.records import read_records
 from megacode.data.source import DocumentPart
 from megacode.errors import UserError
 from megacode.plan.plan import PhasePlan
+from megacode.plan.trajectory import recorded
 from megacode.recipe.load import load_recipe
 from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -87,6 +88,8 @@ def open_trace(run_or_recipe: Path, step: int, overrides: tuple[str, ...] = ()) 
             f"{run_or_recipe}: is no run (it has no recipe.yaml); give a run's folder or a recipe"
         )
     recipe = load_recipe(path, overrides)
+    if run_or_recipe.is_dir():
+        recipe = recorded(recipe, run_or_recipe)
     plan = plan_with_data(recipe, path)
     if not 1 <= step <= plan.total_steps:
         raise UserError(f"--step {step}: the run has steps 1 to {plan.total_steps:,}")

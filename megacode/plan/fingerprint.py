@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megacode.plan.plan import PhasePlan, Plan
-from megacode.plan.quota import CHUNK
+from megacode.plan.quota import CHUNK, BlockQuota
 from megacode.plan.streams import PACKING_ALGORITHM
 
 
@@ -37,7 +37,8 @@ def fingerprint(plan: Plan, step: int) -> dict[str, Any]:
 
 
 def _phase(phase: PhasePlan, stop: int) -> dict[str, Any]:
-    steps, batch = stop - phase.first_step, phase.quota.batch
+    steps, batch, quota = stop - phase.first_step, phase.quota.batch, phase.quota
+    moves = isinstance(quota, BlockQuota) or quota.weights.settled > 1
     stairs = zip(batch.starts.tolist(), batch.sizes.tolist(), strict=True)
     counts = phase.counts_before(stop).tolist()
     shares = phase.weights(phase.first_step).tolist()
@@ -73,7 +74,8 @@ def _phase(phase: PhasePlan, stop: int) -> dict[str, Any]:
         "reset_at_eod": phase.reset_at_eod,
         "batch_size": [[start, size] for start, size in stairs if start < steps],
         "streams": streams,
-        "counts of every step": _digest(phase, stop) if phase.quota.weights.settled > 1 else None,
+        "counts of every step": _digest(phase, stop) if moves else None,
+        **({"steps of a block": quota.every} if isinstance(quota, BlockQuota) else {}),
     }
 
 

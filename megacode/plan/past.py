@@ -48,6 +48,10 @@ _FREE = {
         optimizer.megatron.config_logger_dir
     """,
     "limits that only refuse": "phases.*.mixture.*.max_epochs",
+    "how shares of blocks to come are decided": """
+        phases.*.mixture.online.algorithm phases.*.mixture.online.warmup
+        phases.*.mixture.online.decay
+    """,
     "what the vocabulary and the longest sequence are compared by": """
         model.vocab_size model.context_length
     """,

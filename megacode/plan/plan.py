@@ -8,14 +8,15 @@ how many tokens each source has. `step` is always the run's step, 0 for its firs
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from megacode.errors import UserError
+from megacode.plan.bounds import sample_bounds
 from megacode.plan.quota import ONE, Quota, phase_quota
 from megacode.plan.streams import (
     SourceSizes,
@@ -28,6 +29,7 @@ from megacode.plan.streams import (
 )
 from megacode.recipe.compose import did_you_mean
 from megacode.recipe.mixtures import mixture_entries, mixture_weights
+from megacode.recipe.online import decides
 from megacode.recipe.schedules import BatchSizes, Floats, Ints, learning_rate
 from megacode.recipe.schema import LearningRate, Phase, Recipe
 
@@ -119,6 +121,8 @@ class Plan:
     phases: tuple[PhasePlan, ...]
     token_counts: Mapping[str, int] = field(default_factory=dict, compare=False)
     """Tokens of every source that a phase reads."""
+    again: Callable[[Recipe], Plan] = field(kw_only=True, compare=False, repr=False)
+    """The plan of a changed recipe over the same data."""
 
     @property
     def total_steps(self) -> int:
@@ -225,7 +229,9 @@ def make_plan(
         mixture_first, mixture_steps = phase.placed("mixture", steps or 0)
         worth = partial(sizes.trained_per_sequence, length=phase.sequence_length)
         weights = mixture_weights(phase, entries, token_counts, mixture_steps, worth)
-        quota = phase_quota(weights, batch, mixture_first, batch_first)
+        online = phase.mixture.online
+        every = online.every if online else None
+        quota = phase_quota(weights, batch, mixture_first, batch_first, every)
         if steps is None:
             try:
                 steps = epoch_steps(recipe, phase, entries, sizes, quota)
@@ -246,6 +252,7 @@ def make_plan(
                 asked = quota.before(steps)
                 quota = phase_quota(clipped, batch, 0, batch_first)
         streams = []
+        bounds = sample_bounds(phase, weights, quota, steps) if decides(phase) else None
         for column, samples in enumerate(quota.before(steps).tolist()):
             entry = entries[column]
             key = (entry.source, *entry.given.subset_range)
@@ -256,6 +263,8 @@ def make_plan(
             except UserError as error:
                 problems.append(f"{where}{error}")
                 continue
+            if bounds:
+                stream = replace(stream, bounds=bounds[column])
             if problem := check_epochs(entry, stream, quota, column, steps):
                 problems.append(where + problem)
             read[key] = stream
@@ -278,7 +287,14 @@ def make_plan(
         )
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
-    return Plan(recipe, tuple(phases), dict(token_counts))
+    again = partial(
+        make_plan,
+        token_counts=token_counts,
+        path=path,
+        pack_counts=pack_counts,
+        trained_counts=trained_counts,
+    )
+    return Plan(recipe, tuple(phases), dict(token_counts), again=again)
 
 
 def phase_steps(phase: Phase, batch: BatchSizes) -> int | None:

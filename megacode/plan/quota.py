@@ -29,7 +29,7 @@ or at later phases.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -310,12 +310,77 @@ class Quota:
         return np.where(due < 0, formula, due)
 
 
-def phase_quota(weights: Weights, batch: BatchSizes, mixture_first: int, batch_first: int) -> Quota:
+@dataclass(frozen=True, eq=False)
+class BlockQuota(Quota):
+    """Counts begin anew in each block of `every` steps, whose weights are constant.
+
+    So the counts of a block depend on nothing after it, and the laws hold within each block. The
+    weights are known up to `schedule.settled`; what follows is one last block of their last values.
+    """
+
+    every: int = 1
+
+    @cached_property
+    def _known(self) -> Ints:
+        """int64 [known steps + 1, streams]: N after so many steps."""
+        weights, known = self.schedule, self.schedule.settled
+        edges = np.unique(np.arange(-weights.first, known + 1, self.every).clip(0))
+        sizes = self.stairs.at(np.arange(known)).tolist()
+        rows = weights.at(edges[:-1]).tolist()
+        parts = [np.zeros((1, self.streams), dtype=np.int64)]
+        for row, first, end in zip(rows, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            counts = _block_counts(tuple(row), tuple(sizes[first:end]))
+            parts.append(counts[1:] + parts[-1][-1])
+        return np.concatenate(parts)
+
+    @cached_property
+    def _after(self) -> Quota:
+        """Of the steps after the known ones."""
+        known = len(self._known) - 1
+        return Quota(_constant(self.schedule.at(np.array([known]))[0]), self.stairs.after(known))
+
+    def _taken(self, step: int) -> Ints:
+        beyond = step - len(self._known) + 1
+        return self._known[-1] + self._after.before(beyond) if beyond > 0 else self._known[step]
+
+    def range(self, start: int, stop: int) -> Ints:
+        begin, end, known = start + self.first, stop + self.first, len(self._known) - 1
+        rows = self._known[begin : end + 1]
+        if end > known:
+            more = self._known[-1] + self._after.range(max(begin - known, 0), end - known)
+            rows = np.concatenate([rows[:-1], more]) if begin <= known else more
+        return rows - self._taken(self.first)
+
+
+def _constant(weights: Floats) -> Weights:
+    ratios = tuple(weights.tolist())
+    return Weights(ratios, tuple((number, 1.0) for number in range(len(ratios))), 1)
+
+
+@lru_cache(maxsize=1 << 14)
+def _block_counts(weights: tuple[float, ...], sizes: tuple[int, ...]) -> Ints:
+    """int64 [steps + 1, streams]: N after 0 ... all steps of a block of these batch sizes."""
+    each = np.array(sizes, dtype=np.int64)
+    totals = np.concatenate([np.zeros(1, np.int64), each.cumsum()[:-1]])
+    stairs = BatchSizes(np.arange(len(each)), each, totals)
+    return Quota(_constant(np.array(weights)), stairs).range(0, len(each))
+
+
+def phase_quota(
+    weights: Weights,
+    batch: BatchSizes,
+    mixture_first: int,
+    batch_first: int,
+    every: int | None = None,
+) -> Quota:
     """The quota of a phase whose mixture and batch size began that many steps before it; its counts
-    began with the later of the two."""
+    began with the later of the two. `every`: steps of a block where counts begin anew in each."""
     counted = min(mixture_first, batch_first)
     schedule = replace(weights, first=mixture_first - counted)
-    return Quota(schedule, batch.after(batch_first - counted), counted)
+    stairs = batch.after(batch_first - counted)
+    if every:
+        return BlockQuota(schedule, stairs, counted, every=every)
+    return Quota(schedule, stairs, counted)
 
 
 def _steps(chunk: int) -> Ints:

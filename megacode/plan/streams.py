@@ -39,6 +39,8 @@ class StreamPlan:
         samples: that the phase takes.
         sequence_length: the phase's.
         tokens_before: read from this stream in earlier phases.
+        most_before: the most that these can be, where shares are decided while training.
+        bounds: the fewest and the most samples, where the phase's shares are decided so.
         estimated: `windows` is worked out from the declared `tokens`, as if packs were full, or
             `documents`: the data is not there.
     """
@@ -55,6 +57,8 @@ class StreamPlan:
     samples: int
     sequence_length: int
     tokens_before: int = 0
+    most_before: int = 0
+    bounds: tuple[int, int] | None = None
     fim_level: FimLevel = "context"
     packing: Packing = "concatenate"
     estimated: bool = False
@@ -82,6 +86,12 @@ class StreamPlan:
     def tokens_after(self) -> int:
         """Tokens that the run has taken by the end of this phase."""
         return self.tokens_before + self.tokens
+
+    @property
+    def most_after(self) -> int:
+        """The most tokens that the run can have taken by the end of this phase."""
+        most = self.bounds[1] if self.bounds else self.samples
+        return self.most_before + most * self.sequence_length
 
     @property
     def epochs(self) -> float:
@@ -211,6 +221,7 @@ def plan_stream(
         samples=samples,
         sequence_length=length,
         tokens_before=earlier.tokens_after if earlier else 0,
+        most_before=earlier.most_after if earlier else 0,
         fim_level=entry.fim_level,
         packing=packing,
         estimated=packing != "concatenate" and counted is None,
@@ -309,8 +320,15 @@ def check_epochs(
 ) -> str | None:
     """A problem if a stream is read more often than its `max_epochs`; says how many steps fit."""
     cap = entry.given.max_epochs
-    if cap is None or stream.tokens_after <= cap * stream.epoch_tokens:
+    if cap is None or stream.most_after <= cap * stream.epoch_tokens:
         return None
+    if stream.most_after > stream.tokens_after:
+        return (
+            f"{entry.key}.max_epochs: source {stream.label} can be read up to "
+            f"{stream.most_after / stream.epoch_tokens:.4g} times by the end of this phase, more "
+            f"than {cap:g}, because shares are decided while training; take steps away, raise "
+            "max_epochs, or fix the shares (`online`)"
+        )
     most = int(Fraction(str(cap)) * stream.epoch_tokens - stream.tokens_before)
     fits, too_many = 0, steps
     while too_many - fits > 1:

@@ -108,6 +108,7 @@ def _stream_as_dict(stream: StreamPlan, share: list[float]) -> dict[str, Any]:
         "share": share,
         **_attributes(stream, "fim_rate fim_level packing estimated samples tokens epochs"),
         **_attributes(stream, "epochs_after cursor window first_window windows loss_weight"),
+        **({"sample_bounds": list(stream.bounds)} if stream.bounds else {}),
     }
 
 

@@ -390,8 +390,52 @@ def _phase(recipe: Recipe, phase: Phase) -> Iterator[str]:
         yield (
             f"{key}.learning_rate.final: {rate.final:g} is above the peak {rate.peak:g}; lower it"
         )
-    names = list(_names(recipe, phase))
-    yield from names or chain(_weights(recipe, phase), _conversations(recipe, phase))
+    if problems := list(_names(recipe, phase)) or list(_online(phase)):
+        yield from problems
+    else:
+        yield from chain(_weights(recipe, phase), _conversations(recipe, phase))
+
+
+def _online(phase: Phase) -> Iterator[str]:
+    """What shares that are decided while training need of a phase."""
+    mixture, key = phase.mixture, f"phases.{phase.name}.mixture.online"
+    if (online := mixture.online) is None:
+        return
+    weights = mixture.group_weights
+    inner = [one.weight for part in (mixture.domains or {}).values()
+             for one in (part.sources or {}).values()]  # fmt: skip
+    if any(isinstance(weight, Schedule) for weight in (*weights.values(), *inner)):
+        yield f"{key}: the shares move by themselves; give weights as numbers, not schedules"
+        return
+    if phase.budget or None in weights.values():
+        yield f"{key}: a `budget` settles the shares before; give weights, or take `online` out"
+        return
+    if mixture.over_epochs == "clip":
+        yield f"{key}: cannot be clipped to epochs; set mixture.over_epochs to error"
+    if len(weights) < 2:
+        yield f"{key}: needs two domains or sources at least; add one, or take `online` out"
+    elif min(weights.values()) < max(0.001 * sum(weights.values()), 1e-300):
+        yield f"{key}: every domain or source needs a share of 0.001 at least; raise the weights"
+    if mixture.weight_by == "tokens":
+        yield f"{key}: decides shares of sequences; set `weight_by: sequences`"
+    if phase.epochs is not None:
+        yield f"{key}: `epochs` needs shares that are known before; give the phase `steps`"
+    shares = online.shares
+    if shares is None:
+        if online.algorithm == "fixed":
+            yield (
+                f"{key}.shares: `algorithm: fixed` needs them; `megacode plan RUN --fixed-mixture "
+                "FILE` writes those of a run"
+            )
+    elif (
+        list(shares) != list(weights)
+        or len(set(map(len, shares.values()))) != 1
+        or [] in list(shares.values())
+    ):
+        yield (
+            f"{key}.shares: expected one list for each of {', '.join(weights)} in this order, all "
+            "of one length; correct them, or take the key out"
+        )
 
 
 def _conversations(recipe: Recipe, phase: Phase) -> Iterator[str]:

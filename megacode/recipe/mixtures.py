@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from megacode.recipe.online import known_shares
 from megacode.recipe.schedules import Weights
 from megacode.recipe.schema import FimLevel, MixtureSource, Phase, Recipe, Schedule
 
@@ -92,16 +93,15 @@ def mixture_weights(
     per_stream = None
     if phase.mixture.weight_by == "tokens":
         per_stream = tuple(worth(entry.source) for entry in entries)
-    if phase.mixture.domains:
-        ratios = tuple(part.ratio or 0.0 for part in phase.mixture.domains.values())
-        inner = tuple((entry.group, _inner_weight(entry, tokens)) for entry in entries)
-        return Weights(ratios, inner, steps, worth=per_stream)
-    return Weights(
-        tuple(entry.given.weight or 0.0 for entry in entries),
-        tuple((entry.group, 1.0) for entry in entries),
-        steps,
-        worth=per_stream,
-    )
+    ratios = tuple(weight or 0.0 for weight in phase.mixture.group_weights.values())
+    if online := phase.mixture.online:
+        ratios = tuple(
+            Schedule(shape="stepwise", values=list(shares), over=len(shares) * online.every)
+            for shares in known_shares(phase.mixture).values()
+        )
+    in_domains = bool(phase.mixture.domains)
+    inner = tuple((e.group, _inner_weight(e, tokens) if in_domains else 1.0) for e in entries)
+    return Weights(ratios, inner, steps, worth=per_stream)
 
 
 def _inner_weight(entry: Entry, tokens: Mapping[str, int]) -> float | Schedule:

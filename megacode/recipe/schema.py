@@ -191,6 +191,30 @@ class MixtureDomain(Section):
     fim_level: FimLevel | None = None
 
 
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Online(Section):
+    """Shares of a phase's domains (or sources, where it has no domains) in blocks of steps, decided
+    while training. The mixture's own weights are the shares of the first block."""
+
+    short_for: ClassVar[str | None] = "algorithm"
+
+    algorithm: Literal["odm", "fixed"] = "odm"
+    """Online Data Mixing (arXiv 2312.02406), which raises shares of high loss; or the blocks of
+    `shares`, the last of which holds to the phase's end."""
+    every: Count = 10
+    """Steps of a block."""
+    warmup: CountOrZero = 0
+    """Steps of the phase that keep its own weights, and whose losses do not count."""
+    decay: float = Field(default=0.9, gt=0, le=1)
+    """Part of a reward estimate that stays at each block: 0.9 is the paper's moving average, 1
+    EXP3's sum."""
+    shares: dict[str, list[Share]] | None = None
+    """By domain (or source), of each block that is known. A run records them; `megacode plan RUN
+    --fixed-mixture` writes them."""
+
+
 class Mixture(Section):
     """Either `sources` with weights, or `domains` with ratios and weights inside."""
 
@@ -202,6 +226,15 @@ class Mixture(Section):
     depend on its length, so that it cannot be made longer in a run that has begun."""
     sources: dict[str, Mixed] | None = None
     domains: dict[str, MixtureDomain] | None = None
+    online: Online | None = None
+    """Shares that are decided while training, from the losses."""
+
+    @property
+    def group_weights(self) -> dict[str, Any]:
+        """Ratios of the domains, or weights of the sources."""
+        if self.domains:
+            return {name: part.ratio for name, part in self.domains.items()}
+        return {name: entry.weight for name, entry in (self.sources or {}).items()}
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Mixture:

@@ -142,7 +142,9 @@ def _stream_table(phase: PhasePlan) -> Table:
         "FIM",
     )
     kinds = [_kind(stream) for stream in phase.streams]
-    table = table_of(f"{phase.name}: what it reads", *columns, *["read as"] * any(kinds), left=2)
+    bounded = any(stream.bounds for stream in phase.streams)
+    more = [*["samples: least, most", "so far, at most"] * bounded, *["read as"] * any(kinds)]
+    table = table_of(f"{phase.name}: what it reads", *columns, *more, left=2)
     shares = phase.weights_at(np.array([phase.first_step, phase.last_step]))
     ends = [0, phase.steps - 1] if phase.quota.weights.settled else [0]
     given = phase.quota.weights.at(np.array(ends))
@@ -160,6 +162,7 @@ def _stream_table(phase: PhasePlan) -> Table:
             f"{stream.epochs:.3g}",
             Text(f"{stream.epochs_after:.3g}", style="yellow" if stream.epochs_after > 4 else ""),
             f"{stream.fim_rate:g}{by_document}" if stream.fim_rate else "",
+            *_bounds(stream) * bounded,
             *[kinds[number]] * any(kinds),
         )
     table.add_section()
@@ -176,8 +179,16 @@ def _stream_table(phase: PhasePlan) -> Table:
         for stream, asked in zip(phase.streams, phase.asked or (), strict=False)
         if asked > stream.samples
     ]
+    if bounded:
+        captions += ["shares are decided while training: the table holds the last known ones"]
     table.caption = "\n".join(captions) or None
     return table
+
+
+def _bounds(stream: StreamPlan) -> list[str]:
+    """What is certain of a stream whose share is decided while training."""
+    fewest, most = stream.bounds or (stream.samples, stream.samples)
+    return [f"{fewest:,}, {most:,}", f"{stream.most_after / stream.epoch_tokens:.3g}"]
 
 
 def _kind(stream: StreamPlan) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from megacode.errors import UserError
 from megacode.plan.summary import plan_summary
+from megacode.plan.trajectory import recorded
 from megacode.recipe.load import load_recipe
 from megacode.recipe.schema import Recipe
 from megacode.run.evaluations import read_curve
@@ -185,6 +186,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _read_plan(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """The plan that the run's start wrote; made anew if it cannot be read, {} without corpora."""
     plan = _read_json(folder / "plan.json")
+    if (known := recorded(recipe, folder)) != recipe:  # shares that this start has decided
+        recipe, plan = known, {}
     if plan.get("phases") and all("curves" in phase for phase in plan["phases"]):
         return plan
     from megacode.data.planning import plan_with_data

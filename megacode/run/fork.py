@@ -16,8 +16,11 @@ from megacode.data.planning import plan_with_data
 from megacode.errors import UserError
 from megacode.files import write_json, write_text
 from megacode.plan.plan import Plan
+from megacode.plan.trajectory import FILE as MIXTURE
+from megacode.plan.trajectory import continued, entry_line, read_entries
 from megacode.recipe.load import dump_recipe, load_recipe
 from megacode.recipe.mixtures import mixture_entries
+from megacode.recipe.online import decides
 from megacode.recipe.schema import (
     LearningRate,
     Mixture,
@@ -28,7 +31,7 @@ from megacode.recipe.schema import (
     Within,
 )
 from megacode.run.checkpoints import LATEST, complete_checkpoints, read_info
-from megacode.run.history import past_changes, shown
+from megacode.run.history import past_changes, recipe_of, shown
 from megacode.run.metrics import FILE as METRICS
 from megacode.run.metrics import MetricsWriter, read_metrics
 
@@ -67,11 +70,13 @@ def fork(
         raise UserError(f"{new}: exists already; choose another folder with --to")
     checkpoint, own, overrides = there[step], old / "recipe.yaml", overrides or []
     source = recipe_file or own
-    before = plan_with_data(load_recipe(own), own)
+    shares = recipe_of(checkpoint)
+    before = continued(plan_with_data(load_recipe(own), own), shares)
     if cool_down:
         recipe, overrides = cooled(before, step, cool_down), [f"--cool-down {cool_down}"]
     else:
-        recipe = split(before, plan_with_data(load_recipe(source, overrides), source), step)
+        after = plan_with_data(load_recipe(source, overrides), source)
+        recipe = split(before, continued(after, shares), step)
     if _NAME.fullmatch(new.name) and recipe.name == before.recipe.name:
         recipe = recipe.model_copy(update={"name": new.name})
     plan = plan_with_data(recipe, source)
@@ -208,6 +213,9 @@ def _pieces(before: Plan, index: int, done: int, rest: Phase) -> tuple[Phase, Ph
         "within": Within(**kept) if kept else None,
         "mixture": _continued(rest.mixture, read),
     }
+    if (online := decides(rest)) and "mixture" not in kept:  # the algorithm starts anew
+        fresh = online.model_copy(update={"shares": None})
+        changes["mixture"] = changes["mixture"].model_copy(update={"online": fresh})
     # What happened at the old phase's first step does not happen again.
     if rest.optimizer_state == old.optimizer_state:
         changes["optimizer_state"] = "keep"
@@ -261,6 +269,9 @@ def _write(old: Path, checkpoint: Path, new: Path, plan: Plan, facts: Mapping[st
                     if record["step"] <= facts["step"] and not ends:
                         metrics.write(record)
                 metrics.event(facts["step"], "fork", run=str(old), changes=facts["changes"])
+        entries = [entry for entry in read_entries(old) if entry["step"] <= facts["step"] + 1]
+        if entries:
+            write_text(partial / MIXTURE, "".join(map(entry_line, entries)))
         os.rename(partial, new)
     except OSError as error:
         raise UserError(

@@ -16,6 +16,7 @@ from megacode.errors import UserError
 from megacode.plan.fingerprint import differences, fingerprint
 from megacode.plan.past import Change, accepts, changed_function, changed_past, check_accepted
 from megacode.plan.plan import Plan
+from megacode.plan.trajectory import continued
 from megacode.recipe.load import load_recipe
 from megacode.recipe.schema import Recipe
 from megacode.run.checkpoints import find_checkpoint, latest_checkpoint, read_info
@@ -46,7 +47,7 @@ def open_checkpoint(path: Path) -> Origin:
     notes: list[str] = []
     expected = "initialize_from a run, a checkpoint or a Hugging Face model's folder"
     checkpoint = find_checkpoint(path, notes.append, expected)
-    return Origin(checkpoint, read_info(checkpoint), _recipe_of(checkpoint), "".join(notes))
+    return Origin(checkpoint, read_info(checkpoint), recipe_of(checkpoint), "".join(notes))
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,8 @@ def past_changes(
             f"{checkpoint}: holds weights alone (imported or averaged), so no run resumes from it; "
             "move it elsewhere, and start a new run with `initialize_from`"
         )
-    step, before = int(info["step"]), _recipe_of(checkpoint)
+    step, before = int(info["step"]), recipe_of(checkpoint)
+    plan = continued(plan, before)
     batches = differences(info["facts"], json.loads(json.dumps(fingerprint(plan, step))))
     tokenizer = tokenizer_changes(info, before, plan.recipe)
     return batches, [*changed_past(before, plan, step), *tokenizer]
@@ -235,7 +237,8 @@ def shown(differences: Sequence[object]) -> str:
 # ------------------------------------------------------------------------------------------ inside
 
 
-def _recipe_of(checkpoint: Path) -> Recipe:
+def recipe_of(checkpoint: Path) -> Recipe:
+    """The recipe that a checkpoint was trained by. UserError if it is missing."""
     if not (path := checkpoint / "recipe.yaml").is_file():
         raise UserError(
             f"{path}: is missing, so the checkpoint cannot be compared with the recipe; copy it "

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from megacode.convert.origin import as_checkpoint, open_origin
 from megacode.data.loader import StepBatch, StepReader, batches
-from megacode.data.mixture import open_mixture
+from megacode.data.mixture import OpenMixture
 from megacode.data.packing_report import packing_line, packing_losses
 from megacode.data.planning import plan_with_data
+from megacode.data.source import open_sources
 from megacode.data.tokenizer_check import unknown_makers
 from megacode.errors import UserError
 from megacode.evaluate.generate import Sampling, write_on
@@ -49,15 +50,17 @@ from megacode.megatron.step import (
 from megacode.megatron.weight_ema import WeightEma
 from megacode.plan.fingerprint import fingerprint
 from megacode.plan.plan import PhasePlan, Plan
+from megacode.plan.trajectory import continued, next_boundary
 from megacode.recipe.checks import check_layout
 from megacode.recipe.load import dump_recipe
 from megacode.recipe.schema import Recipe
 from megacode.run.checkpoints import complete_checkpoints, remove_unfinished
 from megacode.run.evaluations import items_folder
 from megacode.run.folder import lock_run, put_other_futures_aside, start_over, write_start
-from megacode.run.history import Start, find_start, is_own
+from megacode.run.history import Start, find_start, is_own, recipe_of
 from megacode.tokenizer.tokenizer import load_tokenizer, model_vocab_size
 from megacode.train import garbage
+from megacode.train.online import OnlineMixing
 from megacode.train.profile import Profiler, ProfileSteps
 from megacode.train.report_steps import FinishedStep, StepReports
 from megacode.train.stop import StopRequest
@@ -121,6 +124,9 @@ class Trainer:
         self.vocab_size = model_vocab_size(recipe, self.tokenizer)
         start = find_start(run, plan, self._accept_changes, open_origin)
         self.done = start.step
+        if start.step and start.checkpoint:
+            self.plan = plan = continued(plan, recipe_of(start.checkpoint))
+            self.recipe = recipe = plan.recipe
         tokenizer_facts = self.tokenizer.facts() if self.tokenizer else None
         self.facts = {"tokenizer": tokenizer_facts, **start.facts()}
         """What every checkpoint says of the run so far."""
@@ -137,6 +143,9 @@ class Trainer:
             write_start(run, plan, world.size, self.vocab_size)
         self.reports = stack.enter_context(
             StepReports(plan, run, world, self.done, self.vocab_size)
+        )
+        self.mixing = OnlineMixing(
+            run, world, self.done, start.info.get("online") if start.step else None
         )
 
         decided = megatron_config(recipe, detect(), world.data_size)
@@ -180,13 +189,7 @@ class Trainer:
         end = self.plan.total_steps if end_step is None else end_step
         if profile:
             profile.check(self.done, end, self.world.size)
-        reader = StepReader(
-            open_mixture(self.plan),
-            rank=self.world.data_rank,
-            world=self.world.data_size,
-            tokenizer=self.tokenizer,
-        )
-        step_batches = batches(reader, self.done)
+        step_batches = self._batches()
         profiler = Profiler(profile, self.run / "profile", self.world, self.reports.say)
         with (
             contextlib.closing(step_batches),
@@ -195,6 +198,21 @@ class Trainer:
             garbage.held_off(),
         ):
             return self._loop(step_batches, end, stop, profiler)
+
+    def _batches(self) -> Generator[StepBatch, None, None]:
+        """This rank's batches after `done` steps. They are read ahead as far as shares are
+        known, and on from there once the step before is finished."""
+        sources = open_sources(self.plan)
+        while self.done < self.plan.total_steps:
+            reader = StepReader(
+                OpenMixture(self.plan, sources),
+                rank=self.world.data_rank,
+                world=self.world.data_size,
+                tokenizer=self.tokenizer,
+            )
+            end = next_boundary(self.plan, self.done)
+            with batches(reader, self.done, end_step=end) as some:
+                yield from some
 
     def _loop(
         self, step_batches: Iterator[StepBatch], end: int, stop: StopRequest, profiler: Profiler
@@ -213,6 +231,7 @@ class Trainer:
                 clock = time.perf_counter()
             if step == phase.first_step:
                 self.reports.phase(phase)
+                self.mixing.begin(self.plan, phase)
                 if phase.fresh_optimizer:
                     reset_optimizer_state(self.optimizer)
             profiler.before(step)
@@ -223,6 +242,7 @@ class Trainer:
             garbage.collect_after(step + 1)
             # From the end of one step to the end of the next; without evaluation and saving.
             before, clock = clock, time.perf_counter()
+            self.mixing.add(self.plan, phase, sums)
             self.reports.step(
                 FinishedStep(step, sums, norm, batch.digest, clock - before, bf16_sums)
             )
@@ -234,6 +254,8 @@ class Trainer:
                 self.reports.flush()
                 self.checkpointer.wait()  # one from before may be under way
                 raise UserError(_divergence(self.checkpointer.folder, phase.name, self.done, norm))
+            self.reports.plan = self.plan = self.mixing.decide(self.plan, self.done)
+            self.recipe = self.plan.recipe
             evaluation = self.recipe.evaluation
             at_end = step == phase.last_step and evaluation.at_phase_end
             if at_end or _due(self.done, evaluation.every):
@@ -348,7 +370,7 @@ class Trainer:
 
     def save(self) -> None:
         """Start writing a checkpoint of `done` steps; `checkpointer.wait()` waits. Collective."""
-        plan, recipe = self.plan, self.recipe
+        plan, recipe, online = self.plan, self.recipe, self.mixing.facts()
         self.reports.sync()
         info = {
             "recipe": recipe.name,
@@ -358,6 +380,7 @@ class Trainer:
             "vocab_size": self.vocab_size,
             **self.facts,
             **({"ema": True} if self.ema else {}),
+            **({"online": online} if online else {}),
             "distributed_optimizer": recipe.parallel.distributed_optimizer,
             "layout": {
                 "tensor": recipe.parallel.tensor,

@@ -119,6 +119,13 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "phases.NAME.mixture.sources.NAME.fim_level": (f"{FIRST}.fim_level=document",),
     "phases.NAME.mixture.sources.NAME.subset": (f"{FIRST}.subset=0.0-0.9",),
     "phases.NAME.mixture.sources.NAME.cursor": ("phases.second.mixture.domains.code.sources={python: {cursor: restart}}",),
+    "phases.NAME.mixture.online.every": (  # against a phase without blocks; against others: tests/e2e/test_online.py
+        "phases.second.mixture.domains.code.ratio=0.6", "phases.second.mixture.online=odm",
+    ),
+    "phases.NAME.mixture.online.shares": (
+        "phases.second.mixture.domains.code.ratio=0.6",
+        "phases.second.mixture.online={algorithm: fixed, shares: {code: [0.5], text: [0.5]}}",
+    ),
     "phases.NAME.mixture.domains.NAME.ratio": (f"{SECOND}.ratio=0.5",),
     "phases.NAME.mixture.domains.NAME.fim_rate": (f"{SECOND}.fim_rate=0.5",),
     "phases.NAME.mixture.domains.NAME.fim_level": (f"{SECOND}.fim_rate=0.5", f"{SECOND}.fim_level=document"),

@@ -1,16 +1,18 @@
 """The fewest and the most samples of each stream, where shares are decided while training.
 
 ODM's shares are at least `least_share` in every block, whatever the losses are, so a group's share
-is at most what the others leave. A block's count is within one sample of its share.
+is at most what the others leave. `BlockQuota` says how far counts are from shares.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from megacode.plan.quota import Quota
+from megacode.plan.quota import BlockQuota
 from megacode.recipe.online import least_share
-from megacode.recipe.schedules import Ints, Weights
+from megacode.recipe.schedules import Weights
 from megacode.recipe.schema import Phase, Schedule
 
 _MARGIN = 1e-9
@@ -18,7 +20,7 @@ _MARGIN = 1e-9
 
 
 def sample_bounds(
-    phase: Phase, weights: Weights, quota: Quota, steps: int
+    phase: Phase, weights: Weights, quota: BlockQuota, steps: int
 ) -> list[tuple[int, int]]:
     """(fewest, most) samples of each stream over the `steps` of a phase.
 
@@ -32,6 +34,8 @@ def sample_bounds(
     first, _ = phase.placed("mixture", steps)
     known = min(max(weights.settled - first, 0), steps)
     done = quota.before(known)
+    if known == steps:
+        return [(count, count) for count in done.tolist()]
     # Blocks of the mixture, which began `first` steps before the phase.
     blocks = np.arange((first + known) // online.every, -(-(first + steps) // online.every))
     edges = (np.append(blocks, blocks[-1:] + 1) * online.every - first).clip(known, steps)
@@ -43,11 +47,10 @@ def sample_bounds(
     decided = (blocks * online.every > online.warmup)[:, None]
     low = np.where(decided, floor[:, None], last)[:, groups] * inner
     high = np.where(decided, 1 - (len(last) - 1) * floor[:, None], last)[:, groups] * inner
-    fewest = np.floor(sizes[:, None] * low * (1 - _MARGIN)).sum(axis=0) + done
-    most = np.ceil(sizes[:, None] * high * (1 + _MARGIN)).sum(axis=0) + done
-    return list(zip(_whole(fewest), _whole(most), strict=True))
-
-
-def _whole(values: np.ndarray) -> list[int]:
-    counts: Ints = values.astype(np.int64)
-    return counts.tolist()
+    due, size = done + quota.owed, sizes[:, None]
+    fewest = due + (size * low).sum(axis=0) * (1 - _MARGIN) - len(groups) - 1
+    most = due + (size * high).sum(axis=0) * (1 + _MARGIN) + 2
+    return [
+        (max(math.floor(least), taken), math.ceil(greatest))
+        for least, greatest, taken in zip(fewest, most, done.tolist(), strict=True)
+    ]

@@ -17,7 +17,7 @@ import numpy as np
 
 from megacode.errors import UserError
 from megacode.plan.bounds import sample_bounds
-from megacode.plan.quota import ONE, Quota, phase_quota
+from megacode.plan.quota import ONE, BlockQuota, Quota, phase_quota
 from megacode.plan.streams import (
     SourceSizes,
     StreamPlan,
@@ -252,7 +252,9 @@ def make_plan(
                 asked = quota.before(steps)
                 quota = phase_quota(clipped, batch, 0, batch_first)
         streams = []
-        bounds = sample_bounds(phase, weights, quota, steps) if decides(phase) else None
+        bounds = None
+        if decides(phase) and isinstance(quota, BlockQuota):
+            bounds = sample_bounds(phase, weights, quota, steps)
         for column, samples in enumerate(quota.before(steps).tolist()):
             entry = entries[column]
             key = (entry.source, *entry.given.subset_range)

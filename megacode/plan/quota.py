@@ -312,10 +312,14 @@ class Quota:
 
 @dataclass(frozen=True, eq=False)
 class BlockQuota(Quota):
-    """Counts begin anew in each block of `every` steps, whose weights are constant.
+    """Weights that are constant in blocks of `every` steps, and known up to `schedule.settled`; the
+    last known ones hold from there on.
 
-    So the counts of a block depend on nothing after it, and the laws hold within each block. The
-    weights are known up to `schedule.settled`; what follows is one last block of their last values.
+    The counts of a block depend on nothing after it. In a block of S samples a stream is due S w
+    and what it is owed, C - N at the block's start; within the block, counts follow constant
+    weights in proportion to these. So N < C + 1 at the end of each block; and N > C - 1 where no
+    stream is due less than nothing, else N > C - streams. Inside a block C - streams - 1 < N
+    < C + 2.
     """
 
     every: int = 1
@@ -323,15 +327,27 @@ class BlockQuota(Quota):
     @cached_property
     def _known(self) -> Ints:
         """int64 [known steps + 1, streams]: N after so many steps."""
+        return self._blocks[0]
+
+    @property
+    def owed(self) -> Floats:
+        """float64 [streams]: C - N after the known steps."""
+        return self._blocks[1]
+
+    @cached_property
+    def _blocks(self) -> tuple[Ints, Floats]:
         weights, known = self.schedule, self.schedule.settled
         edges = np.unique(np.arange(-weights.first, known + 1, self.every).clip(0))
         sizes = self.stairs.at(np.arange(known)).tolist()
-        rows = weights.at(edges[:-1]).tolist()
+        owed = np.zeros(self.streams)
         parts = [np.zeros((1, self.streams), dtype=np.int64)]
-        for row, first, end in zip(rows, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-            counts = _block_counts(tuple(row), tuple(sizes[first:end]))
+        shares = self._shares(edges[:-1]) / ONE
+        for row, first, end in zip(shares, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            due = row * sum(sizes[first:end]) + owed
+            counts = _block_counts(tuple(due.clip(0).tolist()), tuple(sizes[first:end]))
+            owed = due - counts[-1]
             parts.append(counts[1:] + parts[-1][-1])
-        return np.concatenate(parts)
+        return np.concatenate(parts), owed
 
     @cached_property
     def _after(self) -> Quota:

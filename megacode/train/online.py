@@ -37,7 +37,12 @@ class OnlineMixing:
     """
 
     def __init__(
-        self, run: Path, world: World, done: int, facts: Mapping[str, Any] | None = None
+        self,
+        run: Path,
+        plan: Plan,
+        world: World,
+        done: int,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self._path, self._world = run / FILE, world
         self._rewards = list(facts["rewards"]) if facts else []
@@ -45,14 +50,16 @@ class OnlineMixing:
         self._pending: list[Tensor] = []
         self._recorded = 0
         if world.is_main and (entries := read_entries(run)):
-            kept = [entry for entry in entries if entry["step"] <= done + 1]
+            # The block that begins now was decided before, unless its phase begins too.
+            begins = any(phase.first_step == done and _begins(plan, phase) for phase in plan.phases)
+            kept = [entry for entry in entries if entry["step"] <= done + (not begins)]
             self._recorded = max((entry["step"] for entry in kept), default=0)
             write_text(self._path, "".join(map(entry_line, kept)))
 
     def begin(self, plan: Plan, phase: PhasePlan) -> None:
         """Before the first step of a phase."""
-        given = plan.recipe.phases[phase.index]
-        if decides(given) and not given.placed("mixture", 0)[0]:
+        if _begins(plan, phase):
+            given = plan.recipe.phases[phase.index]
             first = {name: known[0] for name, known in known_shares(given.mixture).items()}
             self._rewards, self._sums = [0.0] * len(first), np.array(0.0)
             self._record(phase, phase.first_step, 0, first)
@@ -141,6 +148,12 @@ class OnlineMixing:
             file.flush()
             os.fsync(file.fileno())
         self._recorded = done + 1
+
+
+def _begins(plan: Plan, phase: PhasePlan) -> bool:
+    """Whether the algorithm starts anew in a phase; a piece of a longer one goes on with it."""
+    given = plan.recipe.phases[phase.index]
+    return bool(decides(given)) and not given.placed("mixture", 0)[0]
 
 
 def _group_losses(plan: Plan, phase: PhasePlan, sums: np.ndarray) -> list[float]:

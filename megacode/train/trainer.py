@@ -145,7 +145,7 @@ class Trainer:
             StepReports(plan, run, world, self.done, self.vocab_size)
         )
         self.mixing = OnlineMixing(
-            run, world, self.done, start.info.get("online") if start.step else None
+            run, plan, world, self.done, start.info.get("online") if start.step else None
         )
 
         decided = megatron_config(recipe, detect(), world.data_size)

@@ -161,6 +161,18 @@ def test_resumed_in_another_layout_the_recorded_part_stays(
     assert entries(run)[:4] == entries(straight)[:4]
 
 
+def test_what_was_recorded_before_any_checkpoint_does_not_outlive_another_recipe(
+    online: Path, straight: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(straight / "mixture.jsonl", run)
+    change = ("--set", "phases.second.mixture.domains.code=0.3", "--set", "phases.first=null")
+    megacode("train", online, "--run", run, *change, "--until-phase", "second")
+    (first, *_), steps = read_entries(run), [entry["step"] for entry in read_entries(run)]
+    assert first["shares"] == {"code": 0.6, "text": 0.4} and steps == [1, 5, 9, 13, 17, 21]
+
+
 @pytest.mark.parametrize(("layout", "ranks"), [((), 0), (("--set", "parallel.tensor=2"), 2)])
 def test_the_fixed_table_reads_the_very_same_samples_in_any_layout(
     layout: tuple[str, ...], ranks: int, straight: Path, tmp_path: Path

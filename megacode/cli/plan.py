@@ -12,7 +12,7 @@ from megacode.cli.arguments import add_overrides, at_least, fraction
 from megacode.errors import UserError
 from megacode.files import write_text
 from megacode.plan.devices import DEVICES
-from megacode.plan.trajectory import fixed, recorded
+from megacode.plan.trajectory import fixed, fixed_blocks, recorded
 from megacode.recipe.checks import check_layout
 from megacode.recipe.load import dump_recipe, load_recipe
 from megacode.recipe.schema import Recipe
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         console.print(f"drawn: {args.plot}")
     if args.fixed_mixture:
-        console.print(f"written: {args.fixed_mixture}")
+        console.print(f"written: {args.fixed_mixture}{''.join(fixed_blocks(recipe))}")
     return 0
 
 

@@ -9,7 +9,7 @@ in `online.shares`. A resumed run takes the checkpoint's.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +107,12 @@ def fixed(recipe: Recipe) -> Recipe:
     for name in names:
         recipe = with_shares(recipe, name, algorithm="fixed")
     return recipe
+
+
+def fixed_blocks(recipe: Recipe) -> Iterator[str]:
+    """Of each phase with fixed shares, of how many blocks they are known."""
+    for phase in recipe.phases:
+        online = phase.mixture.online
+        if online and online.algorithm == "fixed":
+            known = len(next(iter(known_shares(phase.mixture).values())))
+            yield f"; {phase.name}: {known:,} blocks of {online.every:,} steps, the last to its end"

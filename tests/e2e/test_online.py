@@ -179,7 +179,10 @@ def test_the_fixed_table_reads_the_very_same_samples_in_any_layout(
 ) -> None:
     table = tmp_path / "fixed.yaml"
     told = megacode("plan", straight, "--fixed-mixture", table).stdout
-    assert f"written: {table}" in told and "decided while training" not in told
+    assert (
+        f"written: {table}; second: 6 blocks of 4 steps" in told
+        and "decided while training" not in told
+    )
     megacode("train", table, "--run", tmp_path / "run", *layout, ranks=ranks)
     assert steps_of(tmp_path / "run").batches == steps_of(straight).batches
     assert not (tmp_path / "run/mixture.jsonl").exists(), "nothing is decided"

@@ -95,12 +95,14 @@ def bare(
     plan: Any, world: Any, reports: Any, checkpointer: Any, optimizer: Any = None, done: int = 0
 ) -> Any:
     """A trainer without a model."""
+    from megacode.train.online import OnlineMixing
     from megacode.train.trainer import Trainer
 
     made: Any = object.__new__(Trainer)
     vars(made).update(
         plan=plan, recipe=plan.recipe, world=world, reports=reports, checkpointer=checkpointer, optimizer=optimizer, done=done,
         model_chunks=[], ema=None, validation=None, tasks=None, tokenizer=None, vocab_size=10, facts={},
+        mixing=OnlineMixing(Path("nowhere"), plan, world, done),
     )  # fmt: skip
     return made
 

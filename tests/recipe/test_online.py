@@ -73,6 +73,7 @@ def test_a_recorded_recipe_is_read_back(write) -> None:  # type: ignore[no-untyp
         (f"{MIXTURE}.domains.code.ratio=0", "a share of 0.001 at least"),
         (f"{MIXTURE}.domains.text=null", "two domains or sources at least"),
         (f"{MIXTURE}.weight_by=tokens", "set `weight_by: sequences`"),
+        (f"{MIXTURE}.over_epochs=clip", "cannot be clipped to epochs"),
         ("phases.second.epochs=1", "`epochs` needs shares that are known before"),
     ],
 )

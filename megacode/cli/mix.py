@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit = actions.add_parser("fit", help=about, description=about, epilog=EXAMPLE)
     fit.formatter_class = parser.formatter_class
     add = fit.add_argument
-    add("table", type=Path, help="table (.csv, .jsonl), or a folder of runs")
+    add("table", type=Path, help="table (.csv, .jsonl), a sweep's file, or a folder of runs")
     add("--kind", choices=("law", "trees"), help="(law; trees with more than 5 domains)")
     named = "NAME=NUMBER,..."
     add("--weights", type=_numbers, metavar=named, help="of targets in the goal; default: 1 each")

@@ -11,6 +11,7 @@ from megacode.files import write_text
 EXAMPLE = """examples:
   megacode report runs/crystal-tiny
   megacode report runs/code-25 runs/code-50 runs/code-75 --output compare.html
+  megacode report recipes/sweeps/code-share-tiny.yaml
 
 The page is one file: no scripts, no network; it can be mailed. A run that is still training is
 shown as far as it is."""
@@ -18,12 +19,30 @@ shown as far as it is."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="run folder; several are compared")
+    add(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="run folder; several are compared; or a sweep",
+    )
     page = "the page (RUN/report.html; of several runs, comparison.html in the first)"
     add("--output", type=Path, metavar="FILE", help=page)
 
 
 def run(args: argparse.Namespace) -> int:
+    from megacode.studies.sweep import is_sweep, open_sweep
+
+    if any(map(is_sweep, args.runs)):
+        if len(args.runs) > 1 or args.output:
+            raise UserError(
+                "a sweep's page is in the folder of its runs, and shows it alone; give one "
+                "sweep's file, without --output"
+            )
+        from megacode.cli.sweep import show_results
+
+        show_results(open_sweep(args.runs[0]))
+        return 0
     from megacode.report.page import page
     from megacode.report.run_data import read_runs
 

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
         print_states(sweep, table_console())
     elif args.results:
-        _results(sweep)
+        show_results(sweep)
     elif args.sbatch:
         from megacode.studies.array import submit
 
@@ -75,7 +75,7 @@ def _train(sweep: OpenSweep, args: argparse.Namespace) -> int:
         f"{slots.jobs} at a time, {each}, in {sweep.runs}"
     )
     outcome = train_cells(sweep, slots, args.processes, console)
-    _results(sweep)
+    show_results(sweep)
     if outcome.failed:
         console.print(f"{len(outcome.failed)} failed; the same command tries them again:")
         print_failures(outcome.failed, console)
@@ -86,7 +86,8 @@ def _train(sweep: OpenSweep, args: argparse.Namespace) -> int:
     return 1 if outcome.failed else STOPPED if left else 0
 
 
-def _results(sweep: OpenSweep) -> None:
+def show_results(sweep: OpenSweep) -> None:
+    """Print what the finished cells measured, and write it and the page."""
     from megacode.studies.compare import compare
     from megacode.studies.page import write_page
     from megacode.studies.results import collect, write_results

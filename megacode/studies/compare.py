@@ -80,8 +80,9 @@ class MetricResult:
 
 
 def compare(sweep: OpenSweep, results: Sequence[CellResult]) -> list[MetricResult]:
-    """The sweep's metrics over its finished cells."""
-    metrics = [_metric(sweep, name, results) for name in metric_names(sweep, results)]
+    """The sweep's metrics over its finished cells, without those that none has measured."""
+    named = [_metric(sweep, name, results) for name in metric_names(sweep, results)]
+    metrics = [metric for metric in named if metric.series]
     slopes = [
         (m, s)
         for m, metric in enumerate(metrics)

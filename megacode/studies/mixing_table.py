@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from megacode.errors import UserError
 from megacode.run.metrics import FILE, read_metrics
+from megacode.studies.sweep import open_sweep
 
 Floats = NDArray[np.float64]
 REST = "rest"
@@ -63,15 +64,16 @@ class MixtureTable:
 
 def read_table(path: Path) -> MixtureTable:
     """The table of a `.csv` or `.jsonl` file with columns `share.DOMAIN`, `loss.TARGET` and perhaps
-    `step`, or of the runs in a folder.
+    `step`, or of the runs in a folder or of a sweep's file.
 
     Raises:
         UserError: there are no such columns or runs, a number is missing, or shares are no shares.
     """
     rows: list[tuple[str, Mapping[str, Any]]]
     left_out: tuple[str, ...] = ()
-    if path.is_dir():
-        rows, left_out = _of_runs(path)
+    is_yaml = path.suffix in (".yaml", ".yml")
+    if path.is_dir() or is_yaml:
+        rows, left_out = _of_runs(open_sweep(path).runs if is_yaml else path)
     else:
         try:
             text = path.read_text(encoding="utf-8")

@@ -205,8 +205,9 @@ def test_the_page_shows_every_metric_with_its_intervals(opened) -> None:
     assert "script" not in page and "http" not in page.replace("http://www.w3.org", "")
 
 
-def test_a_page_without_results_says_so(opened) -> None:
-    sweep = opened()
+@pytest.mark.parametrize("more", ["", "metrics: [loss.code]"])
+def test_a_page_without_results_says_so(opened, more: str) -> None:
+    sweep = opened(more=more)
     page = page_of(sweep).read_text()
     assert "No finished cell has measured a metric yet" in page
 

@@ -34,6 +34,7 @@ from megacode.plan.fingerprint import fingerprint
 from megacode.plan.plan import Plan
 from megacode.plan.summary import vocabulary
 from megacode.recipe.load import load_recipe, load_section
+from megacode.recipe.mixtures import mixture_entries
 from megacode.recipe.schema import Recipe
 from megacode.recipe.section import Section
 from megacode.recipe.yaml_tree import Tree, read_yaml
@@ -359,8 +360,15 @@ def _with_shared(cells: Sequence[Cell], folder: Path) -> tuple[list[Cell], list[
 
 
 def _past(cell: Cell, index: int, folder: Path) -> Any:
-    """Everything that decides the steps of a cell up to the end of phase number `index`."""
-    phase = cell.plan.phases[index]
-    recipe = cell.recipe.model_copy(update={"phases": cell.recipe.phases[: index + 1]})
+    """Everything that decides the steps of a cell up to the end of phase number `index`, and what
+    is evaluated there."""
+    phase, phases = cell.plan.phases[index], cell.recipe.phases[: index + 1]
+    read = {entry.source for one in phases for entry in mixture_entries(cell.recipe, one)}
+    sources = {
+        name: source
+        for name, source in cell.recipe.sources.items()
+        if name in read or source.validation
+    }
+    recipe = cell.recipe.model_copy(update={"phases": phases, "sources": sources})
     model = cell.recipe.model_in(phase.name).model_dump()
     return [_identity(recipe, folder), fingerprint(cell.plan, phase.end), model]

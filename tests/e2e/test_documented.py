@@ -30,6 +30,12 @@ SMALLER = {
     "context_length: 256": "context_length: 64", "sequence_length: 256": "sequence_length: 64", "batch_size: 8": "batch_size: 4",
     "micro_batch_size: 4": "micro_batch_size: 2", "samples: 64": "samples: 8",
 }  # fmt: skip
+SHORTER = {
+    r"^( +)(steps|epochs): \d+$": r"\1steps: 4", r"samples: \d+": "samples: 4", r"(total|language): \d+k": r"\1: 8k",
+    r"^seeds: \[1, 2, 3\]": "seeds: [1]", r"\.m: \[0, 0.25, 0.5, 0.75, 1\]": ".m: [0, 1]", r"^metrics: .*\n": "",
+    "code-share/tasks": "code-share/tasks/quotes.yaml",
+}  # fmt: skip
+"""Of the twins of studies: patterns and what stands in their place."""
 ACTIONS = {"tokenizer": ["train"], "tasks": ["make"]}
 """Whose help has a verb's options."""
 ONLY_PLAIN = """
@@ -150,8 +156,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     tiny.write_text(text)
     chat = folder / "recipes/crystal-chat-tiny.yaml"
     for twin in (chat, *(folder / "recipes/studies").rglob("*-tiny.yaml")):
-        shorter = re.sub(r"^( +)(steps|epochs): \d+$", r"\1steps: 4", twin.read_text(), flags=re.M)
-        twin.write_text(re.sub(r"samples: \d+", "samples: 4", shorter))
+        shorter = twin.read_text()
+        for usual, cut in SHORTER.items():
+            shorter = re.sub(usual, cut, shorter, flags=re.M)
+        twin.write_text(shorter)
     sweep = folder / "recipes/sweeps/code-share-tiny.yaml"
     base = sweep.with_name("code-share-base-tiny.yaml")
     base.write_text(base.read_text().replace("steps: 120", "steps: 4"))

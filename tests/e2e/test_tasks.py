@@ -170,3 +170,26 @@ def test_scores_are_those_of_a_plain_loop(started: Path, tmp_path: Path) -> None
         # Libraries decode bytes that are no UTF-8 each in their own way: megacode's tokenizer does it here.
         text = own.decode(made)[len(own.decode(prompt[0].tolist())) :]
         assert one["given"] == [text.split(" then")[0]]
+
+
+HARNESS = {
+    "dataset_path": "json", "test_split": "test", "num_fewshot": 0, "output_type": "multiple_choice",
+    "doc_to_text": "{{prompt}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}", "metric_list": [{"metric": "acc"}],
+}  # fmt: skip
+
+
+def test_the_harness_on_two_ranks_while_training(
+    recipe: Path, started: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    items = started / "tasks" / "label.jsonl"
+    data = {"dataset_kwargs": {"data_files": {"test": str(items)}}}
+    (tmp_path / "local.yaml").write_text(json.dumps({"task": "local", **data, **HARNESS}))
+    settings = [f"initialize_from={started / 'scored'}", "model.layers=4", "parallel.tensor=2"]
+    asked = [f"evaluation.harness={{tasks: [local], folder: {tmp_path}}}"]
+    run = tmp_path / "run"
+    megacode("train", recipe, "--run", run, *STILL, *changes(*settings, *asked), ranks=2)
+    (record,) = records(run)
+    told = megacode("evaluate", run, "--harness", "local", "--harness-tasks", tmp_path, "--json")
+    alone = json.loads(told.stdout.splitlines()[-1])
+    assert record["tasks"]["harness.local"] == pytest.approx(alone["local"])

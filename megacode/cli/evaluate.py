@@ -90,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
         print_table(table_console(), _curve(recipe.name, records))
     else:
         _print(recipe, records[0])
-    if args.all_checkpoints:
-        _draw(args.checkpoint)
+    if args.all_checkpoints and (path := _draw(args.checkpoint)) and not args.json:
+        print(f"curve: {path}")
     return 0
 
 
@@ -132,7 +132,8 @@ def _curve(name: str, records: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _draw(run: Path) -> None:
+def _draw(run: Path) -> Path | None:
+    """The curve's file; None where there is nothing to draw."""
     from megacode.report.drawing import save
     from megacode.report.figures import scores
     from megacode.report.palette import domain_colours
@@ -140,9 +141,11 @@ def _draw(run: Path) -> None:
 
     data = read_run(run)
     path = run / FOLDER / "checkpoints.png"
-    if figure := scores(data, domain_colours(list(data.domains))):
-        save(figure, path)
-        print(f"curve: {path}")
+    figure = scores(data, domain_colours(list(data.domains)))
+    if figure is None:
+        return None
+    save(figure, path)
+    return path
 
 
 def _run_harness(args: argparse.Namespace) -> int:

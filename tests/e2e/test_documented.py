@@ -7,6 +7,7 @@ The quickstart runs once, with a smaller model; its run has the steps and checkp
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ from packaging.requirements import Requirement
 
 from megacode.cli.main import VERBS
 from megacode.quickstart import __main__ as quickstart
+from megacode.run.metrics import read_metrics
 from tests.documented import PAGES, ROOT, Command, in_prose, of_help, of_page
 
 SMALLER = {
@@ -413,6 +415,14 @@ def test_the_quickstart_leaves_a_run_that_explains_itself(place: Place) -> None:
         "samples.txt",
     }
     assert files <= kept
+    last = [
+        r for r in read_metrics(place.folder / "runs/crystal-tiny") if r["kind"] == "validation"
+    ][-1]
+    for name in ("python", "docs"):
+        manifest = json.loads((place.folder / f"data/quickstart/{name}/valid.json").read_text())
+        nats = last["loss_by_source"][name] * manifest["tokens"]
+        bits = nats / math.log(2) / manifest["bytes"]
+        assert last["bits_per_byte_by_source"][name] == pytest.approx(bits, rel=1e-12)
     assert "nothing to do" in place.bash(f"{sys.executable} -m megacode.quickstart"), (
         "again, it goes on"
     )

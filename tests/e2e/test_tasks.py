@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megacode.recipe.load import load_recipe
+from megacode.run.evaluations import read_curve
 from megacode.run.metrics import read_metrics
 from megacode.tokenizer.tokenizer import load_tokenizer
 from tests.e2e.conftest import megacode
@@ -170,6 +171,20 @@ def test_scores_are_those_of_a_plain_loop(started: Path, tmp_path: Path) -> None
         # Libraries decode bytes that are no UTF-8 each in their own way: megacode's tokenizer does it here.
         text = own.decode(made)[len(own.decode(prompt[0].tolist())) :]
         assert one["given"] == [text.split(" then")[0]]
+
+
+def test_checkpoints_score_as_the_run_did(started: Path) -> None:
+    run = started / "scored"
+    told = megacode("evaluate", run, "--all-checkpoints", "--json")
+    evaluated = [json.loads(line) for line in told.stdout.splitlines() if line.startswith("{")]
+    assert read_curve(run) == evaluated
+    last = records(run)[-1]
+    assert [one["step"] for one in evaluated] == [last["step"]]
+    for name, numbers in last["tasks"].items():
+        mine = evaluated[-1]["tasks"][name]
+        assert mine.pop("groups", {}) == pytest.approx(numbers.pop("groups", {})), name
+        assert mine == pytest.approx(numbers, rel=1e-5), name
+    assert (run / "evaluations" / "checkpoints.png").stat().st_size > 10_000
 
 
 HARNESS = {

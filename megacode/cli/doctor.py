@@ -64,6 +64,9 @@ _GIVES = {
     "tiktoken": "tiktoken vocabularies",
     "harness": "megacode evaluate --harness",
     "studies": "tools/study-data",
+    "trees": "megacode mix fit with more than five domains",
+    "wandb": "logging.wandb",
+    "mlflow": "logging.mlflow",
     "cuda": "on CUDA: fused layers, flash attention, FP8, context parallel, FusedAdam",
     "apex": "on CUDA: FusedAdam without Transformer Engine, fused gradient accumulation",
 }

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 RECIPE = """
 name: short
 model: {{layers: 1, hidden_size: 8, heads: 1, vocab_size: 1000}}
-sources: {{a: {{path: {folder}/a}}}}
+sources: {{a: {{path: {folder}/a, validation: {folder}/a}}}}
 phases:
   - name: only
     steps: 20
@@ -22,13 +22,14 @@ phases:
 # The model is not what this is about: opening it is replaced.
 EVALUATE = """
 import sys
-from megacode.megatron import inference
+from megacode.megatron import distributed, inference
 from megacode.recipe.load import load_recipe
 from megacode.megatron import cpu
 import torch
 cpu.quiet()
 if not torch.cuda.is_available(): cpu.install()
 inference.open_for_inference = lambda folder: (load_recipe(folder / "recipe.yaml"), None, None)
+distributed.current_world = lambda: None
 from megacode.cli.main import main
 sys.exit(main(["evaluate", sys.argv[1]]))
 """

@@ -17,6 +17,8 @@ from megacode.studies.sweep import is_sweep, open_sweep
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 STUDIES = RECIPES / "studies"
+WITHOUT_TWIN = "share", "share-base", "quality"  # code-share's twin; there is one kind of code
+WITHOUT_MARKUP = "code-to-text", "code-to-text-fresh"
 PAPER = sorted(path for path in STUDIES.rglob("*.yaml") if not path.stem.endswith("-tiny"))
 
 
@@ -53,14 +55,25 @@ def test_every_recipe_plans_before_its_data_is_there(path: Path) -> None:
         assert load_recipe(base).model == plan.recipe.model
 
 
-@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_tiny_twin_reads_the_shares_of_its_study(path: Path) -> None:
+    if path.parent.name == "to-code" and path.stem in WITHOUT_TWIN:
+        return
+    if is_sweep(path):
+        large_cells, tiny_cells = (
+            {tuple(cell.arm.values()) for cell in open_sweep(one).cells}
+            for one in (path, path.with_name(f"{path.stem}-tiny.yaml"))
+        )
+        if path.stem not in ("competitive", "additive"):  # fewer shares
+            assert tiny_cells == large_cells
+        return
     large, tiny = plan_of(path), plan_of(path.with_name(f"{path.stem}-tiny.yaml"))
-    assert shares(tiny) == shares(large)
+    first = path.stem in WITHOUT_MARKUP  # phases that are left out
+    assert shares(tiny)[first:] == shares(large)[first:]
     assert tiny.recipe.name == f"{large.recipe.name}-tiny"
     for ours, theirs in zip(tiny.recipe.phases, large.recipe.phases, strict=True):
         assert (ours.name, ours.epochs) == (theirs.name, theirs.epochs)
-    for phase, twin in zip(large.phases, tiny.phases, strict=True):
+    for phase, twin in zip(large.phases[first:], tiny.phases[first:], strict=True):
         ours = [(s.packing, s.order, s.loss_on) for s in twin.streams]
         assert ours == [(s.packing, s.order, s.loss_on) for s in phase.streams]
 

@@ -23,9 +23,9 @@ from megacode.terminal import count, print_table, table_console, table_of
 EXAMPLE = """examples:
   megacode evaluate runs/crystal-tiny
   megacode evaluate runs/crystal-tiny/checkpoints/step_00000110 --samples 500 --json
-  megacode tasks make brackets copying --seed 1 --out tasks
+  megacode tasks make brackets copying --seed 1 --items 60 --out tasks
   megacode evaluate runs/crystal-tiny --tasks tasks/brackets.yaml tasks/copying.yaml
-  megacode evaluate runs/crystal-tiny --all-checkpoints --samples 16
+  megacode evaluate runs/crystal-tiny --all-checkpoints --samples 8
   megacode evaluate runs/crystal-tiny --harness arc_easy,hellaswag --limit 200
   megacode evaluate exported --harness my_task --harness-tasks tasks/ --trust-remote-code
 

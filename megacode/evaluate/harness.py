@@ -80,7 +80,10 @@ def find_tasks(tasks: Sequence[str], folder: Path | None = None) -> tuple[list[s
 def ask(
     model: Any, names: list[str], manager: Any, shots: int | None, limit: int | None, size: int
 ) -> dict[str, dict[str, float]]:
-    """What `find_tasks` found, asked of a model of the harness; as of `run_tasks`."""
+    """What `find_tasks` found, asked of a model of the harness; as of `run_tasks`.
+
+    Nothing on ranks that are not the first of their node: the harness has results there only.
+    """
     import lm_eval
 
     results = lm_eval.simple_evaluate(
@@ -93,7 +96,8 @@ def ask(
         log_samples=False,
         task_manager=manager,
     )
-    return {task: _numbers(values) for task, values in results["results"].items()}
+    found = results["results"] if results else {}
+    return {task: _numbers(values) for task, values in found.items()}
 
 
 def _check_code(target: Path) -> None:

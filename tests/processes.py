@@ -103,7 +103,7 @@ def _command(
     for path, number in ((output, 1), (errors, 2)):
         with open(path, "wb") as file:
             os.dup2(file.fileno(), number)
-    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
     from megacode.cli.main import main
 
     code = main(arguments)

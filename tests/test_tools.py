@@ -87,7 +87,7 @@ def test_without_options_there_are_none(checkout: Path) -> None:
 
 def test_tests_come_after_the_linter_and_slurms_by_themselves(checkout: Path) -> None:
     tests = ["python", "-m", "pytest"]
-    options = "-n 2 --dist loadscope --no-loadscope-reorder --ignore tests/slurm"
+    options = "-n 2 --dist loadscope --no-loadscope-reorder --durations 25 --ignore tests/slurm"
     parallel = [*tests, *options.split()]
     commands = "ruff check .", "ruff format --check --quiet .", "mypy", "lint-imports --no-logo"
     checks = [command.split() for command in commands]

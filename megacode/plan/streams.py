@@ -250,10 +250,17 @@ def epoch_steps(
         taken = quota.before(steps)
         return all(taken[column] >= samples for column, samples in needed.items())
 
+    def hopeless(steps: int) -> bool:
+        """Whether a source has no share any more, and lacks more than a rounding."""
+        if steps <= quota.weights.settled:
+            return False
+        taken, shares = quota.before(steps), quota.shares(np.array([steps]))[0]
+        return any(not shares[c] and taken[c] + 1 < samples for c, samples in needed.items())
+
     most = 1
     while not enough(most):
         most *= 2
-        if most > _MOST_EPOCH_STEPS:
+        if most > _MOST_EPOCH_STEPS or hopeless(most):
             raise UserError(
                 f"phases.{phase.name}.epochs: more than {_MOST_EPOCH_STEPS:,} steps; name the "
                 "source that counts with `epochs_of`, or raise its weight"

@@ -1,8 +1,8 @@
 """YAML as plain dicts and lists whose mappings know the file and line of every key.
 
-The dialect is what most people expect: `true` and `false` are the only booleans (`yes`, `no`, `on`,
-`off` are text), `1e-4` and `3E-4` are numbers, there are no dates, octals or base-60 numbers, a key
-given twice is an error, and tags are refused, except `!replace` before a mapping (see
+The dialect is what most people expect. `true` and `false` are the only booleans; `yes`, `no`, `on`
+and `off` are text. `1e-4` and `3E-4` are numbers. There are no dates, octals or base-60 numbers. A
+key given twice is an error. Tags are refused, except `!replace` before a mapping (see
 `megacode.recipe.compose`).
 """
 

@@ -33,6 +33,12 @@ MISTAKES = {
     "ramp with a wrong key": (
         BATCH, "batch_size: {start: 4, end: 8, incr: 2, over: 5}", 14, "phases.first.batch_size.incr", ["`increment`?"],
     ),
+    "tasks without a tokenizer": (
+        "tokenizer: {path: tok.model}", "evaluation: {tasks: [a.yaml]}", 3, "evaluation", ["need `tokenizer:`"],
+    ),
+    "steps between no tasks": (
+        "seed: 7", "evaluation: {tasks_every: 5}", 2, "evaluation.tasks_every", ["has no effect", "name tasks"],
+    ),
     "negative weight": (DOCS, "docs: -1", 17, "phases.first.mixture.sources.docs", ["equal to 0", "schedule"]),
     "weights all zero": (BOTH, "docs: 0, python: 0", 16, "phases.first.mixture", ["all weights are zero", "above zero"]),
     "weights all zero in a step": (
@@ -249,10 +255,11 @@ def test_ranks_that_fit(write):
 def test_files_that_are_not_there(write, tmp_path):
     path = write()
     with pytest.raises(UserError) as caught:
-        check_files(load_recipe(path, ["initialize_from=/nowhere/run"]), path)
+        given = ["initialize_from=/nowhere/run", "evaluation.tasks=[/nowhere/a.yaml]"]
+        check_files(load_recipe(path, given), path)
     message = str(caught.value)
     assert [line.split(": ")[1] for line in message.splitlines()] == [
-        "sources.python.path", "sources.docs.path", "tokenizer.path", "initialize_from",
+        "sources.python.path", "sources.docs.path", "tokenizer.path", "initialize_from", "evaluation.tasks",
     ]  # fmt: skip
     assert str(tmp_path / "data/python.idx") in message and "`megacode preprocess`" in message
     (tmp_path / "data").mkdir()

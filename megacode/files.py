@@ -107,6 +107,31 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def read_json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number, from 1, and object of each line that is not blank.
+
+    Args:
+        what: the file's content, for errors.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no JSON object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {what}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number}: is no JSON object; {what}")
+        yield number, record
+
+
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
     """`value` as indented JSON, whole or not at all."""
     with replace_file(path, durable) as file:

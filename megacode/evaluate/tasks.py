@@ -13,8 +13,7 @@ where what the model writes is run. Both may have a `group`, whose accuracy is t
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from megacode.errors import UserError
-from megacode.files import inside
+from megacode.files import inside, read_json_lines
 from megacode.recipe.load import load_section
 from megacode.recipe.section import Count, Section
 
@@ -136,7 +135,7 @@ def open_task(path: Path) -> OpenTask:
     data = inside(path.parent, task.data, f"{path}: data")
     read: Any = _ranking_item if task.ranking else _generation_item
     items = []
-    for number, record in _records(data):
+    for number, record in read_json_lines(data, "a task's items are JSON lines"):
         try:
             items.append(read(record, str(number), task))
         except (KeyError, TypeError, ValueError) as error:
@@ -164,24 +163,6 @@ def open_tasks(paths: Sequence[str | Path]) -> list[OpenTask]:
                 raise UserError(f"{file}: another task is named {task.task.name}, too; rename one")
             found[task.task.name] = task
     return list(found.values())
-
-
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number, from 1, and object of each line."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); a task's items are JSONL") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: is no JSON object; correct or remove the line")
-        yield number, record
 
 
 def _ranking_item(record: dict[str, Any], number: str, task: Task) -> RankingItem:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacode.errors import UserError
+from megacode.files import read_json_lines
 from megacode.run.metrics import FILE, read_metrics
 from megacode.studies.sweep import open_sweep
 
@@ -75,13 +76,8 @@ def read_table(path: Path) -> MixtureTable:
     if path.is_dir() or is_yaml:
         rows, left_out = _of_runs(open_sweep(path).runs if is_yaml else path)
     else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{path}: cannot be read ({error}); give a table (.csv, .jsonl) or a folder of runs"
-            ) from None
-        rows = [(f"{path}, line {line}", row) for line, row in _parsed(path, text)]
+        read = _csv(path) if path.suffix == ".csv" else read_json_lines(path, _EXPECTED)
+        rows = [(f"{path}, line {line}", row) for line, row in read]
     names = list(dict.fromkeys(key for _, row in rows for key in row if key))
     domains = [name[6:] for name in names if name.startswith("share.")]
     targets = [name[5:] for name in names if name.startswith("loss.")]
@@ -109,18 +105,15 @@ def read_table(path: Path) -> MixtureTable:
     )
 
 
-def _parsed(path: Path, text: str) -> Iterable[tuple[int, Mapping[str, Any]]]:
-    if path.suffix == ".csv":
-        yield from enumerate(csv.DictReader(text.splitlines()), 2)
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: is no JSON object; a .csv file ends in .csv")
-        yield number, row
+_EXPECTED = "give a table (.csv, or JSON lines), a sweep's file, or a folder of runs"
+
+
+def _csv(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {_EXPECTED}") from None
+    return enumerate(csv.DictReader(lines), 2)
 
 
 def _numbers(rows: list[tuple[str, Mapping[str, Any]]], names: list[str]) -> Floats:

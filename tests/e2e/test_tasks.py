@@ -15,28 +15,10 @@ from megacode.run.metrics import read_metrics
 from megacode.tokenizer.tokenizer import load_tokenizer
 from tests.e2e.conftest import megacode
 from tests.e2e.test_tuning import STILL as SLOW_STILL
-from tests.e2e.test_tuning import changes, recipe  # noqa: F401
+from tests.e2e.test_tuning import WORDS, changes, recipe  # noqa: F401
 
 pytestmark = pytest.mark.slow
 STILL = (*SLOW_STILL, *changes("phases.tune.epochs=null", "phases.tune.steps=1"))
-WORDS = [
-    "add",
-    "take",
-    "sum",
-    "list",
-    "of",
-    "the",
-    "number",
-    "is",
-    "not",
-    "a",
-    "which",
-    "and",
-    "then",
-    "after",
-    "before",
-    "code",
-]
 TASKS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "label": (
         {"ranking": {"normalise": "token"}},

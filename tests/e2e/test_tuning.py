@@ -39,6 +39,7 @@ evaluation: {{samples: 64}}
 logging: {{every: 1, tensorboard: false}}
 """
 CONVERSATIONS = 90
+WORDS = ["add", "take", "sum", "list", "of", "the", "number", "is", "not", "a", "which", "and", "then", "after", "before", "code"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,27 +47,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Conversations of 6 to 190 tokens, most of them short: answers of one token beside some of 150."""
     folder = tmp_path_factory.mktemp("tuning")
     draw = random.Random(0)
-    words = [
-        "add",
-        "take",
-        "sum",
-        "list",
-        "of",
-        "the",
-        "number",
-        "is",
-        "not",
-        "a",
-        "which",
-        "and",
-        "then",
-        "after",
-        "before",
-        "code",
-    ]
 
     def text(most: int) -> str:
-        return " ".join(draw.choice(words) for _ in range(1 + int(most * draw.random() ** 4)))
+        return " ".join(draw.choice(WORDS) for _ in range(1 + int(most * draw.random() ** 4)))
 
     with open(folder / "chats.jsonl", "w", encoding="utf-8") as out:
         for _ in range(CONVERSATIONS):

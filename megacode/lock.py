@@ -1,10 +1,10 @@
 """One owner at a time of a run, a pack index or a preprocessing folder, across machines.
 
 The file is created exclusively and names its owner. A thread renews its modification time every
-`HEARTBEAT` seconds. A lock is left over if its process is gone from this machine, if it belongs to
-an earlier start of the same Slurm job, or if it was not renewed for `STALE` seconds by the file
-system's clock (clocks of machines are never compared). An owner on another machine is watched until
-it renews the lock or is stale.
+`HEARTBEAT` seconds. A lock is left over in three cases: its process is gone from this machine; it
+belongs to an earlier start of the same Slurm job; or it was not renewed for `STALE` seconds by the
+file system's clock. Clocks of machines are never compared. An owner on another machine is watched
+until it renews the lock or is stale.
 
 The takeover is a rename, so only one process wins; it puts the file back if it renamed a newer lock
 than it judged. An owner that finds its lock gone or another's ends at once without saving.

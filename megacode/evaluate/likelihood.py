@@ -58,7 +58,7 @@ def log_likelihoods(
     """Score the second tokens of each pair after the first. Collective; equal on every rank.
 
     Pairs are shared out among data-parallel ranks. A pair that is longer than the model's context
-    loses its beginning, tokens that are scored last.
+    loses its beginning: first the context's tokens, then those to be scored.
     """
     world = model.world
     windows = [[*context, *text][-(model.context_length + 1) :] for context, text in pairs]

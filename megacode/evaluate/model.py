@@ -40,10 +40,8 @@ class LoadedModel:
     @property
     def length_unit(self) -> int:
         """Of which the length of a sequence is a multiple in this layout."""
-        parallel = self.recipe.parallel
-        return (parallel.tensor if parallel.sequence else 1) * (
-            2 * parallel.context if parallel.context > 1 else 1
-        )
+        context = self.recipe.parallel.context
+        return 2 * context if context > 1 else 1
 
     @property
     def tokens_at_once(self) -> int:

@@ -114,9 +114,9 @@ class Validation:
 class BitsPerByte:
     """Validation losses in bits per byte of text, by source and domain.
 
-    A loss of l nats a token is l / ln 2 x tokens / bytes, with the tokens (end-of-document ones
-    too) and the bytes of the whole held-out set, as its manifest has them. Sets without a manifest,
-    and conversations of which only answers are scored, have none.
+    A loss of l nats a token is l / ln 2 x tokens / bytes. Tokens (with end-of-document ones) and
+    bytes are those of the whole held-out set, as its manifest has them. Sets without a manifest
+    have no bits per byte, nor have conversations of which only answers are scored.
     """
 
     by_source: dict[str, float]

@@ -130,6 +130,7 @@ class Trainer:
         tokenizer_facts = self.tokenizer.facts() if self.tokenizer else None
         self.facts = {"tokenizer": tokenizer_facts, **start.facts()}
         """What every checkpoint says of the run so far."""
+        self.tasks = RunTasks.open(recipe)
         accepted = self.facts["accepted"]
         if world.is_main:
             remove_unfinished(run / "checkpoints")
@@ -167,7 +168,6 @@ class Trainer:
             is_own=lambda checkpoint: is_own(checkpoint, plan, accepted),
         )
         self.validation = Validation.open(plan, world, self.tokenizer)
-        self.tasks = RunTasks.open(recipe)
         self._load(start)
         trained_in = plan.phase_at(max(self.done - 1, 0)).name
         set_rotary(self.model_chunks, recipe.model_in(trained_in))
@@ -323,11 +323,11 @@ class Trainer:
     def score(self) -> dict[str, dict[str, Any]]:
         """Numbers of every task of `evaluation.tasks` and `evaluation.harness`, by name; the items'
         scores go to `RUN/evaluations`. Collective."""
-        if self.tasks is None or self.tokenizer is None:
+        if self.tasks is None:
             return {}
         self.reports.flush()
         model = self.recipe.model_in(self.plan.phase_at(max(self.done - 1, 0)).name)
-        assert model.context_length
+        assert model.context_length and self.tokenizer
         loaded = LoadedModel(
             self.recipe, self.tokenizer, self.model_chunks, self.world, model.context_length
         )

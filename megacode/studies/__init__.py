@@ -5,6 +5,6 @@
 2. `results` collects what finished cells measured, `compare` sets arms against each other, `page`
    draws it.
 3. `statistics` gives intervals over seeds and items, paired differences, slopes, adjusted p values.
-4. `budgets` turns a total and a share into tokens of every source.
-5. `mixing_law` fits losses against shares and proposes the next mixture.
+4. `mixing_table` reads shares and losses, `mixing_law` fits one to the other and finds the best
+   mixture, `mixing_phases` writes it as a recipe, `mixing_plot` draws it.
 """

@@ -2,7 +2,7 @@
 
     chat        functions of the standard library: what one does, and its code
     code-stage  worded reasoning problems, and programming tasks with their code (reasoning-gym)
-    code-share  the quickstart's corpora, and tasks from probes
+    code-share  documents of the quickstart's corpora as bytes, and tasks from probes
     math-cpt    sums, equations and worded problems with their solutions (reasoning-gym), and the
                 prose of sympy's docstrings
 
@@ -34,11 +34,12 @@ from megacode.errors import UserError
 from megacode.evaluate.probes import make_probe
 from megacode.files import write_text
 from megacode.quickstart.__main__ import DATA
-from megacode.quickstart.corpora import prepare, python_sources, read_source
+from megacode.quickstart.corpora import gather, prepare, python_sources, read_source
 from megacode.quickstart.docstrings import docstring_prose
 from megacode.recipe import schema
 from megacode.report.preprocessing import preprocess_visibly
 from megacode.terminal import print_table, table_of
+from megacode.tokenizer.training import write_byte_tokenizer
 
 Record = dict[str, Any]
 
@@ -55,7 +56,9 @@ def make(study: str, folder: Path, console: Console, seed: int = 1) -> None:
     tasks, and a table.
 
     Of records to train on, those whose question is held out or comes twice are left out. The
-    tokenizer is the quickstart's, which is made first, with its corpora, where it is missing.
+    tokenizer is the quickstart's, which is made first, with its corpora, where it is missing;
+    for code-share it is bytes: probes ask for single brackets, and models of 0.4 M parameters
+    learn them of bytes first.
 
     Raises:
         UserError: the study needs reasoning-gym, and it is not installed.
@@ -65,6 +68,9 @@ def make(study: str, folder: Path, console: Console, seed: int = 1) -> None:
     section = schema.TokenizerSection(
         path=str(tokenizer), added_tokens="crystal", bos=True, eod=True
     )
+    if study == "code-share":
+        section = schema.TokenizerSection(path=str(folder / study / "bytes.json"), eod=True)
+        write_byte_tokenizer(Path(section.path))
     table = table_of("", "dataset or task", "records", "repeated, left out", left=1)
     held_out = {_question(one) for name in found if _is_held_out(name) for one in found[name]}
     for name, given in found.items():
@@ -109,6 +115,18 @@ def chat(seed: int) -> dict[str, list[Record]]:
     return _split("", _shuffled(records, seed), 50)
 
 
+def code_share(seed: int) -> dict[str, list[Record]]:
+    """Text and code of the quickstart, 3 MB of each."""
+    found: dict[str, list[Record]] = {}
+    for name, path in gather(DATA / "gathered", Console(quiet=True)).items():
+        lines = path.read_bytes().splitlines()
+        records = _shuffled([{"text": json.loads(line)["text"]} for line in lines], seed)
+        sizes = itertools.accumulate(len(one["text"].encode()) for one in records)
+        within = [one for one, size in zip(records, sizes, strict=True) if size <= 3_000_000]
+        found |= _split(f"{name}/", within, 20)
+    return found
+
+
 def code_stage(seed: int) -> dict[str, list[Record]]:
     """Worded problems and programming tasks."""
     create, first = _reasoning_gym(), 10 * _APART * seed
@@ -145,7 +163,7 @@ def math_cpt(seed: int) -> dict[str, list[Record]]:
 
 
 STUDIES: dict[str, Callable[[int], dict[str, list[Record]]]] = {
-    "chat": chat, "code-share": lambda seed: {}, "code-stage": code_stage, "math-cpt": math_cpt,
+    "chat": chat, "code-share": code_share, "code-stage": code_stage, "math-cpt": math_cpt,
 }  # fmt: skip
 PROBES = {"code-share": ("brackets", "quotes", "copying", "agreement")}
 

@@ -4,5 +4,5 @@
 2. `fast` tokenizes large corpora with gigatoken; `fast_description` tells for which tokenizers its
    ids are the same.
 3. `chat` renders conversations by chat templates and finds the answers in them.
-4. `training` makes a SentencePiece model from documents.
+4. `training` makes a SentencePiece model from documents, or the tokenizer of bytes.
 """

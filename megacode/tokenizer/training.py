@@ -1,4 +1,4 @@
-"""A SentencePiece BPE model from documents.
+"""A SentencePiece BPE model from documents; the tokenizer of bytes, which needs none.
 
 Settings for code and text alike: nothing is normalised, so decode(encode(text)) is the text with
 its newlines, tabs and runs of blanks; every byte has a piece, so nothing is unknown; digits stand
@@ -57,6 +57,19 @@ def train_tokenizer(
         ) from None
     with replace_file(path) as file:
         file.write(model.getvalue())
+
+
+def write_byte_tokenizer(path: Path) -> None:
+    """Write a tokenizer.json whose tokens are the 256 bytes and `<|endoftext|>`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={one: i for i, one in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    with replace_file(path) as file:
+        file.write(tokenizer.to_str(pretty=True).encode())
 
 
 def sample(documents: Iterable[str], share: float) -> Iterator[str]:

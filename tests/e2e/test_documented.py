@@ -33,7 +33,7 @@ SMALLER = {
     "micro_batch_size: 4": "micro_batch_size: 2", "samples: 64": "samples: 8",
 }  # fmt: skip
 SHORTER = {
-    r"^( +)(steps|epochs): \d+$": r"\1steps: 4", r"samples: \d+": "samples: 4", r"(total|language): \d+k": r"\1: 8k",
+    r"^( +)(steps|epochs): \d+$": r"\1steps: 4", r"samples: \d+": "samples: 4", r"(total|language): [\d.]+[kM]": r"\1: 8k",
     r"^seeds: \[1, 2, 3\]": "seeds: [1]", r"\.m: \[0, 0.25, 0.5, 0.75, 1\]": ".m: [0, 1]", r"^metrics: .*\n": "",
     "code-share/tasks": "code-share/tasks/quotes.yaml",
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -99,3 +100,20 @@ def test_a_missing_package_is_told_before_anything_is_written(
     assert studies.main() == 2
     assert "pip install 'megacode[studies]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_documents_of_the_shares_are_as_many_bytes_of_each_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("code", "text")}
+    monkeypatch.setattr(studies, "gather", lambda folder, console: files)
+    for name in ("code", "text"):
+        lines = [{"text": f"{name} {i} " + "é" * 5_000} for i in range(400)]
+        files[name].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = STUDIES["code-share"](1)
+    assert found == STUDIES["code-share"](1) != STUDIES["code-share"](2)
+    for name in ("code", "text"):
+        train, valid = ([one["text"] for one in found[f"{name}/{k}"]] for k in ("train", "valid"))
+        sizes = [len(text.encode()) for text in train + valid]
+        assert 3_000_000 - max(sizes) < sum(sizes) <= 3_000_000
+        assert not set(train) & set(valid) and len(valid) * 19 == pytest.approx(len(train), abs=19)

@@ -18,7 +18,7 @@ from megacode.cli.main import main
 from megacode.errors import UserError
 from megacode.recipe import schema
 from megacode.tokenizer.tokenizer import CRYSTAL_TOKENS, Tokenizer, load_tokenizer, well_formed
-from megacode.tokenizer.training import sample, train_tokenizer
+from megacode.tokenizer.training import sample, train_tokenizer, write_byte_tokenizer
 
 CORPUS = [
     "def add(a, b):\n    return a + b\n\n\nclass Point:\n\tx = 12\n\ty = 345\n" * 3,
@@ -179,6 +179,20 @@ def test_too_many_pieces_for_the_text_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot train"):
         train_tokenizer([], tmp_path / "t.model", vocab_size=500)
     assert not list(tmp_path.iterdir())
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_a_token_of_the_byte_tokenizer_is_a_byte(byte_tokenizer: Tokenizer, text: str) -> None:
+    ids = byte_tokenizer.encode(text)
+    assert len(ids) == len(text.encode()) and byte_tokenizer.decode(ids) == text
+    assert byte_tokenizer.vocab_size == 257 and byte_tokenizer.eod_id not in ids
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("bytes") / "bytes.json"
+    write_byte_tokenizer(path)
+    return load_tokenizer(schema.TokenizerSection(path=str(path), eod=True))
 
 
 def test_a_sample_does_not_depend_on_order() -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from megacode.cli import arguments
 from megacode.cli.arguments import at_least, one_of, share, size
 from megacode.corpus.preprocess.conditions import parse_condition
-from megacode.corpus.preprocess.request import Request, TooLongPolicy
+from megacode.corpus.preprocess.request import PairForm, Request, TooLongPolicy
 from megacode.corpus.workers import available_cores, prepare_workers
 from megacode.errors import UserError
 from megacode.report.preprocessing import preprocess_visibly
@@ -72,10 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eod", action=yes_no, default=True, help="end-of-document token after each document")
     add("--exact", action="store_true", help="do without the fast backend (same ids; for doubts)")
 
-    add = parser.add_argument_group("conversations").add_argument
+    add = parser.add_argument_group("conversations and pairs").add_argument
     add("--conversations", action="store_true", help="records are conversations (formats: below)")
     add("--template", metavar="NAME", help=f"chat template: a file, or {', '.join(BUILT_IN)}")
-    add("--max-tokens", type=at_least(2), metavar="N", help="of a conversation")
+    add("--pairs", choices=get_args(PairForm), help="records are pairs (megacode pairs): members "
+        "apart, or a query and a candidate in one sequence")  # fmt: skip
+    add("--max-tokens", type=at_least(2), metavar="N", help="of a conversation or a pair")
     policies = get_args(TooLongPolicy)
     add("--too-long", choices=policies, default="error", help="what becomes of longer ones (error)")
 
@@ -102,8 +104,12 @@ def run(args: argparse.Namespace) -> int:
     """Preprocess. UserError, after all good records are written, if too many are bad."""
     if args.validation == 1:
         raise UserError("--validation 1: leaves nothing to train on; give a share below 1")
-    if not args.conversations and (args.template or args.max_tokens):
-        raise UserError("--template, --max-tokens: need --conversations")
+    if args.conversations and args.pairs:
+        raise UserError("--pairs: a record is a conversation or a pair; give one of the two")
+    if args.template and not args.conversations:
+        raise UserError("--template: needs --conversations")
+    if args.max_tokens and not (args.conversations or args.pairs):
+        raise UserError("--max-tokens: needs --conversations or --pairs")
     if args.workers > 1:
         prepare_workers(["megacode.corpus.preprocess.tokenize", *FAST_MODULES])
     output = _prefix(args.output, "--output")
@@ -116,8 +122,9 @@ def run(args: argparse.Namespace) -> int:
         output=output,
         validation=args.validation,
         validation_output=held_out,
-        text_field="" if args.conversations else args.text_field,
+        text_field="" if args.conversations or args.pairs else args.text_field,
         conversations=args.conversations,
+        pairs=args.pairs,
         template=args.template,
         max_tokens=args.max_tokens,
         too_long=args.too_long,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megacode.data.loss_marks import FIRST, trained
+from megacode.data.loss_marks import FIRST, ROLES, trained
 from megacode.data.permute import make_key, uniform_bits
 from megacode.recipe.schema import LossOn
 
@@ -30,6 +30,10 @@ class Batch:
         position_ids: int64 [n, S].
         stream: int32 [n], index into the phase's streams.
         segments: int32 [n, S], number of the document in the sample; None unless boundaries reset.
+        members: int32 [n, S], number in `roles`, from 1, of the member of a pair that the token
+            belongs to, 0 of none; None unless samples are of pairs, and boundaries reset.
+        roles: uint8 [members], QUERY, EQUIVALENT or OTHER; a query begins a pair. With `members`.
+        label_roles: uint8 [n, S], role of each label, 0 of none; None unless samples are of pairs.
         digest: sum modulo 2^64, over samples, of a hash of (S + 1 tokens, position in the step).
             Digests of the parts of a step add up to the step's, however ranks divide it.
     """
@@ -41,6 +45,15 @@ class Batch:
     stream: NDArray[np.int32]
     segments: NDArray[np.int32] | None
     digest: int
+    members: NDArray[np.int32] | None = None
+    roles: NDArray[np.uint8] | None = None
+    label_roles: NDArray[np.uint8] | None = None
+
+    def by_token(self) -> dict[str, NDArray[Any]]:
+        """The arrays `[n, S]` that a model and its losses are given, by name."""
+        names = ("tokens", "labels", "loss_mask", "position_ids", "members", "label_roles")
+        arrays = {name: getattr(self, name) for name in names}
+        return {name: array for name, array in arrays.items() if array is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,24 +64,28 @@ class Marks:
         known: bool [n], samples of conversations; in the others all tokens are trained on, and
             boundaries stand after end-of-document tokens.
         trained: bool, tokens that are predicted with a loss.
-        first: bool, first tokens of conversations.
+        first: bool, first tokens of conversations and of members of pairs.
+        roles: uint8, of members of pairs; 0 elsewhere.
     """
 
     known: NDArray[np.bool_]
     trained: NDArray[np.bool_]
     first: NDArray[np.bool_]
+    roles: NDArray[np.uint8]
 
     @staticmethod
     def none(count: int, size: int) -> Marks:
         """Of samples none of which is known to be of conversations."""
         trained = np.ones((count, size), dtype=bool)
-        return Marks(np.zeros(count, dtype=bool), trained, ~trained)
+        roles = np.zeros((count, size), dtype=np.uint8)
+        return Marks(np.zeros(count, dtype=bool), trained, ~trained, roles)
 
     def set(self, rows: NDArray[np.intp], marks: NDArray[np.uint8], loss_on: LossOn) -> None:
         """Set the samples `rows` from their loss marks, uint8 [rows, S + 1]."""
         self.known[rows] = True
         self.trained[rows] = trained(marks, loss_on)
         self.first[rows] = (marks & FIRST) != 0
+        self.roles[rows] = marks & ROLES
 
 
 def make_batch(
@@ -116,9 +133,38 @@ def make_batch(
             opens[:, 1:] |= marks.first[:, 1:-1]
         segments = np.cumsum(opens, axis=1, dtype=np.int32)
         position_ids -= np.maximum.accumulate(np.where(opens, position_ids, 0), axis=1)
+    members = roles = label_roles = None
+    if marks is not None and marks.roles.any():
+        # Nothing stands before a first token.
+        label_roles = np.where(marks.first, np.uint8(0), marks.roles)[:, 1:].copy()
+        if segments is not None:
+            members, roles = _members(marks.roles[:, :-1], segments)
     return Batch(
-        tokens, labels, loss_mask, position_ids, stream, segments, digest(tokens, labels, positions)
+        tokens,
+        labels,
+        loss_mask,
+        position_ids,
+        stream,
+        segments,
+        digest(tokens, labels, positions),
+        members,
+        roles,
+        label_roles,
     )
+
+
+def _members(
+    roles: NDArray[np.uint8], segments: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """`Batch.members` and `Batch.roles`, of the roles of tokens."""
+    inside = roles.reshape(-1) != 0
+    rows = np.repeat(np.arange(len(segments)), segments.shape[1])
+    places = np.stack([rows, segments.reshape(-1)], axis=1)[inside]
+    opens = np.ones(len(places), dtype=bool)
+    opens[1:] = (places[1:] != places[:-1]).any(axis=1)
+    members = np.zeros(roles.size, dtype=np.int32)
+    members[inside] = np.cumsum(opens)
+    return members.reshape(roles.shape), roles.reshape(-1)[inside][opens]
 
 
 def digest(

@@ -1,13 +1,17 @@
-"""Which tokens of a conversation are trained on: a second dataset `PREFIX.loss` beside PREFIX.
+"""What tokens of conversations and pairs are: a second dataset `PREFIX.loss` beside PREFIX.
 
 It is an IndexedDataset of uint8 with the same documents as PREFIX: one number a token, the sum of
 
     1  an assistant's turn, the token that ends it too
     2  the last of these turns
-    4  the first token of a conversation
+    4  the first token of a conversation, or of a member of a pair
+    8  a pair's query
+   16  a candidate that is equivalent to it
+   32  another candidate
 
-A document is a conversation. It need not end with an end-of-document token, and tokens inside may
-be one, so boundaries come from the marks.
+A document is a conversation or a pair. It need not end with an end-of-document token, and tokens
+inside may be one, so boundaries come from the marks. The end-of-document tokens between the members
+of a pair belong to none of them.
 """
 
 from __future__ import annotations
@@ -23,9 +27,17 @@ from megacode.errors import UserError
 from megacode.recipe.schema import LossOn
 
 ANSWER, LAST_ANSWER, FIRST = 1, 2, 4
-MARKS = 8
+QUERY, EQUIVALENT, OTHER = 8, 16, 32
+ROLES = QUERY | EQUIVALENT | OTHER
+MARKS = 64
 """All marks are below this."""
-_BITS = {"all": 0, "answers": ANSWER, "last_answer": LAST_ANSWER}
+_BITS: dict[LossOn, int] = {
+    "all": 0,
+    "answers": ANSWER,
+    "last_answer": LAST_ANSWER,
+    "query": QUERY,
+    "equivalent": QUERY | EQUIVALENT,
+}
 _SHIFT = 24
 """Ids have fewer bits."""
 

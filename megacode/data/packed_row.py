@@ -28,6 +28,7 @@ class PackedRow:
         loss_mask: float32 `[1, T / c]`; 0 in the padding.
         edges: int32 `[documents + 1]`, where each document of the whole row begins, and its end T.
         sample_tokens: of each sample in this share, in order; the last one's with what is left.
+        members, label_roles: as the batch has them, `[1, T / c]`; 0 in the padding.
     """
 
     tokens: NDArray[np.int64]
@@ -36,6 +37,8 @@ class PackedRow:
     position_ids: NDArray[np.int64]
     edges: NDArray[np.int32]
     sample_tokens: tuple[int, ...]
+    members: NDArray[np.int32] | None = None
+    label_roles: NDArray[np.uint8] | None = None
 
 
 def packed_length(batch: Batch, size: int) -> int:
@@ -80,8 +83,7 @@ def _row(
     edges: NDArray[np.int32],
     sample_tokens: tuple[int, ...],
 ) -> PackedRow:
-    names = ("tokens", "labels", "loss_mask", "position_ids")
-    arrays = {name: part(getattr(batch, name)) for name in names}
+    arrays = {name: part(array) for name, array in batch.by_token().items()}
     return PackedRow(**arrays, edges=edges, sample_tokens=sample_tokens)
 
 

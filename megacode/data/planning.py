@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
-from megacode.data.indexed import chunks
+from megacode.data.indexed import chunks, read_manifest
 from megacode.data.loss_marks import has_marks, trained
 from megacode.data.pack_index import open_packs
 from megacode.data.source import (
@@ -20,7 +20,7 @@ from megacode.data.tokenizer_check import check_tokenizers
 from megacode.errors import UserError
 from megacode.plan.plan import Plan, make_plan
 from megacode.recipe.mixtures import mixture_entries
-from megacode.recipe.schema import LossOn, Recipe, Source
+from megacode.recipe.schema import OF_PAIRS, LossOn, Recipe, Source
 
 
 def plan_with_data(recipe: Recipe, path: Path | None = None) -> Plan:
@@ -49,6 +49,8 @@ def check_conversations(recipe: Recipe) -> None:
     for name, source in recipe.sources.items():
         if source.loss_on == "all":
             continue
+        if source.loss_on in OF_PAIRS:
+            _check_pairs(recipe, name)
         for key, paths, read in (
             ("path", source.paths, lengths.get(name, {})),
             ("validation", source.validation_paths, held_out),
@@ -63,6 +65,30 @@ def check_conversations(recipe: Recipe) -> None:
                     f"{entry.key}.fim_rate: {entry.fim_rate:g} of a source of conversations, "
                     "which are not rearranged; set it to 0"
                 )
+
+
+def _check_pairs(recipe: Recipe, name: str) -> None:
+    """Whether a source of pairs is one, of the form that the objectives of its phases take."""
+    source, wanted = (
+        recipe.sources[name],
+        {"contrastive": "members", "weighted_tokens": "sequences"},
+    )
+    for prefix in chain(*map(matching_prefixes, source.paths)):
+        form = (read_manifest(prefix) or {}).get("pairs")
+        if form is None:
+            raise UserError(
+                f"sources.{name}.loss_on: {source.loss_on} is of pairs, and {prefix} has none "
+                "(`megacode preprocess --pairs` makes them); set all, answers or last_answer"
+            )
+        for phase in recipe.phases:
+            if all(entry.source != name for entry in mixture_entries(recipe, phase)):
+                continue
+            for key, other in wanted.items():
+                if phase.objective and getattr(phase.objective, key) and form != other:
+                    raise UserError(
+                        f"phases.{phase.name}.objective.{key}: takes pairs as {other}, and "
+                        f"{prefix} has {form}; tokenize them again with `--pairs {other}`"
+                    )
 
 
 def _check_marked(recipe: Recipe, source: TokenSource, label: str, lengths: Iterable[int]) -> None:

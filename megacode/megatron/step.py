@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -21,11 +22,20 @@ from megacode.data.batch import Batch
 from megacode.data.packed_row import pack_row, packed_length
 from megacode.megatron.distributed import World
 from megacode.megatron.hardware import transformer_engine_available
+from megacode.megatron.objective import (
+    hidden_states,
+    pair_gradients,
+    pooled_sums,
+    pooled_tokens,
+    pull,
+    weighted_token_loss,
+)
 from megacode.megatron.workarounds import (
     renew_second_copies,
     slices_of_context_rank,
     without_graphs,
 )
+from megacode.recipe.objectives import StepObjective
 from megacode.recipe.schema import Recipe
 
 
@@ -41,6 +51,7 @@ class DeviceBatch:
         mask, packed: document boundaries, in one of two forms (`mask` is bool `[n, 1, S, S]`, True
             where hidden); both None means plain causal. `packed` goes with tensors of one row and
             `sample_tokens`, the tokens of each sample in it.
+        members, label_roles: of pairs, see `Batch`.
     """
 
     tokens: Tensor
@@ -52,6 +63,8 @@ class DeviceBatch:
     mask: Tensor | None
     packed: PackedSeqParams | None
     sample_tokens: tuple[int, ...] | None
+    members: Tensor | None = None
+    label_roles: Tensor | None = None
 
 
 def to_device(batch: Batch, world: World, packed_row: int | None = None) -> DeviceBatch:
@@ -71,11 +84,11 @@ def to_device(batch: Batch, world: World, packed_row: int | None = None) -> Devi
             return tensor.pin_memory().to(device, non_blocking=True)
         return tensor
 
-    arrays: list[Any] = [batch.tokens, batch.labels, batch.loss_mask, batch.position_ids]
+    arrays = batch.by_token()
     mask = packed = sample_tokens = None
     if batch.segments is not None and transformer_engine_available():
         row = pack_row(batch, packed_row or packed_length(batch, size), size, world.context_rank)
-        arrays = [row.tokens, row.labels, row.loss_mask, row.position_ids]
+        arrays = {name: getattr(row, name) for name in arrays}
         ends, longest = move(row.edges), int(np.diff(row.edges).max())
         sample_tokens = row.sample_tokens
         # Padding belongs to its document: context parallelism wants to be told so.
@@ -92,8 +105,7 @@ def to_device(batch: Batch, world: World, packed_row: int | None = None) -> Devi
         segments, length = move(batch.segments), batch.segments.shape[1]
         later = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
         mask = (later | (segments[:, :, None] != segments[:, None, :])).unsqueeze(1)
-    names = ("tokens", "labels", "loss_mask", "position_ids")
-    tensors = dict(zip(names, map(move, arrays), strict=True))
+    tensors = {name: move(array) for name, array in arrays.items()}
     if size > 1 and packed is None:
         tensors = slices_of_context_rank(tensors)
     return DeviceBatch(
@@ -125,35 +137,41 @@ _WEIGHT_UNIT = 2**10
 int32. A power of two leaves gradients exact."""
 
 
-def _loss(
-    batch: DeviceBatch,
-    streams: int,
-    count_positions: bool,
-    weights: Tensor | None,
-    losses: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Masked sum of losses (`[n, S]`), its denominator, sums by stream (float64 `[2, streams]`).
+@dataclass(frozen=True, eq=False)
+class _Losses:
+    """How losses of tokens become a step's loss."""
 
-    With `weights` (float32 `[streams]`) the first two are of weighted tokens.
-    """
-    losses = losses.float().reshape(batch.loss_mask.shape)
-    masked = losses * batch.loss_mask
-    stream = batch.stream.long()
-    with torch.no_grad():
-        sums = torch.zeros(2, streams, dtype=torch.float64, device=losses.device)
-        for row, values in zip(sums, (masked, batch.loss_mask), strict=True):
-            row.index_add_(0, stream, _by_sample(batch, values).double())
+    streams: int
+    count_positions: bool
+    weights: Tensor | None
+    """float32 `[streams]`; with them sums and denominators are of weighted tokens."""
+
+    def sums(self, batch: DeviceBatch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Masked sum of losses of tokens, its denominator, sums by stream (float64
+        `[2, streams]`)."""
+        masked = losses.float().reshape(batch.loss_mask.shape) * batch.loss_mask
+        stream = batch.stream.long()
+        with torch.no_grad():
+            sums = torch.zeros(2, self.streams, dtype=torch.float64, device=losses.device)
+            for row, values in zip(sums, (masked, batch.loss_mask), strict=True):
+                row.index_add_(0, stream, _by_sample(batch, values).double())
+        if self.weights is None:
+            return masked.sum(), self.denominator(batch), sums
+        weighted = self.weights[stream] * _by_sample(batch, masked)
+        return weighted.sum(), self.denominator(batch), sums
+
+    @torch.no_grad()
+    def denominator(self, batch: DeviceBatch) -> Tensor:
+        """int32: what this micro-batch adds to the number that gradients are divided by."""
         mask = batch.loss_mask
-        # Filled on the device: the host would wait for a number that it sends.
-        count = mask.new_full((), batch.positions) if count_positions else mask.sum()
-    if weights is None:
-        return masked.sum(), count.to(torch.int), sums
-    weight = weights[stream]
-    with torch.no_grad():
+        if self.weights is None:
+            # Filled on the device: the host would wait for a number that it sends.
+            count = mask.new_full((), batch.positions) if self.count_positions else mask.sum()
+            return count.to(torch.int)
+        weight = self.weights[batch.stream.long()]
         each = weight.new_full(weight.shape, batch.positions / len(weight))
-        counts = each if count_positions else _by_sample(batch, mask)
-        count = (weight.double() * counts.double()).sum().round()
-    return (weight * _by_sample(batch, masked)).sum(), count.to(torch.int), sums
+        counts = each if self.count_positions else _by_sample(batch, mask)
+        return (weight.double() * counts.double()).sum().round().to(torch.int)
 
 
 def _by_sample(batch: DeviceBatch, values: Tensor) -> Tensor:
@@ -163,12 +181,52 @@ def _by_sample(batch: DeviceBatch, values: Tensor) -> Tensor:
     return values.reshape(len(batch.stream), -1).sum(1)
 
 
+@dataclass(frozen=True, eq=False)
+class _PairLosses:
+    """The losses of an objective; see `megacode.megatron.objective`.
+
+    Attributes:
+        hidden: hidden states of the last forward pass.
+        members: of pairs in each micro-batch.
+    """
+
+    losses: _Losses
+    objective: StepObjective
+    hidden: list[Tensor]
+    members: Sequence[int]
+
+    def embed(
+        self, members: Iterator[int], batch: DeviceBatch, losses: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """First pass: the result of a micro-batch is its `pooled_sums` and denominator."""
+        assert batch.members is not None
+        pooled = pooled_sums(self.hidden[0], batch.members, next(members))
+        count = self.losses.denominator(batch)
+        return losses.sum(), count, (pooled, count)
+
+    def sums(
+        self, gradients: Iterator[Tensor] | None, batch: DeviceBatch, losses: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_Losses.sums`, with a column for each of the objective's numbers."""
+        loss, count, sums = self.losses.sums(batch, losses)
+        loss = self.objective.next_token * loss
+        numbers = sums.new_zeros(2, len(self.objective.numbers))
+        if gradients is not None:
+            assert batch.members is not None
+            loss = loss + pull(self.hidden[0], batch.members, next(gradients))
+        weighted = self.objective.weighted_tokens
+        if weighted and batch.label_roles is not None:
+            own = losses.float().reshape(batch.loss_mask.shape)
+            value, weight = weighted_token_loss(own, batch.label_roles, weighted)
+            loss = loss + self.objective.weighted_tokens_weight * value
+            numbers[:, -1] = torch.stack([value.detach(), weight])
+        return loss, count, torch.cat([sums, numbers], 1)
+
+
 def _forward(
-    streams: int,
-    count_positions: bool,
+    loss_of: Callable[[DeviceBatch, Tensor], Any],
     world: World,
     packed_row: int | None,
-    weights: Tensor | None,
     iterator: Iterator[Batch],
     model: Any,
 ) -> Any:
@@ -180,7 +238,7 @@ def _forward(
         labels=batch.labels,
         packed_seq_params=batch.packed,
     )
-    return losses, partial(_loss, batch, streams, count_positions, weights)
+    return losses, partial(loss_of, batch)
 
 
 def forward_backward(
@@ -191,16 +249,19 @@ def forward_backward(
     world: World,
     forward_only: bool = False,
     loss_weights: Sequence[float] | None = None,
+    objective: StepObjective | None = None,
 ) -> Tensor:
     """Run one rank's micro-batches through the pipeline schedule.
 
     Args:
         loss_weights: of the streams. Gradients are those of sum(weight x loss) / sum(weight) over
             all tokens of the step.
+        objective: None: the next-token loss alone.
 
     Returns:
-        float64 `[2, streams]` on the device: this rank's sums of loss and of loss-bearing tokens by
-        stream; zeros where this rank does not see the loss (not the last stage).
+        float64 `[2, streams + numbers]` on the device: this rank's sums of loss and of loss-bearing
+        tokens by stream, then of each of the objective's numbers a sum and what to divide it by;
+        zeros where this rank does not see the loss (not the last stage).
     """
     packed_row = _packed_row(micro_batches, recipe)
     count_positions = recipe.optimizer.loss_denominator == "positions"
@@ -210,11 +271,62 @@ def forward_backward(
         unit = 2.0 ** math.floor(30 - math.log2(max(most * world.data_size, 1)))
         weights = torch.tensor(loss_weights, dtype=torch.float32, device=world.device)
         weights *= min(_WEIGHT_UNIT, unit)
-    forward = partial(_forward, streams, count_positions, world, packed_row, weights)
+    losses = _Losses(streams, count_positions, weights)
+    if objective:
+        return _forward_backward_pairs(
+            model_chunks, micro_batches, losses, objective, world, packed_row, forward_only
+        )
+    forward = partial(_forward, losses.sums, world, packed_row)
     results = run_schedule(model_chunks, micro_batches, forward, packed_row, forward_only)
     if not results:
         return torch.zeros(2, streams, dtype=torch.float64, device=world.device)
     return torch.stack(results).sum(0)
+
+
+def _forward_backward_pairs(
+    model_chunks: Sequence[Any],
+    micro_batches: Sequence[Batch],
+    losses: _Losses,
+    objective: StepObjective,
+    world: World,
+    packed_row: int | None,
+    forward_only: bool,
+) -> Tensor:
+    """`forward_backward` of an objective: a pass for its embeddings, if it has some, before."""
+    how, gradients, found = objective.contrastive, None, None
+    if how:
+        micro_batches = [replace(b, members=pooled_tokens(b, how)) for b in micro_batches]
+    members = [0 if batch.roles is None else len(batch.roles) for batch in micro_batches]
+    with hidden_states(model_chunks, how.layer if how else "last") as hidden:
+        pairs = _PairLosses(losses, objective, hidden, members)
+        if how:
+            forward = partial(_forward, partial(pairs.embed, iter(members)), world, packed_row)
+            with torch.no_grad():
+                embedded = run_schedule(model_chunks, micro_batches, forward, packed_row)
+            if embedded:
+                split = get_model_config(model_chunks[0]).sequence_parallel
+                sums = [one for one, _ in embedded]
+                found = pair_gradients(sums, micro_batches, how, split)
+                scale = objective.contrastive_weight * _over_ranks(n for _, n in embedded)
+                gradients = iter([scale * one for one in found.by_micro_batch])
+        forward = partial(_forward, partial(pairs.sums, gradients), world, packed_row)
+        results = run_schedule(model_chunks, micro_batches, forward, packed_row, forward_only)
+    if not results:
+        width = losses.streams + len(objective.numbers)
+        return torch.zeros(2, width, dtype=torch.float64, device=world.device)
+    total: Tensor = torch.stack(results).sum(0)
+    if found:
+        first = losses.streams
+        total[0, first : first + 2], total[1, first : first + 2] = found.numbers, 1.0
+    return total
+
+
+def _over_ranks(denominators: Iterable[Tensor]) -> Tensor:
+    """float32: what Megatron-Core divides a step's gradients by; it leaves them where it is 0."""
+    total = torch.stack(list(denominators)).sum()
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    torch.distributed.all_reduce(total, group=group)
+    return total.clamp_min(1).float()
 
 
 def run_schedule(
@@ -303,6 +415,7 @@ def train_step(
     recipe: Recipe,
     world: World,
     loss_weights: Sequence[float] | None = None,
+    objective: StepObjective | None = None,
 ) -> tuple[Tensor, float | None]:
     """Forward, backward, clip, update. Rates are set beforehand (`optimizer.set_lr`).
 
@@ -315,7 +428,13 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     sums = forward_backward(
-        model_chunks, micro_batches, streams, recipe, world, loss_weights=loss_weights
+        model_chunks,
+        micro_batches,
+        streams,
+        recipe,
+        world,
+        loss_weights=loss_weights,
+        objective=objective,
     )
     _, norm, _ = optimizer.step()
     return sums, None if norm is None else float(norm)

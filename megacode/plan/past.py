@@ -23,8 +23,9 @@ from megacode.errors import UserError
 from megacode.plan.plan import PhasePlan, Plan, phase_steps
 from megacode.recipe.compose import did_you_mean
 from megacode.recipe.megatron_fields import EFFECT
+from megacode.recipe.objectives import objective_at
 from megacode.recipe.schedules import BatchSizes, learning_rate
-from megacode.recipe.schema import LearningRate, Phase, Recipe, all_keys
+from megacode.recipe.schema import LearningRate, Objective, Phase, Recipe, all_keys
 
 Kind = Literal["data", "function", "training", "free"]
 
@@ -63,7 +64,7 @@ that is below it."""
 _PAST: dict[Kind, str] = {
     "training": """
         model_seed initialize_from initialize_new_rows optimizer precision phases.*.learning_rate
-        phases.*.optimizer_state phases.*.rotary_base phases.*.rotary_scaling
+        phases.*.optimizer_state phases.*.rotary_base phases.*.rotary_scaling phases.*.objective
         model.dropout model.attention_dropout model.init_std model.init_distribution
         model.embedding_init_std model.output_init_std
     """
@@ -235,10 +236,22 @@ def _origin(before: Recipe, now: Recipe) -> Iterator[Change]:
 
 
 def _rates(key: str, old: Phase, new: Phase, plan: PhasePlan, steps: int) -> Iterator[Change]:
-    """The first step of a phase whose learning rate differs; `steps` of the phase are past."""
+    """The first step of a phase whose objective differs, and whose learning rate; `steps` of the
+    phase are past."""
     longer = old.epochs / new.epochs if old.epochs and new.epochs else 1
     rate, (first, length) = _rate(old, round(plan.steps * longer))
     new_rate, (new_first, new_length) = _rate(new, plan.steps)
+    if (old.objective, first, length) != (new.objective, new_first, new_length):
+        losses = [one.objective or Objective() for one in (old, new)]
+        for step in range(steps):
+            before_then, now_then = (
+                objective_at(losses[0], step + first, length),
+                objective_at(losses[1], step + new_first, new_length),
+            )
+            if before_then != now_then:
+                note = f" in step {plan.first_step + step + 1:,}"
+                yield Change(f"{key}.objective", vars(before_then), vars(now_then), note)
+                break
     if (rate, first, length) == (new_rate, new_first, new_length):
         return
     for step in range(steps):

@@ -29,9 +29,10 @@ from megacode.plan.streams import (
 )
 from megacode.recipe.compose import did_you_mean
 from megacode.recipe.mixtures import mixture_entries, mixture_weights
+from megacode.recipe.objectives import StepObjective, objective_at
 from megacode.recipe.online import decides
 from megacode.recipe.schedules import BatchSizes, Floats, Ints, learning_rate
-from megacode.recipe.schema import LearningRate, Phase, Recipe
+from megacode.recipe.schema import LearningRate, Objective, Phase, Recipe
 
 _MOST_STEPS = 50_000_000
 """Upper limit for the steps of a phase; each takes some µs to plan."""
@@ -53,6 +54,7 @@ class PhasePlan:
     rate: LearningRate
     rate_place: tuple[int, int]
     """The rate's step at the phase's first step, and how many steps it is made for."""
+    objective: Objective | None = None
     asked: tuple[int, ...] | None = None
     """Samples of each stream that the recipe's weights would take, where `max_epochs` clips."""
 
@@ -111,6 +113,13 @@ class PhasePlan:
     def learning_rate(self, step: int) -> float:
         first, steps = self.rate_place
         return learning_rate(self.rate, step - self.first_step + first, steps)
+
+    def objective_at(self, step: int) -> StepObjective | None:
+        """None: the next-token loss alone. Schedules run as the learning rate's does."""
+        if self.objective is None:
+            return None
+        first, steps = self.rate_place
+        return objective_at(self.objective, step - self.first_step + first, steps)
 
 
 @dataclass(frozen=True)
@@ -280,6 +289,7 @@ def make_plan(
                 sequence_length=phase.sequence_length,
                 reset_at_eod=recipe.resets(phase),
                 fresh_optimizer=phase.optimizer_state == "fresh",
+                objective=phase.objective,
                 streams=tuple(streams),
                 quota=quota,
                 rate=phase.learning_rate,

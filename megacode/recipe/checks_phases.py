@@ -11,7 +11,7 @@ import numpy as np
 from megacode.recipe.compose import did_you_mean
 from megacode.recipe.mixtures import mixture_entries, mixture_weights
 from megacode.recipe.schedules import BatchSizes, Weights
-from megacode.recipe.schema import MixtureDomain, Phase, Recipe, Schedule
+from megacode.recipe.schema import OF_PAIRS, MixtureDomain, Phase, Recipe, Schedule
 
 _MOST_SEQUENCES = 1 << 22
 
@@ -70,7 +70,9 @@ def check_phase(recipe: Recipe, phase: Phase) -> Iterator[str]:
     if problems := list(_names(recipe, phase)) or list(_online(phase)):
         yield from problems
     else:
-        yield from chain(_weights(recipe, phase), _conversations(recipe, phase))
+        yield from chain(
+            _weights(recipe, phase), _conversations(recipe, phase), _objective(recipe, phase)
+        )
 
 
 def _online(phase: Phase) -> Iterator[str]:
@@ -112,6 +114,46 @@ def _online(phase: Phase) -> Iterator[str]:
         yield (
             f"{key}.shares: expected one list for each of {', '.join(weights)} in this order, all "
             "of one length; correct them, or take the key out"
+        )
+
+
+def _objective(recipe: Recipe, phase: Phase) -> Iterator[str]:
+    """What losses of pairs need of a phase and of the model."""
+    key, objective = f"phases.{phase.name}.objective", phase.objective
+    if objective is None or not objective.numbers:
+        return
+    entries = mixture_entries(recipe, phase)
+    if all(recipe.sources[entry.source].loss_on not in OF_PAIRS for entry in entries):
+        yield (
+            f"{key}: the phase reads no pairs; give it a source that `megacode preprocess --pairs` "
+            "made, with `loss_on: query` or `equivalent`"
+        )
+    how, model = objective.contrastive, recipe.model
+    if objective.weighted_tokens and any(entry.given.loss_weight != 1 for entry in entries):
+        yield f"{key}.weighted_tokens: needs a `loss_weight` of 1 of every source of the phase"
+    if how is None:
+        return
+    if not recipe.resets(phase):
+        yield (
+            f"phases.{phase.name}.reset_at_eod: members of a pair would see each other; set it to "
+            "true"
+        )
+    if model.dropout or model.attention_dropout:
+        yield (
+            f"{key}.contrastive: a step runs forward twice, and dropout would differ; set "
+            "model.dropout and model.attention_dropout to 0"
+        )
+    if how.layer == "last":
+        return
+    stages = recipe.parallel.pipeline * (recipe.parallel.virtual_pipeline or 1)
+    if not 1 <= how.layer <= model.layers:
+        yield f"{key}.contrastive.layer: {how.layer} is no layer of 1 to {model.layers}; correct it"
+    elif stages > 1:
+        yield f"{key}.contrastive.layer: with pipeline stages only `last` can be had; set it so"
+    elif recipe.parallel.recompute.granularity == "full":
+        yield (
+            f"{key}.contrastive.layer: recomputed layers keep no hidden states; set it to last, or "
+            "parallel.recompute.granularity to selective"
         )
 
 

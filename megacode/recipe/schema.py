@@ -37,6 +37,11 @@ from megacode.recipe.schema_model import (  # noqa: F401
     RotaryScaling,
     TokenizerSection,
 )
+from megacode.recipe.schema_objective import (  # noqa: F401
+    Contrastive,
+    Objective,
+    WeightedTokens,
+)
 from megacode.recipe.schema_run import (  # noqa: F401
     Checkpoints,
     Ema,
@@ -56,7 +61,9 @@ from megacode.recipe.schema_run import (  # noqa: F401
 from megacode.recipe.section import Count, CountOrZero, Fraction, Section
 
 Packing = Literal["concatenate", "best_fit", "one_document"]
-LossOn = Literal["all", "answers", "last_answer"]
+LossOn = Literal["all", "answers", "last_answer", "query", "equivalent"]
+OF_PAIRS = ("query", "equivalent")
+"""Values of `loss_on` that only sources of pairs have."""
 SampleOrder = Literal["shuffled", "file"]
 
 
@@ -86,8 +93,9 @@ class Source(Section):
     packing: Packing | None = None
     """How its documents become samples; default: the recipe's `data.packing`."""
     loss_on: LossOn = "all"
-    """Which tokens of conversations (`megacode preprocess --conversations`) are trained on: all,
-    those that an assistant wrote, or its last turn."""
+    """Which tokens have a next-token loss. Of conversations (`megacode preprocess
+    --conversations`): all, those that an assistant wrote, or its last turn. Of pairs (`--pairs`):
+    those of queries, or of queries and equivalent candidates."""
     order: SampleOrder = "shuffled"
     """Of its samples: another random one in each epoch, or as they are in the files."""
 
@@ -210,6 +218,8 @@ class Phase(Section):
     positions of its phase."""
     rotary_scaling: RotaryScaling | None = None
     """Of this phase; default: the model's."""
+    objective: Objective | None = None
+    """What is minimised; default: next-token loss."""
     checkpoint_every: Count | None = None
     """Steps of this phase between checkpoints, counted from its start; default:
     `checkpoints.every`."""

@@ -38,17 +38,24 @@ TITLES = {
     "learning_rate": "Learning rate",
     "batch_size": "Batch size, sequences",
     "grad_norm": "Gradient norm, before clipping",
+    "contrastive": "Contrastive loss",
+    "contrastive_accuracy": "Queries whose nearest candidate is equivalent",
+    "weighted_tokens": "Loss of weighted tokens",
     "tokens_per_second": "Throughput, tokens/s of the whole run",
     "mfu": "Model FLOPs utilisation (MFU)",
     "tflops_per_device": "TFLOP/s per device",
     "memory_gb": "Peak memory of rank 0's device, GB",
     "drift": "Loss in FP8 against bf16, same weights and batch",
 }
-_NOISY = ("grad_norm", "tokens_per_second", "mfu", "tflops_per_device")
+_NOISY = (
+    *("grad_norm", "contrastive", "contrastive_accuracy", "weighted_tokens"),
+    *("tokens_per_second", "mfu", "tflops_per_device"),
+)
 
 
 _FORMS = {
     "mfu": "{:.0%}".format,
+    "contrastive_accuracy": "{:.0%}".format,
     "tokens_per_second": short,
     "drift": "{:+.2%}".format,
 }
@@ -186,7 +193,8 @@ def planned_shares(phase: dict[str, Any], names: Sequence[str]) -> tuple[Floats,
 
 
 def small_figures(runs: list[Run]) -> list[tuple[str, Figure]]:
-    """(title, figure) of learning rate, batch size, gradient norm, speed, memory, FP8's drift."""
+    """(title, figure) of learning rate, batch size, gradient norm, losses of pairs, speed, memory,
+    FP8's drift."""
     shown = {key for key in TITLES if any(run.train.has(key) for run in runs)}
     if "mfu" in shown:
         shown -= {"tflops_per_device"}

@@ -24,6 +24,7 @@ Floats = NDArray[np.float64]
 _NUMBERS = (
     *("step", "tokens", "loss", "grad_norm", "learning_rate", "batch_size", "seconds"),
     *("tokens_per_second", "tflops_per_device", "mfu", "memory_gb", "drift"),
+    *("contrastive", "contrastive_accuracy", "weighted_tokens"),
 )
 
 

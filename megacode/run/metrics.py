@@ -30,6 +30,9 @@ Record = dict[str, Any]
 _TAGS: dict[str, dict[str, str]] = {
     "train": {
         "loss/train": "loss",
+        "objective/contrastive": "contrastive",
+        "objective/contrastive_accuracy": "contrastive_accuracy",
+        "objective/weighted_tokens": "weighted_tokens",
         "precision/loss_bf16": "loss_bf16",
         "precision/drift": "drift",
         "gradient_norm": "grad_norm",

@@ -22,7 +22,8 @@ from megacode.terminal import count
 _BAR_WIDTH = 16
 _RECENT = 30
 """Reports that the time left is computed from: enough to hold evaluations and checkpoints, too."""
-_DROPPED_FIRST = ("memory", "norm", "tflops", "mfu", "rate", "speed", "left")
+_OF_PAIRS = ("contrastive", "contrastive_accuracy", "weighted_tokens")
+_DROPPED_FIRST = ("memory", "norm", "tflops", "mfu", *_OF_PAIRS[::-1], "rate", "speed", "left")
 """Parts of the live line that a narrow terminal goes without, in this order."""
 
 
@@ -87,6 +88,11 @@ class Progress:
             "step": f"step {record['step']:>{len(total)},}/{total}",
             "phase": str(record["phase"]),
             "loss": f"loss {_number(record['loss'], '.3f')}",
+            **{
+                name: f"{name.replace('_', ' ')} {record[name]:.3f}"
+                for name in _OF_PAIRS
+                if name in record
+            },
             "rate": f"rate {_number(record['learning_rate'], '.2e')}",
             "norm": f"norm {_number(record['grad_norm'], '.2f')}",
             "speed": f"{record['tokens_per_second']:,.0f} tok/s",

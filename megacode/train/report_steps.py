@@ -34,9 +34,10 @@ class FinishedStep:
     """A finished step whose numbers are still on the device.
 
     Attributes:
-        sums: float64 `[2, streams]`, loss and tokens of this rank by stream.
+        sums: float64 `[2, streams + numbers]`, of this rank; see `forward_backward`.
         digest: of this rank's tokens.
-        bf16_sums: `sums`, had the step been forward in bf16 (`precision.compare_every`).
+        bf16_sums: float64 `[2, streams]`, had the step been forward in bf16
+            (`precision.compare_every`).
     """
 
     step: int
@@ -111,14 +112,14 @@ class StepReports(AbstractContextManager["StepReports"]):
     def _gather(self) -> None:
         """Sum what is pending over all ranks, and start its copy to the host.
 
-        Totals are float64 `[steps, 2, 2, streams]`: as trained and as in bf16; losses and tokens.
+        Totals are float64 `[steps, 2, 2, streams + numbers]`: as trained and as in bf16; losses
+        and tokens.
         """
         self._show()
         if not self._pending:
             return
         steps, self._pending = self._pending, []
-        both = [(s.sums, s.sums if s.bf16_sums is None else s.bf16_sums) for s in steps]
-        totals = torch.stack([torch.stack(pair) for pair in both])
+        totals = torch.stack([torch.stack([one.sums, _bf16_sums(one)]) for one in steps])
         digests = torch.tensor([_signed(s.digest) for s in steps])
         if self.cuda:
             digests = digests.pin_memory().to(self.world.device, non_blocking=True)
@@ -152,7 +153,11 @@ class StepReports(AbstractContextManager["StepReports"]):
         self, one: FinishedStep, totals: list[list[list[float]]], digest: int
     ) -> dict[str, Any]:
         step, phase = one.step, self.plan.phase_at(one.step)
-        (losses, tokens), (bf16, _) = totals
+        streams = len(phase.streams)
+        (losses, tokens), (bf16, _) = ([row[:streams] for row in one] for one in totals)
+        names = phase.objective.numbers if phase.objective else ()
+        numbers = zip(names, *(row[streams:] for row in totals[0]), strict=True)
+        objective = {name: total / count for name, total, count in numbers if count}
         batch_size = phase.batch_size(step)
         seen = batch_size * phase.sequence_length
         flops = seen * self._flops[phase.sequence_length] / one.seconds / self.world.size
@@ -170,6 +175,7 @@ class StepReports(AbstractContextManager["StepReports"]):
             "phase": phase.name,
             "loss": _ratio(sum(losses), sum(tokens)),
             **compared,
+            **objective,
             "grad_norm": float("nan") if one.norm is None else one.norm,
             "learning_rate": phase.learning_rate(step),
             "batch_size": batch_size,
@@ -311,3 +317,10 @@ def _means(names: list[str], totals: list[float], counts: list[float]) -> dict[s
     """Mean loss of each name that has tokens in this step."""
     total, count = _sums(names, totals), _sums(names, counts)
     return {name: total[name] / count[name] for name in total if count[name]}
+
+
+def _bf16_sums(one: FinishedStep) -> Tensor:
+    """As wide as the step's sums; those themselves where the step was not compared."""
+    if one.bf16_sums is None:
+        return one.sums
+    return torch.nn.functional.pad(one.bf16_sums, (0, one.sums.shape[1] - one.bf16_sums.shape[1]))

@@ -242,7 +242,7 @@ class Trainer:
             garbage.collect_after(step + 1)
             # From the end of one step to the end of the next; without evaluation and saving.
             before, clock = clock, time.perf_counter()
-            self.mixing.add(self.plan, phase, sums)
+            self.mixing.add(self.plan, phase, sums[:, : len(phase.streams)])
             self.reports.step(
                 FinishedStep(step, sums, norm, batch.digest, clock - before, bf16_sums)
             )
@@ -301,6 +301,7 @@ class Trainer:
             recipe,
             world,
             phase.loss_weights,
+            phase.objective_at(step),
         )
         return sums, norm, bf16_sums
 

@@ -9,6 +9,7 @@ from megacode.corpus.conversations import NO_CONVERSATION
 from megacode.corpus.inputs import InputFile
 from megacode.corpus.preprocess.chat import as_conversations, template_of
 from megacode.corpus.preprocess.conditions import FILE_FIELDS, field_value
+from megacode.corpus.preprocess.pairs import as_pairs
 from megacode.corpus.preprocess.request import Request
 from megacode.corpus.readers import BadRecord, read_input
 from megacode.errors import UserError
@@ -32,17 +33,33 @@ def check_tokens(request: Request, tokenizer: Tokenizer) -> None:
             )
 
 
-def check_conversations(request: Request, tokenizer: Tokenizer) -> None:
-    """UserError: the chat template cannot be used, or an option does not go with conversations."""
+def check_records(request: Request, tokenizer: Tokenizer) -> None:
+    """UserError: the chat template cannot be used, or an option does not go with conversations or
+    pairs."""
     if request.repository:
-        raise UserError("--repository: joins files of code; take it away, or --conversations")
-    template_of(request, tokenizer)
+        kind = "--conversations" if request.conversations else "--pairs"
+        raise UserError(f"--repository: joins files of code; take it away, or {kind}")
+    if request.conversations:
+        template_of(request, tokenizer)
+        return
+    if request.too_long in ("left", "right"):
+        raise UserError(f"--too-long {request.too_long}: cuts a pair; give error or drop")
+    if request.validation:
+        raise UserError(
+            "--validation: would part the pairs of a file; give it to `megacode pairs`, and "
+            "tokenize both of its files"
+        )
+    if request.deduplicate:
+        raise UserError("--deduplicate: compares whole records; take it away with --pairs")
+    if not request.tokenizer.eod:
+        raise UserError("--no-eod: members of a pair need it to stand apart; take it away")
 
 
 def check_fields(files: Sequence[InputFile], request: Request) -> None:
     """UserError if the first hundred records show that a field's name is wrong."""
     text_field, columns = request.text_field, request.columns
     missing = NO_CONVERSATION if request.conversations else f"no field {text_field!r}"
+    pairs = request.pairs is not None
     seen = 0
     found: set[str] = set()
     known: dict[str, None] = {}
@@ -54,10 +71,12 @@ def check_fields(files: Sequence[InputFile], request: Request) -> None:
         items = read_input(file, text_field, columns=columns)
         if request.conversations:
             items = as_conversations(items, file.form == "parquet")
+        elif pairs:
+            items = as_pairs(items)
         for _, item in zip(range(100), items, strict=False):
             if isinstance(item, BadRecord):
                 first = first or (file, item)
-                if item.reason != missing:
+                if item.reason != missing and not pairs:
                     seen += 1  # bad in another way: no reason to doubt the field
                 if file.form == "jsonl" and item.raw.strip() in (b"[", b"{"):
                     raise UserError(
@@ -70,6 +89,10 @@ def check_fields(files: Sequence[InputFile], request: Request) -> None:
             known |= dict.fromkeys(item.values)
     if first and not seen and request.conversations:
         raise UserError(f"{first[0].path}: no conversations: a record {missing}{_fields(*first)}")
+    if first and not seen and pairs:
+        raise UserError(
+            f"{first[0].path}: no pairs: {first[1].reason}; `megacode pairs` makes them"
+        )
     if first and not seen:
         raise UserError(
             f"{first[0].path}: no field {text_field!r} in its records{_fields(*first)}; "

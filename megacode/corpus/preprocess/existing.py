@@ -76,6 +76,7 @@ def run_settings(
         "shard size": request.shard_size,
         "max document": request.max_document,
         **(_of_conversations(request, tokenizer) if request.conversations else {}),
+        **({"pairs": request.pairs, **_limits(request)} if request.pairs else {}),
     }
 
 
@@ -84,6 +85,12 @@ def _of_conversations(request: Request, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "chat template": xxhash.xxh3_128_hexdigest(template.text.encode()),
         "tokens of templates": dict(sorted(template.variables.items())),
+        **_limits(request),
+    }
+
+
+def _limits(request: Request) -> dict[str, Any]:
+    return {
         "max tokens": request.max_tokens,
         "too long": request.too_long if request.max_tokens else None,
     }

@@ -83,6 +83,8 @@ def write_manifests(
             for key in ("bos", "eod"):
                 common["tokenizer"].pop(key)
             common["chat template"] = template_of(request, tokenizer).text
+        if request.pairs:
+            common["pairs"] = request.pairs
         own: dict[str, Any] = {"checksums": shards[0].checksums}
         if request.shard_size is not None:
             own = {"shards": [shard.prefix.name for shard in shards]}

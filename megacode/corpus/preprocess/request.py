@@ -15,6 +15,7 @@ from megacode.corpus.readers import MAX_DOCUMENT
 from megacode.data import indexed
 from megacode.recipe import schema
 
+PairForm = Literal["members", "sequences"]
 TooLongPolicy = Literal["error", "drop", "left", "right"]
 _LONGEST_NAME = 100
 """Bytes: file systems allow 255, endings and temporary names included."""
@@ -34,13 +35,15 @@ class Request:
     validation_output: Path | None = None
     """Default: PREFIX_validation."""
     text_field: str = "text"
-    """Empty: the whole record (`conversations`)."""
+    """Empty: the whole record (`conversations`, `pairs`)."""
     conversations: bool = False
     """Records are conversations, rendered by a chat template, with loss marks."""
+    pairs: PairForm | None = None
+    """Records are pairs, with marks of the roles of their members; see `preprocess.pairs`."""
     template: str | None = None
     """A built-in template or a file; None: the one beside the tokenizer."""
     max_tokens: int | None = None
-    """Of a conversation."""
+    """Of a conversation or a pair."""
     too_long: TooLongPolicy = "error"
     """What becomes of a longer one: an error, set aside, or its beginning (`left`) or end
     (`right`) cut away."""
@@ -69,6 +72,11 @@ class Request:
     """Replace a dataset of that name that was made otherwise."""
 
     @property
+    def marked(self) -> bool:
+        """Whether tokens have marks."""
+        return self.conversations or self.pairs is not None
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Fields to be read beside the text."""
         where = parse_condition(self.where).fields if self.where else ()
@@ -76,8 +84,8 @@ class Request:
         return tuple(dict.fromkeys(field for field in fields if field))
 
     def part_dtype(self, vocab_size: int) -> np.dtype[Any]:
-        """Of tokens in the files of parts: those of conversations are joined with their marks."""
-        return np.dtype(np.uint32) if self.conversations else indexed.token_dtype(vocab_size)
+        """Of tokens in the files of parts: those with marks are joined with them."""
+        return np.dtype(np.uint32) if self.marked else indexed.token_dtype(vocab_size)
 
     @property
     def name(self) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megacode.corpus.inputs import find_inputs
 from megacode.corpus.preprocess.chat import notes_on, template_of
-from megacode.corpus.preprocess.checks import check_conversations, check_fields, check_tokens
+from megacode.corpus.preprocess.checks import check_fields, check_records, check_tokens
 from megacode.corpus.preprocess.counts import Counts, Group, GroupCounts
 from megacode.corpus.preprocess.existing import (
     SPLIT_GROUPS,
@@ -62,8 +62,8 @@ def preprocess(
     """
     tokenizer = load_tokenizer(request.tokenizer)
     check_tokens(request, tokenizer)
-    if request.conversations:
-        check_conversations(request, tokenizer)
+    if request.marked:
+        check_records(request, tokenizer)
     links: list[Path] = []
     files = find_inputs(
         request.inputs, request.format, request.include, request.every, on_link=links.append
@@ -203,7 +203,7 @@ def _write(
     shards = write_datasets(
         {prefix: blocks[group] for prefix, group in prefixes.items()},
         indexed.token_dtype(vocab_size),
-        request.conversations,
+        request.marked,
         request.shard_size,
         workers,
         lambda size: on_progress(PartProgress(input_bytes=size)),

@@ -19,16 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacode.corpus.inputs import InputFile
-from megacode.corpus.preprocess.chat import (
-    TOO_LONG,
-    ConversationTokenizer,
-    SetAside,
-    as_conversations,
-    parse,
-)
+from megacode.corpus.preprocess.chat import TOO_LONG, ConversationTokenizer, SetAside
 from megacode.corpus.preprocess.conditions import Condition, field_value, parse_condition
 from megacode.corpus.preprocess.counts import Counts, Group, GroupCounts
 from megacode.corpus.preprocess.finished_parts import HASH, PartFiles, file_checksum, part_file
+from megacode.corpus.preprocess.pairs import PairTokenizer
 from megacode.corpus.preprocess.quarantine import write_bad
 from megacode.corpus.preprocess.request import Request
 from megacode.corpus.preprocess.splitting import CorpusPart, chunk_path
@@ -75,6 +70,9 @@ class PartProgress:
     bad: int = 0
 
 
+_Records = ConversationTokenizer | PairTokenizer
+
+
 def part_worker(job: Job) -> Callable[[CorpusPart], Iterator[PartProgress]]:
     """Load the tokenizer. The function that is returned tokenizes one part and writes its files."""
     alone = multiprocessing.parent_process() is not None
@@ -83,18 +81,18 @@ def part_worker(job: Job) -> Callable[[CorpusPart], Iterator[PartProgress]]:
     tokenizer = load_tokenizer(job.request.tokenizer)
     fast = "asked for (--exact)" if job.request.exact else load_fast(tokenizer)
     encoder = None if isinstance(fast, str) else fast
-    chat = (
-        ConversationTokenizer(job.request, tokenizer, encoder)
-        if job.request.conversations
-        else None
-    )
+    records: _Records | None = None
+    if job.request.conversations:
+        records = ConversationTokenizer(job.request, tokenizer, encoder)
+    elif job.request.pairs:
+        records = PairTokenizer(job.request, tokenizer, encoder)
     condition = parse_condition(job.request.where) if job.request.where else None
     if (
         alone
     ):  # thousands of records at a time, none of them in a cycle: looking for cycles is wasted
         gc.freeze()
         gc.disable()
-    return lambda part: _Part(job, tokenizer, fast, chat, condition, part).run()
+    return lambda part: _Part(job, tokenizer, fast, records, condition, part).run()
 
 
 def _keep_memory() -> None:
@@ -139,12 +137,12 @@ class _Part:
         job: Job,
         tokenizer: Tokenizer,
         fast: FastEncoder | str,
-        chat: ConversationTokenizer | None,
+        records: _Records | None,
         condition: Condition | None,
         part: CorpusPart,
     ) -> None:
         self.job, self.request, self.part = job, job.request, part
-        self.tokenizer, self.fast, self.chat = tokenizer, fast, chat
+        self.tokenizer, self.fast, self.records = tokenizer, fast, records
         self.condition = condition
         self.dtype = self.request.part_dtype(tokenizer.vocab_size)
         self.counts = Counts(exact=fast if isinstance(fast, str) else "")
@@ -241,8 +239,8 @@ class _Part:
             max_document=self.request.max_document,
             on_lines=self._on_lines,
         )
-        if self.chat:
-            items = as_conversations(items, file.form == "parquet")
+        if self.records:
+            items = self.records.read(items, file.form == "parquet")
         for item in items:
             last = item.record
             yield item
@@ -275,8 +273,8 @@ class _Part:
     # ----------------------------------------------------------------------------------- tokenizing
 
     def _tokenize(self, documents: list[tuple[int, TextDocument]]) -> _Batch:
-        if self.chat:
-            return self._tokenize_conversations(self.chat, documents)
+        if self.records:
+            return self._tokenize_records(self.records, documents)
         texts = [document.raw for _, document in documents]
         places: list[tuple[str, str]] = []
         if self.request.repository:
@@ -299,26 +297,27 @@ class _Part:
             self._set_aside(documents[i], "no tokens", harmless=True)
         return batch.chosen(np.flatnonzero(batch.lengths))
 
-    def _tokenize_conversations(
-        self, chat: ConversationTokenizer, documents: list[tuple[int, TextDocument]]
+    def _tokenize_records(
+        self, records: _Records, documents: list[tuple[int, TextDocument]]
     ) -> _Batch:
         kept, texts, ids = [], [], [np.zeros(0, np.uint32)]
-        checked = chat.checked
-        encoded = chat.encode([parse(document.raw) for _, document in documents])
+        checked = records.checked
+        encoded = records.encode([document.raw for _, document in documents])
         for document, found in zip(documents, encoded, strict=True):
             if not isinstance(found, SetAside):
-                kept.append(document)
-                texts.append(found[0].encode())
-                ids.append(found[1])
+                for text, own in found:
+                    kept.append(document)
+                    texts.append(text.encode())
+                    ids.append(own)
                 continue
             if found.reason == TOO_LONG and self.request.too_long == "error":
                 raise UserError(
                     f"{self.job.files[document[0]].path}, record {document[1].record}: has more "
                     f"than {self.request.max_tokens:,} tokens (--max-tokens); say with --too-long "
-                    "what becomes of such conversations: drop, left or right"
+                    "what becomes of such records: drop, left or right"
                 )
             self._set_aside(document, *found)
-        self.counts.checked += chat.checked - checked
+        self.counts.checked += records.checked - checked
         lengths = np.array([len(own) for own in ids[1:]], dtype=np.int64)
         return _Batch(kept, texts, [], np.concatenate(ids), lengths)
 
@@ -361,7 +360,7 @@ class _Part:
             return GroupCounts()
         tokens, lengths = self._framed(batch)
         records = np.array([(n, document.record) for n, document in batch.documents], dtype="<i8")
-        texts = batch.texts if self.chat else [document.raw for _, document in batch.documents]
+        texts = batch.texts if self.records else [document.raw for _, document in batch.documents]
         sizes = np.array([len(text) for text in texts])
         numbers = np.array([self._number(self._group(batch, i)) for i in range(len(sizes))])
         if self.request.deduplicate:
@@ -388,8 +387,8 @@ class _Part:
         """The documents' ids with BOS before and EOD after each, and their lengths. With
         `--repository`: <filename> before each; BOS and EOD go around the whole repository."""
         tokenizer, section = self.tokenizer, self.request.tokenizer
-        before = [tokenizer.bos_id] if section.bos and not self.chat else []
-        after = [tokenizer.eod_id] if section.eod and not self.chat else []
+        before = [tokenizer.bos_id] if section.bos and not self.records else []
+        after = [tokenizer.eod_id] if section.eod and not self.records else []
         if self.request.repository:
             before, after = [tokenizer.token_id("<filename>")], []
         if not before and not after:

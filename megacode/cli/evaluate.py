@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import track
 from rich.table import Table
@@ -16,9 +19,12 @@ from megacode.cli.arguments import at_least
 from megacode.errors import UserError
 from megacode.recipe.load import load_recipe
 from megacode.recipe.schema import Recipe
-from megacode.run.checkpoints import complete_checkpoints, find_checkpoint
+from megacode.run.checkpoints import INFO, complete_checkpoints, find_checkpoint
 from megacode.run.evaluations import FOLDER, add_to_curve, items_folder
 from megacode.terminal import count, print_table, table_console, table_of
+
+if TYPE_CHECKING:
+    from megacode.evaluate.scoring import TaskResult
 
 EXAMPLE = """examples:
   megacode evaluate runs/crystal-tiny
@@ -36,10 +42,11 @@ over its tokens, which `megacode report` shows too. docs/tasks.md says what a ta
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
-        "checkpoint", type=Path, help="run or checkpoint; with --harness a Hugging Face folder, too"
+        "checkpoint", type=Path, help="run, checkpoint, or (--tasks, --harness) Hugging Face folder"
     )
     add("--samples", type=at_least(1), help="sequences per source (default: the recipe's)")
     add("--tasks", type=Path, nargs="+", metavar="YAML", help="tasks, or folders (the recipe's)")
+    add("--out", type=Path, metavar="FOLDER", help="items' scores, and pictures of LECS tasks")
     add("--all-checkpoints", action="store_true", help="every checkpoint of a run: a curve")
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--harness", metavar="TASKS", help="tasks of lm-evaluation-harness, split by commas")
@@ -57,7 +64,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "--trust-remote-code: is for --harness on a Hugging Face folder; leave it out"
         )
-    checkpoints = [find_checkpoint(args.checkpoint)]
+    if args.out and args.all_checkpoints:
+        raise UserError("--out: RUN/evaluations has the items of all checkpoints; leave it out")
+    with contextlib.ExitStack() as stack:
+        return _evaluate(args, stack)
+
+
+def _evaluate(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    checkpoints = [_checkpoint(args, stack)]
     if args.all_checkpoints:
         checkpoints = [path for _, path in complete_checkpoints(args.checkpoint / "checkpoints")]
         if not checkpoints:
@@ -74,11 +88,16 @@ def run(args: argparse.Namespace) -> int:
 
     tasks = open_tasks(args.tasks or recipe.evaluation.tasks)
     check_tasks(tasks)
-    records = []
+    records: list[dict[str, Any]] = []
+    results: list[TaskResult] = []
     found = evaluate_checkpoints(checkpoints, tasks, args.samples)
     hidden = len(checkpoints) == 1 or args.json
     for record, results in track(found, "checkpoints", len(checkpoints), disable=hidden):
         records.append(record)
+        for result in results:
+            record["tasks"][result.task.task.name]["intervals"] = _intervals(result)
+        if args.out:
+            write_results(args.out, results)
         if args.all_checkpoints:
             write_results(items_folder(args.checkpoint, record["step"]), results)
             add_to_curve(args.checkpoint, record)
@@ -90,9 +109,30 @@ def run(args: argparse.Namespace) -> int:
         print_table(table_console(), _curve(recipe.name, records))
     else:
         _print(recipe, records[0])
+    if args.out:
+        for picture in _draw_selections(results, args.out):
+            print(f"picture: {picture}", file=sys.stderr if args.json else sys.stdout)
     if args.all_checkpoints and (path := _draw(args.checkpoint)) and not args.json:
         print(f"curve: {path}")
     return 0
+
+
+def _checkpoint(args: argparse.Namespace, stack: contextlib.ExitStack) -> Path:
+    """The one that is named; of a Hugging Face folder one that is there until `stack` ends."""
+    folder: Path = args.checkpoint
+    if not (folder / "config.json").is_file() or (folder / INFO).is_file():
+        return find_checkpoint(folder)
+    if not args.tasks or args.all_checkpoints:
+        raise UserError(f"{folder}: a Hugging Face folder is asked --tasks or --harness; give one")
+    from megacode.convert.importing import Found, import_model
+    from megacode.convert.tokenizer_files import has_tokenizer, read_tokenizer
+
+    out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megacode-"))) / "imported"
+    found = Found.open(folder)
+    if not has_tokenizer(folder):
+        raise UserError(f"{folder}: has no tokenizer.json or tokenizer.model, which --tasks need")
+    import_model(found, out, read_tokenizer(folder.resolve(), found.vocab_size)[0])
+    return out
 
 
 def _print(recipe: Recipe, record: Mapping[str, Any]) -> None:
@@ -105,14 +145,44 @@ def _print(recipe: Recipe, record: Mapping[str, Any]) -> None:
         table = table_of(title, "task", "group", "items", "accuracy", "more", left=2)
         for name, numbers in tasks.items():
             more = [f"{k} {v:.4g}" for k, v in numbers.items() if k not in _NOT_MORE]
-            accuracy = f"{numbers['accuracy']:.4f}"
+            between = numbers["intervals"]
+            accuracy = _with_interval(numbers["accuracy"], between[""])
             table.add_row(name, "", f"{numbers['items']:,}", accuracy, ", ".join(more))
             for group, value in numbers.get("groups", {}).items():
-                table.add_row("", group, "", f"{value:.4f}", "")
+                table.add_row("", group, "", _with_interval(value, between[group]), "")
         print_table(table_console(), table)
 
 
-_NOT_MORE = "accuracy", "items", "groups"
+_NOT_MORE = "accuracy", "items", "groups", "intervals"
+
+
+def _with_interval(value: float, between: Sequence[float] | None) -> str:
+    return f"{value:.4f} ({between[0]:.3f} to {between[1]:.3f})" if between else f"{value:.4f}"
+
+
+def _intervals(result: TaskResult) -> dict[str, list[float] | None]:
+    """95 %, over items by cluster: of all ("") and of each group; None of a single cluster."""
+    names: dict[str, str | None] = {"": None, **{group: group for group in result.groups}}
+    found = {name: result.interval(group) for name, group in names.items()}
+    return {n: None if math.isnan(i.low) else [i.low, i.high] for n, i in found.items()}
+
+
+def _draw_selections(results: Sequence[TaskResult], folder: Path) -> Iterator[Path]:
+    """Pictures of the LECS tasks."""
+    from megacode.report.selection import BETWEEN, Cell, draw_selection
+
+    for result in results:
+        if result.task.task.lecs is None:
+            continue
+        groups = [item.group for item in result.task.items]
+        cells = []
+        for group in dict.fromkeys(groups):
+            given = [one for one, own in zip(result.given, groups, strict=True) if own == group]
+            equivalent, other = group.split(BETWEEN)
+            cells.append(Cell(equivalent, other, result.interval(group), given))
+        path = folder / f"{result.task.task.name}.png"
+        draw_selection(result.task.task.name, cells, path)
+        yield path
 
 
 def _curve(name: str, records: Sequence[Mapping[str, Any]]) -> Table:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -64,18 +64,43 @@ def log_likelihoods(
     windows = [[*context, *text][-(model.context_length + 1) :] for context, text in pairs]
     scored = [min(len(t), len(w) - 1) for (_, t), w in zip(pairs, windows, strict=True)]
     totals = torch.zeros(2, len(pairs), dtype=torch.float64, device=world.device)
+    for part in _own_batches(model, windows, scored):
+        totals += score_tokens(model.chunks, part, len(pairs), model.vocab_size, world)
+    if world.tensor_rank:
+        totals.zero_()  # every tensor-parallel rank holds the same sums: one of them speaks
+    torch.distributed.all_reduce(totals)
+    losses, missed = totals.tolist()
+    return [Scored(-loss, n, m == 0) for loss, n, m in zip(losses, scored, missed, strict=True)]
+
+
+def text_batches(model: LoadedModel, texts: Sequence[Sequence[int]]) -> Iterator[list[Batch]]:
+    """Micro-batches of this data-parallel rank's share of texts, of one shape each list. `members`
+    has the number of each token's text, from 1."""
+    windows = [[*text, 0] for text in texts]  # the label of the last token, which is scored
+    for part in _own_batches(model, windows, [1] * len(texts)):
+        yield [replace(batch, members=_members(batch, texts)) for batch in part]
+
+
+def _members(batch: Batch, texts: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+    members = np.zeros(batch.tokens.shape, dtype=np.int32)
+    for row, number in enumerate(batch.stream.tolist()):
+        if batch.loss_mask[row].any():  # a row that fills up a batch has no text
+            members[row, : len(texts[number])] = number + 1
+    return members
+
+
+def _own_batches(
+    model: LoadedModel, windows: Sequence[Sequence[int]], scored: Sequence[int]
+) -> Iterator[list[Batch]]:
+    """This data-parallel rank's micro-batches, as many as go through the model in one go."""
+    world = model.world
     for batches in _batches(model, windows, scored):
         own = batches[world.data_rank :: world.data_size]
         stages = world.pipeline_size if len(model.chunks) > 1 else 1
         own += [_masked(batches[0])] * (-len(own) % stages or not own)
         some = iter(own)
         while part := list(itertools.islice(some, _AT_ONCE * world.pipeline_size)):
-            totals += score_tokens(model.chunks, part, len(pairs), model.vocab_size, world)
-    if world.tensor_rank:
-        totals.zero_()  # every tensor-parallel rank holds the same sums: one of them speaks
-    torch.distributed.all_reduce(totals)
-    losses, missed = totals.tolist()
-    return [Scored(-loss, n, m == 0) for loss, n, m in zip(losses, scored, missed, strict=True)]
+            yield part
 
 
 def _batches(

@@ -12,13 +12,16 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from megacode.errors import UserError
 from megacode.evaluate.checking import check_answers, pass_at_k
 from megacode.evaluate.generate import Sampling, continuation, continue_batch
+from megacode.evaluate.lecs import Lecs, LecsItem, similarities
 from megacode.evaluate.likelihood import encode_pair, log_likelihoods
 from megacode.evaluate.model import LoadedModel
+from megacode.evaluate.statistics import Interval, bootstrap
 from megacode.evaluate.tasks import (
     Generation,
     GenerationItem,
@@ -44,7 +47,8 @@ class TaskResult:
         accuracy: mean of `scores`.
         groups: mean score of each group, where items have groups.
         scores: of each item, 0 to 1, in the order of the file.
-        given: of each item, what the model gave: the number of a choice, or the texts it wrote.
+        given: of each item, what the model gave: the number of a choice, the texts it wrote, or
+            the scores of a pair's two candidates.
         more: further numbers by name: `answer_loss` (nats a scored token of the right choice) and
             `chance` (accuracy of a guess) of a ranking, `pass@k` of programs and answers.
         cut: items whose text lost its beginning, because it was longer than the model's context.
@@ -57,6 +61,16 @@ class TaskResult:
     given: list[Any]
     more: dict[str, float]
     cut: int
+
+    def interval(self, group: str | None = None) -> Interval:
+        """Accuracy of all items or of a group's, with its interval over items (by cluster)."""
+        numbers = [
+            number
+            for number, item in enumerate(self.task.items)
+            if group is None or item.group == group
+        ]
+        scores = np.array([self.scores[number] for number in numbers])
+        return bootstrap([scores], np.array([self.task.items[n].cluster for n in numbers]))
 
     def summary(self) -> dict[str, Any]:
         """As in metrics.jsonl."""
@@ -77,6 +91,8 @@ def score_tasks(model: LoadedModel, tasks: Sequence[OpenTask]) -> list[TaskResul
         if task.task.ranking:
             items = cast("tuple[RankingItem, ...]", task.items)
             answers = _rank(model, task.task.ranking, items)
+        elif task.task.lecs:
+            answers = _select(model, task.task.lecs, task)
         else:
             assert task.task.generation
             written = cast("tuple[GenerationItem, ...]", task.items)
@@ -160,6 +176,20 @@ def check_tasks(tasks: Sequence[OpenTask], recipe: Recipe | None = None) -> None
             )
         if how and how.check == "run":
             run_program("")  # an error where there is no sandbox
+        lecs = task.task.lecs
+        if lecs and lecs.layer != "last" and recipe and recipe.parallel.pipeline > 1:
+            raise UserError(
+                f"task {task.task.name}: asks for a layer, and a pipeline has only the `last`; "
+                "leave it out of the run, and score checkpoints with `megacode evaluate --tasks`"
+            )
+
+
+def _select(model: LoadedModel, how: Lecs, task: OpenTask) -> _Answers:
+    items = cast("tuple[LecsItem, ...]", task.items)
+    found, cut = similarities(model, how, items)
+    # Equal similarities share the point.
+    scores = [(right > wrong) + (right == wrong) / 2 for right, wrong in found]
+    return _Answers(scores, [list(one) for one in found], {"chance": 0.5}, cut)
 
 
 # ----------------------------------------------------------------------------------------- ranking

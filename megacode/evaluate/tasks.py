@@ -7,7 +7,8 @@
 An item of a `ranking` task is `{"prompt", "choices", "answer", "continuation"}`: the text of choice
 i is prompt + choices[i] + continuation, and the choice whose scored part is the likeliest should be
 number `answer`. An item of a `generation` task is `{"prompt", "answer"}`, or `{"prompt", "tests"}`
-where what the model writes is run. Both may have a `group`, whose accuracy is told apart, and a
+where what the model writes is run. A `lecs` task's items are the pairs of a file that `megacode
+pairs` wrote. Items of the other two may have a `group`, whose accuracy is told apart, and a
 `cluster` (a template, a file): items of one cluster are not independent, and intervals say so.
 """
 
@@ -20,7 +21,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from megacode.corpus.pairs.records import read_pairs
 from megacode.errors import UserError
+from megacode.evaluate.lecs import Lecs, LecsItem, items_of
 from megacode.files import inside, read_json_lines
 from megacode.recipe.load import load_section
 from megacode.recipe.section import Count, Section
@@ -86,11 +89,12 @@ class Task(Section):
     """JSONL file of items, in the folder of the YAML file."""
     ranking: Ranking | None = None
     generation: Generation | None = None
+    lecs: Lecs | None = None
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> Task:
-        if (self.ranking is None) == (self.generation is None):
-            raise ValueError("a task has either `ranking:` or `generation:`")
+    def _one_of_three(self) -> Task:
+        if sum(part is not None for part in (self.ranking, self.generation, self.lecs)) != 1:
+            raise ValueError("a task has one of `ranking:`, `generation:` and `lecs:`")
         return self
 
 
@@ -122,7 +126,7 @@ class OpenTask:
     """A task and its items, in the order of the file."""
 
     task: Task
-    items: tuple[RankingItem | GenerationItem, ...]
+    items: tuple[RankingItem | GenerationItem | LecsItem, ...]
 
 
 def open_task(path: Path) -> OpenTask:
@@ -133,6 +137,8 @@ def open_task(path: Path) -> OpenTask:
     """
     task = load_section(Task, path)
     data = inside(path.parent, task.data, f"{path}: data")
+    if task.lecs:
+        return OpenTask(task, _lecs_items(data, task.lecs))
     read: Any = _ranking_item if task.ranking else _generation_item
     items = []
     for number, record in read_json_lines(data, "a task's items are JSON lines"):
@@ -199,6 +205,13 @@ def _generation_item(record: dict[str, Any], number: str, task: Task) -> Generat
         _text(record, "group", ""),
         _text(record, "cluster", number),
     )
+
+
+def _lecs_items(data: Path, how: Lecs) -> tuple[LecsItem, ...]:
+    items = tuple(item for record in read_pairs(data) for item in items_of(record, how))
+    if not items:
+        raise UserError(f"{data}: has no pair of the kinds that the task asks for; name others")
+    return items
 
 
 def _text(record: dict[str, Any], key: str, default: str | None = None) -> str:

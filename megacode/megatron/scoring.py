@@ -1,19 +1,23 @@
-"""Log-likelihoods of given tokens through Megatron-Core's schedule, in any layout."""
+"""Log-likelihoods and embeddings of tokens through Megatron-Core's schedule, in any layout."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megacode.data.batch import Batch
 from megacode.megatron.distributed import World
+from megacode.megatron.objective import hidden_states, pooled_sums, pooled_tokens
 from megacode.megatron.step import DeviceBatch, run_schedule, to_device
+from megacode.recipe.schema import Contrastive
 
 
 @torch.no_grad()
@@ -37,6 +41,41 @@ def score_tokens(
     results = run_schedule(model_chunks, micro_batches, forward)
     if not results:
         return torch.zeros(2, texts, dtype=torch.float64, device=world.device)
+    return torch.stack(results).sum(0)
+
+
+@torch.no_grad()
+def embed_tokens(
+    model_chunks: Sequence[Any],
+    micro_batches: Sequence[Batch],
+    texts: int,
+    how: Contrastive,
+    world: World,
+) -> Tensor:
+    """Sums of hidden states over the pooled tokens of each text, whose number from 1 is the batch's
+    `members`.
+
+    Returns:
+        float32 `[texts, hidden]` on the device; the sum over all ranks is that of the texts.
+    """
+    split = get_model_config(model_chunks[0]).sequence_parallel
+    micro_batches = [replace(batch, members=pooled_tokens(batch, how)) for batch in micro_batches]
+    with hidden_states(model_chunks, how.layer) as hidden:
+
+        def pool(batch: DeviceBatch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            assert batch.members is not None
+            sums = pooled_sums(hidden[0], batch.members, texts)
+            return output.sum(), batch.loss_mask.sum().to(torch.int), sums
+
+        def forward(iterator: Iterator[Batch], model: Any) -> Any:
+            batch = to_device(next(iterator), world)
+            output = model(batch.tokens, batch.position_ids, batch.mask, labels=batch.labels)
+            return output, partial(pool, batch)
+
+        results = run_schedule(model_chunks, micro_batches, forward)
+    if not results or (world.tensor_rank and not split):
+        width = get_model_config(model_chunks[0]).hidden_size
+        return torch.zeros(texts, width, device=world.device)
     return torch.stack(results).sum(0)
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megacode.errors import UserError
-from megacode.studies.results import CellResult, ItemScores, Seed, metric_names, read_items
-from megacode.studies.statistics import (
+from megacode.evaluate.statistics import (
     Interval,
     bootstrap,
     bootstrap_difference,
@@ -18,6 +17,7 @@ from megacode.studies.statistics import (
     mean_interval,
     slope,
 )
+from megacode.studies.results import CellResult, ItemScores, Seed, metric_names, read_items
 from megacode.studies.sweep import OpenSweep
 
 ENOUGH = 3

@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
+from megacode.evaluate.statistics import Interval
 from megacode.plan import estimate
 from megacode.report.plan_costs import Machine
 from megacode.studies.compare import ENOUGH, MetricResult
 from megacode.studies.state import state_of
-from megacode.studies.statistics import Interval
 from megacode.studies.sweep import Cell, OpenSweep
 from megacode.terminal import count, duration, print_table, table_of
 

@@ -83,12 +83,9 @@ def loss_of_shares(world: Any) -> tuple[Any, Any, Any]:
     assert moved.packed is not None and moved.mask is None
     assert moved.tokens.shape[1] == int(moved.packed.cu_seqlens_q[-1]) // world.context_size
     losses = moved.labels.float() / 7 + moved.position_ids
-    total, trained, sums = step._loss(moved, STREAMS, False, None, losses)
-    return (
-        float(total),
-        (int(trained), int(step._loss(moved, STREAMS, True, None, losses)[1])),
-        sums,
-    )
+    total, trained, sums = step._Losses(STREAMS, False, None).sums(moved, losses)
+    positions = step._Losses(STREAMS, True, None).denominator(moved)
+    return float(total), (int(trained), int(positions)), sums
 
 
 @pytest.mark.parametrize("context", [2, 3])

@@ -39,8 +39,15 @@ phases:
     learning_rate: {{schedule: constant, peak: 0.003, warmup: 2}}
     objective: {{contrastive: {{weight: 0.5}}}}
 parallel: {{micro_batch_size: 1}}
+evaluation: {{tasks: [{data}/mean.yaml, {data}/last.yaml, {data}/likelihood.yaml, {data}/prompt.yaml]}}
 logging: {{every: 1, tensorboard: false}}
 """
+TASKS = {
+    "mean": "{score: embedding}",
+    "last": "{score: embedding, pooling: last, equivalent: [renamed]}",
+    "likelihood": "{score: likelihood}",
+    "prompt": "{score: prompt, prompt: '{query} is {candidate} is', labels: [' not', ' a']}",
+}
 PAIRS = 60
 WORDS = ["add", "take", "sum", "list", "of", "the", "number", "is", "not", "a", "which", "and", "then", "after", "before", "code"]  # fmt: skip
 
@@ -61,8 +68,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
             kinds += [("tokens-shuffled", False)] * (number % 4 == 0)
             draw.shuffle(kinds)
             candidates = [{"kind": k, "equivalent": e, "text": text(20)} for k, e in kinds]
-            record = {"id": str(number), "group": "g", "language": "python", "name": "f"}
+            record = {
+                "id": str(number),
+                "group": str(number // 2),
+                "language": "python",
+                "name": "f",
+            }
             out.write(json.dumps({**record, "query": text(20), "candidates": candidates}) + "\n")
+    for name, how in TASKS.items():
+        (folder / f"{name}.yaml").write_text(f"name: {name}\ndata: pairs.jsonl\nlecs: {how}\n")
     lines = [{"text": text(60)} for _ in range(300)]
     (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     train_tokenizer([line["text"] for line in lines], folder / "t.model", vocab_size=290)
@@ -93,6 +107,13 @@ def numbers_of(run: Path) -> list[dict[str, float]]:
     return [record for record in records if record["kind"] == "train"]
 
 
+def scores_of(run: Path) -> dict[str, dict[str, float]]:
+    """Accuracy of each cell of each LECS task, at the run's end."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (record,) = [one for one in records if one["kind"] == "tasks"]
+    return {name: numbers["groups"] for name, numbers in record["tasks"].items()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "settings"),
@@ -115,6 +136,7 @@ def test_layouts_agree(
     np.testing.assert_allclose(got.losses[0], expected.losses[0], rtol=1e-6)
     np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-5)
     np.testing.assert_allclose(got.norms, expected.norms, rtol=1e-5)
+    assert scores_of(tmp_path / "run") == scores_of(single / "run")
     for ours, theirs in zip(numbers_of(tmp_path / "run"), numbers_of(single / "run"), strict=True):
         assert ours["contrastive"] == pytest.approx(theirs["contrastive"], rel=1e-5)
         assert ours["contrastive_accuracy"] == theirs["contrastive_accuracy"]
@@ -268,3 +290,66 @@ def test_weighted_tokens_are_those_of_transformers(
     assert numbers["weighted_tokens"] == pytest.approx(total.item() / counted, rel=1e-5)
     queries = sum(role == QUERY for role in roles)
     assert norm == pytest.approx(norm_of(model, 0.5 * expected + 2 * total / queries), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_selection_is_that_of_transformers_on_a_run_and_on_its_export(
+    single: Path, tmp_path: Path
+) -> None:
+    """What every candidate scores, by embeddings and by likelihood."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    files = [single / f"{name}.yaml" for name in TASKS]
+    found = {}
+    for place in ("start", "export"):
+        out = tmp_path / place
+        done = megacode("evaluate", single / place, "--tasks", *files, "--out", out, "--json")
+        for name, numbers in json.loads(done.stdout)["tasks"].items():
+            low, high = numbers["intervals"][""]
+            assert low <= numbers["accuracy"] <= high and len(numbers["groups"]) >= 2
+            assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        found[place] = {
+            name: [json.loads(line)["given"] for line in (out / f"{name}.jsonl").open()]
+            for name in TASKS
+        }
+    model = AutoModelForCausalLM.from_pretrained(single / "export", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(single / "export")
+    bos = tokenizer.bos_token_id
+
+    @torch.no_grad()
+    def hidden(text: str) -> torch.Tensor:
+        ids = [bos, *tokenizer.encode(text, add_special_tokens=False)]
+        states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+        return torch.nn.functional.normalize(torch.stack([states.mean(0), states[-1]]), dim=-1)
+
+    @torch.no_grad()
+    def likelihood(before: str, text: str) -> tuple[float, int]:
+        context = [bos, *tokenizer.encode(before.rstrip(), add_special_tokens=False)]
+        whole = [bos, *tokenizer.encode(before + text, add_special_tokens=False)]
+        logs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        places = range(len(context), len(whole))
+        return sum(float(logs[i - 1, whole[i]]) for i in places), len(places)
+
+    wanted: dict[str, list[list[float]]] = {name: [] for name in TASKS}
+    for line in (single / "pairs.jsonl").open():
+        record = json.loads(line)
+        query = hidden(record["query"])
+        right, wrong = (
+            [one for one in record["candidates"] if one["equivalent"] == equal]
+            for equal in (True, False)
+        )
+        for both in ((a, b) for a in right for b in wrong):
+            cosines = [(query * hidden(one["text"])).sum(-1).tolist() for one in both]
+            wanted["mean"].append([one[0] for one in cosines])
+            if both[0]["kind"] == "renamed":
+                wanted["last"].append([one[1] for one in cosines])
+            each = [likelihood(f"{record['query']}\n\n", one["text"]) for one in both]
+            wanted["likelihood"].append([total / count for total, count in each])
+            asked = [f"{record['query']} is {one['text']} is" for one in both]
+            yes, no = ([likelihood(text, label)[0] for text in asked] for label in (" not", " a"))
+            wanted["prompt"].append([a - b for a, b in zip(yes, no, strict=True)])
+    for place, by_task in found.items():
+        for name, given in by_task.items():
+            np.testing.assert_allclose(
+                given, wanted[name], rtol=1e-4, atol=1e-5, err_msg=f"{place} {name}"
+            )

@@ -50,6 +50,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "model.rotary_scaling.original_context_length": (
         "model.rotary_scaling={kind: llama3, factor: 2, original_context_length: 64}",
     ),
+    "phases.NAME.objective": ("phases.first.objective.next_token=0.5",),
     "phases.NAME.rotary_base": ("phases.first.rotary_base=20000",),
     "phases.NAME.rotary_scaling.kind": ("phases.first.rotary_scaling={kind: linear, factor: 2}",),
     "phases.NAME.rotary_scaling.factor": ("phases.first.rotary_scaling={kind: linear, factor: 4}",),
@@ -240,6 +241,8 @@ def test_every_key_is_a_fact_or_free(key: str, recipe_file: Path) -> None:
         return  # a schedule, as weights have
     if key not in CHANGES and ".domains.NAME.sources.NAME.weight." in key:
         return
+    if key.startswith("phases.NAME.objective."):
+        key = "phases.NAME.objective"  # compared as a whole
     overrides = CHANGES[SAME.get(key, key)]
     if overrides:
         assert changed(plan_of(recipe_file), plan_of(recipe_file, *overrides)), (
@@ -256,6 +259,20 @@ def test_what_is_free_changes_nothing_of_the_past(override: str, recipe_file: Pa
 def test_the_future_is_free(override: str, recipe_file: Path) -> None:
     old, new = plan_of(recipe_file), plan_of(recipe_file, override)
     assert changed(old, new) == [] and new.total_steps > old.total_steps
+
+
+def test_an_objective_that_moves_is_compared_step_by_step(recipe_file: Path) -> None:
+    def moving(end: float) -> Plan:
+        schedule = f"{{shape: stepwise, values: [1, 0.5, {end}]}}"
+        return plan_of(recipe_file, f"phases.first.objective.next_token={schedule}")
+
+    steps = moving(0.5).phases[0].steps
+    (change,) = past.changed_past(moving(0.5).recipe, moving(0.25), STEP)
+    assert change.key == "phases.first.objective" and f"step {-(-2 * steps // 3) + 1:,}" in str(
+        change
+    )
+    early = steps // 2
+    assert not past.changed_past(moving(0.5).recipe, moving(0.25), early)
 
 
 def test_a_rate_that_a_longer_phase_moves_is_named_with_its_step(recipe_file: Path) -> None:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from megacode.errors import UserError
+from megacode.evaluate.statistics import bootstrap, bootstrap_difference, holm, mean_interval
 from megacode.files import write_text
 from megacode.run.checkpoints import INFO
 from megacode.run.evaluations import add_to_curve
 from megacode.studies.compare import compare
 from megacode.studies.page import plot, write_page
 from megacode.studies.results import CellResult, collect, write_results
-from megacode.studies.statistics import bootstrap, bootstrap_difference, holm, mean_interval
 from megacode.studies.sweep import Cell, OpenSweep, open_sweep
 from megacode.studies.tables import notes, print_results
 from megacode.terminal import table_console

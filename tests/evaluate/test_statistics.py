@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from megacode.studies.statistics import (
+from megacode.evaluate.statistics import (
     bootstrap,
     bootstrap_difference,
     holm,

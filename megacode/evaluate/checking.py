@@ -47,6 +47,22 @@ def check_answers(
     return [[next(passed) for _ in samples] for samples in texts]
 
 
+def edit_similarity(text: str, answer: str) -> float:
+    """0 to 1: 2 x the longest common subsequence / the lengths of both, without blanks around (the
+    `fuzz.ratio` of CodeXGLUE's completion task, arXiv 2102.04664)."""
+    a, b = text.strip(), answer.strip()
+    if not a and not b:
+        return 1.0
+    row = [0] * (len(b) + 1)
+    for one in a:
+        before = 0  # of the row above, one to the left
+        for place, other in enumerate(b, 1):
+            above = row[place]
+            row[place] = before + 1 if one == other else max(above, row[place - 1])
+            before = above
+    return 2 * row[-1] / (len(a) + len(b))
+
+
 def pass_at_k(samples: int, passed: int, k: int) -> float:
     """The chance that one of `k` samples passes, if `passed` of `samples` do: the unbiased
     estimator of arXiv 2107.03374, 1 - C(samples - passed, k) / C(samples, k)."""

@@ -15,8 +15,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from megacode.data.fim import make_fim
 from megacode.errors import UserError
-from megacode.evaluate.checking import check_answers, pass_at_k
+from megacode.evaluate.checking import check_answers, edit_similarity, pass_at_k
 from megacode.evaluate.generate import Sampling, continuation, continue_batch
 from megacode.evaluate.lecs import Lecs, LecsItem, similarities
 from megacode.evaluate.likelihood import encode_pair, log_likelihoods
@@ -250,7 +251,15 @@ def _generate(
     if problem:
         raise UserError(problem)
     right, count = [sum(one) for one in passes], how.samples
-    more = {
+    more = {}
+    if how.check == "exact" and not how.answer_after:
+        closest = [
+            edit_similarity(text, item.answer)
+            for item, own in zip(items, texts, strict=True)
+            for text in own
+        ]
+        more["edit_similarity"] = _mean(closest)
+    more |= {
         f"pass@{k}": _mean([pass_at_k(count, n, k) for n in right])
         for k in how.k
         if how.samples > 1 or how.check == "run"
@@ -272,22 +281,42 @@ def write_answers(
             f"task {name}: max_tokens is {how.max_tokens:,}, and the model's context of "
             f"{model.context_length:,} tokens has to hold the prompt too; lower it"
         )
-    start = [model.tokenizer.bos_id] if model.bos else []
-    prompts = [[*start, *model.tokenizer.encode(item.prompt)] for item in items]
-    prompts = [prompt or [model.tokenizer.eod_id] for prompt in prompts]
+    prompts, cut = [], 0
+    for item in items:
+        prompt, shortened = _prompt(model, item, room)
+        prompts.append(prompt or [model.tokenizer.eod_id])
+        cut += shortened
     wanted = [(number, sample) for number in range(len(items)) for sample in range(how.samples)]
     wanted.sort(key=lambda one: (len(prompts[one[0]]), one))  # little is forced on longer prompts
     world = model.world
     parts = [wanted[i : i + _TEXTS_AT_ONCE] for i in range(0, len(wanted), _TEXTS_AT_ONCE)]
     own: dict[tuple[int, int], str] = {}
     for part in parts[world.data_rank :: world.data_size]:
-        own |= _write(model, how, [prompts[number][-room:] for number, _ in part], part)
+        own |= _write(model, how, [prompts[number] for number, _ in part], part)
     every: list[Any] = [None] * world.size
     torch.distributed.all_gather_object(every, own)
     texts = {key: text for one in every for key, text in one.items()}
     return [
         [texts[number, sample] for sample in range(how.samples)] for number in range(len(items))
-    ], sum(len(prompt) > room for prompt in prompts)
+    ], cut
+
+
+def _prompt(model: LoadedModel, item: GenerationItem, room: int) -> tuple[list[int], bool]:
+    """At most `room` tokens that the model goes on from, and whether more did not fit. A prompt
+    loses its beginning, a suffix its end. Of an item with a suffix: <prefix> prompt <suffix> suffix
+    <middle>."""
+    start = [model.tokenizer.bos_id] if model.bos else []
+    before = model.tokenizer.encode(item.prompt)
+    if item.suffix is None:
+        prompt = [*start, *before]
+        return prompt[-room:], len(prompt) > room
+    fim = make_fim(model.recipe.data.fim, model.tokenizer)
+    left = max(room - len(start) - 3, 0)
+    after = model.tokenizer.encode(item.suffix)
+    cut = len(before) + len(after) > left
+    before = before[max(len(before) - max(left - len(after), left // 2), 0) :]
+    after = after[: left - len(before)]
+    return [*start, fim.prefix, *before, fim.suffix, *after, fim.middle], cut
 
 
 def _write(

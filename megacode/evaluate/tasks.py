@@ -7,9 +7,10 @@
 An item of a `ranking` task is `{"prompt", "choices", "answer", "continuation"}`: the text of choice
 i is prompt + choices[i] + continuation, and the choice whose scored part is the likeliest should be
 number `answer`. An item of a `generation` task is `{"prompt", "answer"}`, or `{"prompt", "tests"}`
-where what the model writes is run. A `lecs` task's items are the pairs of a file that `megacode
-pairs` wrote. Items of the other two may have a `group`, whose accuracy is told apart, and a
-`cluster` (a template, a file): items of one cluster are not independent, and intervals say so.
+where what the model writes is run; with a `suffix` the model fills in what stands between the two,
+by the recipe's fill-in-the-middle tokens. A `lecs` task's items are the pairs of a file that
+`megacode pairs` wrote. Items of the other two may have a `group`, whose accuracy is told apart, and
+a `cluster` (a template, a file): items of one cluster are not independent, and intervals say so.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ class Generation(Section):
     """What the model writes after an item's prompt, compared with the answer or run."""
 
     check: Literal["exact", "run"] = "exact"
-    """`exact`: equal to the item's `answer` without blanks around. `run`: prompt + written text +
-    the item's `tests` is a Python program that ends without an error, in a sandbox."""
+    """`exact`: equal to the item's `answer` without blanks around; edit similarity is told, too.
+    `run`: prompt + written text + the item's `tests` is a Python program that ends without an
+    error, in a sandbox."""
     max_tokens: Count = 64
     stop: list[str] = Field(default=[])
     """The written text ends before the first of these."""
@@ -112,11 +114,14 @@ class RankingItem:
 
 @dataclass(frozen=True)
 class GenerationItem:
-    """A prompt and the answer to it, or the tests of a program that begins with it."""
+    """A prompt and the answer to it, or the tests of a program that begins with it.
+
+    `suffix`: what follows the answer; None where the model is not shown it."""
 
     prompt: str
     answer: str
     tests: str
+    suffix: str | None
     group: str
     cluster: str
 
@@ -202,6 +207,7 @@ def _generation_item(record: dict[str, Any], number: str, task: Task) -> Generat
         _text(record, "prompt"),
         _text(record, "answer", ""),
         _text(record, "tests", ""),
+        _text(record, "suffix") if "suffix" in record else None,
         _text(record, "group", ""),
         _text(record, "cluster", number),
     )

@@ -16,7 +16,7 @@ def task(**generation: Any) -> Task:
 
 
 def item(prompt: str = "", answer: str = "", tests: str = "") -> GenerationItem:
-    return GenerationItem(prompt, answer, tests, "", "")
+    return GenerationItem(prompt, answer, tests, None, "", "")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from rich.text import Text
 from megacode.cli.arguments import add_tokenizer, at_least, tokenizer_section, without_ending
 from megacode.cli.trace import printable
 from megacode.corpus import inspect
-from megacode.corpus.pairs.records import read_pairs
 from megacode.data.indexed import with_ending
 from megacode.data.lengths import log_edges, merged
 from megacode.data.loss_marks import has_marks, open_marks, trained
@@ -30,7 +29,6 @@ from megacode.data.planning import count_trained
 from megacode.data.records import input_files
 from megacode.data.source import TokenSource
 from megacode.errors import UserError
-from megacode.report.pairs import print_pair
 from megacode.terminal import print_table, progress_bar, table_console, table_of
 from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -39,13 +37,15 @@ EXAMPLE = """examples:
   megacode inspect data/quickstart/python/train --documents 0,100:103,-1
   megacode inspect data/quickstart/python/train data/quickstart/docs/train --plot lengths.png
   megacode inspect data/quickstart/python/train --verify
-  megacode inspect data/pairs/code.jsonl --documents 0,1      # pairs, beside their candidates
   megacode inspect from-megatron_text_document --documents 5 --verify \\
     --tokenizer data/quickstart/tokenizer.model
 
 Documents are numbered from 0, through all shards. --documents takes numbers and half-open ranges,
 counted from the end with `=`: --documents=-3:. --verify reads every byte and ends with exit code 2
 if anything is wrong. Without --tokenizer, the manifest names the tokenizer.
+
+Of a file that megacode pairs made (.jsonl): how many candidates of which kind; with --documents,
+the pairs beside their candidates.
 """
 
 _STYLES = {"text": "", "control": "bold magenta", "unknown": "bold red"}
@@ -135,6 +135,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _show_pairs(console: Console, args: argparse.Namespace) -> int:
     """Files of pairs: how many of what, or some of them beside their candidates."""
+    from megacode.corpus.pairs.records import read_pairs
+    from megacode.report.pairs import print_pair
+
     for path in args.prefixes:
         pairs = list(read_pairs(path)) if args.documents else read_pairs(path)
         if isinstance(pairs, list):

@@ -19,10 +19,10 @@ from megacode.report.pairs import make_pairs_visibly
 from megacode.terminal import table_console
 
 EXAMPLE = f"""examples:
-  megacode pairs data/quickstart/gathered/code.jsonl --out data/pairs/code.jsonl \\
-    --validation 0.1 --hold-out operator-flipped
+  megacode pairs data/quickstart/gathered/code.jsonl --where "startswith(path, 'json/')" \\
+    --out data/pairs/code.jsonl --validation 0.2 --hold-out operator-flipped
   megacode pairs my-repository --include '*.py' --out data/pairs/repository.jsonl
-  megacode pairs data/quickstart/python/train --language python --out data/pairs/dataset.jsonl
+  megacode pairs data/quickstart/python/valid --language python --out data/pairs/dataset.jsonl
   megacode inspect data/pairs/code.jsonl --documents 0,1
 
 Kinds of candidates: {", ".join(KINDS)}.

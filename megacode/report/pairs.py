@@ -8,6 +8,7 @@ import re
 from contextlib import ExitStack
 
 from rich.console import Console
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
@@ -74,7 +75,8 @@ def print_pair(console: Console, pair: PairRecord) -> None:
     for one in pair.candidates:
         sort = "equivalent" if one.equivalent else "not equivalent"
         proof = ", by running" if one.proof else ""
-        console.rule(Text(f"{one.kind}: {sort}{proof}", "green" if one.equivalent else "red"))
+        colour = "green" if one.equivalent else "red"
+        console.print(Rule(Text(f"{one.kind}: {sort}{proof}", colour), style=colour), width=WIDTH)
         table = Table(box=None, show_header=False, width=WIDTH, pad_edge=False)
         for _ in range(2):
             table.add_column(width=WIDTH // 2 - 1, overflow="fold")

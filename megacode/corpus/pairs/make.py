@@ -174,7 +174,7 @@ def _check_free(request: PairRequest, folder: Path, files: Sequence[InputFile]) 
     written = [*request.outputs.values(), note, with_ending(request.name, ".quarantine.jsonl")]
     if len({path.resolve() for path in written}) < len(written):
         raise UserError(
-            f"--out {request.output}: two files of this run have one name; end it .jsonl"
+            f"--out {request.output}: two files of this run would have one name; end it in .jsonl"
         )
     inputs = {file.path.resolve() for file in files}
     for path in written:

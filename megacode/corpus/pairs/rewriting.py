@@ -30,15 +30,17 @@ def rewritten(text: str, key: int) -> str | None:
     """An equivalent text in Python with one to three rewrites, or None if none applies."""
     try:
         tree = ast.parse(text)
-        before = ast.dump(tree)
+        before, found = ast.dump(tree), None
         chooser = random.Random(key)
         for _ in range(chooser.randint(1, MOST)):
-            sites = list(_sites(tree))
-            if not sites:
+            if not (sites := list(_sites(tree))):
                 break
             chooser.choice(sites)()
-            tree = ast.parse(ast.unparse(ast.fix_missing_locations(tree)))
-        return ast.unparse(tree) if ast.dump(tree) != before else None
+            new = ast.unparse(ast.fix_missing_locations(tree))
+            tree = ast.parse(new)
+            if ast.dump(tree) != before:  # else it was undone
+                found = new
+        return found
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 

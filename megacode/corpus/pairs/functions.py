@@ -15,7 +15,9 @@ Kind = Literal["name", "keyword", "operator", "number", "string", "comment", "ot
 
 _WHOLE = {
     **dict.fromkeys(("comment", "line_comment", "block_comment", "html_comment"), "comment"),
-    **dict.fromkeys(("string", "template_string", "string_literal", "raw_string_literal"), "string"),
+    **dict.fromkeys(
+        ("string", "template_string", "string_literal", "raw_string_literal"), "string"
+    ),
     **dict.fromkeys(("interpreted_string_literal", "char_literal", "character_literal"), "string"),
     **dict.fromkeys(("rune_literal", "regex", "jsx_text", "system_lib_string"), "string"),
 }
@@ -117,13 +119,13 @@ def function_tree(data: bytes, language: Language) -> tuple[tree_sitter.Node, in
     """
     root = parse(data, language).root_node
     if language.in_class:
-        first = root.named_child(0)
-        if root.has_error or (first is not None and first.type == "expression_statement"):
+        outside = root.named_children[:1]
+        if root.has_error or (outside and outside[0].type == "expression_statement"):
             wrapped = parse(_CLASS_START + data + _CLASS_END, language).root_node
-            declaration = wrapped.named_child(0)
-            body = declaration and declaration.child_by_field_name("body")
-            if body is not None and not wrapped.has_error:
-                return body, len(_CLASS_START)
+            if not wrapped.has_error:
+                body = wrapped.named_children[0].child_by_field_name("body")
+                if body is not None:
+                    return body, len(_CLASS_START)
     return root, 0
 
 
@@ -152,9 +154,9 @@ def _name_node(node: tree_sitter.Node | None) -> tree_sitter.Node | None:
             if (child := node.child_by_field_name(field)) is not None:
                 break
         else:
-            inner = ("function_definition", "variable_declarator")
-            last = node.named_child(node.named_child_count - 1)
-            child = last if last is not None and (last.type in inner or "declarator" in node.type) else None
+            if "declarat" not in node.type:
+                break
+            child = node.named_children[-1]
         node = child
     return node
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _SCOPES = ("outer", "function", "block", "class")
 _MARKS = (
     *("var", "pattern", "leaf", "hoist", "param", "type", "name", "typename"),
-    *("label", "call", "use", "keep", "keyword", "fixed"),
+    *("label", "use", "keep", "call", "keyword", "fixed"),
 )
 """Captures of words; a later one replaces an earlier one of the same word."""
 _LETTERS = "abcdeghkmnpqrstvwxz"
@@ -99,7 +99,9 @@ def renamed(text: str, language: str, key: int) -> str | None:
     kept_words = {"." + word.text for word in words if word.mark == "keep"}
     if not spoken.unsafe.isdisjoint(fixed | kept_words):
         return None
-    places = [word for word in words if word.mark not in ("keep", "keyword") and word.text not in fixed]
+    places = [
+        word for word in words if word.mark not in ("keep", "keyword") and word.text not in fixed
+    ]
     names = dict.fromkeys(word.text for word in places)
     if not names:
         return None
@@ -179,7 +181,9 @@ def _binding_scope(mark: str, scope: _Scope) -> _Scope | None:
         return scope.above
     if mark == "hoist":
         while scope.kind in ("block", "outer") and scope.above is not None:
-            scope = scope.above
+            around = scope.above if scope.kind == "block" else scope.above.above
+            assert around is not None, "an outer range lies in a scope"
+            scope = around
         return scope
     return None
 
@@ -199,21 +203,25 @@ def _destructured(leaf: tree_sitter.Node) -> str:
     return "hoist" if hoisted and holder.type == "variable_declarator" else "var"
 
 
-def _fixed(
-    captures: Captures, words: list[_Word], source: bytes, language: Language
-) -> set[str]:
+def _fixed(captures: Captures, words: list[_Word], source: bytes, language: Language) -> set[str]:
     """The names that stay."""
     fixed = set()
     for word in words:
         if word.mark in ("keep", "keyword", "label"):
             continue
-        bound = word.binds.kind != "class" if word.binds is not None else _is_bound(word)
+        if word.binds is None:
+            bound = _is_bound(word)
+        else:  # a default value of the function itself may bind a global
+            outside = ("class", "module") if word.mark == "hoist" else ("class",)
+            bound = word.binds.kind not in outside
         if not bound or word.mark == "fixed" or word.text.startswith("__"):
             fixed.add(word.text)
     for node in _nodes(captures, "frozen"):
         fixed.update(re.findall(r"[\w$]+", source[node.start_byte : node.end_byte].decode()))
     for node in _nodes(captures, "format"):
-        fixed.update(re.findall(r"\{(\w+)", source[node.start_byte : node.end_byte].decode()))
+        fixed.update(
+            re.findall(r"(?<!\{)\{(?:\{\{)*(\w+)", source[node.start_byte : node.end_byte].decode())
+        )
     own = _own_name(captures)
     own_text = own.text.decode() if own is not None and own.text else ""
     if own_text in re.findall(r"(?:\.|->|::)\s*([\w$]+)", source.decode()):

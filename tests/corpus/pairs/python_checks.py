@@ -6,6 +6,8 @@ import ast
 import symtable
 from collections.abc import Iterator
 
+from megacode.corpus.pairs.functions import functions_of
+
 _NAMES = {
     "Name": ["id"],
     "arg": ["arg"],
@@ -54,8 +56,11 @@ def _compare(a: object, b: object) -> Iterator[tuple[str, str]]:
 
 
 def local_names(text: str) -> set[str]:
-    """The names that stand for something of the function in every scope that mentions them."""
-    own = next(n.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))  # fmt: skip
+    """The names that stand for something of the function in every scope that mentions them.
+
+    The text holds one function, and it is not named `top`: symtable of Python 3.11 takes that for the module.
+    """
+    own = functions_of(text, "python")[0].name
     names, others = {own}, set()
     tables = [symtable.symtable(text, "text", "exec")]
     while tables:
@@ -66,4 +71,4 @@ def local_names(text: str) -> set[str]:
             outside = symbol.is_global() and name != own or symbol.is_imported()
             member = table.get_type() == "class" and symbol.is_local()
             (others if outside or member else names).add(name)
-    return names - others
+    return {name for name in names - others if name != ".0"}  # the iterable of a comprehension

@@ -28,6 +28,9 @@
 (qualified_identifier scope: (_) name: (template_type name: (type_identifier) @keep))
 (qualified_identifier scope: (_) name: (template_function name: (identifier) @keep))
 (using_declaration) @frozen
+; In a method a member hides a variable of the function around the class.
+(field_declaration declarator: (_) @frozen)
+(function_declarator declarator: (field_identifier) @frozen)
 
 ; `T x(y);` reads like the declaration of a function. One that can be nothing else keeps its name.
 (declaration declarator: (function_declarator (identifier) @fixed (parameter_list . "(" . ")")))

@@ -61,9 +61,11 @@
 (call function: (identifier) @splatted arguments: (argument_list (dictionary_splat)))
 
 (global_statement (identifier) @fixed)
-(import_statement) @frozen
-(import_from_statement) @frozen
-(future_import_statement) @frozen
+(import_statement name: (dotted_name . (identifier) @fixed))
+(import_from_statement name: (dotted_name (identifier) @fixed))
+(import_from_statement module_name: (dotted_name (identifier) @keep))
+(relative_import (dotted_name (identifier) @keep))
+(aliased_import name: (dotted_name (identifier) @keep) alias: (identifier) @fixed)
 (interpolation "=") @frozen
 (exec_statement) @unsafe
 (wildcard_import) @unsafe

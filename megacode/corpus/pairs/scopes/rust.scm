@@ -51,7 +51,7 @@
 (use_declaration) @frozen
 (macro_definition) @frozen
 (static_item (mutable_specifier) name: (identifier) @fixed)
-(string_content) @format
+(token_tree [(string_literal) (raw_string_literal)] @format)
 (token_tree "." . (identifier) @keep)
 (token_tree "::" . (identifier) @keep)
 (token_tree (identifier) @fixed . ["=" ":" "!"])

@@ -13,13 +13,11 @@ if TYPE_CHECKING:
 
 Kind = Literal["name", "keyword", "operator", "number", "string", "comment", "other"]
 
-_WHOLE = {
+_WHOLE: dict[str, Kind] = {
     **dict.fromkeys(("comment", "line_comment", "block_comment", "html_comment"), "comment"),
-    **dict.fromkeys(
-        ("string", "template_string", "string_literal", "raw_string_literal"), "string"
-    ),
-    **dict.fromkeys(("interpreted_string_literal", "char_literal", "character_literal"), "string"),
-    **dict.fromkeys(("rune_literal", "regex", "jsx_text", "system_lib_string"), "string"),
+    **dict.fromkeys(("string", "template_string", "string_literal", "char_literal"), "string"),
+    **dict.fromkeys(("raw_string_literal", "interpreted_string_literal"), "string"),
+    **dict.fromkeys(("character_literal", "rune_literal", "regex", "jsx_text"), "string"),
 }
 """Kinds of the nodes that are one token, whatever is in them."""
 _PUNCTUATION = frozenset("( ) [ ] { } , ; : . @ -> => :: ?. ...".split())
@@ -56,8 +54,8 @@ class Leaf:
 def functions_of(source: str, language: str) -> list[Function]:
     """The outermost functions and methods of a file in file order; nested ones stay in them.
 
-    Functions with syntax errors are left out, and so are those without a body. Takes time linear in the source.
-    UserError if the language's grammar is not installed.
+    Functions with syntax errors are left out, and so are those without a body. The time is linear
+    in the source's length. UserError if the language's grammar is not installed.
     """
     from tree_sitter import QueryCursor
 
@@ -105,8 +103,7 @@ def leaves(text: str, language: str) -> list[Leaf]:
         if 0 <= start < end <= len(data):
             piece = data[start:end].decode()
             if not piece.isspace():
-                kind = kind or _kind(node, piece)
-                found.append(Leaf(piece, offsets[start], offsets[end], kind))  # type: ignore[arg-type]
+                found.append(Leaf(piece, offsets[start], offsets[end], kind or _kind(node, piece)))
         while not cursor.goto_next_sibling():
             if not cursor.goto_parent():
                 return found

@@ -42,20 +42,22 @@ class Language:
 
 _JS_FUNCTIONS = """
 [(function_declaration) (generator_function_declaration) (method_definition)] @function
-(lexical_declaration . (variable_declarator value: [(arrow_function) (function_expression)]) .) @function
+(lexical_declaration
+  . (variable_declarator value: [(arrow_function) (function_expression)]) .) @function
 """
-_C_FUNCTIONS = "(function_definition) @function"
+_DEFINITIONS = "(function_definition) @function"
 
 _ALL = (
     Language(
         "python",
         (".py", ".pyi"),
         ("tree_sitter_python", "language"),
-        "(function_definition) @function (decorated_definition definition: (function_definition)) @function",
+        f"{_DEFINITIONS} (decorated_definition (function_definition)) @function",
         "python",
         frozenset("self cls mcs _".split()),
         frozenset(
-            "locals vars eval exec globals dir ._getframe .currentframe .f_locals .f_back .co_varnames .func_code".split()
+            "locals vars eval exec globals dir "
+            "._getframe .currentframe .f_locals .f_back .co_varnames .func_code".split()
         ),
     ),
     Language(
@@ -92,7 +94,7 @@ _ALL = (
         "c",
         (".c", ".h"),
         ("tree_sitter_c", "language"),
-        _C_FUNCTIONS,
+        _DEFINITIONS,
         "c",
         frozenset(["main"]),
         positional=True,
@@ -101,7 +103,7 @@ _ALL = (
         "cpp",
         (".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx"),
         ("tree_sitter_cpp", "language"),
-        f"{_C_FUNCTIONS} (template_declaration (function_definition)) @function",
+        f"{_DEFINITIONS} (template_declaration (function_definition)) @function",
         "cpp",
         frozenset(["main", "_"]),
         positional=True,

@@ -1,23 +1,29 @@
 """Other names for a function's own names, by the scopes of its language.
 
-`scopes/LANGUAGE.scm` are tree-sitter queries. They capture
+A name is renamed where every mention of it as a variable finds its binding in the function. All
+mentions get the same new name, so that a name that hides another still does. A name with any other
+meaning in the text, or one that the text alone does not settle, stays.
 
-- ranges: `function`, `block` and `class` are scopes. `outer` is evaluated in the scope around the
-  one it is written in: a default value, an annotation, the first iterable of a comprehension. Every
-  word of `frozen` keeps its name, and every `{word` of `format`. `unsafe` code can read names as
-  text. Names bound in `late` exist from the end of the statement around it.
-- every `word` that can name a variable, and `typeword`s, which only name types;
-- where a word is bound: `var` in its scope, `hoist` in its function, `type` as a type in its scope,
-  `name` and `typename` in the scope around the definition that they name, `param` like `var`;
-  `pattern` like `var` unless capitalized; `leaf` of a destructuring by what is around that. `method`
-  marks names of functions that callers find through an object; `label`s have names of their own;
-- `shorthand`, which names a field and a variable at once;
-- what is no variable: `keep` stays. `fixed` stays wherever else the word occurs. `use` takes back
-  that a word is bound. `call` is a variable only if it is the function's own name; `keyword` is the
-  name of a keyword argument and `splatted` a function called with `**`.
+The files `scopes/*.scm` are tree-sitter queries. They capture ranges:
 
-A name is renamed if every place where it names a variable finds a binding in the function. It
-is renamed in all of them at once, so that shadowing stays what it was.
+- `function`, `block`, `class`: scopes. What is bound in a class is a member, and stays.
+- `outer`: evaluated in the scope around the one it is written in, as a default value is.
+- `late`: names bound here are known from the end of the enclosing statement on.
+- `frozen`: every name in it stays. `format`: every name after a `{` stays.
+- `unsafe`: code that reads names as text; nothing is renamed.
+
+and names:
+
+- `word`: every name that may be a variable's; `typeword`: one that can only be a type's.
+- `var`, `param`: bound in the scope around it; `hoist`: in the function; `type`: as a type.
+- `name`, `typename`: of a function or class, bound in the scope around its definition.
+- `method`: of a function that is called through an object, which binds nothing.
+- `pattern`: bound unless capitalized. `leaf`: bound if the pattern around it is not only assigned.
+- `use`: not bound, whatever else was captured. `label`: always the function's own.
+- `shorthand`: also names a field; `{a}` becomes `{a: new}`.
+- `keep`: no variable. `fixed`: no variable, and other mentions stay too.
+- `call`: a variable if it is the function's own name. `keyword`: of an argument. `splatted`: of a
+  function that is called with `**`.
 """
 
 from __future__ import annotations
@@ -45,7 +51,7 @@ _MARKS = (
 )
 """Captures of words; a later one replaces an earlier one of the same word."""
 _LETTERS = "abcdeghkmnpqrstvwxz"
-"""No f, i and u, whose numbers are Rust's types; no j and y, C's functions; no l and o, digits to the eye."""
+"""Without f, i, u (f32 is a type of Rust), j, y (j0 is a function of C) and l, o, like digits."""
 
 
 @dataclass(slots=True, eq=False)
@@ -73,15 +79,16 @@ class _Word:
 
 
 def renamed(text: str, language: str, key: int) -> str | None:
-    """A function with other names for its parameters, variables, nested functions, labels and itself.
+    """The text of a function with other names for itself and what it defines.
 
-    Callers who pass a parameter of the function by keyword would have to change; parameters that
-    the text itself passes by keyword stay. A method's name stays if the text mentions it again.
-    Imports, globals, builtins, attributes, fields, keywords, strings and comments stay too, and what a
-    name may mean is decided for staying where the text alone does not say it.
+    Renamed: its name, parameters, variables, type parameters, labels, nested functions and classes.
+    Kept: imports, globals, builtins, attributes, fields, keyword arguments, strings, comments;
+    `self`, `main` and the like; a method's name if the text mentions it again; parameters that the
+    text itself passes by keyword. The text is taken alone: a caller elsewhere that passes a
+    parameter by keyword would have to change with it.
 
-    None if nothing can be renamed, the text does not parse, or code in it can read names as text.
-    The same (text, key) gives the same result, and renaming the result again changes nothing.
+    None if nothing can be renamed, the text does not parse, or code in it may read names as text.
+    The result is a function of (text, key). Renaming it again with the same key changes nothing.
     """
     from tree_sitter import QueryCursor
 
@@ -99,17 +106,15 @@ def renamed(text: str, language: str, key: int) -> str | None:
     kept_words = {"." + word.text for word in words if word.mark == "keep"}
     if not spoken.unsafe.isdisjoint(fixed | kept_words):
         return None
-    places = [
-        word for word in words if word.mark not in ("keep", "keyword") and word.text not in fixed
-    ]
-    names = dict.fromkeys(word.text for word in places)
+    words = [one for one in words if one.mark not in ("keep", "keyword") and one.text not in fixed]
+    names = dict.fromkeys(word.text for word in words)
     if not names:
         return None
     taken = {word for word in re.findall(r"[\w$]+", text) if word not in names}
-    new = dict(zip(names, _fresh_names(key, taken)))
+    new = dict(zip(names, _fresh_names(key, taken), strict=False))
     shorthand = {node.start_byte for node in captures.get("shorthand", ())}
     pieces, end = [], shift
-    for word in places:
+    for word in words:
         pieces.append(source[end : word.start].decode())
         pieces.append(f"{word.text}: " if word.start in shorthand else "")
         pieces.append(new[word.text])
@@ -129,7 +134,11 @@ def _words(captures: Captures, source: bytes, language: Language) -> list[_Word]
     if own is not None:
         nodes[own.start_byte] = own
     types = {node.start_byte for node in captures.get("typeword", ())}
-    late = sorted((n.start_byte, n.end_byte, _end(n.parent)) for n in captures.get("late", ()))
+    late = sorted(
+        (node.start_byte, node.end_byte, node.parent.end_byte)
+        for node in captures.get("late", ())
+        if node.parent is not None
+    )
     scope, scopes = _Scope("module", len(source) + 1), _ranges(captures)
     opened, found = 0, []
     for start, node in sorted(nodes.items()):
@@ -217,42 +226,42 @@ def _fixed(captures: Captures, words: list[_Word], source: bytes, language: Lang
         if not bound or word.mark == "fixed" or word.text.startswith("__"):
             fixed.add(word.text)
     for node in _nodes(captures, "frozen"):
-        fixed.update(re.findall(r"[\w$]+", source[node.start_byte : node.end_byte].decode()))
+        fixed.update(re.findall(r"[\w$]+", _text(node)))
     for node in _nodes(captures, "format"):
-        fixed.update(
-            re.findall(r"(?<!\{)\{(?:\{\{)*(\w+)", source[node.start_byte : node.end_byte].decode())
-        )
+        fixed.update(re.findall(r"(?<!\{)\{(?:\{\{)*(\w+)", _text(node)))
     own = _own_name(captures)
-    own_text = own.text.decode() if own is not None and own.text else ""
+    own_text = "" if own is None else _text(own)
     if own_text in re.findall(r"(?:\.|->|::)\s*([\w$]+)", source.decode()):
         fixed.add(own_text)
     return fixed | _passed_by_keyword(words, captures, own_text) | language.kept
 
 
 def _is_bound(word: _Word) -> bool:
-    """Whether the word finds a binding in the function. A decorator of the function itself finds none."""
+    """Whether the word finds a binding in the function.
+
+    The function's name is one for its body, and none for its decorators and default values.
+    """
     scope: _Scope | None = word.scope
-    while scope is not None and scope.kind != "module":
-        bound_from = scope.values.get(word.text)
-        if word.text in scope.types or (
-            not word.is_type and bound_from is not None and bound_from <= word.start
-        ):
-            return True
-        if scope.kind == "outer" and scope.above is not None:
+    in_body = False
+    while scope is not None:
+        bound = not word.is_type and scope.values.get(word.text, word.end) <= word.start
+        if bound or word.text in scope.types:
+            return in_body or scope.kind != "module"
+        if scope.kind != "outer":
+            in_body = True
+        elif scope.above is not None:
             scope = scope.above
             if word.text in scope.types:
                 return True
         scope = scope.above
-    if scope is None or word.scope is scope:
-        return False
-    return word.text in scope.types or (not word.is_type and word.text in scope.values)
+    return False
 
 
 def _passed_by_keyword(words: list[_Word], captures: Captures, own: str) -> set[str]:
-    """Parameters that a call in the text may name: of nested functions, and of one that calls itself."""
+    """Parameters that a call in the text may name, of nested and of recursive functions."""
     keywords = {word.text for word in words if word.mark == "keyword"}
     functions = {word.text for word in words if word.mark == "name"}
-    splatted = {node.text.decode() for node in _nodes(captures, "splatted") if node.text}
+    splatted = {_text(node) for node in _nodes(captures, "splatted")}
     calls_itself = sum(word.text == own for word in words) > 1
     return {
         word.text
@@ -265,29 +274,29 @@ def _passed_by_keyword(words: list[_Word], captures: Captures, own: str) -> set[
 
 def _fresh_names(key: int, taken: set[str]) -> Iterator[str]:
     """Different short names that are not in `taken`, in an order given by the key."""
-    random_state, used = random.Random(key), set(taken)
+    state, used = random.Random(key), set(taken)
     for drawn in count():
-        # More digits where most names of a length may be used up.
-        numbers = 90 * 10 ** len(str(drawn // 500)) // 10
-        letter = _LETTERS[int(random_state.random() * len(_LETTERS))]
-        name = f"{letter}{numbers // 9 + int(random_state.random() * numbers)}"
+        low = 10 ** (1 + drawn // 1000)  # longer names before the short ones are used up
+        letter = _LETTERS[int(state.random() * len(_LETTERS))]
+        name = f"{letter}{low + int(state.random() * 9 * low)}"
         if name not in used:
             used.add(name)
             yield name
 
 
 def _own_name(captures: Captures) -> tree_sitter.Node | None:
-    """The name of the outermost function; it comes before those of nested ones."""
-    return min(_nodes(captures, "name", "method"), key=_start, default=None)
+    """The name of the outermost function, where that is no variable."""
+    own = min(_nodes(captures, "name", "method"), key=lambda node: node.start_byte, default=None)
+    if own is None:
+        return None
+    start = own.start_byte
+    around = sum(n.start_byte <= start < n.end_byte for n in _nodes(captures, "function", "class"))
+    return own if around == 1 else None
 
 
 def _nodes(captures: Captures, *kinds: str) -> Iterator[tree_sitter.Node]:
     return (node for kind in kinds for node in captures.get(kind, ()))
 
 
-def _start(node: tree_sitter.Node) -> int:
-    return node.start_byte
-
-
-def _end(node: tree_sitter.Node | None) -> int:
-    return node.end_byte if node is not None else 0
+def _text(node: tree_sitter.Node) -> str:
+    return (node.text or b"").decode()

@@ -68,7 +68,7 @@ def local_names(text: str) -> set[str]:
         tables += table.get_children()
         for symbol in table.get_symbols():
             name = symbol.get_name()
-            outside = symbol.is_global() and name != own or symbol.is_imported()
+            outside = (symbol.is_global() and name != own) or symbol.is_imported()
             member = table.get_type() == "class" and symbol.is_local()
             (others if outside or member else names).add(name)
     return {name for name in names - others if name != ".0"}  # the iterable of a comprehension

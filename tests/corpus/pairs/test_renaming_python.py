@@ -128,7 +128,7 @@ class Program:
         name, draw = self.name, self.draw.randrange(11 if depth < 3 else 2)
         inner = self.expression
         return [
-            lambda: name(),
+            name,
             lambda: str(self.draw.randrange(9)),
             lambda: f"{name()}.{name()}",
             lambda: f"({inner(depth + 1)} + {inner(depth + 1)})",

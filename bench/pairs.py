@@ -125,13 +125,13 @@ def main() -> None:
     total = sum(len(local_names(text)) for text in texts)
     for name in sides:
         pairs = [(a, b) for a, b in zip(texts, results[name], strict=True) if b is not None]
-        compiled = sum(compiles(after) for _, after in pairs)
-        new = sum(len(local_names(a) - local_names(b)) for a, b in pairs)
+        whole = [(a, b) for a, b in pairs if compiles(b)]
+        new = sum(len(local_names(a) - local_names(b)) for a, b in whole)
         rate = len(texts) / seconds[name]
         ratio = seconds[name] / seconds["megacode"]
         rows.append(
             f"| {name} | {rate:,.0f} | {ratio:.1f} x | {1 - len(pairs) / len(texts):.1%} | {new / total:.1%} "
-            f"| {len(pairs) - compiled} |"
+            f"| {len(pairs) - len(whole)} |"
         )
     page = "\n".join(
         [

@@ -64,6 +64,7 @@ _GIVES = {
     "tiktoken": "tiktoken vocabularies",
     "harness": "megacode evaluate --harness",
     "studies": "tools/study-data",
+    "pairs": "megacode pairs",
     "trees": "megacode mix fit with more than five domains",
     "wandb": "logging.wandb",
     "mlflow": "logging.mlflow",

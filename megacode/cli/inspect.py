@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from itertools import chain, groupby
 from pathlib import Path
@@ -28,7 +29,7 @@ from megacode.data.planning import count_trained
 from megacode.data.records import input_files
 from megacode.data.source import TokenSource
 from megacode.errors import UserError
-from megacode.terminal import print_table, progress_bar, table_console
+from megacode.terminal import print_table, progress_bar, table_console, table_of
 from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 EXAMPLE = """examples:
@@ -42,6 +43,9 @@ EXAMPLE = """examples:
 Documents are numbered from 0, through all shards. --documents takes numbers and half-open ranges,
 counted from the end with `=`: --documents=-3:. --verify reads every byte and ends with exit code 2
 if anything is wrong. Without --tokenizer, the manifest names the tokenizer.
+
+Of a file that megacode pairs made (.jsonl): how many candidates of which kind; with --documents,
+the pairs beside their candidates.
 """
 
 _STYLES = {"text": "", "control": "bold magenta", "unknown": "bold red"}
@@ -51,7 +55,13 @@ _ANSWER = "on dark_green"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Show what is in an IndexedDataset, made by megacode or by Megatron-LM."
     add = parser.add_argument
-    add("prefixes", nargs="+", type=Path, metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
+    add(
+        "prefixes",
+        nargs="+",
+        type=Path,
+        metavar="PREFIX",
+        help="of PREFIX.bin and PREFIX.idx, or a PAIRS.jsonl",
+    )
     add("--documents", metavar="LIST", help="print these documents instead, such as 0,5,100:103")
     add("--tokens", action="store_true", help="with --documents: ids instead of text")
     add("--limit", type=at_least(1), default=2000, metavar="N", help="characters of a document")
@@ -67,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--added-tokens and --tokenizer-kind go with --tokenizer FILE")
     tokenizer = load_tokenizer(tokenizer_section(args)) if args.tokenizer else None
     console = table_console()
+    if any(path.suffix == ".jsonl" for path in args.prefixes):
+        return _show_pairs(console, args)
     elsewhere: list[str] = []
     given = dict.fromkeys(map(without_ending, args.prefixes))
     prefixes = [one for path in given for one in inspect.datasets_at(path, elsewhere.append)]
@@ -118,6 +130,25 @@ def run(args: argparse.Namespace) -> int:
             f"{', '.join(problems)}: {total:,} problem{'s' * (total > 1)} found; "
             "copy it again, or tokenize it again"
         )
+    return 0
+
+
+def _show_pairs(console: Console, args: argparse.Namespace) -> int:
+    """Files of pairs: how many of what, or some of them beside their candidates."""
+    from megacode.corpus.pairs.records import read_pairs
+    from megacode.report.pairs import print_pair
+
+    for path in args.prefixes:
+        pairs = list(read_pairs(path)) if args.documents else read_pairs(path)
+        if isinstance(pairs, list):
+            for number in chain.from_iterable(inspect.parse_documents(args.documents, len(pairs))):
+                print_pair(console, pairs[number])
+            continue
+        counts = Counter((one.language, two.kind) for one in pairs for two in one.candidates)
+        table = table_of(str(path), "language", "candidates", "count", left=2)
+        for (language, kind), number in sorted(counts.items()):
+            table.add_row(language, kind, f"{number:,}")
+        print_table(console, table)
     return 0
 
 

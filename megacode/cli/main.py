@@ -14,6 +14,7 @@ from megacode.version import __version__
 VERBS: dict[str, tuple[str, str]] = {
     "plan": ("megacode.cli.plan", "print the whole run as tables before it starts"),
     "preprocess": ("megacode.cli.preprocess", "tokenize text and code into indexed datasets"),
+    "pairs": ("megacode.cli.pairs", "functions with candidates that compute the same, or do not"),
     "inspect": ("megacode.cli.inspect", "what is in a dataset, and whether it is whole"),
     "tokenizer": ("megacode.cli.tokenizer", "train a SentencePiece tokenizer"),
     "train": ("megacode.cli.train", "train a recipe, or go on with a run"),

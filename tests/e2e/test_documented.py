@@ -394,6 +394,10 @@ def run_all(place: Place, commands: list[Command]) -> None:
             if "chat" not in line and not find_spec("reasoning_gym"):
                 pytest.skip(f"{command.where}: reasoning-gym is not installed")
             place.bash(line, PYTHONPATH=place.installed)
+        elif command.line.startswith("megacode pairs"):  # with its extra
+            if not find_spec("tree_sitter"):
+                pytest.skip(f"{command.where}: tree-sitter is not installed")
+            place.bash(command.line, PYTHONPATH=place.installed)
         elif not re.match(
             r"(megacode|tools/(preprocess|convert)|srun|torchrun|jq)\b", command.line
         ):

@@ -36,10 +36,8 @@ FORMAT = 3
 """Of the output: raised when equal settings would give other bytes."""
 
 
-def run_settings(
-    request: Request, tokenizer: Tokenizer, files: Sequence[InputFile]
-) -> dict[str, Any]:
-    """Everything that decides the output, as JSON; input files by path, size and time of change."""
+def inputs_digest(files: Sequence[InputFile]) -> str:
+    """Of the input files' paths, sizes and times of change."""
     listing = json.dumps(
         [
             [
@@ -53,10 +51,17 @@ def run_settings(
             for f in files
         ]
     )
+    return xxhash.xxh3_128_hexdigest(listing.encode(errors="surrogateescape"))
+
+
+def run_settings(
+    request: Request, tokenizer: Tokenizer, files: Sequence[InputFile]
+) -> dict[str, Any]:
+    """Everything that decides the output, as JSON; input files by path, size and time of change."""
     held_out = request.validation_output
     return {
         "format": FORMAT,
-        "input files": xxhash.xxh3_128_hexdigest(listing.encode(errors="surrogateescape")),
+        "input files": inputs_digest(files),
         "input format": request.format,
         "include": list(request.include),
         "text field": request.text_field,

@@ -15,7 +15,7 @@ a group, numbered G within the part.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
+from megacode.corpus.inputs import InputFile
 from megacode.corpus.preprocess.counts import Counts, Group
-from megacode.corpus.preprocess.splitting import CorpusPart, Unit, unit_parts
+from megacode.corpus.preprocess.splitting import CorpusPart, Unit, unit_parts, unpack
 from megacode.files import replace_file
 
 PARTS_FORMAT = 4
@@ -108,6 +109,55 @@ def file_checksum(path: Path, start: int = 0, size: int | None = None) -> str:
             digest.update(chunk)
             left -= len(chunk)
     return digest.hexdigest()
+
+
+def input_checksums(part: CorpusPart, files: Sequence[InputFile]) -> list[tuple[int, int, str]]:
+    """Number, bytes and checksum of the files, or of the span of bytes, that a part has read; a
+    file of many parts has one in its first."""
+    found = []
+    for number in part.files:
+        file = files[number]
+        start, size = 0, file.size
+        if part.span and file.form == "jsonl":
+            start, size = part.span[0], part.span[1] - part.span[0]
+        elif (part.span and part.span[0]) or part.chunk:
+            continue
+        try:
+            found.append((number, size, file_checksum(file.path, start, size)))
+        except OSError:  # it could not be read either: a bad record says why
+            found.append((number, size, ""))
+    return found
+
+
+def unfinished(
+    folder: Path, files: Sequence[InputFile], units: Sequence[Unit]
+) -> tuple[list[Unit], Iterator[CorpusPart], set[str]]:
+    """Units that miss a part, their missing parts, and the names of the parts that are there, to
+    which the iterator adds. A damaged part counts as missing."""
+    kept: set[str] = set()
+
+    def finished(part: CorpusPart) -> bool:
+        there = finished_part(folder, part)
+        if there and undamaged(folder, there):
+            kept.add(part.name)
+            return True
+        part_file(folder, part, "json").unlink(missing_ok=True)
+        return False
+
+    waiting = []
+    for unit in units:
+        parts = unit_parts(folder, unit)
+        if parts is None or not all(finished(part) for part in parts):
+            waiting.append(unit)
+
+    def missing() -> Iterator[CorpusPart]:
+        for unit in waiting:
+            if unit.chunk_size:
+                yield from unpack(folder, unit, files[unit.part.files[0]], finished)
+            else:
+                yield unit.part
+
+    return waiting, missing(), kept
 
 
 class PartFiles:

@@ -30,9 +30,7 @@ def open_folder(
     function that says whether this process holds `lock` from now on, and so may write the datasets.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    another = (
-        f"{folder}: another run is writing this output; wait for it, or choose another --output"
-    )
+    another = f"{folder}: another run is writing this output; wait for it, or choose another output"
     with ExitStack() as locks:
         locks.callback(_remove_if_empty, folder)
         writer = locks.enter_context(
@@ -52,7 +50,7 @@ def open_folder(
                 _refuse_running_shares(
                     folder,
                     f"{folder}: other machines are writing this output from other settings or "
-                    "files; give each --shard the same command, or choose another --output",
+                    "files; give each --shard the same command, or choose another output",
                 )
                 others = False
             # Where this one is lost, two processes make the same parts, each whole.
@@ -153,7 +151,7 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
         if found and not _is_of_a_run(folder):
             raise UserError(
                 f"{folder}: in the way: not made by a run of this tool; "
-                "move it, or choose another --output"
+                "move it, or choose another output"
             )
         write_json(
             folder / "settings.json", {"input files": None}

@@ -25,12 +25,12 @@ LISTED_FILES = 1000
 """Input files that a manifest lists itself; more go into a table beside it."""
 
 
-def write_quarantine(job: Job, parts: Sequence[Finished]) -> None:
-    path = indexed.with_ending(job.request.name, ".quarantine.jsonl")
+def write_quarantine(folder: Path, path: Path, parts: Sequence[Finished]) -> None:
+    """The bad records of all parts; no file if there are none."""
     before = lines_before(parts)
     with replace_file(path) as out:
         for finished in parts:
-            source = part_file(job.folder, finished.part, "bad.jsonl")
+            source = part_file(folder, finished.part, "bad.jsonl")
             append(out, source, before.get(finished.part.name, 0))
         empty = not out.tell()
     if empty:
@@ -48,7 +48,7 @@ def write_manifests(
     """A manifest a dataset, and a shard if there are several. That of the run is what a later run
     looks for: last."""
     request = job.request
-    rows = _input_rows(job.files, parts)
+    rows = input_rows(job.files, parts)
     table: dict[str, Any] = {"input files": rows}
     tables = _table_paths(request, list(datasets))
     for path in tables.values():
@@ -120,7 +120,7 @@ def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def _input_rows(files: Sequence[InputFile], parts: Sequence[Finished]) -> list[dict[str, Any]]:
+def input_rows(files: Sequence[InputFile], parts: Sequence[Finished]) -> list[dict[str, Any]]:
     """Input files with size and XXH3-128, of the file or of consecutive pieces of it."""
     digests: list[list[tuple[int, str]]] = [[] for _ in files]
     for finished in parts:

@@ -8,7 +8,7 @@ last one to finish writes the datasets.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megacode.corpus.inputs import find_inputs
@@ -27,17 +27,15 @@ from megacode.corpus.preprocess.existing import (
 from megacode.corpus.preprocess.finished_parts import (
     PARTS_FORMAT,
     Finished,
-    finished_part,
     finished_parts,
-    part_file,
-    undamaged,
+    unfinished,
 )
 from megacode.corpus.preprocess.folder import open_folder, remove_folder
 from megacode.corpus.preprocess.manifest import write_manifests, write_quarantine
 from megacode.corpus.preprocess.order import Order, as_read, reordered, without_duplicates
 from megacode.corpus.preprocess.request import Request, Result
 from megacode.corpus.preprocess.shards import WrittenShard, write_datasets
-from megacode.corpus.preprocess.splitting import CorpusPart, Unit, plan_units, unit_parts, unpack
+from megacode.corpus.preprocess.splitting import Unit, plan_units
 from megacode.corpus.preprocess.tokenize import Job, PartProgress, part_worker
 from megacode.corpus.workers import Workers, readable_errors
 from megacode.data import indexed
@@ -94,7 +92,7 @@ def preprocess(
         # A dataset that was there goes first, whole: never an old index beside new data.
         remove_old(request, list(counts.groups))
         shards = _write(job, parts, counts, tokenizer.vocab_size, pool, on_progress)
-        write_quarantine(job, parts)
+        write_quarantine(job.folder, indexed.with_ending(request.name, ".quarantine.jsonl"), parts)
         write_manifests(job, settings, tokenizer, parts, counts, shards)
         _remove_parts(job.folder, pool)
         remove_folder(job.folder)
@@ -112,34 +110,12 @@ def _tokenize(
     on_progress: Callable[[PartProgress], None],
 ) -> int:
     """Do what is missing of this share of the units. How many parts were there before."""
-    kept: set[str] = set()
-
-    def finished(part: CorpusPart) -> bool:
-        there = finished_part(job.folder, part)
-        if there and undamaged(job.folder, there):
-            kept.add(part.name)
-            return True
-        part_file(job.folder, part, "json").unlink(missing_ok=True)
-        return False
-
     number, of = share or (0, 1)
     mine = units[number::of]
-    waiting = []
-    for unit in mine:
-        parts = unit_parts(job.folder, unit)
-        if parts is None or not all(finished(part) for part in parts):
-            waiting.append(unit)
+    waiting, parts, kept = unfinished(job.folder, job.files, mine)
     total = sum(unit.size for unit in mine)
     on_stage("tokenizing", total, total - sum(unit.size for unit in waiting))
-
-    def tasks() -> Iterator[CorpusPart]:
-        for unit in waiting:
-            if unit.chunk_size:
-                yield from unpack(job.folder, unit, job.files[unit.part.files[0]], finished)
-            else:
-                yield unit.part
-
-    for progress in workers.run(part_worker, job, tasks()):
+    for progress in workers.run(part_worker, job, parts):
         on_progress(progress)
     return len(kept)
 

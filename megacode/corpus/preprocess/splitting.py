@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megacode.corpus.inputs import InputFile
-from megacode.corpus.readers import BrokenStream, decompressed
+from megacode.corpus.readers import BadRecord, BrokenStream, Item, decompressed, read_input
 from megacode.data.prefetch import Prefetch
 from megacode.files import replace_file
 
@@ -128,6 +128,27 @@ def unit_parts(folder: Path, unit: Unit) -> list[CorpusPart] | None:
     except FileNotFoundError:
         return None
     return [replace(unit.part, chunk=chunk) for chunk in range(count)]
+
+
+def read_part(
+    folder: Path,
+    part: CorpusPart,
+    file: InputFile,
+    text_field: str,
+    on_bytes: Callable[[int], None],
+    **how: Any,
+) -> Iterator[Item]:
+    """`read_input` of what a part has of one of its files; of a chunk, whose bytes are those of
+    the compressed file, `on_bytes` hears nothing."""
+    source, tell, last = file, None if part.chunk is not None else on_bytes, 0
+    if part.chunk is not None:
+        chunk = chunk_path(folder, part)
+        source = replace(file, path=chunk, compression=None, size=chunk.stat().st_size)
+    for item in read_input(source, text_field, part.span, tell, **how):
+        last = item.record
+        yield item
+    if part.broken:
+        yield BadRecord(f"broken .{file.compression}: {part.broken}", last + 1)
 
 
 def unpack(

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,17 @@ from megacode.corpus.inputs import InputFile
 from megacode.corpus.preprocess.chat import TOO_LONG, ConversationTokenizer, SetAside
 from megacode.corpus.preprocess.conditions import Condition, field_value, parse_condition
 from megacode.corpus.preprocess.counts import Counts, Group, GroupCounts
-from megacode.corpus.preprocess.finished_parts import HASH, PartFiles, file_checksum, part_file
+from megacode.corpus.preprocess.finished_parts import (
+    HASH,
+    PartFiles,
+    input_checksums,
+    part_file,
+)
 from megacode.corpus.preprocess.pairs import PairTokenizer
 from megacode.corpus.preprocess.quarantine import write_bad
 from megacode.corpus.preprocess.request import Request
-from megacode.corpus.preprocess.splitting import CorpusPart, chunk_path
-from megacode.corpus.readers import BadRecord, Item, TextDocument, read_input
+from megacode.corpus.preprocess.splitting import CorpusPart, chunk_path, read_part
+from megacode.corpus.readers import BadRecord, Item, TextDocument
 from megacode.data import indexed
 from megacode.errors import UserError
 from megacode.files import replace_file, write_json
@@ -168,7 +173,7 @@ class _Part:
             "lines": self.lines,
             "groups": {str(group): number for group, number in self.groups.items()},
             "checksums": self.files.checksums(),
-            "inputs": self._input_checksums(),
+            "inputs": input_checksums(part, job.files),
             "counts": self.counts.to_json(),
         }
         write_json(part_file(job.folder, part, "json"), summary, durable=False)
@@ -222,53 +227,23 @@ class _Part:
         return self.condition({name: field_value(file, document, name) for name in fields})
 
     def _read(self, file: InputFile) -> Iterator[Item]:
-        part, source, last = self.part, file, 0
-        on_bytes: Callable[[int], None] | None = self._on_bytes
-        if (
-            part.chunk is not None
-        ):  # its bytes are reported at its end, as those of the compressed file
-            chunk = chunk_path(self.job.folder, part)
-            source = replace(file, path=chunk, compression=None, size=chunk.stat().st_size)
-            on_bytes = None
-        items = read_input(
-            source,
+        items = read_part(
+            self.job.folder,
+            self.part,
+            file,
             self.request.text_field,
-            part.span,
-            on_bytes,
+            self._on_bytes,
             columns=self.request.columns,
             max_document=self.request.max_document,
             on_lines=self._on_lines,
         )
-        if self.records:
-            items = self.records.read(items, file.form == "parquet")
-        for item in items:
-            last = item.record
-            yield item
-        if part.broken:
-            yield BadRecord(f"broken .{file.compression}: {part.broken}", last + 1)
+        return self.records.read(items, file.form == "parquet") if self.records else items
 
     def _on_bytes(self, count: int) -> None:
         self.read_bytes += count
 
     def _on_lines(self, count: int) -> None:
         self.lines = count if self.part.span or self.part.chunk is not None else 0
-
-    def _input_checksums(self) -> list[tuple[int, int, str]]:
-        """Of the files, or of the span of bytes, that this part has read; a file of many parts has
-        one in its first."""
-        found = []
-        for number in self.part.files:
-            file = self.job.files[number]
-            start, size = 0, file.size
-            if self.part.span and file.form == "jsonl":
-                start, size = self.part.span[0], self.part.span[1] - self.part.span[0]
-            elif (self.part.span and self.part.span[0]) or self.part.chunk:
-                continue
-            try:
-                found.append((number, size, file_checksum(file.path, start, size)))
-            except OSError:  # it could not be read either: a bad record says why
-                found.append((number, size, ""))
-        return found
 
     # ----------------------------------------------------------------------------------- tokenizing
 

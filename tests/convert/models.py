@@ -52,6 +52,13 @@ MODELS: dict[str, Model] = {
     "starcoder2": Model(
         layers=2, hidden_size=64, heads=4, kv_heads=2, ffn_size=230, activation="gelu-tanh", tie_embeddings=True, **NEOX
     ),
+    "gpt_bigcode": Model(
+        layers=2, hidden_size=64, heads=4, kv_heads=1, ffn_size=230, activation="gelu-tanh", position_embedding="learned",
+        tie_embeddings=True, **NEOX,
+    ),
+    "gpt_bigcode heads alone": Model(
+        layers=2, hidden_size=64, heads=4, ffn_size=256, activation="gelu", position_embedding="learned", **NEOX
+    ),
     "gpt_neox": Model(layers=2, hidden_size=64, heads=4, ffn_size=256, activation="gelu", rotary_fraction=0.25, **NEOX),
     "gpt_neox interleaved": Model(
         layers=2, hidden_size=64, heads=4, ffn_size=100, activation="relu", rotary_fraction=0.5, rotary_interleaved=True, **NEOX

@@ -54,6 +54,10 @@ PUBLISHED = {
                                pad_token_id=None, bos_token_id=1, eos_token_id=2)),
     "starcoder2-3b": ("Starcoder2", dict(num_key_value_heads=2, use_bias=True, rope_theta=999999.4, sliding_window=4096,
                                          max_position_embeddings=16384, hidden_act="gelu_pytorch_tanh")),
+    "starcoderbase-1b": ("GPTBigCode", dict(n_inner=256, n_positions=64, multi_query=True,
+                                            activation_function="gelu_pytorch_tanh", tie_word_embeddings=True)),
+    "tiny_starcoder": ("GPTBigCode", dict(n_positions=64, multi_query=False, activation_function="gelu_pytorch_tanh",
+                                          tie_word_embeddings=True)),
     "neox without parallel residual": ("GPTNeoX", dict(use_parallel_residual=False, rotary_pct=0.25, hidden_act="gelu")),
 }  # fmt: skip
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from megacode.convert.families import crystalcoder, gpt_neox, llama, stablelm, starcoder2
+from megacode.convert.families import (
+    crystalcoder,
+    gpt_bigcode,
+    gpt_neox,
+    llama,
+    stablelm,
+    starcoder2,
+)
 from megacode.convert.family import Family
 from megacode.errors import UserError
 from megacode.recipe.schema import Model
@@ -18,6 +25,7 @@ FAMILIES: dict[str, Family] = {
         stablelm.STABLELM,
         starcoder2.STARCODER2,
         gpt_neox.GPT_NEOX,
+        gpt_bigcode.GPT_BIGCODE,
         crystalcoder.CRYSTALCODER,
     )
 }

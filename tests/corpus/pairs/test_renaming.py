@@ -137,6 +137,7 @@ CASES: dict[str, list[str]] = {
         "fn §f(&self, §x: u8) -> u8 { self.x + Self::g(§x) }",
         "fn f(&self, §x: u8) -> u8 { f(self.f(§x)) }",
         "fn §f() { foo(1); let foo = foo(); let §y = 1; let §y = §y + 1; bar(foo, §y) }",
+        "fn §f() { let foo = foo(); bar(foo) }",
         "fn §f(Pt { §:x, y: §z, .. }: Pt) -> S { let §w = 1; S { §:x, y: §z, w: §w, ..base } }",
         "fn §f(Pt { ref x, mut y }: Pt) -> i32 { x + y }",
         "fn §f(§v: Vec<i32>) { '§o: for (§i, &§e) in §v.iter().enumerate() { if §e > 0 { break '§o; } continue '§o; } for g in g() { h(g) } }",

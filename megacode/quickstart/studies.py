@@ -5,6 +5,7 @@
     code-share  documents of the quickstart's corpora as bytes, and tasks from probes
     math-cpt    sums, equations and worded problems with their solutions (reasoning-gym), and the
                 prose of sympy's docstrings
+    ntp-plus    pairs of functions and of programs (reasoning-gym), and tasks: see `pair_study`
 
 `tools/study-data STUDY` runs this (`python -m megacode.quickstart.studies`). The same seed and the
 same versions of Python and packages give the same records.
@@ -36,6 +37,7 @@ from megacode.files import write_text
 from megacode.quickstart.__main__ import DATA
 from megacode.quickstart.corpora import gather, prepare, python_sources, read_source
 from megacode.quickstart.docstrings import docstring_prose
+from megacode.quickstart.pair_study import make_pair_study
 from megacode.recipe import schema
 from megacode.report.preprocessing import preprocess_visibly
 from megacode.terminal import print_table, table_of
@@ -74,6 +76,11 @@ def make(study: str, folder: Path, console: Console, seed: int = 1) -> None:
     table = table_of("", "dataset or task", "records", "repeated, left out", left=1)
     held_out = {_question(one) for name in found if _is_held_out(name) for one in found[name]}
     for name, given in found.items():
+        if name == "programs":  # of which pairs are made
+            lines = folder / study / "records" / f"{name}.jsonl"
+            lines.parent.mkdir(parents=True, exist_ok=True)
+            write_text(lines, "".join(json.dumps(record) + "\n" for record in given))
+            continue
         records = given if _is_held_out(name) else _new(given, held_out)
         lines = folder / study / "records" / f"{name}.jsonl"
         lines.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +100,10 @@ def make(study: str, folder: Path, console: Console, seed: int = 1) -> None:
         preprocess_visibly(request, available_cores(), console, title=name)
         repeated = len(given) - len(records)
         table.add_row(f"{folder / study / name}", f"{len(records):,}", f"{repeated:,}")
+    if study == "ntp-plus":
+        programs, code = folder / study / "records/programs.jsonl", DATA / "gathered/code.jsonl"
+        for path in make_pair_study(folder / study, programs, section, code, console):
+            table.add_row(str(path), "", "")
     for probe in PROBES.get(study, ()):
         for one in make_probe(probe, seed, folder / study / "tasks"):
             table.add_row(str(one.path), f"{sum(one.groups.values()):,}", "")
@@ -130,9 +141,9 @@ def code_share(seed: int) -> dict[str, list[Record]]:
 def code_stage(seed: int) -> dict[str, list[Record]]:
     """Worded problems and programming tasks."""
     create, first = _reasoning_gym(), 10 * _APART * seed
-    packed = importlib.resources.files("reasoning_gym").joinpath("data/codeio.jsonl.gz")
-    rows = map(json.loads, gzip.decompress(packed.read_bytes()).decode().splitlines())
-    tasks = [_exchange(row["task_description"], _plain_code(row["code_sample"])) for row in rows]
+    tasks = [
+        _exchange(row["task_description"], _plain_code(row["code_sample"])) for row in _programs()
+    ]
     return {
         "text/train": _interleaved(generated(create, name, first, 400) for name in WORDED),
         "text/valid": _interleaved(generated(create, name, first + _APART, 40) for name in WORDED),
@@ -162,8 +173,21 @@ def math_cpt(seed: int) -> dict[str, list[Record]]:
     }
 
 
+def ntp_plus(seed: int) -> dict[str, list[Record]]:
+    """Programs, each with a maker of inputs."""
+    kept = _shuffled(_programs(), seed)[:1000]
+    names = {"text": "code_sample", "generator": "input_generator"}
+    return {
+        "programs": [
+            {"problem": str(i), **{ours: row[theirs] for ours, theirs in names.items()}}
+            for i, row in enumerate(kept)
+        ]
+    }
+
+
 STUDIES: dict[str, Callable[[int], dict[str, list[Record]]]] = {
     "chat": chat, "code-share": code_share, "code-stage": code_stage, "math-cpt": math_cpt,
+    "ntp-plus": ntp_plus,
 }  # fmt: skip
 PROBES = {"code-share": ("brackets", "quotes", "copying", "agreement")}
 
@@ -193,13 +217,21 @@ def generated(
 def _reasoning_gym() -> Callable[..., Any]:
     if importlib.util.find_spec("reasoning_gym") is None:
         raise UserError(
-            "code-stage and math-cpt take records from the package reasoning-gym, which is not "
-            "installed; pip install 'megacode[studies]'"
+            "code-stage, math-cpt and ntp-plus take records from the package reasoning-gym, which "
+            "is not installed; pip install 'megacode[studies]'"
         )
     import reasoning_gym
 
     create: Callable[..., Any] = reasoning_gym.create_dataset
     return create
+
+
+def _programs() -> list[Record]:
+    """reasoning-gym's tasks of programming: description, code, maker of inputs."""
+    _reasoning_gym()
+    packed = importlib.resources.files("reasoning_gym").joinpath("data/codeio.jsonl.gz")
+    lines = gzip.decompress(packed.read_bytes()).decode().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def _exchange(question: str, answer: str) -> Record:

@@ -4,7 +4,6 @@
    `array` on Slurm, `tables` shows them on a terminal.
 2. `results` collects what finished cells measured, `compare` sets arms against each other, `page`
    draws it.
-3. `statistics` gives intervals over seeds and items, paired differences, slopes, adjusted p values.
-4. `mixing_table` reads shares and losses, `mixing_law` fits one to the other and finds the best
+3. `mixing_table` reads shares and losses, `mixing_law` fits one to the other and finds the best
    mixture, `mixing_phases` writes it as a recipe, `mixing_plot` draws it.
 """

@@ -7,7 +7,7 @@ by running it only (`proof`).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from megacode.corpus.pairs.functions import Leaf, leaves
 
@@ -95,7 +95,7 @@ def lines_shuffled(text: str, language: str, key: int) -> str | None:
     )
 
 
-def _signature_end(found: list[Leaf], language: str) -> int:
+def _signature_end(found: Sequence[Leaf], language: str) -> int:
     """Where the colon or brace that opens the body is."""
     depth, seen = 0, language != "python"
     for leaf in found:
@@ -149,7 +149,7 @@ def _replaced(
     text: str,
     language: str,
     key: int,
-    found: list[Leaf],
+    found: Sequence[Leaf],
     groups: tuple[str, ...],
     extra: dict[str, str] | None = None,
 ) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
@@ -83,10 +84,12 @@ def functions_of(source: str, language: str) -> list[Function]:
     return functions
 
 
-def leaves(text: str, language: str) -> list[Leaf]:
+@lru_cache(maxsize=16)
+def leaves(text: str, language: str) -> tuple[Leaf, ...]:
     """The tokens of a function in order; comments and strings are whole, f-strings too.
 
-    Text between two tokens is white space, or what the grammar could not read.
+    Text between two tokens is white space, or what the grammar could not read. Every kind of
+    candidate asks for its query's.
     """
     data = text.encode("utf-8", "replace")
     root, shift = function_tree(data, LANGUAGES[language])
@@ -106,7 +109,7 @@ def leaves(text: str, language: str) -> list[Leaf]:
                 found.append(Leaf(piece, offsets[start], offsets[end], kind or _kind(node, piece)))
         while not cursor.goto_next_sibling():
             if not cursor.goto_parent():
-                return found
+                return tuple(found)
 
 
 def function_tree(data: bytes, language: Language) -> tuple[tree_sitter.Node, int]:

@@ -25,7 +25,7 @@ from megacode.report.preprocessing import preprocess_visibly
 HELD_OUT = "operator-flipped"
 MOST_TOKENS = 512
 """Of a pair: a row of the recipes."""
-_ASKED = 300
+_ASKED = 150
 """Records of each kind of corpus that LECS asks about."""
 _LECS = {
     "lecs-mean": "{score: embedding, other: TRAINED}",

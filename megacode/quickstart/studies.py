@@ -175,7 +175,7 @@ def math_cpt(seed: int) -> dict[str, list[Record]]:
 
 def ntp_plus(seed: int) -> dict[str, list[Record]]:
     """Programs, each with a maker of inputs."""
-    kept = _shuffled(_programs(), seed)[:1000]
+    kept = _shuffled(_programs(), seed)[:400]
     names = {"text": "code_sample", "generator": "input_generator"}
     return {
         "programs": [

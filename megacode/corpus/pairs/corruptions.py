@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from megacode.corpus.pairs.functions import Leaf, leaves
 
@@ -81,18 +82,24 @@ def lines_shuffled(text: str, language: str, key: int) -> str | None:
         last -= 1
     if language != "python" and last > first and lines[last - 1].strip()[:1] in ("}", ")"):
         last -= 1
-    blocks: list[str] = []
+    words: list[list[str]] = [[] for _ in lines]
+    number = 0
+    for leaf in found:
+        while starts[number + 1] <= leaf.start:
+            number += 1
+        words[number] += [leaf.text] if leaf.kind != "comment" else []
+    blocks: list[tuple[str, tuple[str, ...]]] = []
     for at in range(first, last):
-        if at in joined and blocks:
-            blocks[-1] += "\n" + lines[at]
-        elif at not in joined and lines[at].strip():
-            blocks.append(lines[at])
-        elif at in joined:  # the signature ends within it
+        if at in joined and not blocks:  # the signature ends within it
             return None
-    before, after = lines[:first], lines[last:]
-    return _first_that_differs(
-        text, language, key, blocks, lambda order: "\n".join([*before, *order, *after])
-    )
+        if at in joined:
+            before, own = blocks.pop()
+            blocks.append((f"{before}\n{lines[at]}", (*own, *words[at])))
+        elif lines[at].strip():
+            blocks.append((lines[at], tuple(words[at])))
+    order = _shuffled(blocks, key, lambda order: [word for _, own in order for word in own])
+    body = [block for block, _ in order] if order else []
+    return "\n".join([*lines[:first], *body, *lines[last:]]) if order else None
 
 
 def _signature_end(found: Sequence[Leaf], language: str) -> int:
@@ -111,12 +118,11 @@ def _signature_end(found: Sequence[Leaf], language: str) -> int:
 def tokens_shuffled(text: str, language: str, key: int) -> str | None:
     """The tokens in another order; comments and blank space stay where they are."""
     found = [leaf for leaf in leaves(text, language) if leaf.kind != "comment"]
-
-    def written(order: list[str]) -> str:
-        changes = zip(found, order, strict=True)
-        return _written(text, ((leaf.start, leaf.end, new) for leaf, new in changes))
-
-    return _first_that_differs(text, language, key, [leaf.text for leaf in found], written)
+    order = _shuffled([leaf.text for leaf in found], key, list)
+    if order is None:
+        return None
+    changes = zip(found, order, strict=True)
+    return _written(text, ((leaf.start, leaf.end, new) for leaf, new in changes))
 
 
 def keyword_replaced(text: str, language: str, key: int) -> str | None:
@@ -124,7 +130,7 @@ def keyword_replaced(text: str, language: str, key: int) -> str | None:
     found = [
         leaf for leaf in leaves(text, language) if leaf.kind not in ("comment", "string", "name")
     ]
-    return _replaced(text, language, key, found, _KEYWORDS[language])
+    return _replaced(text, key, found, _KEYWORDS[language])
 
 
 def operator_flipped(text: str, language: str, key: int) -> str | None:
@@ -132,9 +138,7 @@ def operator_flipped(text: str, language: str, key: int) -> str | None:
     operators, one symbol is another (`(` and `[`)."""
     found = [leaf for leaf in leaves(text, language) if leaf.kind not in ("comment", "string")]
     extra = {"not": "", "not in": "in", "is not": "is", "!": ""}
-    return _replaced(text, language, key, found, _OPERATORS, extra) or _replaced(
-        text, language, key, found, _SYMBOLS
-    )
+    return _replaced(text, key, found, _OPERATORS, extra) or _replaced(text, key, found, _SYMBOLS)
 
 
 CORRUPTIONS: dict[str, Callable[[str, str, int], str | None]] = {
@@ -147,43 +151,40 @@ CORRUPTIONS: dict[str, Callable[[str, str, int], str | None]] = {
 
 def _replaced(
     text: str,
-    language: str,
     key: int,
     found: Sequence[Leaf],
     groups: tuple[str, ...],
     extra: dict[str, str] | None = None,
 ) -> str | None:
-    """One of the leaves that are in a group becomes another of the group; the first in a random
-    order that makes a difference."""
+    """One of the leaves that are in a group becomes another of the group."""
     others: dict[str, list[str]] = {old: [new] for old, new in (extra or {}).items()}
     for group in groups:
         words = group.split()
         for word in words:
             others.setdefault(word, []).extend(one for one in words if one != word)
     places = [leaf for leaf in found if leaf.text in others]
-    chooser = random.Random(key)
-    chooser.shuffle(places)
-    before = tokens(text, language) if places else []
-    for leaf in places[:_ATTEMPTS]:
-        new = chooser.choice(others[leaf.text])
-        end = leaf.end + (not new and text[leaf.end : leaf.end + 1] == " ")
-        out = _written(text, [(leaf.start, end, new)])
-        if tokens(out, language) != before:
-            return out
-    return None
-
-
-def _first_that_differs(
-    text: str, language: str, key: int, parts: list[str], written: Callable[[list[str]], str]
-) -> str | None:
-    if len(set(parts)) < 2:
+    if not places:
         return None
-    before = tokens(text, language)
-    for attempt in range(_ATTEMPTS):
+    chooser = random.Random(key)
+    leaf = chooser.choice(places)
+    new = chooser.choice(others[leaf.text])
+    end = leaf.end + (not new and text[leaf.end : leaf.end + 1] == " ")
+    return _written(text, [(leaf.start, end, new)])
+
+
+Part = TypeVar("Part")
+
+
+def _shuffled(
+    parts: Sequence[Part], key: int, words: Callable[[Sequence[Part]], list[str]]
+) -> list[Part] | None:
+    """The parts in another order whose words are in another order; None if none is found."""
+    before = words(parts)
+    for attempt in range(_ATTEMPTS if len(set(parts)) > 1 else 0):
         order = list(parts)
         random.Random(f"{key} {attempt}").shuffle(order)
-        if order != parts and tokens(out := written(order), language) != before:
-            return out
+        if words(order) != before:
+            return order
     return None
 
 

@@ -24,7 +24,7 @@ from megacode.cli.trace import printable
 from megacode.corpus import inspect
 from megacode.data.indexed import with_ending
 from megacode.data.lengths import log_edges, merged
-from megacode.data.loss_marks import has_marks, open_marks, trained
+from megacode.data.loss_marks import EQUIVALENT, ROLES, has_marks, open_marks, trained
 from megacode.data.planning import count_trained
 from megacode.data.records import input_files
 from megacode.data.source import TokenSource
@@ -50,6 +50,8 @@ the pairs beside their candidates.
 
 _STYLES = {"text": "", "control": "bold magenta", "unknown": "bold red"}
 _ANSWER = "on dark_green"
+_GREEN = {"answers": "answers", "equivalent": "of equivalent candidates"}
+"""What is shown so, by key of a document."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +191,14 @@ def _summary(prefix: Path) -> tuple[dict[str, Any], np.ndarray]:
     }
     if all(has_marks(shard.prefix) for shard in dataset.shards):
         marks = TokenSource(prefix.name, [open_marks(shard) for shard in dataset.shards])
-        facts["tokens of answers"] = count_trained(marks, "answers")
+        if manifest.get("pairs"):
+            facts["pairs as"] = manifest["pairs"]
+            of_queries = count_trained(marks, "query")
+            facts["tokens of queries"] = of_queries
+            both = count_trained(marks, "equivalent")
+            facts["tokens of equivalent candidates"] = both - of_queries
+        else:
+            facts["tokens of answers"] = count_trained(marks, "answers")
     if manifest.get("bytes") and numbers.tokens:
         facts["bytes per token"] = manifest["bytes"] / numbers.tokens
     if manifest:
@@ -270,7 +279,8 @@ def _document(
     """A document as {document, tokens, pieces, left out}, and without a tokenizer `ids`.
 
     `pieces` are (kind, text, whether it is an answer) of about `limit` characters; `left out` is ""
-    where all is shown. `answers`: how many of the tokens read are answers, of conversations.
+    where all is shown. `answers`: how many of the tokens read are answers, of conversations;
+    `equivalent`: are of equivalent candidates, of pairs.
     """
     shard, first, tokens = dataset.span(number)
     # A character takes four tokens at most, the bytes of its UTF-8.
@@ -285,9 +295,12 @@ def _document(
     else:
         room = limit
         marks = inspect.read_marks(shard, first, len(ids))
-        answers = [False] * len(ids) if marks is None else trained(marks, "answers").tolist()
+        answers = [False] * len(ids)
         if marks is not None:
-            out["answers"] = sum(answers)
+            pairs = bool((marks & ROLES).any())
+            shown = (marks & EQUIVALENT) != 0 if pairs else trained(marks, "answers")
+            answers = shown.tolist()
+            out["equivalent" if pairs else "answers"] = sum(answers)
         for kind, text, answer in inspect.pieces_of_text(tokenizer, ids, answers):
             if room > 0:
                 out["pieces"].append((kind, text[:room] if kind == "text" else text, answer))
@@ -301,16 +314,16 @@ def _plain(document: Mapping[str, Any]) -> dict[str, Any]:
     out = {key: document[key] for key in ("document", "tokens", "ids") if key in document}
     if "ids" not in out:
         out["text"] = "".join(text for _, text, _ in document["pieces"])
-    if "answers" in document:
+    for key in _GREEN.keys() & document.keys():
         runs = groupby(document["pieces"], key=lambda piece: piece[2])
-        out["answers"] = ["".join(text for _, text, _ in run) for answer, run in runs if answer]
+        out[key] = ["".join(text for _, text, _ in run) for answer, run in runs if answer]
     return out | ({"left out": document["left out"]} if document["left out"] else {})
 
 
 def _print_document(console: Console, document: Mapping[str, Any]) -> None:
     title = f"document {document['document']:,}: {document['tokens']:,} tokens"
-    if "answers" in document:
-        title += f", {document['answers']:,} of them answers (green)"
+    for key in _GREEN.keys() & document.keys():
+        title += f", {document[key]:,} of them {_GREEN[key]} (green)"
     console.rule(Text(title, "dim"), align="left", style="dim")
     coloured = console.is_terminal and not console.no_color
     for kind, text, answer in document["pieces"]:  # `print` would make spaces of tabs

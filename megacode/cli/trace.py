@@ -76,20 +76,22 @@ def _show(facts: dict[str, Any], with_text: bool) -> None:
         said = "the batch that the run recorded" if facts["equal"] else other
         console.print(f"digest {facts['batch']}: {said}")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    chat = any("answers" in part for sample in samples for part in sample["documents"])
-    answers = ["answers", "trained on"] * chat
+    parts = [part for sample in samples for part in sample["documents"]]
+    marked = {key: key for key in ("answers", "members") if any(key in part for part in parts)}
+    if marked:
+        marked["trained on"] = "trained_tokens"
     heads = (
         "sample",
         "source",
         "epoch",
         "document",
         "tokens",
-        *answers,
+        *marked,
         "from",
         *["text"] * with_text,
     )
     for head in heads:
-        number = head in ("sample", "epoch", "answers", "trained on")
+        number = head in ("sample", "epoch", "answers", "members", "trained on")
         table.add_column(head, no_wrap=True, justify="right" if number else "left")
     for sample in samples:
         about = [str(sample["sample"]), sample["stream"], str(sample["epoch"])]
@@ -97,8 +99,8 @@ def _show(facts: dict[str, Any], with_text: bool) -> None:
             document = f"{Path(part['shard']).name}:{part['document']}"
             tokens = f"{part['first']:,}-{part['end'] - 1:,} of {part['document_tokens']:,}"
             origin = "" if part["file"] is None else f"{part['file']}:{part['record']}"
-            counts = [str(part.get(key, "")) for key in ("answers", "trained_tokens")] * chat
-            row = [*about, document, tokens, *counts[:2], printable(origin)]
+            counts = [str(part.get(key, "")) for key in marked.values()]
+            row = [*about, document, tokens, *counts, printable(origin)]
             row += [printable(part["text"])[:80]] if with_text else []
             table.add_row(*map(Text, row))
             about = ["", "", ""]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megacode.data.loader import StepReader
-from megacode.data.loss_marks import ANSWER, trained
+from megacode.data.loss_marks import ANSWER, FIRST, ROLES, trained
 from megacode.data.mixture import OpenMixture, SampleOrigin, open_mixture
 from megacode.data.planning import plan_with_data
 from megacode.data.records import read_records
@@ -148,14 +148,17 @@ def as_dict(trace: Trace, origin: SampleOrigin, with_text: bool) -> dict[str, An
 
 
 def _answers(trace: Trace, origin: SampleOrigin, part: DocumentPart) -> dict[str, int]:
-    """Of a part of a conversation: its answers, and how many of its tokens have a loss."""
+    """Of a part of a conversation its answers, of a pair its members; and how many of its tokens
+    have a loss."""
     marks = trace.mixture.sources[origin.stream.source].marks
     if marks is None:
         return {}
     place = [[(part.document.start + part.first, part.tokens)]]
     own = marks.read_pieces(place, part.tokens, 0)[0][0]
-    answers = np.diff((own & ANSWER) != 0, prepend=False)
     count = int(trained(own, origin.stream.loss_on).sum())
+    if (own & ROLES).any():
+        return {"members": int(((own & FIRST) != 0).sum()), "trained_tokens": count}
+    answers = np.diff((own & ANSWER) != 0, prepend=False)
     return {"answers": -(-int(answers.sum()) // 2), "trained_tokens": count}
 
 

@@ -193,7 +193,12 @@ def _bounds(stream: StreamPlan) -> list[str]:
 
 def _kind(stream: StreamPlan) -> str:
     """How a source is read, where it is not as shuffled text."""
-    trained = {"answers": "loss on answers", "last_answer": "loss on last answers"}
+    trained = {
+        "answers": "loss on answers",
+        "last_answer": "loss on last answers",
+        "query": "pairs, loss on queries",
+        "equivalent": "pairs, loss on queries and what is equivalent",
+    }
     order = "in file order" if stream.order == "file" else ""
     weight = f"loss x {stream.loss_weight:g}" if stream.loss_weight != 1 else ""
     return ", ".join(filter(None, (trained.get(stream.loss_on), order, weight)))

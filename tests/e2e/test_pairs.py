@@ -353,3 +353,24 @@ def test_selection_is_that_of_transformers_on_a_run_and_on_its_export(
             np.testing.assert_allclose(
                 given, wanted[name], rtol=1e-4, atol=1e-5, err_msg=f"{place} {name}"
             )
+
+
+@pytest.mark.slow
+def test_a_phase_of_pairs_goes_on_bit_for_bit_and_trace_shows_its_members(
+    recipe: Path, single: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    start = changes(f"initialize_from={single / 'start'}")
+    megacode("train", recipe, "--run", run, *start, *changes("phases.paired.steps=2"))
+    megacode("train", recipe, "--run", run, *start)
+    assert steps_of(run) == steps_of(single / "run")
+    keys = ("contrastive", "contrastive_accuracy")
+    ours, theirs = ([[r[k] for k in keys] for r in numbers_of(one)] for one in (run, single / "run"))  # fmt: skip
+    assert ours == theirs
+    traced = json.loads(megacode("trace", run, "--step", 3, "--check", "--json").stdout)
+    assert traced["equal"]
+    pairs = [s["documents"] for s in traced["samples"] if s["stream"] == "pairs"]
+    assert pairs and all(part["members"] >= 3 and part["trained_tokens"] for parts in pairs for part in parts)  # fmt: skip
+    assert "members" in megacode("trace", run, "--step", 3).stdout
+    facts = json.loads(megacode("inspect", single / "members", "--json").stdout)
+    assert "tokens of equivalent candidates" in json.dumps(facts)

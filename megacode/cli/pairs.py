@@ -41,12 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is read")
     arguments.add_corpus(group)
     add = group.add_argument
-    add("--where", default="", metavar="EXPR", help='only records like this: "stars >= 10"')
+    add("--where", metavar="EXPR", help='only records like this: "stars >= 10"')
     add("--path", default="path", metavar="FIELD", help="a document's path; a file has its own")
     languages = f"{', '.join(LANGUAGES)}, or a field that has it (by the path's ending)"
-    add("--language", default="", metavar="NAME", help=languages)
-    add("--problem-field", default="", metavar="FIELD", help="the problem that a document solves")
-    add("--generator-field", default="", metavar="FIELD", help="source that makes inputs")
+    add("--language", metavar="NAME", help=languages)
+    add("--problem-field", metavar="FIELD", help="the problem that a document solves")
+    add("--generator-field", metavar="FIELD", help="source that makes inputs")
     arguments.add_tokenizer(group, required=False)
 
     add = parser.add_argument_group("which functions").add_argument
@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="FILE", help="FILE.jsonl; beside it FILE.json")
     add("--validation", type=share, default=0.0, metavar="F", help="share of files or problems")
     add("--validation-out", type=Path, metavar="FILE", help="(FILE.validation.jsonl)")
-    add("--kinds", type=_kinds, default=KINDS, metavar="LIST", help="split by commas (all)")
-    add("--hold-out", type=_kinds, default=(), metavar="LIST", help="kinds for validation alone")
+    add("--kinds", type=_kinds, metavar="LIST", help="split by commas (all)")
+    add("--hold-out", type=_kinds, metavar="LIST", help="kinds for validation alone")
     add("--unproven", action="store_true", help="offer rewritten without having run it")
     add("--seed", type=at_least(0), default=0, metavar="N")
     add("--overwrite", action="store_true", help="replace an output made with other settings")
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--hold-out: goes into the validation file alone; give --validation too")
     if not args.validation and args.validation_out:
         raise UserError("--validation-out: give --validation F, the share that goes there")
-    asked = args.kinds if args.kinds is not KINDS else ()
+    asked, hold_out = args.kinds or (), args.hold_out or ()
     if "solution" in asked and not args.problem_field:
         raise UserError("--kinds solution: give --problem-field, which says what solves the same")
     if "rewritten" in asked and not (args.generator_field or args.unproven):
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             "--kinds rewritten: is offered where it is proven by running; give --generator-field, "
             "or --unproven to do without"
         )
-    left = set(args.kinds) - set(args.hold_out)
+    left = set(args.kinds or KINDS) - set(hold_out)
     if not left & set(DIFFERENT) or not left - set(DIFFERENT):
         raise UserError(
             "--kinds: leaves no equivalent or no non-equivalent candidate to train on; "
@@ -99,17 +99,17 @@ def run(args: argparse.Namespace) -> int:
         output=args.out,
         validation=args.validation,
         validation_output=args.validation_out,
-        kinds=args.kinds,
-        hold_out=args.hold_out,
+        kinds=args.kinds or KINDS,
+        hold_out=hold_out,
         seed=args.seed,
         text_field=args.text_field,
         format=args.format,
         include=tuple(args.include),
-        where=args.where,
+        where=args.where or "",
         path_field=args.path,
-        language=args.language,
-        problem_field=args.problem_field,
-        generator_field=args.generator_field,
+        language=args.language or "",
+        problem_field=args.problem_field or "",
+        generator_field=args.generator_field or "",
         unproven=args.unproven,
         min_lines=args.min_lines,
         max_lines=args.max_lines,

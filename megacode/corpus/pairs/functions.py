@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -22,6 +23,9 @@ _WHOLE: dict[str, Kind] = {
 }
 """Kinds of the nodes that are one token, whatever is in them."""
 _PUNCTUATION = frozenset("( ) [ ] { } , ; : . @ -> => :: ?. ...".split())
+_COMMENTS = re.compile(rb"(?:^[ \t]*#[^\"'\\\n]*\n){50,}", re.M)
+"""Runs of lines that are comments in Python, or within a string and do not end it. The grammar's
+time grows with the square of their number, so they are read as blank lines."""
 _CLASS_START, _CLASS_END = b"class A {\n", b"\n}"
 
 
@@ -62,7 +66,8 @@ def functions_of(source: str, language: str) -> list[Function]:
 
     spoken = LANGUAGES[language]
     data = source.encode("utf-8", "replace")
-    captures = QueryCursor(query(spoken, spoken.functions)).captures(parse(data, spoken).root_node)
+    read = _COMMENTS.sub(_blank, data) if language == "python" else data
+    captures = QueryCursor(query(spoken, spoken.functions)).captures(parse(read, spoken).root_node)
     functions: list[Function] = []
     end = 0
     for node in sorted(captures.get("function", ()), key=lambda n: (n.start_byte, -n.end_byte)):
@@ -110,6 +115,11 @@ def leaves(text: str, language: str) -> tuple[Leaf, ...]:
         while not cursor.goto_next_sibling():
             if not cursor.goto_parent():
                 return tuple(found)
+
+
+def _blank(found: re.Match[bytes]) -> bytes:
+    """As many bytes and lines without text."""
+    return re.sub(rb"[^\n]", b" ", found[0])
 
 
 def function_tree(data: bytes, language: Language) -> tuple[tree_sitter.Node, int]:

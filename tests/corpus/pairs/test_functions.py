@@ -153,3 +153,10 @@ def test_a_grammar_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "tree_sitter_go", None)
     with pytest.raises(UserError, match=r"go functions need the package tree-sitter-go: pip install 'megacode\[pairs\]'"):  # fmt: skip
         functions_of("package a", "go")
+
+
+def test_many_lines_of_comments_are_read_in_linear_time() -> None:
+    comments = "    # a line\n" * 20_000
+    source = f"def first(a):\n{comments}    return a\n\n\ndef second(b):\n    return b\n"
+    first, second = functions_of(source, "python")
+    assert first.text.count("# a line") == 20_000 and second.text == "def second(b):\n    return b"

@@ -7,78 +7,17 @@ they ask whether a model that cannot tell by one can tell by another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 
-from megacode.corpus.pairs.records import PairRecord
 from megacode.evaluate.likelihood import encode_pair, log_likelihoods, text_batches
 from megacode.evaluate.model import LoadedModel
+from megacode.evaluate.tasks import Lecs, LecsItem
 from megacode.megatron.scoring import embed_tokens
 from megacode.recipe.schema import Contrastive
 from megacode.recipe.schema_objective import Pooling
-from megacode.recipe.section import Section
-
-PROMPT = """{query}
-
-# Does the following code compute the same as the code above?
-
-{candidate}
-
-# Answer, yes or no:"""
-
-
-class Lecs(Section):
-    """Which of two candidates the model holds to be equivalent to the query."""
-
-    score: Literal["embedding", "likelihood", "prompt"] = "embedding"
-    """`embedding`: cosine similarity with the query's. `likelihood`: of the candidate after the
-    query and an empty line, per token. `prompt`: of the first of `labels` after `prompt`, less that
-    of the second."""
-    pooling: Pooling = "mean"
-    """As of `objective.contrastive`."""
-    layer: int | Literal["last"] = "last"
-    """As of `objective.contrastive`."""
-    prompt: str = PROMPT
-    """Has {query} and {candidate} in it."""
-    labels: list[str] = Field(default=[" yes", " no"], min_length=2, max_length=2)
-    equivalent: list[str] | None = None
-    """Kinds of equivalent candidates that are asked about; default: all in the file."""
-    other: list[str] | None = None
-    """Kinds of other candidates."""
-
-    @model_validator(mode="after")
-    def _both_texts(self) -> Lecs:
-        if "{query}" not in self.prompt or "{candidate}" not in self.prompt:
-            raise ValueError("`prompt` needs {query} and {candidate}")
-        return self
-
-
-@dataclass(frozen=True)
-class LecsItem:
-    """A choice between two candidates. `group`: their kinds; `cluster`: the file or problem."""
-
-    query: str
-    equivalent: str
-    other: str
-    group: str
-    cluster: str
-
-
-def items_of(record: PairRecord, how: Lecs) -> Iterator[LecsItem]:
-    """Every equivalent candidate beside every other one."""
-    right = [one for one in record.candidates if one.equivalent]
-    wrong = [one for one in record.candidates if not one.equivalent]
-    for a in right:
-        for b in wrong:
-            if (how.equivalent is None or a.kind in how.equivalent) and (
-                how.other is None or b.kind in how.other
-            ):
-                kinds = f"{a.kind} | {b.kind}"
-                yield LecsItem(record.query, a.text, b.text, kinds, record.group)
 
 
 def similarities(

@@ -19,13 +19,15 @@ from megacode.data.fim import make_fim
 from megacode.errors import UserError
 from megacode.evaluate.checking import check_answers, edit_similarity, pass_at_k
 from megacode.evaluate.generate import Sampling, continuation, continue_batch
-from megacode.evaluate.lecs import Lecs, LecsItem, similarities
+from megacode.evaluate.lecs import similarities
 from megacode.evaluate.likelihood import encode_pair, log_likelihoods
 from megacode.evaluate.model import LoadedModel
 from megacode.evaluate.statistics import Interval, bootstrap
 from megacode.evaluate.tasks import (
     Generation,
     GenerationItem,
+    Lecs,
+    LecsItem,
     OpenTask,
     Ranking,
     RankingItem,

@@ -15,19 +15,27 @@ a `cluster` (a template, a file): items of one cluster are not independent, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megacode.corpus.pairs.records import read_pairs
+from megacode.corpus.pairs.records import PairRecord, read_pairs
 from megacode.errors import UserError
-from megacode.evaluate.lecs import Lecs, LecsItem, items_of
 from megacode.files import inside, read_json_lines
 from megacode.recipe.load import load_section
+from megacode.recipe.schema_objective import Pooling
 from megacode.recipe.section import Count, Section
+
+_PROMPT = """{query}
+
+# Does the following code compute the same as the code above?
+
+{candidate}
+
+# Answer, yes or no:"""
 
 
 class Ranking(Section):
@@ -82,6 +90,32 @@ class Generation(Section):
         return self
 
 
+class Lecs(Section):
+    """Which of two candidates the model holds to be equivalent to the query."""
+
+    score: Literal["embedding", "likelihood", "prompt"] = "embedding"
+    """`embedding`: cosine similarity with the query's. `likelihood`: of the candidate after the
+    query and an empty line, per token. `prompt`: of the first of `labels` after `prompt`, less that
+    of the second."""
+    pooling: Pooling = "mean"
+    """As of `objective.contrastive`."""
+    layer: int | Literal["last"] = "last"
+    """As of `objective.contrastive`."""
+    prompt: str = _PROMPT
+    """Has {query} and {candidate} in it."""
+    labels: list[str] = Field(default=[" yes", " no"], min_length=2, max_length=2)
+    equivalent: list[str] | None = None
+    """Kinds of equivalent candidates that are asked about; default: all in the file."""
+    other: list[str] | None = None
+    """Kinds of other candidates."""
+
+    @model_validator(mode="after")
+    def _both_texts(self) -> Lecs:
+        if "{query}" not in self.prompt or "{candidate}" not in self.prompt:
+            raise ValueError("`prompt` needs {query} and {candidate}")
+        return self
+
+
 class Task(Section):
     """A task's YAML file."""
 
@@ -122,6 +156,17 @@ class GenerationItem:
     answer: str
     tests: str
     suffix: str | None
+    group: str
+    cluster: str
+
+
+@dataclass(frozen=True)
+class LecsItem:
+    """A choice between two candidates. `group`: their kinds; `cluster`: the file or problem."""
+
+    query: str
+    equivalent: str
+    other: str
     group: str
     cluster: str
 
@@ -213,8 +258,21 @@ def _generation_item(record: dict[str, Any], number: str, task: Task) -> Generat
     )
 
 
+def _items_of(record: PairRecord, how: Lecs) -> Iterator[LecsItem]:
+    """Every equivalent candidate beside every other one."""
+    right = [one for one in record.candidates if one.equivalent]
+    wrong = [one for one in record.candidates if not one.equivalent]
+    for a in right:
+        for b in wrong:
+            if (how.equivalent is None or a.kind in how.equivalent) and (
+                how.other is None or b.kind in how.other
+            ):
+                kinds = f"{a.kind} | {b.kind}"
+                yield LecsItem(record.query, a.text, b.text, kinds, record.group)
+
+
 def _lecs_items(data: Path, how: Lecs) -> tuple[LecsItem, ...]:
-    items = tuple(item for record in read_pairs(data) for item in items_of(record, how))
+    items = tuple(item for record in read_pairs(data) for item in _items_of(record, how))
     if not items:
         raise UserError(f"{data}: has no pair of the kinds that the task asks for; name others")
     return items

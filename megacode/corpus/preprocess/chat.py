@@ -80,22 +80,29 @@ class ConversationTokenizer:
         """See `as_conversations`."""
         return as_conversations(items, from_parquet)
 
-    def encode(
+    def documents(
         self, raws: Sequence[bytes]
     ) -> list[list[tuple[str, NDArray[np.uint32]]] | SetAside]:
-        """Of each conversation its document, text and ids joined with marks, or why it has none."""
-        rendered = [self._render(parse(raw)) for raw in raws]
+        """`encode` of what `read` gave; a conversation is one document."""
+        found = self.encode([parse(raw) for raw in raws])
+        return [one if isinstance(one, SetAside) else [one] for one in found]
+
+    def encode(
+        self, conversations: Sequence[Conversation]
+    ) -> list[tuple[str, NDArray[np.uint32]] | SetAside]:
+        """Of each conversation its text and its ids joined with their marks, or why it has none."""
+        rendered = [self._render(conversation) for conversation in conversations]
         shown = [one for one in rendered if not isinstance(one, SetAside)]
         batch = self.encoder.encode_batch([text for text, _ in shown])
         self._check([text for text, _ in shown], [ids for ids, _ in batch])
         encoded = iter(batch)
-        out: list[list[tuple[str, NDArray[np.uint32]]] | SetAside] = []
+        out: list[tuple[str, NDArray[np.uint32]] | SetAside] = []
         for one in rendered:
             if isinstance(one, SetAside):
                 out.append(one)
                 continue
             document = self._document(*next(encoded), *one)
-            out.append(document if isinstance(document, SetAside) else [(one[0], document)])
+            out.append(document if isinstance(document, SetAside) else (one[0], document))
         return out
 
     def _check(self, texts: Sequence[str], ids: Sequence[NDArray[np.int64]]) -> None:

@@ -55,7 +55,7 @@ class PairTokenizer:
         """See `as_pairs`."""
         return as_pairs(items)
 
-    def encode(
+    def documents(
         self, raws: Sequence[bytes]
     ) -> list[list[tuple[str, NDArray[np.uint32]]] | SetAside]:
         """Of each record its documents, text and ids joined with marks, or why it has none."""

@@ -277,7 +277,7 @@ class _Part:
     ) -> _Batch:
         kept, texts, ids = [], [], [np.zeros(0, np.uint32)]
         checked = records.checked
-        encoded = records.encode([document.raw for _, document in documents])
+        encoded = records.documents([document.raw for _, document in documents])
         for document, found in zip(documents, encoded, strict=True):
             if not isinstance(found, SetAside):
                 for text, own in found:

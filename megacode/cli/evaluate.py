@@ -94,7 +94,7 @@ def _evaluate(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     hidden = len(checkpoints) == 1 or args.json
     for record, results in track(found, "checkpoints", len(checkpoints), disable=hidden):
         records.append(record)
-        for result in results if len(checkpoints) == 1 else ():
+        for result in () if args.all_checkpoints else results:
             record["tasks"][result.task.task.name]["intervals"] = _intervals(result)
         if args.out:
             write_results(args.out, results)

@@ -69,10 +69,8 @@ def check_conversations(recipe: Recipe) -> None:
 
 def _check_pairs(recipe: Recipe, name: str) -> None:
     """Whether a source of pairs is one, of the form that the objectives of its phases take."""
-    source, wanted = (
-        recipe.sources[name],
-        {"contrastive": "members", "weighted_tokens": "sequences"},
-    )
+    source = recipe.sources[name]
+    wanted = {"contrastive": "members", "weighted_tokens": "sequences"}
     for prefix in chain(*map(matching_prefixes, source.paths)):
         form = (read_manifest(prefix) or {}).get("pairs")
         if form is None:

@@ -39,8 +39,8 @@ class PairGradients:
     Attributes:
         by_micro_batch: float32 `[members, hidden]`, by the sums of hidden states over each member's
             pooled tokens.
-        numbers: float64 `[2]`: the loss, and the share of queries whose nearest candidate is
-            equivalent.
+        numbers: float64 `[2, 2]`: the loss, and the share of queries whose nearest candidate is
+            equivalent; below each 1, or 0 where the step has no pairs to compare.
     """
 
     by_micro_batch: list[Tensor]
@@ -139,12 +139,13 @@ def pair_gradients(
     roles = np.concatenate([none if b.roles is None else b.roles for b in micro_batches])
     embeddings, roles_of_all, pairs, rows = _gathered(own, torch.from_numpy(roles).to(own))
     with torch.enable_grad():
-        loss, accuracy = contrastive_loss(embeddings.requires_grad_(), roles_of_all, pairs, how)
+        found = contrastive_loss(embeddings.requires_grad_(), roles_of_all, pairs, how)
+        loss, accuracy = found or (embeddings.sum() * 0.0, embeddings.new_zeros(()))
         (gradient,) = torch.autograd.grad(loss, embeddings)
     by_sums = gradient[rows] / torch.from_numpy(counts).to(gradient)[:, None]
-    return PairGradients(
-        list(by_sums.split(members)), torch.stack([loss.detach(), accuracy]).double()
-    )
+    numbers = torch.stack([loss.detach(), accuracy]).double()
+    counts_of = torch.full_like(numbers, float(found is not None))
+    return PairGradients(list(by_sums.split(members)), torch.stack([numbers, counts_of]))
 
 
 def _gathered(own: Tensor, roles: Tensor) -> tuple[Tensor, Tensor, Tensor, slice]:
@@ -173,8 +174,9 @@ def _gathered(own: Tensor, roles: Tensor) -> tuple[Tensor, Tensor, Tensor, slice
 
 def contrastive_loss(
     embeddings: Tensor, roles: Tensor, pairs: Tensor, how: Contrastive
-) -> tuple[Tensor, Tensor]:
-    """The loss over all queries, and the share of them whose nearest candidate is equivalent.
+) -> tuple[Tensor, Tensor] | None:
+    """The loss over all queries, and the share of them whose nearest candidate is equivalent; None
+    if no query has an equivalent candidate and a negative.
 
     Similarity is the cosine. InfoNCE (arXiv 1807.03748) is the mean over (query, equivalent
     candidate) of -log(exp(s / t) / (exp(s / t) + sum over negatives of exp(s' / t))); the triplet
@@ -196,7 +198,7 @@ def contrastive_loss(
         negative |= ~own
     counted = equivalent.any(1) & negative.any(1)
     if not counted.any():
-        return embeddings.sum() * 0.0, embeddings.new_zeros(())
+        return None
     similarity, equivalent, negative = (one[counted] for one in (similarity, equivalent, negative))
     lowest = torch.finfo(similarity.dtype).min
     best = similarity.masked_fill(~equivalent, lowest).amax(1)

@@ -316,8 +316,7 @@ def _forward_backward_pairs(
         return torch.zeros(2, width, dtype=torch.float64, device=world.device)
     total: Tensor = torch.stack(results).sum(0)
     if found:
-        first = losses.streams
-        total[0, first : first + 2], total[1, first : first + 2] = found.numbers, 1.0
+        total[:, losses.streams : losses.streams + 2] = found.numbers
     return total
 
 

@@ -308,9 +308,11 @@ def _is_int(node: ast.expr) -> bool:
 
 
 def _closed(made: ast.AST, own: ast.AST, built: set[str], function: ast.AST) -> bool:
-    """Whether a loop and the comprehension `made` of it are the same: the names that are being
-    `built` are not read in it, its targets are plain names that nothing outside of `own` uses, and
-    nothing in it has a scope, stops (`await`, `yield`) or sets a name."""
+    """Whether a loop and the comprehension `made` of it are the same.
+
+    It reads none of the names that are being `built`. Its targets are plain names that nothing
+    outside of `own` uses. Nothing in it has a scope, stops (`await`, `yield`) or sets a name.
+    """
     targets: set[str] = set()
     for one in ast.walk(made):
         if isinstance(one, ast.comprehension):

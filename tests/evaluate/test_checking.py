@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megacode.evaluate.checking import check_answers, pass_at_k
+from megacode.evaluate.checking import check_answers, edit_similarity, pass_at_k
 from megacode.evaluate.tasks import GenerationItem, Task
 
 
@@ -63,3 +63,13 @@ def test_pass_at_k_is_the_share_of_all_draws() -> None:
                 draws = list(itertools.combinations(passes, k))
                 assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
     assert pass_at_k(200, 1, 100) == pytest.approx(0.5)
+
+
+def test_edit_similarity_is_the_ratio_of_common_characters() -> None:
+    assert edit_similarity("this is a test", " this is a test!\n") == pytest.approx(28 / 29)
+    assert edit_similarity("abcd", "dcba") == pytest.approx(2 / 8)
+    assert (edit_similarity("", " "), edit_similarity("a", ""), edit_similarity("x y", "x y")) == (
+        1,
+        0,
+        1,
+    )

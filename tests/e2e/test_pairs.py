@@ -24,7 +24,7 @@ RECIPE = """
 name: paired
 seed: 7
 tokenizer: {{path: {data}/t.model, added_tokens: crystal, bos: true}}
-model: {{layers: 2, hidden_size: 48, heads: 4, kv_heads: 2}}
+model: {{layers: 4, hidden_size: 48, heads: 4, kv_heads: 2}}
 precision: fp32
 sources:
   pairs: {{path: {data}/members, domain: code, packing: best_fit, loss_on: query}}
@@ -121,10 +121,10 @@ def scores_of(run: Path) -> dict[str, dict[str, float]]:
         (2, []),
         (2, ["parallel.tensor=2"]),
         (2, ["parallel.tensor=2", "parallel.sequence=true"]),
-        (2, ["parallel.pipeline=2"]),
-        (0, ["parallel.micro_batch_size=4", "parallel.recompute=full"]),
+        (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+        (2, ["parallel.pipeline=2", "parallel.micro_batch_size=4", "parallel.recompute=full"]),
     ],
-    ids=["dp2", "tp2", "tp2 sequence", "pp2", "micro-batch 4, recomputed"],
+    ids=["dp2", "tp2", "tp2 sequence", "pp2, interleaved", "pp2, micro-batch 4, recomputed"],
 )
 def test_layouts_agree(
     recipe: Path, single: Path, tmp_path: Path, ranks: int, settings: list[str]

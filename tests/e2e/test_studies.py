@@ -1,8 +1,9 @@
-"""A tiny arm from records to a tuned model: data made, tokenized, a base trained, tuned on answers from it."""
+"""From records to a tuned model: data made, tokenized, a base trained, tuned on answers from it.
+
+The other studies' commands are run by `test_documented.py`."""
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import shutil
@@ -17,13 +18,6 @@ from megacode.tokenizer.training import train_tokenizer
 from tests.e2e.conftest import ROOT, megacode, steps_of
 
 SMALL = ("model.layers=2", "model.hidden_size=48", "model.heads=2", "model.ffn_size=128")
-ARMS = [
-    ("chat", "crystal-tiny", "crystal-chat-tiny", "phase1"),
-    pytest.param(
-        "math-cpt", "studies/math-cpt/base1-tiny", "studies/math-cpt/sft-tiny", "cpt",
-        marks=pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed"),
-    ),
-]  # fmt: skip
 
 
 def sets(*changes: str) -> list[str]:
@@ -31,28 +25,26 @@ def sets(*changes: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("study", "base", "arm", "phase"), ARMS)
-def test_a_tiny_arm_tunes_on_answers_from_its_base(
-    study: str, base: str, arm: str, phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_chat_study_tunes_on_answers_from_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "recipes", "recipes")
     monkeypatch.setattr(corpora, "gather", _two_small_corpora)
     monkeypatch.setattr(corpora, "train_tokenizer", _small_tokenizer)
     console = Console(file=io.StringIO(), width=120)
-    studies.make(study, Path("data/studies"), console)
+    studies.make("chat", Path("data/studies"), console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "repeated, left out" in said and f"data/studies/{study}" in said
+    assert "repeated, left out" in said and "data/studies/chat" in said
 
-    phases = {"crystal-tiny": ("phases.phase2=null", "phases.phase3=null")}.get(base, ())
-    cut = (f"phases.{phase}.steps=6", "evaluation.samples=8", "logging.every=1", *phases)
-    run = f"runs/{'crystal-tiny' if study == 'chat' else 'math-cpt-base1-tiny'}"
-    megacode("train", tmp_path / f"recipes/{base}.yaml", "--run", tmp_path / run, *sets(*cut))
-    tuning = "chat" if study == "chat" else "tune"
-    short = (f"phases.{tuning}.epochs=null", f"phases.{tuning}.steps=16", *cut[1:3])
-    tuned = megacode(
-        "train", tmp_path / f"recipes/{arm}.yaml", "--run", tmp_path / "tuned", *sets(*short)
-    )
+    cut = ("phases.phase1.steps=6", "evaluation.samples=8", "logging.every=1")
+    others = ("phases.phase2=null", "phases.phase3=null")
+    run = "runs/crystal-tiny"
+    base = tmp_path / "recipes/crystal-tiny.yaml"
+    megacode("train", base, "--run", tmp_path / run, *sets(*cut, *others))
+    short = ("phases.chat.epochs=null", "phases.chat.steps=16", *cut[1:])
+    arm = tmp_path / "recipes/crystal-chat-tiny.yaml"
+    tuned = megacode("train", arm, "--run", tmp_path / "tuned", *sets(*short))
     losses = steps_of(tmp_path / "tuned").losses
     assert sum(losses[-4:]) < sum(losses[:4]) - 1, tuned.stdout
     assert f"{run}/checkpoints/step_00000006" in (tmp_path / "tuned/log.txt").read_text()

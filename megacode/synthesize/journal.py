@@ -176,6 +176,8 @@ class Journal:
         # A committed reply is in the system's memory, which outlives a process that is killed, kill
         # -9 included. A power cut can lose the last seconds of replies, but damages nothing.
         ask("PRAGMA synchronous = NORMAL")
+        # The log goes into the file each 32 MiB, with a wait for the disk.
+        ask("PRAGMA wal_autocheckpoint = 8192")
         if empty:
             ask("BEGIN")
             ask(_TABLE)

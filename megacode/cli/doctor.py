@@ -65,6 +65,7 @@ _GIVES = {
     "harness": "megacode evaluate --harness",
     "studies": "tools/study-data",
     "pairs": "megacode pairs",
+    "synthesis": "megacode synthesize",
     "trees": "megacode mix fit with more than five domains",
     "wandb": "logging.wandb",
     "mlflow": "logging.mlflow",

@@ -15,6 +15,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("megacode.cli.plan", "print the whole run as tables before it starts"),
     "preprocess": ("megacode.cli.preprocess", "tokenize text and code into indexed datasets"),
     "pairs": ("megacode.cli.pairs", "functions with candidates that compute the same, or do not"),
+    "synthesize": ("megacode.cli.synthesize", "new records from served models, to train on"),
     "inspect": ("megacode.cli.inspect", "what is in a dataset, and whether it is whole"),
     "tokenizer": ("megacode.cli.tokenizer", "train a SentencePiece tokenizer"),
     "train": ("megacode.cli.train", "train a recipe, or go on with a run"),

@@ -80,6 +80,7 @@ def _show(facts: dict[str, Any], with_text: bool) -> None:
     marked = {key: key for key in ("answers", "members") if any(key in part for part in parts)}
     if marked:
         marked["trained on"] = "trained_tokens"
+    made = any("synthesis" in part for part in parts)
     heads = (
         "sample",
         "source",
@@ -88,6 +89,7 @@ def _show(facts: dict[str, Any], with_text: bool) -> None:
         "tokens",
         *marked,
         "from",
+        *["made by"] * made,
         *["text"] * with_text,
     )
     for head in heads:
@@ -101,6 +103,7 @@ def _show(facts: dict[str, Any], with_text: bool) -> None:
             origin = "" if part["file"] is None else f"{part['file']}:{part['record']}"
             counts = [str(part.get(key, "")) for key in marked.values()]
             row = [*about, document, tokens, *counts, printable(origin)]
+            row += [printable(_made_by(part.get("synthesis")))] if made else []
             row += [printable(part["text"])[:80]] if with_text else []
             table.add_row(*map(Text, row))
             about = ["", "", ""]
@@ -114,6 +117,14 @@ def _show(facts: dict[str, Any], with_text: bool) -> None:
         counted = f"{sum(mask):,} of {len(mask):,} labels count in the loss; as trained on:"
         console.print(f"\n{counted}\n")
         console.print(Text(printable(text, "\t\n")))
+
+
+def _made_by(synthesis: dict[str, Any] | None) -> str:
+    """Operator, parent and sample, models."""
+    if synthesis is None:
+        return ""
+    models = ", ".join(f"{role} {name}" for role, name in synthesis["models"].items())
+    return f"{synthesis['operator']} of {synthesis['parent']}#{synthesis['sample']} by {models}"
 
 
 def printable(text: str, keep: str = "") -> str:

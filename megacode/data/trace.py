@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -131,6 +132,7 @@ def as_dict(trace: Trace, origin: SampleOrigin, with_text: bool) -> dict[str, An
                 **_answers(trace, origin, part),
                 "file": file,
                 "record": record,
+                **_synthesis(file, record),
             }
         )
         if with_text:
@@ -163,3 +165,24 @@ def _answers(trace: Trace, origin: SampleOrigin, part: DocumentPart) -> dict[str
 
 
 _records = lru_cache(maxsize=256)(read_records)
+
+
+def _synthesis(file: str | None, record: int | None) -> dict[str, Any]:
+    """Of a row that `megacode synthesize` made: its operator, parent record and models."""
+    lines = None if file is None else _synthesized_lines(Path(file))
+    if lines is None or record is None or not 0 < record < len(lines):
+        return {}
+    with open(str(file), "rb") as rows:
+        rows.seek(lines[record - 1])
+        found = json.loads(rows.read(lines[record] - lines[record - 1])).get("synthesis")
+    return {} if found is None else {"synthesis": found}
+
+
+@lru_cache(maxsize=16)
+def _synthesized_lines(path: Path) -> list[int] | None:
+    """Where the lines of a file of rows begin, and its end; None for another file."""
+    note = path.with_name(path.name.replace("rows", "manifest").removesuffix("l"))
+    if not (path.name.startswith("rows") and path.is_file() and note.is_file()):
+        return None
+    with open(path, "rb") as rows:
+        return [0, *itertools.accumulate(map(len, rows))]

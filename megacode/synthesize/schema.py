@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -26,7 +26,7 @@ class ServedModel(Section):
     """Base addresses, such as http://127.0.0.1:8000/v1; each has the limits below."""
     key: str = ""
     """The environment variable that holds the API key."""
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default={})
     """Sent with every request as they are: temperature, top_p, max_tokens, seed ..."""
     in_flight: int = Field(default=32, ge=1, le=4096)
     """Requests at a time, at most; 429 lowers it for a while."""
@@ -69,7 +69,8 @@ class Decontamination(Section):
 class Checks(Section):
     """What is looked at beside the operator's own rules."""
 
-    near_duplicates: NearDuplicates | None = NearDuplicates()
+    near_duplicates: NearDuplicates | Literal[False] = NearDuplicates()
+    """`false` leaves them all in."""
     held_out: Decontamination | None = None
     majority: bool = False
     """Of a record's samples only those whose `answer` is that of most (a tie keeps none)."""
@@ -82,7 +83,7 @@ class Synthesis(Section):
     description: str = ""
     inputs: list[str] = Field(min_length=1)
     """JSONL files of records (.jsonl, .jsonl.gz, .jsonl.zst)."""
-    fields: dict[str, str] = {}
+    fields: dict[str, str] = Field(default={})
     """What the operator calls a field -> what the inputs call it."""
     operator: str
     """A built-in operator's name, or the path of a file (ends in .yaml)."""
@@ -98,8 +99,6 @@ class Synthesis(Section):
     """Accepted rows to stop at; none: every candidate is made."""
     candidates: Count | None = None
     """Candidates to stop at."""
-    seed: int = Field(default=0, ge=0)
-    """Of the order of records."""
     checks: Checks = Checks()
 
     @model_validator(mode="after")

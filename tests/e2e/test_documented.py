@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from packaging.requirements import Requirement
 
 from megacode.cli.main import VERBS
 from megacode.quickstart import __main__ as quickstart
+from megacode.quickstart.teacher import make_server
 from megacode.run.metrics import read_metrics
 from tests.documented import PAGES, ROOT, Command, in_prose, of_help, of_page
 
@@ -203,6 +205,7 @@ def make_inputs(place: Place) -> None:
         for i in range(300)
     ]
     write_lines(folder / "chats.jsonl", chats)
+    write_synthesis(folder)
     for name in (
         "my/a",
         "my/b",
@@ -240,6 +243,22 @@ def make_inputs(place: Place) -> None:
     srun = folder / "bin/srun"  # a job of one task: what follows srun's own options
     srun.write_text('#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift 2; done\nexec "$@"\n')
     srun.chmod(0o755)
+
+
+def write_synthesis(folder: Path) -> None:
+    """Problems, and a synthesis that asks a teacher by rules, who is served while the tests run."""
+    problems = [
+        {"problem": f"What is {i} + {i}? ({i})", "solution": f"{i} + {i} = {2 * i}\n#### {2 * i}"}
+        for i in range(80)
+    ]
+    write_lines(folder / "problems.jsonl", problems)
+    server = make_server(0, {one["problem"]: one["solution"] for one in problems})
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    model = f"{{model: rules, endpoints: [http://127.0.0.1:{server.server_port}/v1]}}"
+    (folder / "my-tutorship.yaml").write_text(
+        "name: tutorship\ninputs: [problems.jsonl]\noperator: tutorship\noutput: data/tutorship\n"
+        f"models:\n  student: {model}\n  teacher: {model}\nchecks: {{near_duplicates: false}}\n"
+    )
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, object]]) -> None:
@@ -394,9 +413,9 @@ def run_all(place: Place, commands: list[Command]) -> None:
             if "chat" not in line and not find_spec("reasoning_gym"):
                 pytest.skip(f"{command.where}: reasoning-gym is not installed")
             place.bash(line, PYTHONPATH=place.installed)
-        elif command.line.startswith("megacode pairs"):  # with its extra
-            if not find_spec("tree_sitter"):
-                pytest.skip(f"{command.where}: tree-sitter is not installed")
+        elif verb := re.match(r"megacode (pairs|synthesize)\b", command.line):  # with its extra
+            if not find_spec({"pairs": "tree_sitter", "synthesize": "aiohttp"}[verb[1]]):
+                pytest.skip(f"{command.where}: the extra of megacode {verb[1]} is not installed")
             place.bash(command.line, PYTHONPATH=place.installed)
         elif not re.match(
             r"(megacode|tools/(preprocess|convert)|srun|torchrun|jq)\b", command.line

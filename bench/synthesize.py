@@ -88,8 +88,8 @@ def serve(delay: float, port: Any) -> None:
 
 
 async def megacode(url: str, requests: int, in_flight: int, folder: str) -> None:
+    from megacode.synthesize import ordered
     from megacode.synthesize.journal import Journal, Reply
-    from megacode.synthesize.ordered import in_order
     from megacode.synthesize.schema import ServedModel
     from megacode.synthesize.served import Served
 
@@ -100,7 +100,7 @@ async def megacode(url: str, requests: int, in_flight: int, folder: str) -> None
             def ask(number: int) -> Any:
                 return served.reply("teacher", body(number), 0)
 
-            async with aclosing(in_order(range(requests), ask, 3 * in_flight)) as replies:
+            async with aclosing(ordered.in_order(range(requests), ask, 3 * in_flight)) as replies:
                 async for reply in replies:
                     assert isinstance(reply, Reply)
         assert len(journal) == requests

@@ -108,6 +108,19 @@ def test_a_request_above_the_rate_of_a_second_goes_and_is_paid_off(clock: Clock)
     assert limits.wait(100) == 0, "what 429 refused was not used"
 
 
+def test_what_is_given_back_late_is_not_lost(clock: Clock) -> None:
+    limits = Limits("x", 9, tokens_per_minute=600, completion=0, clock=clock)
+    refused = limits.start(100)
+    clock.now += 10
+    assert limits.wait(100) == 0
+    limits.limited(refused, 0.0)
+    clock.now += 0.1
+    for _ in range(2):
+        assert limits.wait(100) == 0
+        limits.start(100)
+    assert limits.wait(100) > 0
+
+
 def test_failures_in_a_row_make_it_dead_until_a_probe_is_answered(
     clock: Clock, events: list[str]
 ) -> None:

@@ -195,10 +195,10 @@ def test_what_fails_is_tried_again_until_it_is_answered(tmp_path: Path, name: st
 
 
 def test_a_server_that_hangs_is_left_after_the_timeout(tmp_path: Path) -> None:
-    with Scripted(first(1, HANG, share=20)) as server:
-        asked = Asked(tmp_path, model(server, in_flight=8, timeout_seconds=0.3))
+    with Scripted(first(1, HANG, share=40)) as server:
+        asked = Asked(tmp_path, model(server, in_flight=8, timeout_seconds=1.0))
         assert complete(asked, server)
-        assert asked.teacher.retries == {"timeout": 6}
+        assert asked.teacher.retries == {"timeout": 3}
 
 
 def test_429_is_waited_for_and_is_no_failed_try(tmp_path: Path) -> None:
@@ -260,7 +260,8 @@ def test_a_server_that_dies_and_comes_back_loses_nothing(tmp_path: Path, in_flig
         assert replies == [f"reply to {item}" for item in ITEMS]
         # What the server had sent when it died may not have arrived.
         assert server.answered.total() <= 120 + in_flight
-        assert asked.teacher.retries["no connection"] >= 5
+        retries = asked.teacher.retries
+        assert retries["no connection"] + retries.get("connection lost", 0) >= 5
         assert asked.teacher.refusals == 0
         down, up = asked.events
         assert "does not answer (Cannot connect" in down and server.url in down
@@ -273,8 +274,8 @@ def test_a_dead_endpoint_is_probed_one_at_a_time_and_its_requests_go_to_the_othe
     with Scripted(lambda seen: http(503, b"")) as dead, Scripted() as alive:
         asked = Asked(tmp_path, model(dead, alive, in_flight=4))
         assert complete(asked, alive) and dead.sent.total() < 20
-    with Scripted(lambda seen: HANG) as dead, Scripted(lambda seen: (0.1, usual(seen))) as alive:
-        served = model(dead, alive, in_flight=8, timeout_seconds=0.2)
+    with Scripted(lambda seen: HANG) as dead, Scripted(lambda seen: (0.05, usual(seen))) as alive:
+        served = model(dead, alive, in_flight=8, timeout_seconds=0.8)
         asked = Asked(tmp_path / "b", served, ITEMS[:60])
         assert complete(asked, alive, items=ITEMS[:60])
         assert 8 <= dead.sent.total() <= 12 and 1 <= dead.probes <= 3
@@ -313,6 +314,18 @@ def test_a_request_that_fails_again_and_again_is_given_up_for_this_run(
         assert complete(again, server, items=items) and again.teacher.sent == 1
 
 
+def test_two_dead_endpoints_give_up_no_request(tmp_path: Path) -> None:
+    """A request alone fails more than six times before both are known to be dead."""
+
+    def script(seen: Seen) -> Answer:
+        return http(503, b"loading") if a.probes + b.probes < 8 else usual(seen)
+
+    with Scripted(script) as a, Scripted(script) as b:
+        asked = Asked(tmp_path, model(a, b), ["item 1"])
+        assert complete(asked, a, b, items=["item 1"])
+        assert asked.teacher.retries["HTTP 503"] >= 10 and len(asked.events) >= 2
+
+
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_a_row_that_is_refused_is_not_sent_again(tmp_path: Path, status: int) -> None:
     said = "the context has 4096 tokens; " + "x" * 300
@@ -330,7 +343,7 @@ def test_20_refusals_in_a_row_end_the_run(tmp_path: Path) -> None:
     with Scripted(lambda seen: refusal) as server:
         with pytest.raises(UserError) as caught:
             Asked(tmp_path, model(server, in_flight=2, parameters={"temperatur": 1}))
-        assert server.sent.total() in (20, 21, 22)
+        assert 20 <= server.sent.total() < 30
     assert "HTTP 400: no parameter `temperatur` (20 in a row" in str(caught.value)
     assert server.url in str(caught.value) and "check `parameters`" in str(caught.value)
 

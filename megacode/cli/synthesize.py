@@ -23,15 +23,13 @@ one). docs/synthesis.md says how models are served.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "New problem-solving records from served models: an operator asks them about each record "
-        "of the inputs, checks what they say, and writes rows that `megacode preprocess` reads."
+        "New problem-solving records from served models. An operator asks them about each record\n"
+        "of the inputs; what passes its checks becomes rows that `megacode preprocess` reads."
     )
     parser.add_argument("file", type=Path, metavar="FILE.yaml", help="inputs, operator, models")
     add = parser.add_argument
     add("--dry-run", action="store_true", help="print an estimate; send nothing, write nothing")
-    add(
-        "--shard", type=one_of, default=(0, 1), metavar="I/N", help="one of N shares of the records"
-    )
+    add("--shard", type=one_of, metavar="I/N", help="one of N shares of the records")
     add("--overwrite", action="store_true", help="replace rows that other settings made")
 
 
@@ -41,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from megacode.synthesize.estimate import estimate
     from megacode.synthesize.make import open_synthesis
 
-    opened = open_synthesis(args.file, args.shard)
+    opened = open_synthesis(args.file, args.shard or (0, 1))
     console = table_console()
     if args.dry_run:
         print_estimate(opened, estimate(opened), console)

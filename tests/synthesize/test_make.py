@@ -245,7 +245,7 @@ def test_rows_are_read_as_conversations_and_as_text_and_traced(
 RECIPE = """
 name: r
 tokenizer: {{path: {folder}/t.model, eod: true}}
-model: {{layers: 1, hidden_size: 32, heads: 2, context_length: 128}}
+model: {{layers: 1, hidden_size: 32, heads: 2, context_length: 1024}}
 sources:
   text: {{path: {folder}/text}}
   chat: {{path: {folder}/chat, packing: best_fit, loss_on: answers}}
@@ -254,6 +254,7 @@ phases:
     steps: 1
     batch_size: 8
     sequence_length: 1024
+    reset_at_eod: true
     mixture: {{sources: {{text: 1, chat: 1}}}}
     learning_rate: {{peak: 0.001}}
 """

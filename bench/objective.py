@@ -26,7 +26,7 @@ SIDES = {
     "next_token": ["objective=null"],
     "contrastive": ["objective={contrastive: {weight: 0.1}}"],
     "contrastive, layer 1": ["objective={contrastive: {weight: 0.1, layer: 1}}"],
-    "weighted_tokens": ["objective={weighted_tokens: {weight: 1.0}}", SEQUENCES],
+    "weighted_tokens": ["objective={contrastive: null, weighted_tokens: {weight: 1.0}}", SEQUENCES],
 }
 
 

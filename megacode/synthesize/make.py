@@ -68,7 +68,7 @@ def _share(total: int | None, shard: tuple[int, int]) -> int | None:
 @dataclass(frozen=True)
 class Candidate:
     parent: str
-    """The record's `id`, or FILE:LINE."""
+    """The record's `id`, or FILE:LINE; FILE is relative to the synthesis file."""
     record: Mapping[str, Any]
     sample: int
 
@@ -206,6 +206,7 @@ def candidates_of(opened: OpenSynthesis, counts: Counts) -> Iterator[Candidate]:
     names = opened.file.fields
     made = number = 0
     for file in opened.inputs:
+        place = os.path.relpath(file.path, opened.path.parent)
         for item in read_input(file, ""):
             number += 1
             if (number - 1) % opened.shard[1] != opened.shard[0]:
@@ -219,7 +220,7 @@ def candidates_of(opened: OpenSynthesis, counts: Counts) -> Iterator[Candidate]:
             if missing := opened.operator.missing(record):
                 counts.skipped[f"no {names.get(missing, missing)}"] += 1
                 continue
-            parent = str(record.get("id") or f"{file.path.name}:{item.record}")
+            parent = str(record.get("id") or f"{place}:{item.record}")
             for sample in range(opened.samples):
                 if made == opened.most:
                     return

@@ -24,7 +24,7 @@ from megacode.errors import UserError
 
 _LONGEST = 150
 """Characters of an expression."""
-_LINES = 2_000_000
+_LINES = 1_500_000
 """About a third of a second."""
 
 

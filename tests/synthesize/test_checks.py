@@ -257,11 +257,13 @@ def test_near_duplicates() -> None:
 
 
 def test_the_likest_is_named() -> None:
-    texts = SeenTexts(NearDuplicates(threshold=0.3))
     first = words(1)
-    assert texts.seen(" ".join([*first[:100], *words(3, 200)]), "a") == ""
-    assert texts.seen(" ".join([*first, *words(4, 30)]), "b") == ""
-    assert texts.seen(" ".join(first), "c") == "b"
+    a = ("a", " ".join([*first[:150], *words(3, 100)]))
+    b = ("b", " ".join([*words(5, 100), *first[90:], *words(4, 20)]))
+    for one, other in ((a, b), (b, a)):
+        texts = SeenTexts(NearDuplicates(threshold=0.25))
+        assert texts.seen(one[1], one[0]) == "" and texts.seen(other[1], other[0]) == ""
+        assert texts.seen(" ".join(first), "c") == "a"
 
 
 def test_most_near_duplicates_are_found() -> None:

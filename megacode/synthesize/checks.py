@@ -108,8 +108,7 @@ class SeenTexts:
             from datasketch import MinHash, MinHashLSH
         except ImportError:
             raise UserError(
-                "near_duplicates needs datasketch; pip install 'megacode[synthesis]', or write "
-                "`near_duplicates: null`"
+                "near_duplicates needs datasketch; pip install 'megacode[synthesis]'"
             ) from None
         self._how = how
         self._minhash: Callable[[], Any] = lambda: MinHash(num_perm=how.permutations)

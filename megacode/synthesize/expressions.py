@@ -5,8 +5,8 @@ here:
 
 1. `is_tame` lets through short expressions of few commands and small powers: nothing whose value
    has millions of digits, because no one can interrupt a single operation on such a number.
-2. `_bounded` counts the calls of functions and stops at `_CALLS`. Calls, unlike seconds, hardly
-   depend on the machine.
+2. `_bounded` counts the lines of Python that are run and stops at `_LINES`. Lines, unlike seconds,
+   do not depend on the machine (a little on what was compared before: sympy remembers results).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from megacode.errors import UserError
 
 _LONGEST = 150
 """Characters of an expression."""
-_CALLS = 300_000
+_LINES = 1_500_000
+"""About a third of a second."""
 
 
 def same_expression(a: str, b: str) -> bool:
@@ -84,18 +85,19 @@ def _is_low(text: str) -> bool:
 
 
 class _Beyond(BaseException):
-    """Too many calls. No Exception, which libraries catch."""
+    """Too many lines. No Exception, which libraries catch."""
 
 
 def _bounded(question: Callable[[], bool]) -> bool:
-    """The answer to it; no, if that takes more than `_CALLS` calls of functions, or fails."""
-    left = _CALLS
+    """The answer to it; no, if that takes more than `_LINES` lines, or fails."""
+    left = _LINES
 
-    def count(frame: FrameType, event: str, argument: Any) -> None:
+    def count(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal left
         left -= 1
         if left < 0:
             raise _Beyond
+        return count
 
     math_verify()
     before = sys.gettrace()

@@ -145,12 +145,17 @@ HOSTILE = [
     r"\sum_{k=1}^{999999999} k",
     "(x+y+z+w+a+b+c)^{50}",
     "(1+x)^{100}(1+y)^{100}",
+    r"(\sqrt{2}+\sqrt{3}+\sqrt{5}+\sqrt{7}+\sqrt{11})^{50}",
+    "(((a+b)^4+c)^4+d)^4",
+    "(a+b)(c+d)(e+f)(g+h)(i+j)(k+l)(m+n)(o+p)(q+r)(s+t)(u+v)(w+x)(y+z)(a-b)(c-d)(e-f)(g-h)",
+    "x^{97}+3x^{83}+7x^{11}",
+    r"\tan(10^{99})+\sin(10^{99})",
     "+".join(rf"\sqrt{{{n}}}" for n in (2, 3, 5, 7, 11, 13, 17, 19, 23, 29)),
     r"\sqrt{" * 10 + "2" + "}" * 10,
     r"\sin(\sin(\sin(\sin(\cos(\tan(x))))))",
     r"\sqrt{999999999999989}+\log 999999999999877",
     "1/1/" * 100,
-    "-" * 141 + "x",
+    "-" * 139 + "x",
     "\\" * 9_999,
     "\0",
     "\ud800",
@@ -163,7 +168,7 @@ def test_no_answer_hangs(hostile: str) -> None:
     for other in ("1", f"{hostile}+1", "x+1-1"):
         start = time.thread_time()
         assert not same_answer(hostile, other) and not same_answer(other, hostile)
-        assert time.thread_time() - start < 2, "0.3 s of an idle machine"
+        assert time.thread_time() - start < 5, "two are about 0.7 s"
     start = time.thread_time()
     final_answer(hostile)
     assert time.thread_time() - start < 1
@@ -172,7 +177,7 @@ def test_no_answer_hangs(hostile: str) -> None:
 def test_work_is_bounded_where_the_form_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in another thread than the main one, and a tracer that was there is there again."""
     assert same_answer("(x+1)^2", "x^2+2x+1")
-    monkeypatch.setattr(expressions, "_CALLS", 1_000)
+    monkeypatch.setattr(expressions, "_LINES", 5_000)
     found = []
 
     def ask() -> None:
@@ -252,11 +257,13 @@ def test_near_duplicates() -> None:
 
 
 def test_the_likest_is_named() -> None:
-    texts = SeenTexts(NearDuplicates(threshold=0.3))
     first = words(1)
-    assert texts.seen(" ".join([*first[:100], *words(3, 200)]), "a") == ""
-    assert texts.seen(" ".join([*first, *words(4, 30)]), "b") == ""
-    assert texts.seen(" ".join(first), "c") == "b"
+    a = ("a", " ".join([*first[:150], *words(3, 100)]))
+    b = ("b", " ".join([*words(5, 100), *first[90:], *words(4, 20)]))
+    for one, other in ((a, b), (b, a)):
+        texts = SeenTexts(NearDuplicates(threshold=0.25))
+        assert texts.seen(one[1], one[0]) == "" and texts.seen(other[1], other[0]) == ""
+        assert texts.seen(" ".join(first), "c") == "a"
 
 
 def test_most_near_duplicates_are_found() -> None:
@@ -334,7 +341,7 @@ def test_checks_in_their_order(tmp_path: Path) -> None:
 
 
 def test_checks_that_are_off(tmp_path: Path) -> None:
-    checks = open_checks(Checks(near_duplicates=False), tmp_path)
+    checks = open_checks(Checks().model_copy(update={"near_duplicates": None}), tmp_path)
     assert [checks.reject({"text": "a b"}, id) for id in "ab"] == [("", "")] * 2
 
 
@@ -355,6 +362,6 @@ def test_libraries_that_are_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(UserError, match=r"needs math_verify; pip install 'megacode\[synth"):
             same_answer("x+1", "1+x")
         with pytest.raises(UserError, match="math_verify"):
-            open_checks(Checks(near_duplicates=False, majority=True), tmp_path)
+            open_checks(Checks(majority=True), tmp_path)
     finally:
         expressions.math_verify.cache_clear()

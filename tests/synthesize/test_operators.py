@@ -288,6 +288,21 @@ def test_records_are_data_and_what_they_lack_is_told(tmp_path: Path) -> None:
     assert outcome.row and outcome.row["text"].startswith("{{ 1 + 1 }}")
 
 
+def test_a_field_does_not_hide_a_function() -> None:
+    record = {**SUM, "steps": ["taken"], "final_answer": "taken"}
+    assert drive(open_operator("retrospection", HERE), record, BACK)[0].row
+
+
+def test_a_guarded_name_is_an_error_where_it_is_not_guarded(tmp_path: Path) -> None:
+    guarded = OWN.replace("Be brief.", "'{{ hint }}{% if hint is defined %}!{% endif %}'")
+    operator = own(tmp_path, guarded)
+    assert drive(operator, {"question": "Why?", "hint": "So"}, DRAFT)[1][0].messages[0] == (
+        {"role": "system", "content": "So!"}
+    )
+    with pytest.raises(UserError, match=r"own.yaml:7: ask.0.system: fails: 'hint' is undefined"):
+        drive(operator, {"question": "Why?"}, DRAFT)
+
+
 def test_a_null_field_is_as_good_as_none() -> None:
     outcome, _ = drive(
         open_operator("diversification", HERE), {**SUM, "answer": None}, "Answer: 9", "accept"

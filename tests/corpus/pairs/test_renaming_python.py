@@ -196,10 +196,10 @@ def test_generated_programs_keep_what_their_names_mean(seed: int) -> None:
     text = "\n".join(Program(seed).function())
     try:
         compile(text, "text", "exec")
+        names = local_names(text)  # symtable refuses some that compile takes
     except SyntaxError:  # `nonlocal` of nothing, a name that is global and a parameter
         return
     after = renamed(text, "python", seed)
-    names = local_names(text)
     changed = set() if after is None else set(changes(text, after))
     assert changed <= names
     if after is not None:

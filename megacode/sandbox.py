@@ -110,6 +110,7 @@ def _run(kind: Kind, source: str, seconds: float, memory_mb: int, stdin: str) ->
         "memory": memory_mb << 20,
         "uid": user,
         "visible": _visible() if kind == "namespaces" else None,
+        "parent": os.getpid() if kind == "namespaces" else None,
     }
     # Files in memory: the program cannot fill a pipe that nobody reads.
     names = ("stdin", "stdout", "stderr", "order", "state", "result")

@@ -332,14 +332,16 @@ def test_many_run_at_a_time_in_order(run: Run) -> None:
     assert [outcome.stdout for outcome in outcomes] == [f"{i}\n" for i in range(12)]
 
 
-def test_it_ends_with_the_process_that_started_it(run: Run) -> None:
+@pytest.mark.parametrize("seconds", [0.0, 0.01, 0.03, 1.0])
+def test_it_ends_with_the_process_that_started_it(run: Run, seconds: float) -> None:
+    """Also when that one ends while the sandbox starts."""
     kind = sandbox._kind()
     code = f"from megacode import sandbox; sandbox._run({kind!r}, 'import time; time.sleep(1000)', 1000.0, 512, '')"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     deadline = time.monotonic() + 30
     while not (inside := of_parent(parent.pid)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)
+        time.sleep(0.001)
+    time.sleep(seconds)
     parent.kill()
     parent.wait()
     assert inside

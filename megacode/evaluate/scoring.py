@@ -73,7 +73,8 @@ class TaskResult:
             if group is None or item.group == group
         ]
         scores = np.array([self.scores[number] for number in numbers])
-        return bootstrap([scores], np.array([self.task.items[n].cluster for n in numbers]))
+        clusters = np.array([self.task.items[n].cluster for n in numbers])
+        return bootstrap([scores], clusters, shares=True)
 
     def summary(self) -> dict[str, Any]:
         """As in metrics.jsonl."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,18 +64,23 @@ def bootstrap(
     clusters: NDArray[Any] | None = None,
     draws: int = 10_000,
     seed: int = 0,
+    shares: bool = False,
 ) -> Interval:
     """The mean score over seeds and items. With one seed the interval is over items only.
 
     Args:
         items: a seed's scores each, [n]; item i is the same in all of them.
         clusters: [n], the template or file that each item is from; items of one are drawn together.
+        shares: scores are from 0 to 1, and the interval ends there.
 
     Raises:
         ValueError: there are no items, or seeds differ in how many they have.
     """
     mean, error, freedom = _crossed(items, clusters, draws, seed)
-    return _interval(mean, error, freedom, len(items))
+    found = _interval(mean, error, freedom, len(items))
+    if shares and not math.isnan(found.low):
+        return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
+    return found
 
 
 def bootstrap_difference(

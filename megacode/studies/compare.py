@@ -150,7 +150,8 @@ def _arm(label: str, name: str, cells: Sequence[CellResult]) -> ArmResult:
         return ArmResult(label, values, {}, mean_interval(list(values.values())))
     items = {seed: read_items(path) for seed, path in paths.items()}
     scores = [one.scores for one in items.values()]
-    return ArmResult(label, values, items, bootstrap(scores, next(iter(items.values())).clusters))
+    clusters = next(iter(items.values())).clusters
+    return ArmResult(label, values, items, bootstrap(scores, clusters, shares=True))
 
 
 def _difference(arm: ArmResult, first: ArmResult) -> Interval | None:

@@ -1,6 +1,7 @@
 """Intervals against published tables, exact cases, and their coverage in simulated studies."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -148,6 +149,12 @@ def test_one_seed_gives_an_interval_over_items() -> None:
     half = 1.966 * scores.std() / 20
     assert result.seeds == 1
     assert (result.high - result.low) / 2 == pytest.approx(half, rel=0.03)
+
+
+def test_the_interval_of_a_share_ends_at_0_and_1() -> None:
+    scores = [np.array([1.0, 1.0, 1.0, 0.0]), np.array([1.0, 1.0, 1.0, 1.0])]
+    free, ended = bootstrap(scores), bootstrap(scores, shares=True)
+    assert free.high > 1 and ended == replace(free, low=max(free.low, 0.0), high=1.0)
 
 
 def test_the_same_call_gives_the_same_interval() -> None:

@@ -56,7 +56,7 @@ def test_cuda_finds_the_losses_of_the_cpu(
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize(
     "layout",
-    [["parallel.context=2"], ["parallel.tensor=2", "parallel.sequence=true"], ["parallel.pipeline=2"], []],
+    [["parallel.context=2"], ["parallel.tensor=2", "parallel.sequence=true", "parallel.overlap.tensor=false"], ["parallel.pipeline=2"], []],
     ids=["cp2", "tp2 sequence", "pp2", "dp2"],
 )  # fmt: skip
 def test_layouts_of_pairs_agree_with_one_device(

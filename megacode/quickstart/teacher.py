@@ -5,8 +5,8 @@
 It speaks as much of OpenAI's protocol as `megacode synthesize` asks of a server. To a prompt of the
 operator `tutorship` that has the right solution it replies with a verdict, the first line of the
 attempt that differs from the solution's, and the rest of the solution. A prompt without an attempt
-is answered as a weak student: with the solution of the problem among `--problems`, one number of
-which is wrong in every other sample.
+is answered as a weak student: with the solution of the problem among `--problems`, for about half
+of them with numbers that are wrong from some line on.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def tutoring(solution: str, attempt: str) -> str:
 
 
 def weak_attempt(solution: str, number: int) -> str:
-    """The solution; of an odd number with a digit that is wrong from some line on."""
+    """The solution; for an odd `number`, numbers are one too large from some line on."""
     lines = steps(solution)
     if number % 2:
         at = number // 2 % len(lines)

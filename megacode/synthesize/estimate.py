@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from megacode.synthesize.journal import Journal
 from megacode.synthesize.make import Counts, OpenSynthesis, candidates_of
 from megacode.synthesize.output import Files
+from megacode.synthesize.wire import CHARACTERS
 
-CHARACTERS = 4
-"""Of a token."""
 LONGEST = 512
 """Tokens of a reply where `max_tokens` is not given."""
 _LOOKED_AT = 200

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from megacode.corpus.inputs import InputFile, find_inputs
 from megacode.corpus.readers import BadRecord, read_input
 from megacode.errors import UserError
 from megacode.recipe.load import load_section
-from megacode.synthesize.checks import majority, open_checks
+from megacode.synthesize.checks import OpenChecks, majority, open_checks
 from megacode.synthesize.journal import Journal
 from megacode.synthesize.operator import Operator, Outcome, Text, candidate, open_operator
 from megacode.synthesize.ordered import in_order
@@ -148,32 +148,18 @@ async def synthesize(
         models = opened.file.models
         window = _AHEAD * sum(one.in_flight * len(one.endpoints) for one in models.values())
         async with Served(models, journal, environment, on_event=on_event) as served:
-
-            async def work(one: Candidate) -> Judged:
-                return await _candidate(opened.operator, one, served)
-
-            async with aclosing(in_order(candidates_of(opened, counts), work, window)) as judged:
-                async for record in _by_record(judged):
-                    votes = [True] * len(record)
-                    if opened.file.checks.majority:
-                        votes = _votes(record)
-                    for one, voted in zip(record, votes, strict=True):
-                        counts.candidates += 1
-                        row, reason, detail = Row.of(one, opened), one.outcome.reason, ""
-                        if row and not voted:
-                            reason = "not the answer of most samples"
-                        elif row:
-                            reason, detail = checks.reject(row.fields, row.id)
-                        if row and not reason:
-                            counts.accepted += 1
-                            counts.steps += row.steps
-                            out.accept(row)
-                        else:
-                            counts.rejected[reason] += 1
-                            out.reject(one, reason, detail)
-                        on_progress(counts, served.totals())
-                        if counts.accepted == opened.target:
-                            break
+            verdicts = _verdicts(opened, checks, served, window, counts)
+            async with aclosing(verdicts):
+                async for one, row, reason, detail in verdicts:
+                    counts.candidates += 1
+                    if row and not reason:
+                        counts.accepted += 1
+                        counts.steps += row.steps
+                        out.accept(row)
+                    else:
+                        counts.rejected[reason] += 1
+                        out.reject(one, reason, detail)
+                    on_progress(counts, served.totals())
                     if counts.accepted == opened.target:
                         break
             totals = served.totals()
@@ -183,6 +169,30 @@ async def synthesize(
         digest = journal.digest()
     write_manifest(opened, files, counts, totals, digest)
     return Result(counts, totals, files)
+
+
+async def _verdicts(
+    opened: OpenSynthesis, checks: OpenChecks, served: Served, window: int, counts: Counts
+) -> AsyncGenerator[tuple[Judged, Row | None, str, str], None]:
+    """Candidates in order, each with its row, if it has one, and why it is rejected, in short and
+    in detail; blank if it is accepted."""
+
+    async def work(one: Candidate) -> Judged:
+        return await _candidate(opened.operator, one, served)
+
+    async with aclosing(in_order(candidates_of(opened, counts), work, window)) as judged:
+        async for record in _by_record(judged):
+            votes = [True] * len(record)
+            if opened.file.checks.majority:
+                votes = _votes(record)
+            for one, voted in zip(record, votes, strict=True):
+                row = Row.of(one, opened)
+                if row is None:
+                    yield one, None, one.outcome.reason, ""
+                elif not voted:
+                    yield one, row, "not the answer of most samples", ""
+                else:
+                    yield one, row, *checks.reject(row.fields, row.id)
 
 
 async def _candidate(operator: Operator, one: Candidate, served: Served) -> Judged:

@@ -114,7 +114,8 @@ def is_made(opened: OpenSynthesis, files: Files, overwrite: bool) -> bool:
         note = json.loads(files.manifest.read_text(encoding="utf-8"))
         made, sums = note["settings"], note["outputs"]
     except (OSError, ValueError, KeyError, TypeError):
-        if files.rows.exists() and not overwrite:
+        # With its journal, a synthesis was killed between its rows and its manifest.
+        if files.rows.exists() and not files.journal.exists() and not overwrite:
             raise UserError(
                 f"{files.rows}: already there, without the manifest of a synthesis; choose another "
                 "output or give --overwrite"

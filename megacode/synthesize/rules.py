@@ -12,7 +12,6 @@ from megacode.synthesize.templates import FUNCTIONS
 PARTS = ("text", "body")
 """What every reply has."""
 _NAME = r"^[a-z][a-z0-9_]*$"
-PARTS = ("text", "body")
 
 
 class Read(Section):

@@ -21,7 +21,7 @@ _MESSAGE = 200
 _LONGEST_PAUSE = 3600.0
 _LONG_KEY = 16
 """Characters from which on a key is no ordinary word."""
-_CHARACTERS = 4
+CHARACTERS = 4
 """Of a token, where nobody counted."""
 
 
@@ -85,7 +85,7 @@ def proxy_for(address: str) -> str | None:
 
 def estimate(text_length: int) -> int:
     """Tokens of so many characters."""
-    return -(-text_length // _CHARACTERS)
+    return -(-text_length // CHARACTERS)
 
 
 def prompt_tokens(messages: Sequence[Mapping[str, str]]) -> int:

@@ -305,3 +305,15 @@ def test_killed_at_random_moments_it_ends_with_the_same_rows(tmp_path: Path) -> 
     assert asked == 2 * PROBLEMS and len(slow.prompts) - asked <= 2 * PROBLEMS + kills * 16
     slow.server.shutdown()
     slow.server.server_close()
+
+
+def test_killed_before_its_manifest_it_goes_on(teacher: Teacher, tmp_path: Path) -> None:
+    path = write(tmp_path, teacher.address)
+    run(path)
+    whole = (tmp_path / "out/rows.jsonl").read_bytes()
+    (tmp_path / "out/manifest.json").unlink()
+    run(path)
+    assert (tmp_path / "out/rows.jsonl").read_bytes() == whole
+    (tmp_path / "out/manifest.json").unlink()
+    (tmp_path / "out/journal.sqlite").unlink()
+    run(path, code=2)

@@ -113,10 +113,17 @@ class _Handler(BaseHTTPRequestHandler):
         """Requests are not logged."""
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is no error."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def make_server(port: int, problems: Mapping[str, str] = {}) -> ThreadingHTTPServer:
     """On 127.0.0.1; `problems`: problem -> right solution. Port 0 takes a free one."""
     handler = type("Handler", (_Handler,), {"problems": problems})
-    return ThreadingHTTPServer(("127.0.0.1", port), handler)
+    return _Server(("127.0.0.1", port), handler)
 
 
 def main() -> int:

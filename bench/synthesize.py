@@ -100,7 +100,9 @@ async def megacode(url: str, requests: int, in_flight: int, folder: str) -> None
             def ask(number: int) -> Any:
                 return served.reply("teacher", body(number), 0)
 
-            async with aclosing(ordered.in_order(range(requests), ask, 3 * in_flight)) as replies:
+            async with aclosing(
+                ordered.in_order(range(requests), ask, lambda: 3 * in_flight)
+            ) as replies:
                 async for reply in replies:
                     assert isinstance(reply, Reply)
         assert len(journal) == requests

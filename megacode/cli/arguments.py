@@ -97,10 +97,12 @@ def without_ending(path: Path) -> Path:
     return path.with_suffix("") if path.suffix in (".bin", ".idx", ".json") else path
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
+def add_overrides(
+    parser: argparse.ArgumentParser, of: str = "the recipe, such as parallel.tensor=2"
+) -> None:
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-        help="change a key of the recipe, such as parallel.tensor=2; may be given several times",
+        help=f"change a key of {of}; may be given several times",
     )  # fmt: skip
 
 

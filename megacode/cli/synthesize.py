@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megacode.cli.arguments import one_of
+from megacode.cli.arguments import add_overrides, one_of
 from megacode.terminal import table_console
 
 EXAMPLE = """examples:
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--dry-run", action="store_true", help="print an estimate; send nothing, write nothing")
     add("--shard", type=one_of, metavar="I/N", help="one of N shares of the records")
+    add_overrides(parser, "the file, such as target=100; paths are relative to it")
     add("--overwrite", action="store_true", help="replace rows that other settings made")
 
 
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from megacode.synthesize.estimate import estimate
     from megacode.synthesize.make import open_synthesis
 
-    opened = open_synthesis(args.file, args.shard or (0, 1))
+    opened = open_synthesis(args.file, args.shard or (0, 1), args.overrides)
     console = table_console()
     if args.dry_run:
         print_estimate(opened, estimate(opened), console)

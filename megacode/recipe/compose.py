@@ -36,9 +36,13 @@ _EXCLUSIVE = (
 def compose(path: Path, overrides: Sequence[str], folder: Path | None = None) -> Tree:
     """The tree of a recipe with what it extends and its overrides; `phases` by name,
     paths absolute: those in overrides against `folder`, by default the working directory."""
-    tree = _read(path, ())
+    return with_overrides(_read(path, ()), overrides, folder or Path.cwd())
+
+
+def with_overrides(tree: Tree, overrides: Sequence[str], folder: Path) -> Tree:
+    """`KEY=VALUE` each, merged into a tree in their order; a recipe's paths against `folder`."""
     for override in overrides:
-        tree = _merge(tree, _override(tree, override, folder or Path.cwd()), ())
+        tree = _merge(tree, _override(tree, override, folder), ())
     return tree
 
 

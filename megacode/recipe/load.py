@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from megacode.errors import UserError
 from megacode.recipe.budgets import with_budgets
 from megacode.recipe.checks import check_recipe
-from megacode.recipe.compose import compose, did_you_mean, split_key
+from megacode.recipe.compose import compose, did_you_mean, split_key, with_overrides
 from megacode.recipe.schema import Recipe, all_keys, sections_at
 from megacode.recipe.section import Section
 from megacode.recipe.yaml_tree import Tree, describe, dump_yaml, read_yaml
@@ -49,14 +49,14 @@ def load_recipe(
     return recipe
 
 
-def load_section(kind: type[AnySection], path: Path) -> AnySection:
+def load_section(kind: type[AnySection], path: Path, overrides: Sequence[str] = ()) -> AnySection:
     """Another YAML file than a recipe, named after its section (a task, a sweep), checked with the
-    same sentences.
+    same sentences. Paths come as they are written, those in overrides too.
 
     Raises:
         UserError: every mistake found, a line each.
     """
-    tree = read_yaml(path, kind.__name__.lower())
+    tree = with_overrides(read_yaml(path, kind.__name__.lower()), overrides, path.parent)
     return _validated(kind, dict(tree), tree)
 
 

@@ -27,7 +27,7 @@ from megacode.synthesize.schema import Synthesis
 from megacode.synthesize.served import Refusal, Served, Totals
 
 _AHEAD = 4
-"""Candidates at work or done but not yet judged, for each request that may be in flight."""
+"""At most so many candidates at work or not yet judged for each request that may be in flight."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,11 @@ class OpenSynthesis:
     @property
     def most(self) -> int | None:
         return _share(self.file.candidates, self.shard)
+
+    def counts(self) -> Counts:
+        """Before the first record."""
+        links = {"links that lead out of the inputs or nowhere": self.links} if self.links else {}
+        return Counts(skipped=Counter(links))
 
 
 def _share(total: int | None, shard: tuple[int, int]) -> int | None:
@@ -102,13 +107,15 @@ class Result:
     kept: bool = False
 
 
-def open_synthesis(path: Path, shard: tuple[int, int] = (0, 1)) -> OpenSynthesis:
-    """Everything that can be found wrong before a request is sent.
+def open_synthesis(
+    path: Path, shard: tuple[int, int] = (0, 1), overrides: Sequence[str] = ()
+) -> OpenSynthesis:
+    """Everything that can be found wrong before a request is sent. `overrides`: KEY=VALUE each.
 
     Raises:
         UserError: a mistake in the file, its operator or its inputs.
     """
-    file = load_section(Synthesis, path)
+    file = load_section(Synthesis, path, overrides)
     base = path.parent
     prompts = base / file.prompts if file.prompts else None
     operator = open_operator(file.operator, base, prompts)
@@ -140,13 +147,23 @@ async def synthesize(
     if is_made(opened, files, overwrite):
         return Result(Counts(), {}, files, kept=True)
     checks = open_checks(opened.file.checks, opened.path.parent)
-    counts = Counts()
-    if opened.links:
-        counts.skipped["links that lead out of the inputs or nowhere"] = opened.links
+    passed_over = opened.counts()
+    if next(candidates_of(opened, passed_over), None) is None:
+        told = ", ".join(f"{number:,} {why}" for why, number in passed_over.skipped.items())
+        raise UserError(f"{opened.path}: no record to ask about ({told or 'inputs are empty'})")
+    counts = opened.counts()
     files.folder.mkdir(parents=True, exist_ok=True)
     with Journal(files.journal) as journal, files.writing() as out:
         models = opened.file.models
-        window = _AHEAD * sum(one.in_flight * len(one.endpoints) for one in models.values())
+        most = _AHEAD * sum(one.in_flight * len(one.endpoints) for one in models.values())
+
+        def window() -> int:
+            """As many as the target still takes, if as many as so far are rejected."""
+            if opened.target is None:
+                return most
+            missing, accepted = opened.target - counts.accepted, counts.accepted + 1
+            return min(most, -(-missing * (counts.candidates + 1) // accepted))
+
         async with Served(models, journal, environment, on_event=on_event) as served:
             verdicts = _verdicts(opened, checks, served, window, counts)
             async with aclosing(verdicts):
@@ -163,16 +180,17 @@ async def synthesize(
                     if counts.accepted == opened.target:
                         break
             totals = served.totals()
-        if not counts.candidates:
-            told = ", ".join(f"{number:,} {why}" for why, number in counts.skipped.items())
-            raise UserError(f"{opened.path}: no record to ask about ({told or 'inputs are empty'})")
         digest = journal.digest()
     write_manifest(opened, files, counts, totals, digest)
     return Result(counts, totals, files)
 
 
 async def _verdicts(
-    opened: OpenSynthesis, checks: OpenChecks, served: Served, window: int, counts: Counts
+    opened: OpenSynthesis,
+    checks: OpenChecks,
+    served: Served,
+    window: Callable[[], int],
+    counts: Counts,
 ) -> AsyncGenerator[tuple[Judged, Row | None, str, str], None]:
     """Candidates in order, each with its row, if it has one, and why it is rejected, in short and
     in detail; blank if it is accepted."""
@@ -181,7 +199,7 @@ async def _verdicts(
         return await _candidate(opened.operator, one, served)
 
     async with aclosing(in_order(candidates_of(opened, counts), work, window)) as judged:
-        async for record in _by_record(judged):
+        async for record in _by_record(judged, opened.samples):
             votes = [True] * len(record)
             if opened.file.checks.majority:
                 votes = _votes(record)
@@ -238,13 +256,14 @@ def candidates_of(opened: OpenSynthesis, counts: Counts) -> Iterator[Candidate]:
                 yield Candidate(parent, record, sample)
 
 
-async def _by_record(judged: AsyncIterator[Judged]) -> AsyncIterator[list[Judged]]:
+async def _by_record(judged: AsyncIterator[Judged], samples: int) -> AsyncIterator[list[Judged]]:
+    """Each record's `samples`; the last record may have fewer, where `candidates` ends."""
     together: list[Judged] = []
     async for one in judged:
-        if together and one.candidate.record is not together[0].candidate.record:
+        together.append(one)
+        if len(together) == samples:
             yield together
             together = []
-        together.append(one)
     if together:
         yield together
 

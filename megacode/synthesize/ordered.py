@@ -13,7 +13,7 @@ _END = object()
 
 
 async def in_order(
-    items: Iterable[Item], work: Callable[[Item], Awaitable[Result]], window: int
+    items: Iterable[Item], work: Callable[[Item], Awaitable[Result]], window: Callable[[], int]
 ) -> AsyncGenerator[Result, None]:
     """`await work(item)` of each item, in order, with many at work.
 
@@ -23,8 +23,9 @@ async def in_order(
 
     Args:
         items: drawn as there is room.
-        window: items at work or done but not yet taken, at most. A slow item holds the others up
-            when so many are behind it: several times what can be in flight keeps all busy.
+        window: how many items may now be at work or done but not yet taken, at least 1. A slow item
+            holds the others up when so many are behind it: several times what can be in flight
+            keeps all busy.
     """
     failed: asyncio.Future[asyncio.Task[Result]] = asyncio.get_running_loop().create_future()
     tasks: deque[asyncio.Task[Result]] = deque()
@@ -39,7 +40,7 @@ async def in_order(
     source = iter(items)
     try:
         while True:
-            while len(tasks) < window:
+            while len(tasks) < window():
                 item = next(source, _END)
                 if item is _END:
                     break

@@ -42,9 +42,11 @@ class Work:
 def test_results_come_in_the_order_of_items() -> None:
     async def run() -> None:
         work = Work()
-        assert [result async for result in in_order(range(300), work, 16)] == list(range(0, 600, 2))
+        assert [result async for result in in_order(range(300), work, lambda: 16)] == list(
+            range(0, 600, 2)
+        )
         assert work.most == 16
-        assert [result async for result in in_order([], work, 16)] == []
+        assert [result async for result in in_order([], work, lambda: 16)] == []
 
     asyncio.run(run())
 
@@ -59,7 +61,7 @@ def test_items_are_drawn_when_there_is_room() -> None:
                 yield drawn
                 drawn += 1
 
-        async with aclosing(in_order(items(), Work(), 8)) as results:
+        async with aclosing(in_order(items(), Work(), lambda: 8)) as results:
             async for result in results:
                 assert drawn <= result // 2 + 8
             assert drawn == 100
@@ -70,7 +72,7 @@ def test_items_are_drawn_when_there_is_room() -> None:
 def test_a_slow_item_holds_nobody_up_before_the_window_is_full() -> None:
     async def run() -> None:
         work = Work()
-        async with aclosing(in_order([-1, *range(50)], work, 20)) as results:
+        async with aclosing(in_order([-1, *range(50)], work, lambda: 20)) as results:
             first = asyncio.ensure_future(anext(results))
             while work.begun < 20 or work.now > 1:
                 await asyncio.sleep(0.001)
@@ -91,7 +93,7 @@ def test_others_go_on_while_results_are_taken() -> None:
             begun.append(item)
             return item
 
-        async with aclosing(in_order(range(100), work, 50)) as results:
+        async with aclosing(in_order(range(100), work, lambda: 50)) as results:
             async for result in results:
                 if result == 30:
                     assert max(begun) > 60
@@ -103,7 +105,7 @@ def test_others_go_on_while_results_are_taken() -> None:
 def test_nothing_is_left_at_work_when_the_consumer_stops() -> None:
     async def run() -> None:
         work = Work()
-        async with aclosing(in_order([1, -1, -1, -1], work, 4)) as results:
+        async with aclosing(in_order([1, -1, -1, -1], work, lambda: 4)) as results:
             async for result in results:
                 assert result == 2
                 break
@@ -116,7 +118,7 @@ def test_the_first_exception_is_raised_at_once_and_ends_the_others() -> None:
     async def run() -> None:
         work = Work()
         with pytest.raises(ValueError, match="of the work"):
-            async for _ in in_order([-1, 1, -2, -1], work, 4):
+            async for _ in in_order([-1, 1, -2, -1], work, lambda: 4):
                 pass
         assert (work.now, work.cancelled) == (0, 3)
 
@@ -131,7 +133,7 @@ def test_an_exception_of_the_items_ends_the_work() -> None:
 
         work = Work()
         with pytest.raises(KeyError, match="of the items"):
-            async for _ in in_order(items(), work, 3):
+            async for _ in in_order(items(), work, lambda: 3):
                 pass
         assert (work.now, work.cancelled) == (0, 2)
 
@@ -143,7 +145,7 @@ def test_cancelling_the_consumer_ends_the_work() -> None:
         work = Work()
 
         async def consume() -> None:
-            async for _ in in_order([-1, -1], work, 4):
+            async for _ in in_order([-1, -1], work, lambda: 4):
                 pass
 
         task = asyncio.create_task(consume())

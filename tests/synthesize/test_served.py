@@ -81,7 +81,7 @@ class Asked:
         with Journal(path / "replies", self.events.append) as journal:
             async with Served(models, journal, environment, on_event=self.events.append, waits=FAST) as served:  # fmt: skip
                 ask = lambda item: served.reply(role(item), messages(item), 0)  # noqa: E731
-                async with aclosing(in_order(items, ask, 64)) as results:
+                async with aclosing(in_order(items, ask, lambda: 64)) as results:
                     async for reply in results:
                         replies.append(reply)
                         if watch:
@@ -570,7 +570,7 @@ async def main(path, url, count):
         async with Served(models, journal) as served:
             def ask(number):
                 return served.reply("teacher", [{"role": "user", "content": f"item {number}"}], 0)
-            async with aclosing(in_order(range(count), ask, 32)) as results:
+            async with aclosing(in_order(range(count), ask, lambda: 32)) as results:
                 async for _ in results:
                     pass
 asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))

@@ -15,6 +15,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -24,6 +26,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from megacode.cli.main import VERBS
+from megacode.launch import free_port
 from megacode.quickstart import __main__ as quickstart
 from megacode.quickstart.teacher import make_server
 from megacode.run.metrics import read_metrics
@@ -110,6 +113,8 @@ class Place:
         self.looked: list[list[str]] = []
         """Commands that leave nothing for later ones, and ran before: other pages have them, too."""
         self.kept: set[Path] = set()
+        self.served: list[subprocess.Popen[bytes]] = []
+        self.ports = {documented: str(free_port()) for documented in ("8000", "8001")}
         path = os.pathsep.join(
             [str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
         )
@@ -132,6 +137,42 @@ class Place:
             if path not in self.kept and not path.parent.is_symlink():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+    def on_its_ports(self, text: str) -> str:
+        """A command or a synthesis file with free ports instead of the documented ones."""
+        return re.sub(
+            r"(--port |127\.0\.0\.1:)(800[01])\b",
+            lambda found: found[1] + self.ports[found[2]],
+            text,
+        )
+
+    def serve(self, line: str, **environment: str) -> None:
+        """Run what a line begins in the background, until it answers; `end_served` ends it."""
+        port = re.search(r"--port (\d+)", line)
+        assert port and line.endswith("&"), line
+        with (self.folder / f"served-{port[1]}.log").open("wb") as log:
+            # `exec`: the signal is for the program, and not for a shell around it.
+            self.served.append(
+                subprocess.Popen(
+                    ["bash", "-c", f"exec {line.rstrip('& ')}"],
+                    cwd=self.folder,
+                    env={**self.environment, **environment},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+        until = time.monotonic() + 200
+        while not answers(f"http://127.0.0.1:{port[1]}/health"):
+            ended = self.served[-1].poll() is not None
+            assert not ended and time.monotonic() < until, (line, Path(log.name).read_text())
+            time.sleep(0.2)
+
+    def end_served(self) -> None:
+        for one in self.served:
+            one.terminate()
+        for one in self.served:
+            one.wait(30)
+        self.served.clear()
+
     def bash(self, line: str, code: int = 0, **environment: str) -> str:
         """Standard output and error of a command line that ends with `code`."""
         command = ["bash", "-euo", "pipefail", "-c", line]
@@ -147,6 +188,14 @@ class Place:
         assert done.returncode == code, told
         assert "Warning" not in done.stderr and "Traceback" not in done.stderr, told
         return done.stdout + done.stderr
+
+
+def answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +227,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     for name in ("megacode", "tools", "slurm", "bench", "docs"):
         (folder / name).symlink_to(ROOT / name)
     made = Place(folder, site)
+    for file in (folder / "recipes/synthesis").iterdir():
+        file.write_text(made.on_its_ports(file.read_text()))
     out = made.bash(f"{sys.executable} -m megacode.quickstart")
     assert "starting crystal-tiny" in out and "finished: 470 steps" in out and "report.html" in out
     make_inputs(made)
@@ -407,30 +458,45 @@ def run_all(place: Place, commands: list[Command]) -> None:
         commands
     ):
         place.bash("megacode export runs/crystal-tiny exported")
-    for command in commands:
-        if command.line.startswith("tools/study-data"):  # without its installation, with its extra
-            line = command.line.replace("tools/study-data", "python -m megacode.quickstart.studies")
-            if "chat" not in line and not find_spec("reasoning_gym"):
-                pytest.skip(f"{command.where}: reasoning-gym is not installed")
-            place.bash(line, PYTHONPATH=place.installed)
-        elif verb := re.match(r"megacode (pairs|synthesize)\b", command.line):  # with its extra
-            if not find_spec({"pairs": "tree_sitter", "synthesize": "aiohttp"}[verb[1]]):
-                pytest.skip(f"{command.where}: the extra of megacode {verb[1]} is not installed")
-            place.bash(command.line, PYTHONPATH=place.installed)
-        elif not re.match(
-            r"(megacode|tools/(preprocess|convert)|srun|torchrun|jq)\b", command.line
-        ):
-            assert checked(command), f"{command.where}: neither run nor checked: {command.line}"
-        elif "--harness" in command.line:
-            told = place.bash(command.line, code=2)
-            assert "pip install 'megacode[harness]'" in told, (command, told)
-        elif not command.line.startswith("jq ") or shutil.which("jq"):
-            words = shlex.split(command.line, comments=True)
-            if words in place.looked:
-                continue
-            place.bash(command.line)
-            if words[1] in LOOKING and "runs/crystal-tiny" in words:
-                place.looked.append(words)
+    try:
+        for command in commands:
+            run_one(place, command)
+    finally:
+        place.end_served()
+
+
+def run_one(place: Place, command: Command) -> None:
+    line = place.on_its_ports(command.line)
+    words = shlex.split(line, comments=True)
+    if line.startswith("kill %"):
+        return place.end_served()
+    if line.startswith("tools/study-data"):  # without its installation, with its extra
+        line = line.replace("tools/study-data", "python -m megacode.quickstart.studies")
+        needs = "" if "chat" in line else "reasoning_gym"
+    else:
+        programs = {
+            "megacode pairs": "tree_sitter",
+            "megacode synthesize": "aiohttp",
+            "transformers serve": "uvicorn",
+        }
+        needs = programs.get(" ".join(words[:2]), "")
+    if needs and not find_spec(needs):
+        pytest.skip(f"{command.where}: {needs} is not installed")
+    extras = {"PYTHONPATH": place.installed} if needs or "quickstart.studies" in line else {}
+    if line.endswith("&"):
+        place.serve(line, **extras)
+    elif extras:
+        place.bash(line, **extras)
+    elif not re.match(r"(megacode|tools/(preprocess|convert)|srun|torchrun|jq)\b", line):
+        assert checked(command), f"{command.where}: neither run nor checked: {line}"
+    elif "--harness" in line:
+        told = place.bash(line, code=2)
+        assert "pip install 'megacode[harness]'" in told, (command, told)
+    elif words not in place.looked and (words[0] != "jq" or shutil.which("jq")):
+        place.bash(line)
+        if words[1] in LOOKING and "runs/crystal-tiny" in words:
+            place.looked.append(words)
+    return None
 
 
 @pytest.mark.slow

@@ -239,10 +239,10 @@ def candidate(
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": prompt})
         reply = yield Request(step.name, step.of, tuple(messages))
-        if problem := {"length": "cut off (length)", "content_filter": "content filter"}.get(
-            reply.finish, ""
-        ):
-            return Outcome(None, problem, step=step.name)
+        if reply.finish == "length" and not step.may_be_cut:
+            return Outcome(None, "cut off (length)", step=step.name)
+        if reply.finish == "content_filter":
+            return Outcome(None, "content filter", step=step.name)
         values[step.name], problem = _reply(step, reply.text)
         if problem:
             return Outcome(None, problem, step=step.name)

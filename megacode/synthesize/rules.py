@@ -43,6 +43,8 @@ class Step(Section):
     system: str = ""
     prompt: str
     read: Read = Read()
+    may_be_cut: bool = False
+    """A reply that `max_tokens` cut off is used as it is; otherwise the candidate is rejected."""
     when: str = ""
     """An expression; the step is left out where it is false."""
 

@@ -215,11 +215,12 @@ def test_instruct() -> None:
 
 
 def test_replies_that_cannot_be_used() -> None:
-    def outcome(reply: Text) -> tuple[str, str]:
-        found, _ = drive(open_operator("tutorship", HERE), SUM, "Answer: 8", reply)
+    def outcome(reply: Text, attempt: Text | str = "Answer: 8") -> tuple[str, str]:
+        found, _ = drive(open_operator("tutorship", HERE), SUM, attempt, reply)
         return found.reason, found.step
 
     assert outcome(Text("wrong\nAnswer: 7", "length")) == ("cut off (length)", "tutoring")
+    assert outcome(Text("wrong\nAnswer: 7"), Text("and so on", "length")) == ("", "")
     assert outcome(Text("wrong", "content_filter")) == ("content filter", "tutoring")
     assert outcome(Text(" \n")) == ("empty reply", "tutoring")
     assert outcome(Text("<think>It goes on and on")) == ("empty reply", "tutoring")

@@ -1,7 +1,8 @@
 """Data of the study ntp-plus: pairs of functions and of programs, datasets of them, and tasks.
 
 Functions are those of the quickstart's code. Programs are reasoning-gym's, which come with makers
-of inputs, so that what is equivalent has been run. `operator-flipped` is never trained on.
+of inputs, so that what is equivalent has been run. `operator-flipped` and other solutions of a
+problem (`solutions`) are never trained on.
 """
 
 from __future__ import annotations
@@ -27,25 +28,33 @@ MOST_TOKENS = 512
 """Of a pair: a row of the recipes."""
 _ASKED = 150
 """Records of each kind of corpus that LECS asks about."""
+_TRAINED = "other: [lines-shuffled, tokens-shuffled, other-problem]"
 _LECS = {
-    "lecs-mean": "{score: embedding, other: TRAINED}",
-    "lecs-last": "{score: embedding, pooling: last, other: TRAINED}",
-    "lecs-likelihood": "{score: likelihood, other: TRAINED}",
-    "lecs-prompt": "{score: prompt, other: TRAINED}",
-    "lecs-held-out": "{score: embedding, other: [" + HELD_OUT + "]}",
+    "lecs-mean": f"{{score: embedding, {_TRAINED}}}",
+    "lecs-last": f"{{score: embedding, pooling: last, {_TRAINED}}}",
+    "lecs-likelihood": f"{{score: likelihood, {_TRAINED}}}",
+    "lecs-prompt": f"{{score: prompt, {_TRAINED}}}",
+    "lecs-held-out": f"{{score: embedding, other: [{HELD_OUT}]}}",
 }
-_TRAINED = "[lines-shuffled, tokens-shuffled, other-problem]"
+_GRID = {"lecs-grid": "{score: embedding}", "lecs-grid-likelihood": "{score: likelihood}"}
+"""Renamed and other solutions against shuffled lines and other problems: of solved problems."""
 _COMPLETION = "{check: exact, max_tokens: 48, stop: ['\\n']}"
 
 
 def make_pair_study(
-    folder: Path, programs: Path, tokenizer: schema.TokenizerSection, code: Path, console: Console
+    folder: Path,
+    programs: Path,
+    solutions: Path,
+    tokenizer: schema.TokenizerSection,
+    code: Path,
+    console: Console,
 ) -> list[Path]:
-    """Write `folder/{functions,programs}.jsonl`, the datasets `folder/{members,sequences}/train`
-    and `folder/tasks`.
+    """Write `folder/{functions,programs,solved}.jsonl`, the datasets
+    `folder/{members,sequences}/train` and `folder/tasks`.
 
     Args:
         programs: JSONL of `text`, `problem` and `generator`.
+        solutions: the same, with several of a problem.
         code: JSONL of files, with `text` and `path`.
 
     Returns:
@@ -84,17 +93,29 @@ def make_pair_study(
             overwrite=True,
         )
         preprocess_visibly(tokens, available_cores(), console, title=f"pairs as {form}")
-    return _write_tasks(folder / "tasks", held_out)
+    solved = PairRequest(
+        inputs=(str(solutions),),
+        output=folder / "solved.jsonl",
+        kinds=("renamed", "solution", "lines-shuffled", "other-problem"),
+        language="python",
+        problem_field="problem",
+        generator_field="generator",
+        overwrite=True,
+    )
+    make_pairs_visibly(solved, available_cores(), console)
+    return _write_tasks(folder / "tasks", held_out, list(read_pairs(solved.output)))
 
 
-def _write_tasks(folder: Path, records: Sequence[PairRecord]) -> list[Path]:
+def _write_tasks(
+    folder: Path, records: Sequence[PairRecord], solved: Sequence[PairRecord]
+) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "pairs.jsonl", "".join(one.line().decode() for one in records))
     files = []
-    for name, how in _LECS.items():
-        files.append(folder / f"{name}.yaml")
-        lecs = how.replace("TRAINED", _TRAINED)
-        write_text(files[-1], f"name: {name}\ndata: pairs.jsonl\nlecs: {lecs}\n")
+    for data, asked, how in (("pairs", records, _LECS), ("solved", solved, _GRID)):
+        write_text(folder / f"{data}.jsonl", "".join(one.line().decode() for one in asked))
+        for name, lecs in how.items():
+            files.append(folder / f"{name}.yaml")
+            write_text(files[-1], f"name: {name}\ndata: {data}.jsonl\nlecs: {lecs}\n")
     for name, fill in (("completion", False), ("completion-fim", True)):
         items = [one for record in records for one in _completions(record, fill)]
         write_text(folder / f"{name}.jsonl", "".join(json.dumps(one) + "\n" for one in items))

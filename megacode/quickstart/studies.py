@@ -38,6 +38,7 @@ from megacode.quickstart.__main__ import DATA
 from megacode.quickstart.corpora import gather, prepare, python_sources, read_source
 from megacode.quickstart.docstrings import docstring_prose
 from megacode.quickstart.pair_study import make_pair_study
+from megacode.quickstart.solutions import solved_problems
 from megacode.recipe import schema
 from megacode.report.preprocessing import preprocess_visibly
 from megacode.terminal import print_table, table_of
@@ -76,15 +77,13 @@ def make(study: str, folder: Path, console: Console, seed: int = 1) -> None:
     table = table_of("", "dataset or task", "records", "repeated, left out", left=1)
     held_out = {_question(one) for name in found if _is_held_out(name) for one in found[name]}
     for name, given in found.items():
-        if name == "programs":  # of which pairs are made
-            lines = folder / study / "records" / f"{name}.jsonl"
-            lines.parent.mkdir(parents=True, exist_ok=True)
-            write_text(lines, "".join(json.dumps(record) + "\n" for record in given))
-            continue
-        records = given if _is_held_out(name) else _new(given, held_out)
+        of_pairs = study == "ntp-plus"
+        records = given if _is_held_out(name) or of_pairs else _new(given, held_out)
         lines = folder / study / "records" / f"{name}.jsonl"
         lines.parent.mkdir(parents=True, exist_ok=True)
         write_text(lines, "".join(json.dumps(record) + "\n" for record in records))
+        if of_pairs:
+            continue
         is_text = "text" in records[0]
         request = Request(
             inputs=(str(lines),),
@@ -101,8 +100,9 @@ def make(study: str, folder: Path, console: Console, seed: int = 1) -> None:
         repeated = len(given) - len(records)
         table.add_row(f"{folder / study / name}", f"{len(records):,}", f"{repeated:,}")
     if study == "ntp-plus":
-        programs, code = folder / study / "records/programs.jsonl", DATA / "gathered/code.jsonl"
-        for path in make_pair_study(folder / study, programs, section, code, console):
+        programs, solutions = (folder / study / f"records/{name}.jsonl" for name in found)
+        code = DATA / "gathered/code.jsonl"
+        for path in make_pair_study(folder / study, programs, solutions, section, code, console):
             table.add_row(str(path), "", "")
     for probe in PROBES.get(study, ()):
         for one in make_probe(probe, seed, folder / study / "tasks"):
@@ -174,14 +174,15 @@ def math_cpt(seed: int) -> dict[str, list[Record]]:
 
 
 def ntp_plus(seed: int) -> dict[str, list[Record]]:
-    """Programs, each with a maker of inputs."""
+    """Programs, each with a maker of inputs; two solutions of each of some problems."""
     kept = _shuffled(_programs(), seed)[:400]
     names = {"text": "code_sample", "generator": "input_generator"}
     return {
         "programs": [
             {"problem": str(i), **{ours: row[theirs] for ours, theirs in names.items()}}
             for i, row in enumerate(kept)
-        ]
+        ],
+        "solutions": list(solved_problems(seed, 100)),
     }
 
 

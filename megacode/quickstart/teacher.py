@@ -17,7 +17,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def tutoring(solution: str, attempt: str) -> str:
     if wrong < len(tried):
         quoted = f'The first wrong step is "{tried[wrong]}".'
     rest = "\n".join(right[wrong:])
-    return f"wrong\n{quoted} It should be:\n{rest}\nAnswer: {final_answer(solution)}"
+    return f"wrong\n{quoted} It should be:\n{rest}\nAnswer: {_answer_in(right)}"
 
 
 def weak_attempt(solution: str, number: int) -> str:
@@ -52,7 +52,12 @@ def weak_attempt(solution: str, number: int) -> str:
             _NUMBER.sub(lambda m: str(int(m[0]) + 1), line) if i >= at else line
             for i, line in enumerate(lines)
         ]
-    return "\n".join([*lines, f"Answer: {final_answer(lines[-1]) or lines[-1]}"])
+    return "\n".join([*lines, f"Answer: {_answer_in(lines)}"])
+
+
+def _answer_in(lines: Sequence[str]) -> str:
+    """Of a solution's last line, which may be the bare answer."""
+    return final_answer(lines[-1]) or lines[-1]
 
 
 def reply_to(prompt: str, problems: Mapping[str, str]) -> str:

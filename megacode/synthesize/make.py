@@ -126,9 +126,10 @@ def open_synthesis(
         if role not in operator.roles:
             asked = ", ".join(operator.roles)
             raise UserError(f"{path}: models.{role}: the operator asks {asked} alone; remove it")
+    folder = Path(os.path.normpath(base / file.output))
     links: list[Path] = []
     inputs = tuple(find_inputs([base / one for one in file.inputs], on_link=links.append))
-    return OpenSynthesis(path, file, operator, inputs, base / file.output, shard, len(links))
+    return OpenSynthesis(path, file, operator, inputs, folder, shard, len(links))
 
 
 async def synthesize(

@@ -87,6 +87,7 @@ def test_the_teacher_marks_the_first_wrong_line() -> None:
     wrong = tutoring(right, right.replace("4 + 9 = 13", "4 + 9 = 14"))
     assert wrong.startswith("wrong\n") and '"4 + 9 = 14"' in wrong and wrong.endswith("Answer: 13")
     assert "apples and" not in wrong
+    assert tutoring("13", "14\nAnswer: 14").endswith("It should be:\n13\nAnswer: 13")
     assert reply_to("something else", {}) == ""
 
 

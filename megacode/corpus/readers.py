@@ -256,6 +256,8 @@ def _parse(line: bytes, field: str, number: int) -> Item:
 
 def _take(record: Any, field: str, number: int, line: bytes) -> Item:
     if not field:
+        if not isinstance(record, dict):
+            return BadRecord("the record is not an object", number, line)
         return TextDocument(line, number, record)
     try:
         raw, repaired = record_text(record, field)

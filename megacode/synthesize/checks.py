@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from megacode.corpus.inputs import find_inputs
+from megacode.corpus.readers import BadRecord, read_input
 from megacode.errors import UserError
-from megacode.files import read_json_lines
 from megacode.synthesize import schema
 from megacode.synthesize.answers import same_answer
 from megacode.synthesize.expressions import math_verify
@@ -160,9 +161,14 @@ class HeldOut:
         for name in how.files:
             most = 0
             path = folder / Path(name).expanduser()
-            for number, record in read_json_lines(path, "a test set has a JSON object a line"):
-                self._places.append(f"{name} line {number}")
-                for text in _texts(record):
+            files = find_inputs([path], on_link=_refuse_link)
+            for item in (item for file in files for item in read_input(file, "")):
+                if isinstance(item, BadRecord):
+                    raise UserError(
+                        f"{path}, record {item.record}: {item.reason}; a test set has whole records"
+                    )
+                self._places.append(f"{name} record {item.record}")
+                for text in _texts(dict(item.values)):
                     words = _words(text)
                     most = max(most, len(words))
                     self._add(words)
@@ -198,6 +204,10 @@ class HeldOut:
     def _told(self, place: int, run: str) -> str:
         shown = run if len(run) <= _SHOWN else run[: _SHOWN - 3] + "..."
         return f"{self._places[place]} shares: '{shown}'"
+
+
+def _refuse_link(path: Path) -> None:
+    raise UserError(f"{path}: a link that leads out of the test set; name what it leads to")
 
 
 def _texts(value: Any) -> Iterator[str]:

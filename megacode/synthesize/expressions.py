@@ -11,6 +11,7 @@ here:
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import re
@@ -95,7 +96,8 @@ def _bounded(question: Callable[[], bool]) -> bool:
     def count(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal left
         left -= 1
-        if left < 0:
+        # Not while a generator is closed: Python would swallow the exception, and go on uncounted.
+        if left < 0 and (left < -_LINES or not frame.f_code.co_flags & inspect.CO_GENERATOR):
             raise _Beyond
         return count
 

@@ -61,7 +61,7 @@ class Decontamination(Section):
     """Rows that share a run of words with a test set."""
 
     files: list[str] = Field(min_length=1)
-    """JSONL; every text field of a record is looked at."""
+    """As `inputs`; every text field of a record is looked at."""
     ngram: int = Field(default=13, ge=3)
     """Words; shorter records of a test set are compared whole."""
 

@@ -3,11 +3,13 @@ r"""Answers, votes, near-duplicates and test sets."""
 from __future__ import annotations
 
 import builtins
+import gzip
 import json
 import random
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,29 @@ def test_work_is_bounded_where_the_form_does_not_tell(monkeypatch: pytest.Monkey
     assert found == [False, True]
 
 
+def test_the_bound_holds_where_generators_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is reached at each of a loop's lines; in a generator that is being closed, too."""
+
+    def numbers() -> Iterator[int]:
+        yield from (1, 2)
+
+    def first() -> int:
+        for number in numbers():
+            return number
+        return 0
+
+    for lines in range(100, 130):
+        monkeypatch.setattr(expressions, "_LINES", lines)
+        rounds: list[int] = []
+
+        def ask(rounds: list[int] = rounds) -> bool:
+            for _ in range(1_000):
+                rounds.append(first())
+            return True
+
+        assert not expressions._bounded(ask) and len(rounds) < 50
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
@@ -298,26 +323,31 @@ def test_what_shares_words_with_a_test_set(tmp_path: Path) -> None:
     nested = {"messages": [{"role": "user", "content": QUESTION}], "answer": "51", "kind": ["b c"]}
     check = held_out(tmp_path, {"question": "Something else"}, nested)
     assert check.found("So: " + QUESTION.replace(" and", ", AND").upper() + "? 51") == (
-        "test.jsonl line 2 shares: 'a farmer has seventeen sheep and buys twice as many goats on a'"
+        "test.jsonl record 2 shares: 'a farmer has seventeen sheep and buys twice as many goats on a'"
     )
     assert check.found(" ".join(QUESTION.split()[:12])) == ""
     assert check.found("user 51 b c Something else") == ""
+    (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress((tmp_path / "test.jsonl").read_bytes()))
+    packed = HeldOut(Decontamination(files=["test.jsonl.gz"]), tmp_path)
+    assert packed.found(QUESTION).startswith("test.jsonl.gz record 2 shares")
 
 
 def test_short_texts_of_a_test_set_are_whole_parts(tmp_path: Path) -> None:
     check = held_out(tmp_path, {"question": "What is\n2 + 2?", "answer": "four", "id": "test/7"})
-    assert check.found("Think.\n\nWhat is 2 + 2?\nIt is 4.").startswith("test.jsonl line 1 shares")
-    assert check.found("Hi.\n\nWhat is\n2 + 2?\n\n4") == "test.jsonl line 1 shares: 'what is 2 2'"
+    assert check.found("Think.\n\nWhat is 2 + 2?\nIt is 4.").startswith(
+        "test.jsonl record 1 shares"
+    )
+    assert check.found("Hi.\n\nWhat is\n2 + 2?\n\n4") == "test.jsonl record 1 shares: 'what is 2 2'"
     assert check.found("Say what is 2 + 2 + 3") == "" and check.found("four") == ""
 
 
 def test_bad_test_sets(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none.jsonl: cannot be read"):
+    with pytest.raises(UserError, match=r"none.jsonl: no such file"):
         HeldOut(Decontamination(files=["none.jsonl"]), tmp_path)
     with pytest.raises(UserError, match=r"test.jsonl: has no text of 3 words or more"):
         held_out(tmp_path, {"answer": "four"})
     (tmp_path / "test.jsonl").write_text('{"a": "one two three"}\n[1]\n')
-    with pytest.raises(UserError, match=r"test.jsonl, line 2: is no JSON object"):
+    with pytest.raises(UserError, match=r"test.jsonl, record 2: the record is not an object"):
         HeldOut(Decontamination(files=["test.jsonl"]), tmp_path)
 
 

@@ -139,7 +139,7 @@ def test_what_is_rejected_is_kept_with_its_reason(teacher: Teacher, tmp_path: Pa
     assert {reasons[f"p{i}"] for i in range(6)} <= {"judged correct, is wrong", "another answer"}
     assert reasons["p7"] == "near duplicate" and reasons["p8"] == "in a test set"
     assert next(one for one in rejects if one["parent"] == "p7")["detail"] == "of like p7#0"
-    assert "test.jsonl line 1" in next(one for one in rejects if one["parent"] == "p8")["detail"]
+    assert "test.jsonl record 1" in next(one for one in rejects if one["parent"] == "p8")["detail"]
     assert all(set(one["replies"]) == {"attempt", "tutoring"} for one in rejects)
     counts = json.loads((tmp_path / "out/manifest.json").read_text())["counts"]
     assert counts["accepted"] == 1 and counts["candidates"] == 9

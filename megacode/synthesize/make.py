@@ -118,14 +118,17 @@ def open_synthesis(
     file = load_section(Synthesis, path, overrides)
     base = path.parent
     prompts = base / file.prompts if file.prompts else None
-    operator = open_operator(file.operator, base, prompts)
+    operator = open_operator(file.operator, base, prompts, file.checks.judge)
     for role in operator.roles:
         if role not in file.models:
             raise UserError(f"{path}: models: the operator {file.operator} asks a {role}; add it")
     for role in file.models:
         if role not in operator.roles:
             asked = ", ".join(operator.roles)
-            raise UserError(f"{path}: models.{role}: the operator asks {asked} alone; remove it")
+            raise UserError(
+                f"{path}: models.{role}: the operator asks {asked} alone; remove it"
+                + (", or set checks.judge" if role == "judge" else "")
+            )
     folder = Path(os.path.normpath(base / file.output))
     links: list[Path] = []
     inputs = tuple(find_inputs([base / one for one in file.inputs], on_link=links.append))

@@ -31,7 +31,7 @@ from megacode.recipe.load import load_section
 from megacode.recipe.yaml_tree import Tree, read_yaml
 from megacode.synthesize.expressions import math_verify
 from megacode.synthesize.reading import read_reply
-from megacode.synthesize.rules import PARTS, Rules, Step
+from megacode.synthesize.rules import PARTS, Read, Rules, Step
 from megacode.synthesize.templates import Template, compiled
 
 BUILT_IN = Path(__file__).parent / "operators"
@@ -69,11 +69,14 @@ class Operator:
         return ""
 
 
-def open_operator(name: str, beside: Path, prompts: Path | None = None) -> Operator:
+def open_operator(
+    name: str, beside: Path, prompts: Path | None = None, judged: bool = False
+) -> Operator:
     """A built-in operator by its name, or one of a file, relative to the folder `beside`.
 
     Args:
         prompts: a folder whose files STEP.jinja replace prompts.
+        judged: a last step asks a judge about the row.
 
     Raises:
         UserError: there is no such operator, or what is wrong in its file and prompts.
@@ -82,8 +85,16 @@ def open_operator(name: str, beside: Path, prompts: Path | None = None) -> Opera
     tree = read_yaml(path, "operator")
     rules = load_section(Rules, path)
     places: dict[str, str] = {}
+    if judged:
+        rules = _with_judge(rules, path)
+        last = f"ask.{len(rules.ask) - 1}"
+        places = {
+            f"{last}.{key}": f"{path}: the judge's {key}" for key in ("prompt", "system", "when")
+        }
+        places[f"reject.{_REFUSED}"] = f"{path}: the judge's verdict"
     if prompts:
-        rules, places = _with_prompts(rules, prompts, path)
+        rules, given = _with_prompts(rules, prompts, path)
+        places |= given
     return Operator(name, rules, _templates(rules, tree, places))
 
 
@@ -99,6 +110,39 @@ def _built_in(name: str) -> Path:
             + did_you_mean(name, names)
         )
     return BUILT_IN / f"{name}.yaml"
+
+
+_REFUSED = "judge refused"
+_JUDGE = """Judge the example below, from which a model is to learn.
+
+<example>
+{row}
+</example>
+
+The first line of your reply is one word:
+accept - what it ends with is right, and so is everything that it presents as right
+refuse - anything else
+Then say why, in one sentence.
+"""
+
+
+def _with_judge(rules: Rules, path: Path) -> Rules:
+    """The rules with a last step that shows the row to a judge, who accepts or refuses it."""
+    if any(step.name == "judgement" for step in rules.ask):
+        raise UserError(
+            f"{path}: has a step named judgement, as `checks.judge` has; rename it, or leave "
+            "`checks.judge` out"
+        )
+    messages = [f"{one.role}:\n{one.content}" for one in rules.record.messages]
+    row = "\n\n".join(messages) or rules.record.text
+    step = Step(
+        name="judgement",
+        of="judge",
+        prompt=_JUDGE.replace("{row}", row),
+        read=Read(tag=["accept", "refuse"]),
+    )
+    reject = {**rules.reject, _REFUSED: "judgement.tag == 'refuse'"}
+    return rules.model_copy(update={"ask": [*rules.ask, step], "reject": reject})
 
 
 def _with_prompts(rules: Rules, folder: Path, path: Path) -> tuple[Rules, dict[str, str]]:

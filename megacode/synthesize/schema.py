@@ -72,6 +72,9 @@ class Checks(Section):
     near_duplicates: NearDuplicates | Literal[False] = NearDuplicates()
     """`false` leaves them all in."""
     held_out: Decontamination | None = None
+    judge: bool = False
+    """`models.judge` reads each row that passed the operator's rules, and accepts or refuses it;
+    `prompts` may have a judgement.jinja."""
     majority: bool = False
     """Of a record's samples only those whose `answer` is that of most (a tie keeps none)."""
 

@@ -226,6 +226,23 @@ def test_replies_that_cannot_be_used() -> None:
     assert outcome(Text("<think>It goes on and on")) == ("empty reply", "tutoring")
 
 
+def test_a_judge_reads_the_row_last() -> None:
+    judged = open_operator("tutorship", HERE, judged=True)
+    assert judged.roles == ("student", "teacher", "judge")
+    wrong = "wrong\nIt is 7.\nAnswer: 7"
+    found, asked = drive(judged, SUM, "Answer: 8", wrong, "accept\nFine.")
+    assert found.row and found.row["answer"] == "7"
+    shown = asked[-1].messages[-1]["content"]
+    assert all(message["content"] in shown for message in found.row["messages"])
+    assert drive(judged, SUM, "Answer: 8", wrong, "refuse\nNo.")[0].reason == "judge refused"
+    assert drive(judged, SUM, "Answer: 8", wrong, "Well.")[0].reason == "no tag"
+    found, asked = drive(judged, SUM, "Answer: 8", "wrong\nAnswer: 9")
+    assert found.reason == "another answer" and len(asked) == 2, "what is rejected costs no judge"
+    assert (
+        open_operator("rewrite", HERE, judged=True).digest != open_operator("rewrite", HERE).digest
+    )
+
+
 # ------------------------------------------------------------------------------ a user's operators
 
 OWN = """

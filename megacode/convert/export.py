@@ -191,7 +191,13 @@ def export(
     if template and tokenizer:
         turn_end, note = turn_end_of(template, tokenizer)
         notes += [note] if note else []
-    about = outgoing(source.info.get("imported"), token_ids(tokenizer), tokenizer, turn_end)
+    about = outgoing(
+        source.info.get("imported"),
+        token_ids(tokenizer),
+        tokenizer,
+        turn_end,
+        chats=template is not None,
+    )
     if about.note:
         notes.append(about.note)
     with new_folder(out) as folder:

@@ -70,6 +70,7 @@ def outgoing(
     own: Mapping[str, Any],
     tokenizer: Tokenizer | None,
     turn_end: int | None = None,
+    chats: bool = False,
 ) -> Outgoing:
     """Ids and defaults of an export.
 
@@ -78,6 +79,8 @@ def outgoing(
         own: `IDS` as the recipe's tokenizer has them.
         tokenizer: the recipe's, where it can be read.
         turn_end: the token that ends a turn in the chat template; generation ends there, too.
+        chats: it has a chat template; then it samples if nothing else is said, without which
+            `transformers serve` disregards the temperature that a request asks for.
     """
     ids, generation, note = {}, {}, None
     if imported:
@@ -100,8 +103,9 @@ def outgoing(
     if turn_end is not None and turn_end not in ends:
         written["eos_token_id"] = [*ends, turn_end] if ends else turn_end
         written.pop("_from_model_config", None)
-    if written.keys() & {"temperature", "top_p"}:  # without it they have no effect
+    if chats or written.keys() & {"temperature", "top_p"}:  # without it they have no effect
         written.setdefault("do_sample", True)
+        written.pop("_from_model_config", None)
     return Outgoing(ids, written, note)
 
 

@@ -121,6 +121,9 @@ def test_ids_of_another_tokenizer_are_not_kept_and_said(tmp_path: Path, own_mode
         "eos_token_id": 2,
     }
     assert about.note and "eos_token_id [601, 602]" in about.note
+    chat = outgoing(None, own, tokenizer, chats=True)
+    assert chat.generation == {"bos_token_id": 1, "eos_token_id": 2, "do_sample": True}
+    assert "do_sample" not in outgoing(None, own, tokenizer).generation
     same = outgoing({**imported, "tokenizer": None}, own, tokenizer)
     assert (
         same.ids["eos_token_id"] == [601, 602] == same.generation["eos_token_id"]

@@ -18,6 +18,7 @@ import yaml
 
 from megacode.cli.main import main
 from megacode.quickstart.teacher import make_server, reply_to, tutoring
+from megacode.synthesize.make import candidates_of, open_synthesis
 from megacode.tokenizer.training import train_tokenizer
 from tests.processes import ROOT
 
@@ -317,3 +318,12 @@ def test_killed_before_its_manifest_it_goes_on(teacher: Teacher, tmp_path: Path)
     (tmp_path / "out/manifest.json").unlink()
     (tmp_path / "out/journal.sqlite").unlink()
     run(path, code=2)
+
+
+def test_the_documented_file_is_one(tmp_path: Path) -> None:
+    page = (ROOT / "docs/synthesis.md").read_text()
+    (tmp_path / "s.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    (tmp_path / "problems.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "2"}))
+    opened = open_synthesis(tmp_path / "s.yaml")
+    assert opened.operator.roles == ("student", "teacher", "judge")
+    assert opened.target == 10_000 and next(candidates_of(opened, opened.counts()))

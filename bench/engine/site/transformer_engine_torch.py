@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine_kernels.attention import *  # noqa: F403
+from engine_kernels.context import *  # noqa: F403
 from engine_kernels.enums import *  # noqa: F403
 from engine_kernels.fp8 import *  # noqa: F403
 from engine_kernels.layers import *  # noqa: F403

@@ -184,6 +184,18 @@ def open_shard(prefix: Path, label: str = "dataset") -> Shard:
             file.seek(_HEADER.size + 4 * sequences + 8 * (sequences - 1))
             (offset,) = struct.unpack("<q", file.read(8))
             end = offset + length * dtype.itemsize
+        first, last = -1, -1
+        if boundaries:
+            file.seek(_HEADER.size + 12 * sequences)
+            (first,) = struct.unpack("<q", file.read(8))
+            file.seek(_HEADER.size + 12 * sequences + 8 * (boundaries - 1))
+            (last,) = struct.unpack("<q", file.read(8))
+        if (first, last) != (0, sequences):
+            found = f"begin at {first} and end at {last:,}" if boundaries else "are missing"
+            raise UserError(
+                f"{label}: {idx}: its document boundaries {found}, where its {sequences:,} "
+                "sequences want 0 and their number; tokenize the source again"
+            )
     there = data.stat().st_size
     if there != end:
         raise UserError(

@@ -123,6 +123,8 @@ def test_opening_costs_the_same_whatever_the_size(tmp_path: Path) -> None:
         file.write(struct.pack("<i", 1000))
         file.seek(34 + 12 * documents - 8)
         file.write(struct.pack("<q", 2 * (tokens - 1000)))
+        file.seek(34 + 12 * documents + 8 * documents)
+        file.write(struct.pack("<q", documents))
     source = opened(tmp_path, "big")
     assert (source.tokens, source.documents) == (tokens, documents)
     assert source.read(np.array([0, tokens - 3]), 3).tolist() == [[0, 0, 0], [0, 0, 7]]
@@ -149,6 +151,15 @@ def broken(folder: Path, how: str) -> None:
         idx.write_bytes(header[:9] + struct.pack("<Q", 2) + header[17:])
     elif how == "floats":
         idx.write_bytes(header[:17] + b"\x07" + header[18:])
+    elif how == "no boundaries":
+        n = struct.unpack("<Q", header[18:26])[0]
+        idx.write_bytes(header[:26] + struct.pack("<Q", 0) + header[34 : 34 + 12 * n])
+    elif how == "boundaries end early":
+        idx.write_bytes(header[:-8] + header[-16:-8])
+    elif how == "boundaries begin late":
+        n = struct.unpack("<Q", header[18:26])[0]
+        at = 34 + 12 * n
+        idx.write_bytes(header[:at] + header[at + 8 : at + 16] + header[at + 8 :])
     elif how == "bin cut":
         data.write_bytes(data.read_bytes()[:-2])
     elif how == "bin longer":
@@ -167,6 +178,9 @@ def broken(folder: Path, how: str) -> None:
         ("empty idx", "not the index"),
         ("version", "format version 2"),
         ("floats", "type float32; tokens are integers"),
+        ("no boundaries", "its document boundaries are missing"),
+        ("boundaries end early", "its document boundaries begin at 0 and end at "),
+        ("boundaries begin late", "its document boundaries begin at 1 and end at "),
         ("bin cut", "where its index says"),
         ("bin longer", "where its index says"),
     ],

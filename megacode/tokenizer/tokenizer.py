@@ -46,6 +46,14 @@ _LOADERS: dict[str, Callable[[Path, Sequence[str]], Vocabulary]] = {
 _KIND_BY_ENDING = {".model": "sentencepiece", ".json": "huggingface", ".tiktoken": "tiktoken"}
 
 
+class UnencodableError(UserError):
+    """Texts that the reference library cannot encode. `reasons`: number of the text -> why."""
+
+    def __init__(self, path: str, reasons: Mapping[int, str]) -> None:
+        super().__init__(f"{path}: {next(iter(reasons.values()))}; leave this text out")
+        self.path, self.reasons = path, dict(reasons)
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """Text to ids and back: `base` is the file's vocabulary, `added_tokens` has each name's id."""
@@ -96,8 +104,28 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`[encode(t) for t in texts]`, on the calling thread."""
-        return self.base.encode_batch(list(map(well_formed, texts)))
+        """`[encode(t) for t in texts]`, on the calling thread.
+
+        Raises:
+            UnencodableError: the library fails on some of them.
+        """
+        texts = list(map(well_formed, texts))
+        found = self._encoded(texts)
+        if not isinstance(found, str):
+            return found
+        each = [self._encoded([text]) for text in texts]
+        if reasons := {i: one for i, one in enumerate(each) if isinstance(one, str)}:
+            raise UnencodableError(str(self.path), reasons)
+        return [one[0] for one in each if not isinstance(one, str)]
+
+    def _encoded(self, texts: list[str]) -> list[list[int]] | str:
+        """Ids, or why the library fails: its Rust code panics, which is no Exception in Python."""
+        try:
+            return self.base.encode_batch(texts)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            return f"{self.kind} fails on it: {str(error)[:80]}"
 
     def decode(self, ids: Sequence[int], control: bool = False) -> str:
         """Text of ids, without control tokens or, with `control`, with their names.

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from megacode.recipe import schema
 from megacode.tokenizer.fast import FastEncoder
 from megacode.tokenizer.tokenizer import load_tokenizer
 from megacode.tokenizer.training import train_tokenizer
+from tests.tokenizer.test_fast import GPT2_BY_TIKTOKEN, write_tiktoken
 
 LANGUAGES = ("python", "c++", "c/h")
 
@@ -607,3 +609,30 @@ def test_a_fast_backend_that_is_wrong_ends_the_run(
         make(model, corpus, tmp_path / "out")
     assert not (tmp_path / "out.bin").exists()
     assert make(model, corpus, tmp_path / "exact", exact=True).counts.exact == "asked for (--exact)"
+
+
+# ------------------------------------------------------------------------------ a tokenizer that panics
+
+
+@pytest.mark.parametrize("pattern", ["known", "unknown"])
+def test_texts_on_which_the_tokenizer_fails_are_set_aside(tmp_path: Path, pattern: str) -> None:
+    """tiktoken's expressions run out of stack on a million blanks: a panic of Rust, no Exception."""
+    tokenizer = tmp_path / "t.tiktoken"
+    write_tiktoken(
+        tokenizer, GPT2_BY_TIKTOKEN if pattern == "known" else rf"{GPT2_BY_TIKTOKEN}|Q{{7}}"
+    )
+    panics = " " * 1_000_000 + "\u0378"
+    texts = ["def f(x):", panics, "return 1", panics, "a", *["word "] * 20]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    section = schema.TokenizerSection(path=str(tokenizer))
+    request = Request(
+        inputs=(str(tmp_path / "in.jsonl"),), tokenizer=section, output=tmp_path / "out"
+    )
+    for _ in range(2):
+        result = preprocess(request, workers=1)
+        assert result.counts.bad.total() == 2
+        set_aside = [json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").open()]
+        assert [one["record"] for one in set_aside] == [2, 4]
+        assert all(one["reason"].startswith("tiktoken fails on it: ") for one in set_aside)
+        assert indexed.open_shard(tmp_path / "out").documents == 23
+        request = replace(request, overwrite=True)

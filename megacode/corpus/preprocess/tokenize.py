@@ -37,7 +37,12 @@ from megacode.data import indexed
 from megacode.errors import UserError
 from megacode.files import replace_file, write_json
 from megacode.tokenizer.fast import FastEncoder, check_sample, load_fast
-from megacode.tokenizer.tokenizer import Tokenizer, load_tokenizer, well_formed
+from megacode.tokenizer.tokenizer import (
+    Tokenizer,
+    UnencodableError,
+    load_tokenizer,
+    well_formed,
+)
 
 BATCH_BYTES, BATCH_DOCUMENTS = 8 << 20, 1 << 16
 """Tokenized at a time. The fast backend begins each batch with an empty cache: with 2 MiB it is a
@@ -257,6 +262,20 @@ class _Part:
             texts = [
                 f"{path}\n".encode() + text for (_, path), text in zip(places, texts, strict=True)
             ]
+        try:
+            return self._encoded(documents, texts, places)
+        except UnencodableError as error:
+            for i, reason in error.reasons.items():
+                self._set_aside(documents[i], reason, harmless=False)
+            left = [one for i, one in enumerate(documents) if i not in error.reasons]
+            return self._tokenize(left)
+
+    def _encoded(
+        self,
+        documents: list[tuple[int, TextDocument]],
+        texts: list[bytes],
+        places: list[tuple[str, str]],
+    ) -> _Batch:
         if isinstance(self.fast, str):
             lists = self.tokenizer.encode_batch([text.decode() for text in texts])
             lengths = np.array([len(ids) for ids in lists], dtype=np.int64)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,16 +46,16 @@ def run(args: argparse.Namespace) -> int:
     links: list[Path] = []
     files = find_inputs(args.inputs, args.format, args.include, on_link=links.append)
     share = min(1.0, args.max_mb * 1e6 / max(sum(file.size for file in files), 1))
-    bad = documents = characters = 0
+    bad: Counter[str] = Counter()
+    documents = characters = 0
 
     def texts() -> Iterator[str]:
-        nonlocal bad
         for file in files:
             for item in read_input(file, args.text_field):
                 if isinstance(item, TextDocument):
                     yield item.text
                 else:
-                    bad += 1
+                    bad[item.reason] += 1
 
     def counted() -> Iterator[str]:
         nonlocal documents, characters
@@ -65,10 +67,16 @@ def run(args: argparse.Namespace) -> int:
         status.update("training (SentencePiece does not say how far it is)")
 
     with console.status("reading") as status:
-        train_tokenizer(counted(), args.output, vocab_size, args.character_coverage)
+        found = counted()
+        if (first := next(found, None)) is None:
+            why = ", ".join(f"{number:,} × {reason}" for reason, number in bad.most_common(3))
+            raise UserError(f"no text to train on: {why or 'the inputs are empty'}")
+        train_tokenizer(
+            itertools.chain([first], found), args.output, vocab_size, args.character_coverage
+        )
     said = f"{args.output}: {vocab_size:,} pieces from {documents:,} documents "
     said += f"({characters / 1e6:.1f} M characters, {share:.0%} of the input)"
-    said += f"; {bad:,} bad or empty records left out" if bad else ""
+    said += f"; {bad.total():,} bad or empty records left out" if bad else ""
     outside = "links that lead out of the input or nowhere are not followed"
     console.print(said + (f"; {len(links):,} {outside}" if links else ""))
     return 0

@@ -120,6 +120,10 @@ def find_inputs(
 def _listed(inputs: Sequence[str | Path]) -> Iterator[str]:
     """The inputs, with `@FILE` as the lines of FILE; relative to the working directory."""
     for given in map(str, inputs):
+        if not given.strip():
+            raise UserError(
+                "an input is blank; name a file or folder (the working directory is `.`)"
+            )
         if not given.startswith("@") or os.path.exists(given):
             yield given
             continue

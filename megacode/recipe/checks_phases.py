@@ -262,7 +262,12 @@ def _weights(recipe: Recipe, phase: Phase) -> Iterator[str]:
     # Between these steps every schedule is constant or positive: a sum of zero shows at one of
     # them.
     corners = _corners(weights, steps or 1 << 40)
-    empty = weights.at(corners).sum(axis=1) <= 0
+    with np.errstate(over="ignore"):
+        sums = weights.at(corners).sum(axis=1)
+    if not np.isfinite(sums).all():
+        yield f"{key}: the weights add up to more than a number holds; give smaller ones"
+        return
+    empty = sums <= 0
     if empty.any():
         at = f"at the phase's step {corners[empty][0]:,} " if weights.settled else ""
         yield (

@@ -55,9 +55,10 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _written_out(cls, value: Any) -> Any:
-        """Short forms in full; a key without a value is a key at its default."""
+        """Short forms in full; a known key without a value is a key at its default."""
         if cls.short_for and is_plain(value):
             return {cls.short_for: value}
         if isinstance(value, dict):
-            return {key: item for key, item in value.items() if item is not None}
+            known = cls.model_fields
+            return {k: item for k, item in value.items() if item is not None or k not in known}
         return value

@@ -41,6 +41,8 @@ MISTAKES = {
     ),
     "negative weight": (DOCS, "docs: -1", 17, "phases.first.mixture.sources.docs", ["equal to 0", "schedule"]),
     "weights all zero": (BOTH, "docs: 0, python: 0", 16, "phases.first.mixture", ["all weights are zero", "above zero"]),
+    "weights beyond numbers": (BOTH, "docs: 1e308, python: 1e308", 16, "phases.first.mixture", ["than a number holds"]),
+    "unknown key without a value": ("seed: 7", "sead:", 2, "sead", ["did you mean `seed`?"]),
     "weights all zero in a step": (
         BOTH, "docs: {shape: linear, start: 0, end: 1}, python: {shape: stepwise, values: [0, 1]}", 16,
         "phases.first.mixture", ["at the phase's step 0 all weights are zero", "above zero"],

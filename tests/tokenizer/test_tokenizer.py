@@ -393,7 +393,8 @@ def test_the_verb_trains_from_files_and_its_mistakes_end_with_2(
     assert "1 bad" in capsys.readouterr().out
     assert load_tokenizer(schema.TokenizerSection(path=str(tmp_path / "t.model"))).vocab_size == 400
     for more, expected in (
-        ((), "cannot train a tokenizer"),
+        ((), "no text to train on: 4 × no field 'text', 1 × "),
+        (("--text-field", "content", "--vocab-size", "90k"), "cannot train a tokenizer"),
         (("--vocab-size", "lots"), "--vocab-size: expected a count"),
         (("--output", str(tmp_path / "t.json")), "ends in .model"),
     ):

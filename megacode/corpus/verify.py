@@ -213,20 +213,8 @@ def _check_index(
             )
 
         findings.add("boundaries", np.flatnonzero(edges[1:] < edges[:-1]), backwards)
-        if start == 0 and edges[1] > 0:
-            sentence = f"{idx}: document {first:,} begins at sequence {edges[1]:,} instead of 0"
-            findings.say("boundaries", sentence)
         last = int(edges[-1])
         on_bytes(8 * (stop - start))
-    if not shard.boundaries:
-        findings.say("boundaries", f"{idx}: has no document boundaries, not even the first, 0")
-    elif last != sequences:
-        number = first + shard.documents - 1
-        findings.say(
-            "boundaries",
-            f"{idx}: the last document, {number:,}, ends at sequence {last:,}; "
-            f"there are {sequences:,}",
-        )
     boundaries = None
     if findings.count == before:
         boundaries = shard.document_boundaries(0, shard.boundaries)

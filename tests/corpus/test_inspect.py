@@ -428,14 +428,6 @@ BREAKS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         lambda p: boundary(p, 30, 500),
         ["document 30 begins at sequence 500 and ends before it"],
     ),
-    "last boundary": (
-        lambda p: boundary(p, 60, 59),
-        ["the last document, 59, ends at sequence 59; there are 60"],
-    ),
-    "first boundary": (
-        lambda p: boundary(p, 0, 1),
-        ["document 0 begins at sequence 1 instead of 0"],
-    ),
 }
 
 

@@ -15,14 +15,14 @@ _FILTERS = (
     "{x} % {a} == 0", "{x} % {a} != 0", "{x} > {a}", "{x} < {a}", "abs({x}) > {a}", "{x} != {a}",
 )  # fmt: skip
 _MAPS = ("{x}", "{x} * {x}", "{x} + {b}", "{x} * {b}", "{x} - {b}", "abs({x}) + {b}")
-_ENDS = {
-    "sum": ("0", "{t} + {v}", "sum({all})"),
-    "largest": ("0", "max({t}, {v})", "max([0, *{all}])"),
-    "smallest": ("0", "min({t}, {v})", "min([0, *{all}])"),
-    "squares": ("0", "{t} + ({v}) ** 2", "sum(n ** 2 for n in {all})"),
-    "alternating": ("0", "({v}) - {t}", "functools.reduce(lambda t, n: n - t, {all}, 0)"),
-}
-"""Name -> start, what a value makes of the total, and the same of a list at once."""
+_ENDS = (
+    ("{t} + {v}", "sum({all})"),
+    ("max({t}, {v})", "max([0, *{all}])"),
+    ("min({t}, {v})", "min([0, *{all}])"),
+    ("{t} + ({v}) ** 2", "sum(n ** 2 for n in {all})"),
+    ("({v}) - {t}", "functools.reduce(lambda t, n: n - t, {all}, 0)"),
+)
+"""What a value makes of the total, which begins at 0; the same of a list at once."""
 _NUMBERS = """import random
 
 
@@ -39,17 +39,17 @@ def solved_problems(seed: int, count: int) -> Iterator[dict[str, Any]]:
     for number, (where, value, end) in enumerate(rng.sample(kinds, count)):
         a, b = rng.randint(2, 9), rng.randint(2, 9)
         for form in rng.sample((_loop, _comprehension, _while, _recursion), 2):
-            text = form(where.format(x="x", a=a), value.format(x="x", b=b), _ENDS[end])
+            text = form(where.format(x="x", a=a), value.format(x="x", b=b), end)
             yield {"text": text, "problem": f"solved-{number}", "generator": _NUMBERS}
 
 
-_End = tuple[str, str, str]
+_End = tuple[str, str]
 
 
 def _loop(where: str, value: str, end: _End) -> str:
-    start, step, _ = end
+    step, _ = end
     return f"""def solve(values):
-    total = {start}
+    total = 0
     for x in values:
         if {where}:
             total = {step.format(t="total", v=value)}
@@ -58,7 +58,7 @@ def _loop(where: str, value: str, end: _End) -> str:
 
 
 def _comprehension(where: str, value: str, end: _End) -> str:
-    *_, whole = end
+    _, whole = end
     return f"""import functools
 
 
@@ -70,10 +70,10 @@ def result_of(values):
 
 
 def _while(where: str, value: str, end: _End) -> str:
-    start, step, _ = end
+    step, _ = end
     return f"""def compute(values):
     position = 0
-    answer = {start}
+    answer = 0
     while position < len(values):
         x = values[position]
         position += 1
@@ -85,10 +85,10 @@ def _while(where: str, value: str, end: _End) -> str:
 
 
 def _recursion(where: str, value: str, end: _End) -> str:
-    start, step, _ = end
+    step, _ = end
     return f"""def fold(values):
     if not values:
-        return {start}
+        return 0
     *before, x = values
     rest = fold(before)
     if {where}:

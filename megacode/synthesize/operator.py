@@ -95,6 +95,8 @@ def open_operator(
     if prompts:
         rules, given = _with_prompts(rules, prompts, path)
         places |= given
+    if judged:
+        rules = _with_row(rules)
     return Operator(name, rules, _templates(rules, tree, places))
 
 
@@ -133,16 +135,19 @@ def _with_judge(rules: Rules, path: Path) -> Rules:
             f"{path}: has a step named judgement, as `checks.judge` has; rename it, or leave "
             "`checks.judge` out"
         )
-    messages = [f"{one.role}:\n{one.content}" for one in rules.record.messages]
-    row = "\n\n".join(messages) or rules.record.text
-    step = Step(
-        name="judgement",
-        of="judge",
-        prompt=_JUDGE.replace("{row}", row),
-        read=Read(tag=["accept", "refuse"]),
-    )
+    read = Read(tag=["accept", "refuse"])
+    step = Step(name="judgement", of="judge", prompt=_JUDGE, read=read)
     reject = {**rules.reject, _REFUSED: "judgement.tag == 'refuse'"}
     return rules.model_copy(update={"ask": [*rules.ask, step], "reject": reject})
+
+
+def _with_row(rules: Rules) -> Rules:
+    """The rules with the row's own templates for `{row}` in the judge's prompt."""
+    messages = [f"{one.role}:\n{one.content}" for one in rules.record.messages]
+    row = "\n\n".join(messages) or rules.record.text
+    *before, judge = rules.ask
+    prompt = judge.prompt.replace("{row}", row)
+    return rules.model_copy(update={"ask": [*before, judge.model_copy(update={"prompt": prompt})]})
 
 
 def _with_prompts(rules: Rules, folder: Path, path: Path) -> tuple[Rules, dict[str, str]]:

@@ -74,7 +74,7 @@ class Checks(Section):
     held_out: Decontamination | None = None
     judge: bool = False
     """`models.judge` reads each row that passed the operator's rules, and accepts or refuses it;
-    `prompts` may have a judgement.jinja."""
+    `prompts` may have a judgement.jinja, in which `{row}` stands for the row."""
     majority: bool = False
     """Of a record's samples only those whose `answer` is that of most (a tie keeps none)."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from megacode.quickstart import studies
+from megacode.quickstart.solutions import solved_problems
 from megacode.quickstart.studies import STUDIES
 
 NEEDS_GYM = pytest.mark.skipif(
@@ -117,3 +119,21 @@ def test_documents_of_the_shares_are_as_many_bytes_of_each_kind(
         sizes = [len(text.encode()) for text in train + valid]
         assert 3_000_000 - max(sizes) < sum(sizes) <= 3_000_000
         assert not set(train) & set(valid) and len(valid) * 19 == pytest.approx(len(train), abs=19)
+
+
+def test_two_solutions_of_a_problem_compute_the_same() -> None:
+    made = list(solved_problems(1, 100))
+    assert made == list(solved_problems(1, 100)) != list(solved_problems(2, 100))
+    rng, differ = random.Random(0), 0
+    inputs = [[rng.randint(-30, 30) for _ in range(rng.randint(0, 12))] for _ in range(20)]
+
+    def results(record: dict[str, Any]) -> list[int]:
+        names: dict[str, Any] = {}
+        exec(record["text"], names)
+        return [[*names.values()][-1](values) for values in inputs]
+
+    for one, other in zip(made[::2], made[1::2], strict=True):
+        assert one["problem"] == other["problem"] and one["text"] != other["text"]
+        assert results(one) == results(other)
+        differ += results(one) != results(made[0])
+    assert differ > 90

@@ -320,6 +320,26 @@ def test_killed_before_its_manifest_it_goes_on(teacher: Teacher, tmp_path: Path)
     run(path, code=2)
 
 
+def test_a_judge_accepts_and_refuses_rows(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reply(prompt: str, problems: dict[str, str]) -> str:
+        if not prompt.startswith("Judge the example"):
+            return reply_to(prompt, problems)
+        return "refuse\nNo." if "Ann (3)" in prompt else "accept\nYes."
+
+    monkeypatch.setattr("megacode.quickstart.teacher.reply_to", reply)
+    model = {"endpoints": [teacher.address], "model": "m"}
+    models = dict.fromkeys(("student", "teacher", "judge"), model)
+    checks = {"near_duplicates": False, "judge": True}
+    run(write(tmp_path, teacher.address, models=models, checks=checks))
+    assert len(rows(tmp_path)) == PROBLEMS - 1
+    (refused,) = rows(tmp_path, "out/rejects.jsonl")
+    assert (refused["parent"], refused["reason"]) == ("p3", "judge refused")
+    assert rows(tmp_path)[0]["synthesis"]["models"]["judge"] == "m"
+    assert "judgement" in json.loads((tmp_path / "out/manifest.json").read_text())["prompts"]
+
+
 def test_the_documented_file_is_one(tmp_path: Path) -> None:
     page = (ROOT / "docs/synthesis.md").read_text()
     (tmp_path / "s.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])

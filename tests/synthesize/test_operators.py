@@ -226,6 +226,14 @@ def test_replies_that_cannot_be_used() -> None:
     assert outcome(Text("<think>It goes on and on")) == ("empty reply", "tutoring")
 
 
+def test_a_judge_with_a_prompt_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "judgement.jinja").write_text("Is this good for {{ problem | length }}?\n{row}")
+    operator = open_operator("tutorship", HERE, tmp_path, judged=True)
+    _, asked = drive(operator, SUM, "Answer: 7", "correct\nYes.", "accept")
+    shown = asked[-1].messages[-1]["content"]
+    assert shown.startswith("Is this good for 14?") and "the attempt is correct" in shown
+
+
 def test_a_judge_reads_the_row_last() -> None:
     judged = open_operator("tutorship", HERE, judged=True)
     assert judged.roles == ("student", "teacher", "judge")

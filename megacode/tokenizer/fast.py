@@ -162,11 +162,13 @@ def load_fast(tokenizer: Tokenizer) -> FastEncoder | str:
     return _difference(encoder) or encoder
 
 
-def check_sample(tokenizer: Tokenizer, document: str, text: bytes, ids: NDArray[np.uint32]) -> None:
+def check_sample(tokenizer: Tokenizer, document: str, text: bytes, ids: NDArray[np.uint32]) -> bool:
     """Compare a document's ids from the fast path with the reference library's.
 
-    `document` names it in the error; `text` is well-formed UTF-8. A document on which that library
-    fails is not compared.
+    `document` names it in the error; `text` is well-formed UTF-8.
+
+    Returns:
+        Whether they were compared: not where that library fails on the text.
 
     Raises:
         UserError: they differ.
@@ -174,9 +176,9 @@ def check_sample(tokenizer: Tokenizer, document: str, text: bytes, ids: NDArray[
     try:
         reference = np.asarray(tokenizer.encode(text.decode()), np.uint32)
     except UnencodableError:
-        return
+        return False
     if np.array_equal(reference, ids):
-        return
+        return True
     shared = min(len(reference), len(ids))
     unequal = np.flatnonzero(reference[:shared] != ids[:shared])
     at = int(unequal[0]) if len(unequal) else shared

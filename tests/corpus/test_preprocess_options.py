@@ -636,3 +636,22 @@ def test_texts_on_which_the_tokenizer_fails_are_set_aside(tmp_path: Path, patter
         assert all(one["reason"].startswith("tiktoken fails on it: ") for one in set_aside)
         assert indexed.open_shard(tmp_path / "out").documents == 23
         request = replace(request, overwrite=True)
+
+
+def test_conversations_on_which_the_tokenizer_fails_are_a_sentence(tmp_path: Path) -> None:
+    """From a worker's process, too."""
+    write_tiktoken(tmp_path / "t.tiktoken", GPT2_BY_TIKTOKEN)
+    hard = {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": " " * 1_000_000 + "\u0378"},
+        ]
+    }
+    (tmp_path / "in.jsonl").write_text(json.dumps(hard) + "\n")
+    section = schema.TokenizerSection(path=str(tmp_path / "t.tiktoken"))
+    request = Request(
+        inputs=(str(tmp_path / "in.jsonl"),), tokenizer=section, output=tmp_path / "out",
+        text_field="", conversations=True, template="plain",
+    )  # fmt: skip
+    with pytest.raises(UserError, match="tiktoken fails on it"):
+        preprocess(request, workers=2)

@@ -343,8 +343,7 @@ class _Part:
             number, document = batch.documents[i]
             name = f"{self.job.files[number].path}, record {document.record}"
             ids = batch.ids[ends[i] - batch.lengths[i] : ends[i]]
-            check_sample(self.tokenizer, name, batch.texts[i], ids)
-        self.counts.checked += count
+            self.counts.checked += check_sample(self.tokenizer, name, batch.texts[i], ids)
 
     # -------------------------------------------------------------------------------------- writing
 
